@@ -1,0 +1,257 @@
+"""The async client of the service."""
+
+# ruff: noqa: ASYNC109 - a call's deadline goes with it to the server, which `asyncio.timeout` does not.
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from types import TracebackType
+from typing import Self, TypedDict, TypeVar, Unpack
+
+import grpc
+from google.protobuf.message import Message as ProtobufMessage
+from grpc_health.v1 import health_pb2
+
+from llama2.v1 import (
+    account_pb2,
+    account_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    text_generation_pb2,
+    text_generation_pb2_grpc,
+)
+from llama2_client.channel import DEFAULT_PORT, credentials_of, grpc_target, open_channel
+from llama2_client.chat import Chat
+from llama2_client.errors import InvalidRequest, Llama2Error, Violation, mapped
+from llama2_client.replies import Message, Reply, ReplyStream, reply_of
+
+DEFAULT_TIMEOUT_SECONDS = 120.0
+
+_Request = TypeVar("_Request", bound=ProtobufMessage)
+_Response = TypeVar("_Response", bound=ProtobufMessage)
+_PromptRequest = TypeVar("_PromptRequest", text_generation_pb2.GenerateRequest, text_generation_pb2.CountTokensRequest)
+
+
+class HealthStatus(enum.StrEnum):
+    """How a service of the server is, in the words of gRPC's health protocol."""
+
+    UNKNOWN = "UNKNOWN"
+    SERVING = "SERVING"
+    NOT_SERVING = "NOT_SERVING"
+    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"  # the server has no service of that name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCount:
+    """The input tokens of a request, and the largest `max_tokens` that they leave (0 when they do not fit)."""
+
+    input_tokens: int
+    max_output_tokens: int
+
+
+class GenerationOptions(TypedDict, total=False):
+    """How to generate. What is left out, or None, is not sent: the card's default is in force."""
+
+    max_tokens: int | None  # the most tokens to generate
+    temperature: float | None  # 0 is greedy
+    top_p: float | None
+    top_k: int | None  # 0 is all
+    seed: int | None  # any 64-bit value; an equal request with an equal seed gets an equal reply
+    repetition_penalty: float | None  # 1 is off
+    frequency_penalty: float | None  # 0 is off
+    presence_penalty: float | None  # 0 is off
+    stop: str | Iterable[str] | None  # a text that ends the reply, or several
+    no_cache: bool | None  # True: neither read nor write the response cache
+    timeout: float | None  # the call's deadline in seconds, waiting and retries included; None: the client's
+
+
+class Client:
+    """A client of one llama2-grpc service.
+
+    ```python
+    async with Client("localhost:50051") as client:
+        reply = await client.generate("Tell me a story about a fox.", max_tokens=100)
+        print(reply.text, reply.neurons)
+    ```
+
+    Every call raises a Llama2Error when it fails. A call whose task is cancelled is cancelled on the server at once.
+
+    Args:
+        target: `host:port`, resolved by DNS, or any gRPC target such as `ipv4:10.0.0.1:50051,10.0.0.2:50051` or
+            `unix:/run/llama2.sock`. Calls go to all addresses in turn. The port may be left out: 50051.
+        api_key: sent as `authorization: Bearer …`. Without `tls` it crosses the network in the clear.
+        timeout: the default deadline of a call in seconds; None for none.
+        tls: True for the public root certificates, the PEM bytes of root certificates, or gRPC channel credentials (for
+            client certificates); False for plain text.
+    """
+
+    def __init__(
+        self,
+        target: str = f"localhost:{DEFAULT_PORT}",
+        *,
+        api_key: str | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+        tls: bool | bytes | grpc.ChannelCredentials = False,
+    ) -> None:
+        # gRPC would name the whole header, key and all, in its own error.
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("api_key must be printable ASCII")
+        self.target = grpc_target(target)
+        self.timeout = timeout
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
+        self._credentials = credentials_of(tls)
+        self._open_channel: grpc.aio.Channel | None = None
+
+    def __repr__(self) -> str:
+        return f"Client({self.target!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections; calls under way are cancelled. The next call opens new ones."""
+        channel, self._open_channel = self._open_channel, None
+        if channel is not None:
+            await channel.close()
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Message | Mapping[str, str]] | None = None,
+        raw: bool | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Reply:
+        """Generate a whole reply to `prompt` or `messages`; `raw`: continue the prompt, with no chat template."""
+        timeout = options.pop("timeout", None)
+        request = _filled(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
+        generate = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).Generate
+        response = await self._unary(generate, request, timeout)
+        return reply_of(response.response, response.completion)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Message | Mapping[str, str]] | None = None,
+        raw: bool | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> ReplyStream:
+        """Start a reply and return its text as it comes. Takes what `generate` takes; needs a running event loop."""
+        timeout = options.pop("timeout", None)
+        request = _filled(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
+        generate_stream = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).GenerateStream
+        return ReplyStream(generate_stream(request, timeout=self._seconds(timeout), metadata=self._metadata))
+
+    def chat(self, system: str | None = None, **defaults: Unpack[GenerationOptions]) -> Chat:
+        """Start a conversation; `defaults` hold for each of its turns."""
+        return Chat(self, system, **defaults)
+
+    async def count_tokens(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Message | Mapping[str, str]] | None = None,
+        raw: bool | None = None,
+        timeout: float | None = None,
+    ) -> TokenCount:
+        """Count the input tokens of a request without generating."""
+        request = _filled(text_generation_pb2.CountTokensRequest(), prompt, messages, raw, {})
+        count_tokens = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).CountTokens
+        response = await self._unary(count_tokens, request, timeout)
+        return TokenCount(input_tokens=response.input_tokens, max_output_tokens=response.max_output_tokens)
+
+    async def model_card(self, *, timeout: float | None = None) -> model_pb2.ModelCard:
+        """Ask for the model card in force, as the contract's own message."""
+        get_model_card = model_pb2_grpc.ModelServiceStub(self._channel).GetModelCard
+        return (await self._unary(get_model_card, model_pb2.GetModelCardRequest(), timeout)).model_card
+
+    async def usage(
+        self, *, since: date | None = None, until: date | None = None, timeout: float | None = None
+    ) -> account_pb2.GetUsageResponse:
+        """Ask for this account's own usage by day and its quota, as the contract's own message; days are UTC's."""
+        request = account_pb2.GetUsageRequest()
+        if since is not None:
+            request.since = since.isoformat()
+        if until is not None:
+            request.until = until.isoformat()
+        return await self._unary(account_pb2_grpc.AccountServiceStub(self._channel).GetUsage, request, timeout)
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
+        """Ask how a service is, by its full name, or the whole server. Never retried: it says what is so now."""
+        check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+        check = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            response = await self._unary(check, health_pb2.HealthCheckRequest(service=service), timeout)
+        except Llama2Error as error:
+            if error.code is grpc.StatusCode.NOT_FOUND:
+                return HealthStatus.SERVICE_UNKNOWN
+            raise
+        return HealthStatus(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+    async def _unary(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+    ) -> _Response:
+        with mapped():
+            return await method(request, timeout=self._seconds(timeout), metadata=self._metadata)
+
+    def _seconds(self, timeout: float | None) -> float | None:
+        return self.timeout if timeout is None else timeout
+
+    @property
+    def _channel(self) -> grpc.aio.Channel:
+        # A channel belongs to the event loop that runs when it is made: make it at the first call.
+        if self._open_channel is None:
+            self._open_channel = open_channel(self.target, self._credentials)
+        return self._open_channel
+
+
+def _filled(
+    request: _PromptRequest,
+    prompt: str | None,
+    messages: Iterable[Message | Mapping[str, str]] | None,
+    raw: bool | None,
+    options: GenerationOptions,
+) -> _PromptRequest:
+    """Fill a request with what is set; InvalidRequest names what the wire cannot carry: a lone surrogate, 2**64."""
+    if unknown := options.keys() - GenerationOptions.__annotations__.keys():
+        raise TypeError(f"unknown generation options: {', '.join(sorted(unknown))}")
+    violations: list[Violation] = []
+
+    @contextlib.contextmanager
+    def field(path: str) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeEncodeError:
+            violations.append(Violation(path, "must be Unicode text, without lone surrogates"))
+        except ValueError as error:
+            violations.append(Violation(path, str(error)))
+
+    for name, value in {"prompt": prompt, "raw": raw, **options}.items():
+        with field(name):
+            if name == "stop":
+                getattr(request, name).extend([value] if isinstance(value, str) else value or ())
+            elif value is not None:
+                setattr(request, name, value)
+    for index, message in enumerate(messages or ()):
+        with field(f"messages[{index}]"):
+            fields = {"role": message.role, "content": message.content} if isinstance(message, Message) else message
+            request.messages.add(**fields)
+    if violations:
+        raise InvalidRequest("the request cannot be sent", violations=tuple(violations))
+    return request

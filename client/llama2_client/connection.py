@@ -1,0 +1,54 @@
+"""Which server the `llama2` command talks to, and what becomes of a call that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+# gRPC is imported when a call is made: `llama2 --help` shall not wait for it.
+if TYPE_CHECKING:
+    from llama2_client.client import Client
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Which server to call, and how."""
+
+    address: str
+    api_key: str | None = field(repr=False)
+    timeout: float
+    tls: bool
+    ca: Path | None
+
+    def client(self) -> Client:
+        """Make the client; it connects at the first call."""
+        from llama2_client.client import Client
+
+        try:
+            tls = self.tls if self.ca is None else self.ca.read_bytes()
+            return Client(self.address, api_key=self.api_key, timeout=self.timeout, tls=tls)
+        except (OSError, ValueError) as error:
+            raise click.UsageError(str(error)) from error
+
+    def run(self, call: Callable[[Client], Awaitable[T]], *, as_json: bool) -> T:
+        """Make a call; when it fails, print why and exit with the code that tells the kind."""
+        import asyncio
+
+        from llama2_client import output
+        from llama2_client.errors import Llama2Error
+
+        async def session() -> T:
+            async with self.client() as client:
+                return await call(client)
+
+        try:
+            return asyncio.run(session())
+        except Llama2Error as error:
+            output.print_error(error, self.address, as_json=as_json)
+            raise click.exceptions.Exit(output.exit_code(error)) from error

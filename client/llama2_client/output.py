@@ -1,0 +1,245 @@
+"""What the `llama2` command prints, for people and as JSON, and the exit codes that go with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+
+import click
+from google.protobuf.json_format import MessageToDict
+
+from llama2.v1 import account_pb2, model_pb2
+from llama2_client import errors
+from llama2_client.client import HealthStatus, TokenCount
+from llama2_client.replies import Reply, ReplyStream
+
+# The most specific class goes first; `llama2 --help` lists the codes.
+EXIT_CODES: tuple[tuple[type[errors.Llama2Error], int], ...] = (
+    (errors.InvalidRequest, 2),
+    (errors.Unavailable, 3),
+    (errors.ResourceExhausted, 4),
+    (errors.Unauthenticated, 5),
+    (errors.PermissionDenied, 5),
+    (errors.DeadlineExceeded, 6),
+    (errors.Llama2Error, 1),
+)
+
+_HEADLINES: tuple[tuple[type[errors.Llama2Error], str], ...] = (
+    (errors.InvalidRequest, "the request is not valid"),
+    (errors.Unauthenticated, "not authenticated"),
+    (errors.PermissionDenied, "not permitted"),
+    (errors.QuotaExceeded, "the quota is used up"),
+    (errors.LineFull, "the server is busy"),
+    (errors.ResourceExhausted, "too much was asked for"),
+    (errors.Unavailable, "the server is not available"),
+    (errors.DeadlineExceeded, "no reply in time"),
+    (errors.ServerFault, "the server failed"),
+    (errors.Unimplemented, "the server does not know this call; is it another service, or an older one"),
+)
+
+HEALTH_EXIT_CODES: Mapping[HealthStatus, int] = {
+    HealthStatus.SERVING: 0,
+    HealthStatus.SERVICE_UNKNOWN: 2,
+    HealthStatus.NOT_SERVING: 3,
+    HealthStatus.UNKNOWN: 3,
+}
+
+
+def exit_code(error: errors.Llama2Error) -> int:
+    """Return the exit code that tells this kind of failure."""
+    return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+
+
+async def print_stream(stream: ReplyStream, *, as_json: bool) -> None:
+    """Print a reply as it comes and its figures after it; on the way out, however that is, the call is over."""
+    async with stream:
+        if as_json:
+            async for delta in stream:
+                _print_json({"response": delta})
+            _print_json({"response": "", "completion": _completion(stream.reply)})
+            return
+        try:
+            async for delta in stream:
+                click.echo(delta, nl=False)
+        finally:
+            if stream.text and not stream.text.endswith("\n"):
+                click.echo()
+    print_figures(stream.reply)
+
+
+def print_reply(reply: Reply, *, as_json: bool) -> None:
+    """Print a whole reply and its figures."""
+    if as_json:
+        _print_json({"response": reply.text, "completion": _completion(reply)})
+    else:
+        click.echo(reply.text)
+        print_figures(reply)
+
+
+def print_figures(reply: Reply) -> None:
+    """Print one line of figures on stderr, so that stdout has nothing but the text."""
+    note(" · ".join(_figures(reply)))
+
+
+def print_count(count: TokenCount, *, as_json: bool) -> None:
+    """Print a token count."""
+    if as_json:
+        _print_json({"input_tokens": count.input_tokens, "max_output_tokens": count.max_output_tokens})
+    elif count.max_output_tokens > 0:
+        click.echo(f"{count.input_tokens} input tokens; room for {count.max_output_tokens} output tokens")
+    else:
+        click.echo(f"{count.input_tokens} input tokens: too many for the model's context")
+
+
+def print_health(service: str, status: HealthStatus, *, as_json: bool) -> None:
+    """Print how a service is."""
+    if as_json:
+        _print_json({"service": service, "status": status.value})
+    else:
+        click.echo(status.value)
+
+
+def print_card(card: model_pb2.ModelCard, *, as_json: bool) -> None:
+    """Print the model card: a summary, or all of it as JSON in the contract's own form."""
+    if as_json:
+        _print_json(MessageToDict(card, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        return
+    click.echo(f"{click.style(card.display_name or card.name, bold=True)}  {card.name}")
+    if card.description:
+        click.echo(card.description)
+    click.echo()
+    rows = list(_card_rows(card))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{click.style(name.ljust(width), dim=True)}  {value}")
+
+
+def print_usage(usage: account_pb2.GetUsageResponse, *, as_json: bool) -> None:
+    """Print an account's usage as a table, or in the contract's own JSON form."""
+    if as_json:
+        _print_json(MessageToDict(usage, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        return
+    quota = usage.quota
+    left = f"{quota.requests_left} of {quota.max_requests_per_min} requests a minute left"
+    resets_in = math.ceil(quota.resets_in.seconds + quota.resets_in.nanos / 1e9)
+    click.echo(f"account {usage.account}: {left}" + (f", all of them in {resets_in} s" if resets_in else ""))
+    if not usage.days:
+        click.echo("no usage in these days")
+        return
+    header = ("date", "model", "requests", "tokens in", "tokens out", "from cache", "neurons")
+    rows = [header, *(_usage_row(day) for day in usage.days)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    for row in rows:
+        texts = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        click.echo("  ".join([*texts, *numbers]))
+
+
+def print_error(error: errors.Llama2Error, address: str, *, as_json: bool) -> None:
+    """Print on stderr what went wrong and what to do about it."""
+    if as_json:
+        click.echo(json.dumps({"error": _error_fields(error)}, ensure_ascii=False), err=True)
+        return
+    headline, *more = _error_lines(error, address)
+    if error.retry_after is not None:
+        headline = f"{headline}; retry in {max(1, math.ceil(error.retry_after))} s"
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {headline}", err=True)
+    for line in more:
+        click.echo(f"  {line}", err=True)
+
+
+def note(text: str) -> None:
+    """Print a remark of the program itself, dimmed, on stderr."""
+    click.secho(text, dim=True, err=True)
+
+
+def _figures(reply: Reply) -> Iterator[str]:
+    yield reply.finish_reason.value.lower().replace("_", " ")
+    yield f"{reply.input_tokens} in, {reply.output_tokens} out"
+    yield f"{reply.neurons} neurons"
+    if reply.cached:
+        yield "from the response cache"
+        return
+    yield f"queue {reply.queue_time_seconds:.2f} s"
+    yield f"first token {reply.time_to_first_token_seconds:.2f} s"
+    decode_seconds = reply.total_time_seconds - reply.time_to_first_token_seconds
+    if reply.output_tokens > 1 and decode_seconds > 0:
+        yield f"{(reply.output_tokens - 1) / decode_seconds:.1f} tokens/s"
+
+
+def _usage_row(day: account_pb2.DailyUsage) -> tuple[str, ...]:
+    counts = (day.requests, day.input_tokens, day.output_tokens, day.cached_tokens)
+    return (day.date, day.model, *(f"{count:,}" for count in counts), day.neurons)
+
+
+def _completion(reply: Reply) -> dict[str, object]:
+    return {
+        "finish_reason": reply.finish_reason.value,
+        "input_tokens": reply.input_tokens,
+        "output_tokens": reply.output_tokens,
+        # Exact decimals and 64-bit integers do not survive every JSON reader as numbers.
+        "neurons": str(reply.neurons),
+        "seed": str(reply.seed),
+        "cached": reply.cached,
+        "request_id": reply.request_id,
+        "queue_time_seconds": reply.queue_time_seconds,
+        "time_to_first_token_seconds": reply.time_to_first_token_seconds,
+        "total_time_seconds": reply.total_time_seconds,
+    }
+
+
+def _card_rows(card: model_pb2.ModelCard) -> Iterator[tuple[str, str]]:
+    limits, defaults = card.limits, card.generation_defaults
+    if card.task.name:
+        yield "task", card.task.name
+    if card.tags:
+        yield "tags", ", ".join(card.tags)
+    yield "context", f"{limits.context_length_limit} tokens, of which {limits.sequence_length_limit} generated at most"
+    yield "concurrent requests", f"{limits.max_concurrent_requests}; others wait in line"
+    yield "quota", f"{card.quota.max_requests_per_min} requests a minute"
+    for price in card.prices:
+        yield f"price of {price.metric}", f"{price.neuron_cost} neurons each"
+    for field in defaults.DESCRIPTOR.fields:
+        yield f"default {field.name}", f"{getattr(defaults, field.name):g}"
+    for item in card.properties:
+        yield item.property_id, item.value
+
+
+def _error_lines(error: errors.Llama2Error, address: str) -> list[str]:
+    """The headline, and the lines below it."""
+    if error.violations:
+        return ["the request is not valid", *(_violation_line(violation) for violation in error.violations)]
+    if isinstance(error, errors.Unavailable) and error.reason is None:  # no word from the server itself
+        hint = "Is it running? Start it with `make run`, or name another one with --address."
+        return [f"no connection to {address}", hint, click.style(error.message, dim=True)]
+    headline = next((words for kind, words in _HEADLINES if isinstance(error, kind)), error.code.name)
+    if isinstance(error, errors.DeadlineExceeded):
+        return [headline, "--timeout allows more."]
+    lines = [f"{headline}: {error.message}"]
+    if isinstance(error, errors.Unauthenticated):
+        lines.append("Give a key with --api-key or LLAMA2_API_KEY.")
+    if isinstance(error, errors.ServerFault) and error.request_id is not None:
+        lines.append(f"The server's logs tell more, under request {error.request_id}.")
+    return lines
+
+
+def _violation_line(violation: errors.Violation) -> str:
+    return f"{violation.field}: {violation.description}" if violation.field else violation.description
+
+
+def _error_fields(error: errors.Llama2Error) -> dict[str, object]:
+    return {
+        "code": error.code.name,
+        "reason": error.reason,
+        "message": error.message,
+        "retry_after": error.retry_after,
+        "request_id": error.request_id,
+        "violations": [
+            {"field": violation.field, "description": violation.description} for violation in error.violations
+        ],
+    }
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""The contract: protobuf messages and gRPC stubs, one package a version."""

@@ -1,0 +1,52 @@
+"""`llama2-server`: flags and environment -> Settings -> serve."""
+
+import asyncio
+import logging
+import sys
+
+from pydantic import ValidationError
+
+from llama2_server.settings import Settings
+
+
+def main() -> None:
+    """Serve; exit code 0 after a drain, 2 with one line on stderr when the server cannot start, 130 after Ctrl-C."""
+    if sys.argv[1:2] in (["keys"], ["usage"]):
+        from llama2_server.admin import admin
+
+        admin(prog_name="llama2-server")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each of its plugins at every start
+    try:
+        settings = Settings(_cli_parse_args=sys.argv[1:])
+    except ValidationError as error:
+        _refuse(_settings_problem(error))
+    # Only now the imports that take seconds: a wrong flag is refused at once.
+    from llama2_server import app
+    from llama2_server.accounts import KeysFileError
+    from llama2_server.card import CardError
+    from llama2_server.engine.errors import WeightsError
+    from llama2_server.ledger.failures import LedgerError
+
+    try:
+        asyncio.run(app.serve(settings, app.load(settings)))
+    except (CardError, KeysFileError, LedgerError, WeightsError, app.StartError) as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _settings_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _refuse(problem: str) -> None:
+    print(f"llama2-server: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

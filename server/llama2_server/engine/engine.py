@@ -1,0 +1,205 @@
+"""The engine: one thread that owns the model and its KV cache, and knows token ids only.
+
+It is a step loop over a fixed number of slots: sequences join and leave between steps, and those that are decoding
+share each step. A sequence that is cancelled leaves before the next step. It never waits for whoever reads its tokens.
+"""
+
+import enum
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from llama2_server.engine.errors import EngineFault
+from llama2_server.engine.model import Model
+from llama2_server.engine.sampling import GenerationParams, Sampler
+
+logger = logging.getLogger(__name__)
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    END_OF_SEQUENCE = enum.auto()
+    STOP_SEQUENCE = enum.auto()
+    MAX_TOKENS = enum.auto()
+    CANCELLED = enum.auto()
+    FAILED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a sequence, and what was computed for it; an end-of-sequence token counts."""
+
+    reason: FinishReason
+    input_tokens: int
+    output_tokens: int
+
+
+class Listener(Protocol):
+    """Who gets a sequence's tokens; called on the engine's thread, so it must be quick and must not wait."""
+
+    def on_token(self, token_id: int) -> bool:
+        """Take one token (never an end-of-sequence one); True ends the sequence with STOP_SEQUENCE."""
+
+    def on_finish(self, finish: Finish) -> None:
+        """Called once, last."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt and the tokens generated after it, from `Engine.submit` until its listener hears `on_finish`."""
+
+    prompt_ids: list[int]
+    params: GenerationParams
+    listener: Listener
+    slot: int = -1
+    position: int = 0  # tokens in the KV cache
+    output_ids: list[int] = field(default_factory=list)
+    sampler: Sampler | None = None
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """End the sequence before the engine's next step; safe from any thread, and after the end."""
+        self.cancelled = True
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether a part of the prompt is not in the KV cache yet."""
+        return self.position < len(self.prompt_ids)
+
+
+class Engine:
+    """Runs sequences on a model; `submit` and `close` are safe from any thread."""
+
+    def __init__(self, model: Model, eos_ids: frozenset[int], *, prefill_chunk_tokens: int = 512) -> None:
+        self._model = model
+        self._eos_ids = eos_ids
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._free_slots = list(range(model.slots))
+        self._running: list[Sequence] = []
+        self._submitted: deque[Sequence] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still takes sequences."""
+        return self._thread.is_alive() and not self._closing
+
+    def submit(self, prompt_ids: SequenceOf[int], params: GenerationParams, listener: Listener) -> Sequence:
+        """Queue a sequence; its listener hears of it from the engine's thread.
+
+        Raises:
+            ValueError: the prompt is empty, or prompt and `max_tokens` do not fit the context.
+            EngineFault: the engine has stopped.
+        """
+        if not prompt_ids or len(prompt_ids) + params.max_tokens > self._model.context_length:
+            raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens in {self._model.context_length}")
+        sequence = Sequence(list(prompt_ids), params, listener)
+        with self._wake:
+            if not self.alive:
+                raise EngineFault("the engine has stopped")
+            self._submitted.append(sequence)
+            self._wake.notify()
+        return sequence
+
+    def close(self, timeout_seconds: float | None = None) -> bool:
+        """Cancel what runs and end the thread; False if it was still in a step after the timeout."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        while self._wait_for_work():
+            self._admit()
+            self._drop_cancelled()
+            self._prefill_chunk()
+            self._drop_cancelled()
+            self._decode_step()
+        for sequence in [*self._running, *self._submitted]:
+            self._end(sequence, FinishReason.CANCELLED)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing or self._submitted or self._running)
+            return not self._closing
+
+    def _admit(self) -> None:
+        while self._free_slots and self._submitted:
+            sequence = self._submitted.popleft()
+            sequence.slot = self._free_slots.pop()
+            self._running.append(sequence)
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [sequence for sequence in self._running if sequence.cancelled]:
+            self._end(sequence, FinishReason.CANCELLED)
+
+    def _prefill_chunk(self) -> None:
+        """Prefill one chunk of one prompt, so that a long prompt delays neither a cancel nor the others by more."""
+        sequence = next((sequence for sequence in self._running if sequence.prefilling), None)
+        if sequence is None:
+            return
+        chunk = sequence.prompt_ids[sequence.position :][: self._prefill_chunk_tokens]
+        try:
+            logits = self._model.prefill(sequence.slot, chunk, sequence.position)  # (vocab_size,)
+            sequence.position += len(chunk)
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        if not sequence.prefilling:
+            self._emit(sequence, logits)
+
+    def _decode_step(self) -> None:
+        """One token more for every sequence that has its first."""
+        rows = [sequence for sequence in self._running if sequence.output_ids]
+        if not rows:
+            return
+        try:
+            logits = self._model.decode(  # (rows, vocab_size)
+                [sequence.slot for sequence in rows],
+                [sequence.output_ids[-1] for sequence in rows],
+                [sequence.position for sequence in rows],
+            )
+        except Exception as error:
+            for sequence in rows:
+                self._fail(sequence, error)
+            return
+        for sequence, row in zip(rows, logits, strict=True):
+            sequence.position += 1
+            self._emit(sequence, row)
+
+    def _emit(self, sequence: Sequence, logits: Tensor) -> None:
+        """Sample the next token from logits (vocab_size,) and hand it to the listener."""
+        try:
+            if sequence.sampler is None:
+                sequence.sampler = Sampler(sequence.params, sequence.prompt_ids, self._model.vocab_size, logits.device)
+            token_id = sequence.sampler.sample(logits)
+            sequence.output_ids.append(token_id)
+            if token_id in self._eos_ids:
+                self._end(sequence, FinishReason.END_OF_SEQUENCE)
+            elif sequence.listener.on_token(token_id):
+                self._end(sequence, FinishReason.STOP_SEQUENCE)
+            elif len(sequence.output_ids) == sequence.params.max_tokens:
+                self._end(sequence, FinishReason.MAX_TOKENS)
+        except Exception as error:
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        logger.error("a sequence failed in the engine", exc_info=error)
+        self._end(sequence, FinishReason.FAILED)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._free_slots.append(sequence.slot)
+        input_tokens = min(sequence.position, len(sequence.prompt_ids))
+        sequence.listener.on_finish(Finish(reason, input_tokens, len(sequence.output_ids)))

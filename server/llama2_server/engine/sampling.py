@@ -1,0 +1,144 @@
+"""From logits to the next token: penalties, temperature, top_k, top_p and one reproducible draw."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama2_server.engine.errors import EngineFault
+
+# A full sort of 32,000 probabilities costs twenty times as much as finding the few that nearly always hold the nucleus.
+NUCLEUS_GUESS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """How one sequence is generated. Values are validated where the request comes in, not here."""
+
+    max_tokens: int
+    temperature: float = 0.6  # 0 = greedy
+    top_p: float = 0.9  # 1 = off
+    top_k: int = 0  # 0 = all
+    seed: int = 0  # any unsigned 64-bit number
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+
+
+class Sampler:
+    """The sampling state of one sequence: its random stream and, where a penalty is on, the tokens seen so far."""
+
+    def __init__(
+        self, params: GenerationParams, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str
+    ) -> None:
+        self._params = params
+        # Python's generator instead of torch's: the stream is the same on each device, and a draw needs no device sync.
+        self._uniform = random.Random(params.seed).random  # noqa: S311 - no secret depends on it
+        self._seen = _seen_mask(params, prompt_ids, vocab_size, device)
+        self._offsets = _zero_offsets(params, vocab_size, device)
+        self._counts: Counter[int] = Counter()
+
+    def sample(self, logits: Tensor) -> int:  # (vocab_size,)
+        """The next token's id.
+
+        The order is that of transformers' generate: repetition penalty, frequency and presence penalty, temperature,
+        top_k, top_p. Raises EngineFault where a logit is not finite.
+        """
+        logits = logits.float()
+        # A sum is finite only if each term is: one cheap reduction looks at all of them.
+        if not math.isfinite(logits.sum().item()):
+            raise EngineFault("the model's logits are not finite")
+        logits = self._penalised(logits)
+        token_id = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits)
+        self._remember(token_id)
+        return token_id
+
+    def _penalised(self, logits: Tensor) -> Tensor:  # (vocab_size,) -> (vocab_size,)
+        if self._seen is not None:
+            penalty = self._params.repetition_penalty
+            # Keskar et al. 2019 (CTRL), with transformers' repair for negative logits.
+            scaled = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(self._seen, scaled, logits)
+        if self._offsets is not None:
+            logits = logits - self._offsets
+        return logits
+
+    def _draw(self, logits: Tensor) -> int:  # (vocab_size,)
+        token_ids, weights = self._distribution(logits)
+        index = _invert_cdf(weights, self._uniform())
+        return index if token_ids is None else int(token_ids[index])
+
+    def _distribution(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:  # (vocab_size,) -> (kept,) each
+        """The ids that may come next (None: all, in order) and what each weighs."""
+        token_ids, logits = _top_k(logits, self._params.top_k)
+        # Less the maximum and in float64, no temperature above zero can overflow the exponential.
+        weights = ((logits.double() - logits.max()) / self._params.temperature).exp_()
+        order, weights = _top_p(weights, self._params.top_p)
+        return _compose(token_ids, order), weights
+
+    def _remember(self, token_id: int) -> None:
+        if self._seen is not None:
+            self._seen[token_id] = True
+        if self._offsets is not None:
+            self._counts[token_id] += 1
+            frequency = self._params.frequency_penalty * self._counts[token_id]
+            self._offsets[token_id] = frequency + self._params.presence_penalty
+
+
+def _seen_mask(
+    params: GenerationParams, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str
+) -> Tensor | None:  # (vocab_size,) bool
+    if params.repetition_penalty == 1.0:
+        return None
+    seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    seen[list(prompt_ids)] = True
+    return seen
+
+
+def _zero_offsets(params: GenerationParams, vocab_size: int, device: torch.device | str) -> Tensor | None:
+    """What OpenAI's formula takes off each logit: count * frequency_penalty + (count > 0) * presence_penalty."""
+    if params.frequency_penalty == 0.0 and params.presence_penalty == 0.0:
+        return None
+    return torch.zeros(vocab_size, device=device)
+
+
+def _top_k(logits: Tensor, top_k: int) -> tuple[Tensor | None, Tensor]:  # (vocab_size,) -> ids and logits, (kept,)
+    """The `top_k` largest logits; all that equal the smallest of them stay too, as in transformers."""
+    if top_k == 0 or top_k >= logits.shape[0]:
+        return None, logits
+    threshold = logits.topk(top_k).values[-1]
+    kept = (logits >= threshold).nonzero().squeeze(1)
+    return kept, logits[kept]
+
+
+def _top_p(weights: Tensor, top_p: float) -> tuple[Tensor | None, Tensor]:  # (n,) -> indices and weights, (kept,)
+    """The smallest set of the largest weights whose share of the sum reaches `top_p` (Holtzman et al. 2019)."""
+    if top_p >= 1.0:
+        return None, weights
+    target = top_p * weights.sum()
+    largest, order = weights.topk(min(NUCLEUS_GUESS, weights.shape[0]))
+    cumulative = largest.cumsum(0)
+    if cumulative[-1] < target:
+        largest, order = weights.sort(descending=True)
+        cumulative = largest.cumsum(0)
+    kept = min(int((cumulative < target).sum()) + 1, largest.shape[0])
+    return order[:kept], largest[:kept]
+
+
+def _compose(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:  # ids that indices stand for, (kept,)
+    if inner is None:
+        return outer
+    return inner if outer is None else outer[inner]
+
+
+def _invert_cdf(weights: Tensor, uniform: float) -> int:  # (n,)
+    """The index whose slice of the cumulative sum holds `uniform`, in [0, 1); weights need not add up to one."""
+    cumulative = weights.cumsum(0)
+    # On the right side, so that a weight of zero is never drawn.
+    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    return min(index, weights.shape[0] - 1)

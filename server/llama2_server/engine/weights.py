@@ -1,0 +1,150 @@
+"""A checkpoint's tensors, verified and read straight into their final place on the device."""
+
+import re
+from collections.abc import Callable
+from io import BufferedReader
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama2_server.engine.checkpoint import StoredTensor, read_config, read_eos_ids, read_tensor_table
+from llama2_server.engine.errors import WeightsError
+from llama2_server.engine.hub import fetch_checkpoint
+from llama2_server.engine.model import LayerWeights, LlamaConfig, LlamaModel, LlamaWeights
+from llama2_server.engine.tokenizer import Tokenizer
+
+__all__ = ["fetch_checkpoint", "load_model", "read_config", "read_eos_ids"]
+
+# What is read at a time. Mapped files would count towards the process's memory until they are unmapped; this does not.
+BLOCK_BYTES = 4 * 2**20
+# Checkpoints from before transformers 4.31 carry the rotary frequencies, which follow from the configuration.
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def load_model(
+    directory: Path,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    context_length: int,
+    slots: int,
+    progress: Progress | None = None,
+) -> LlamaModel:
+    """The checkpoint as a model with room for `slots` sequences of `context_length` tokens.
+
+    Raises WeightsError, before any memory is taken where the headers tell, if the checkpoint is incomplete, of another
+    architecture, does not fit its tokenizer, or holds values that are not finite in `dtype`.
+    """
+    config = read_config(directory)
+    _check_context(directory, config, context_length)
+    _check_tokenizer(directory, config)
+    stored = {name: tensor for name, tensor in read_tensor_table(directory).items() if not IGNORED.fullmatch(name)}
+    _check_tensors(directory, stored, _places(config, LlamaWeights.allocate(config, "meta", dtype)))
+    try:
+        weights = LlamaWeights.allocate(config, device, dtype)
+        _fill(stored, _places(config, weights), progress or _no_progress)
+        return LlamaModel(config, weights, context_length=context_length, slots=slots)
+    except torch.OutOfMemoryError as error:
+        raise WeightsError(f"{directory}: weights and KV cache do not fit on {device}: {error}") from error
+
+
+def _no_progress(done_bytes: int, total_bytes: int) -> None:
+    pass
+
+
+def _check_context(directory: Path, config: LlamaConfig, context_length: int) -> None:
+    if context_length > config.max_positions:
+        raise WeightsError(
+            f"{directory / 'config.json'}: max_position_embeddings is {config.max_positions}, "
+            f"expected at least the context length of {context_length}"
+        )
+
+
+def _check_tokenizer(directory: Path, config: LlamaConfig) -> None:
+    path = directory / "tokenizer.model"
+    pieces = Tokenizer(path).vocab_size
+    if pieces > config.vocab_size:
+        raise WeightsError(f"{path}: has {pieces} tokens, expected at most the {config.vocab_size} of the embedding")
+
+
+def _check_tensors(directory: Path, stored: dict[str, StoredTensor], places: dict[str, Tensor]) -> None:
+    for name, place in places.items():
+        if name not in stored:
+            raise WeightsError(f"{directory}: tensor {name} is missing, expected one of shape {tuple(place.shape)}")
+        if stored[name].shape != place.shape:
+            found, expected = stored[name].shape, tuple(place.shape)
+            raise WeightsError(f"{stored[name].path}: tensor {name} is of shape {found}, expected {expected}")
+    for name in stored.keys() - places.keys():
+        raise WeightsError(f"{stored[name].path}: tensor {name} is not part of a Llama with this config.json")
+
+
+def _places(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
+    """Where each tensor of a checkpoint belongs, by its name there; parts of a fused matrix are views of it."""
+    places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+    if not config.tied_embeddings:
+        places["lm_head.weight"] = weights.head
+    for index, layer in enumerate(weights.layers):
+        parts = _layer_places(config, layer)
+        places |= {f"model.layers.{index}.{name}.weight": place for name, place in parts.items()}
+    return places
+
+
+def _layer_places(config: LlamaConfig, layer: LayerWeights) -> dict[str, Tensor]:
+    keys = config.query_size
+    values = keys + config.kv_size
+    return {
+        "input_layernorm": layer.attention_norm,
+        "self_attn.q_proj": layer.qkv[:keys],
+        "self_attn.k_proj": layer.qkv[keys:values],
+        "self_attn.v_proj": layer.qkv[values:],
+        "self_attn.o_proj": layer.output,
+        "post_attention_layernorm": layer.mlp_norm,
+        "mlp.gate_proj": layer.gate_up[: config.intermediate_size],
+        "mlp.up_proj": layer.gate_up[config.intermediate_size :],
+        "mlp.down_proj": layer.down,
+    }
+
+
+def _fill(stored: dict[str, StoredTensor], places: dict[str, Tensor], progress: Progress) -> None:
+    """Read each tensor into its place, in the order of the files, which spinning and network disks like best."""
+    total_bytes = sum(tensor.size_bytes for tensor in stored.values())
+    done_bytes = 0
+    staging = bytearray(BLOCK_BYTES)
+    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset)):
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            _fill_one(name, tensor, file, places[name], staging)
+        done_bytes += tensor.size_bytes
+        progress(done_bytes, total_bytes)
+
+
+def _fill_one(name: str, tensor: StoredTensor, file: BufferedReader, place: Tensor, staging: bytearray) -> None:
+    flat = place.view(-1)  # rows of a fused matrix follow one another
+    step = BLOCK_BYTES // tensor.dtype.itemsize
+    for start in range(0, flat.shape[0], step):
+        target = flat[start : start + step]
+        size_bytes = target.shape[0] * tensor.dtype.itemsize
+        if file.readinto(memoryview(staging)[:size_bytes]) != size_bytes:
+            raise WeightsError(f"{tensor.path}: ended inside tensor {name} while being read; fetch it again")
+        block = torch.frombuffer(staging, dtype=tensor.dtype, count=target.shape[0])
+        target.copy_(block)
+        _check_finite(name, tensor, block, target)
+
+
+def _check_finite(name: str, tensor: StoredTensor, block: Tensor, target: Tensor) -> None:
+    if _is_finite(target):
+        return
+    if _is_finite(block):
+        found = f"holds values that do not fit in {target.dtype}; serve it with the dtype of the checkpoint"
+    else:
+        found = "holds NaN or infinity; expected finite numbers: fetch it again"
+    raise WeightsError(f"{tensor.path}: tensor {name} {found}")
+
+
+def _is_finite(values: Tensor) -> bool:
+    # The extremes tell of NaN and infinity alike, and cost a fiftieth of looking at each number.
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

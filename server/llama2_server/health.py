@@ -1,0 +1,55 @@
+"""The standard health service (grpc.health.v1).
+
+The stock servicer writes to watchers under its lock, so that one watcher who does not read hangs a status change, and
+keeps watches open through a drain, so that a graceful stop waits its whole grace. This one does neither.
+"""
+
+import asyncio
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """Answers Check and Watch for "" (the whole server) and each service, all of them in the same state."""
+
+    def __init__(self, services: tuple[str, ...]) -> None:
+        self._services = ("", *services)
+        self._serving = False
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def set_serving(self, serving: bool) -> None:
+        """Change the state of all services and tell the watchers."""
+        self._serving = serving
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def close(self) -> None:
+        """Say NOT_SERVING for good and let every watch end."""
+        self._closed = True
+        self.set_serving(False)
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+        """The state of one service; NOT_FOUND for an unknown one, as the protocol says."""
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return health_pb2.HealthCheckResponse(status=SERVING if self._serving else NOT_SERVING)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        """The state of one service now and at each change, until the caller leaves or the server drains."""
+        known = request.service in self._services
+        sent = None
+        while True:
+            changed, status = self._changed, SERVING if self._serving else NOT_SERVING
+            current = status if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            if current != sent:
+                await context.write(health_pb2.HealthCheckResponse(status=current))
+                sent = current
+            if self._closed and self._changed is changed:
+                return
+            await changed.wait()

@@ -1,0 +1,122 @@
+"""What callers may ask besides text: the card in force, and their own account."""
+
+import re
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from llama2.v1 import account_pb2, account_pb2_grpc, model_pb2, model_pb2_grpc
+from llama2_server.accounts import Accounts
+from llama2_server.card import SAMPLING_RANGES, ModelCard
+from llama2_server.errors import InvalidRequest, Violation
+from llama2_server.ledger.ledger import Ledger
+from llama2_server.ledger.records import DailyUsage
+from llama2_server.metering import decimal_text
+from llama2_server.quota import Quota
+
+DEFAULT_DAYS = timedelta(days=30)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
+
+
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    """Answers with the card in force."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self._card_message = _card_message(card)
+
+    async def GetModelCard(
+        self, request: model_pb2.GetModelCardRequest, context: Any
+    ) -> model_pb2.GetModelCardResponse:
+        """The card, as a message."""
+        return model_pb2.GetModelCardResponse(model_card=self._card_message)
+
+
+class AccountServicer(account_pb2_grpc.AccountServiceServicer):
+    """Tells callers about their own account."""
+
+    def __init__(self, accounts: Accounts, quota: Quota, ledger: Ledger) -> None:
+        self._accounts = accounts
+        self._quota = quota
+        self._ledger = ledger
+
+    async def GetUsage(self, request: account_pb2.GetUsageRequest, context: Any) -> account_pb2.GetUsageResponse:
+        """The caller's usage by day and model, and the state of its quota."""
+        account = self._accounts.authenticate(context.invocation_metadata())
+        since, until = _days(request)
+        status = await self._quota.status(account.id)
+        resets_in = Duration()
+        resets_in.FromNanoseconds(round(status.resets_in_seconds * 1e9))
+        quota = account_pb2.QuotaState(
+            max_requests_per_min=status.limit, requests_left=status.left, resets_in=resets_in
+        )
+        days = await self._ledger.totals(account.id, since, until)
+        return account_pb2.GetUsageResponse(account=account.id, quota=quota, days=map(_day_message, days))
+
+
+def _days(request: account_pb2.GetUsageRequest) -> tuple[date, date]:
+    """The first and the last day that a request asks for.
+
+    Raises:
+        InvalidRequest: for what is no date, or the wrong way round.
+    """
+    violations: list[Violation] = []
+
+    def day(field: str, default: date) -> date:
+        text = getattr(request, field)
+        if not request.HasField(field):
+            return default
+        try:
+            return date.fromisoformat(text if _DATE.fullmatch(text) else "")
+        except ValueError:
+            violations.append(Violation(field, "must be a date such as 2026-11-22"))
+            return default
+
+    until = day("until", datetime.now(UTC).date())
+    since = day("since", until - min(DEFAULT_DAYS, until - date.min))
+    if not violations and since > until:
+        violations.append(Violation("since", "must not be after until"))
+    if violations:
+        raise InvalidRequest(violations)
+    return since, until
+
+
+def _day_message(usage: DailyUsage) -> account_pb2.DailyUsage:
+    return account_pb2.DailyUsage(
+        date=usage.day.isoformat(),
+        model=usage.model,
+        requests=usage.requests,
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cached_tokens=usage.cached_input_tokens + usage.cached_output_tokens,
+        neurons=decimal_text(usage.neurons),
+    )
+
+
+def _card_message(card: ModelCard) -> model_pb2.ModelCard:
+    config = card.constellation_config
+    return model_pb2.ModelCard(
+        id=card.id,
+        name=card.name,
+        display_name=card.display_name,
+        description=card.description,
+        task=model_pb2.Task(**card.task.model_dump()),
+        tags=card.tags,
+        properties=[model_pb2.Property(**entry.model_dump()) for entry in card.properties],
+        limits=model_pb2.Limits(
+            context_length_limit=card.context_length_limit,
+            sequence_length_limit=card.sequence_length_limit,
+            max_concurrent_requests=card.max_concurrent_requests,
+        ),
+        quota=model_pb2.Quota(max_requests_per_min=config.max_requests_per_min.default),
+        prices=[
+            model_pb2.Price(metric=metric.name, neuron_cost=decimal_text(metric.neuron_cost))
+            for metric in config.neurons.metrics
+        ],
+        generation_defaults=model_pb2.GenerationDefaults(
+            max_tokens=card.default_max_tokens,
+            **{name: getattr(card.generation_config, name) for name in SAMPLING_RANGES},
+        ),
+        input_schema=card.input_schema,
+        output_schema=card.output_schema,
+    )

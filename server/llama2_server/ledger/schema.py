@@ -1,0 +1,58 @@
+"""The ledger's one table, the same on SQLite and PostgreSQL."""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+
+from sqlalchemy import BigInteger, Boolean, Column, Date, DateTime, Dialect, Index, MetaData, Table, Text, TypeDecorator
+
+NEURON_DECIMALS = 9
+
+
+class Nanoneurons(TypeDecorator[Decimal]):
+    """Neurons as a whole number of billionths: SQLite has no decimals, and whole numbers add up exactly anywhere."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> int | None:
+        """Neurons to billionths."""
+        return None if value is None else int(value.scaleb(NEURON_DECIMALS))
+
+    def process_result_value(self, value: int | Decimal | None, dialect: Dialect) -> Decimal | None:
+        """Billionths, or their sum, to neurons."""
+        return None if value is None else Decimal(value).scaleb(-NEURON_DECIMALS)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware time in UTC; SQLite forgets time zones."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Any aware time to UTC."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """A time without a zone is one in UTC."""
+        return None if value is None else value.replace(tzinfo=value.tzinfo or UTC).astimezone(UTC)
+
+
+METADATA = MetaData()
+
+usage_records = Table(
+    "usage_records",
+    METADATA,
+    Column("request_id", Text, primary_key=True),
+    Column("account", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("day", Date, nullable=False),  # of started_at, in UTC
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("ended_at", UtcDateTime, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("served_from_cache", Boolean, nullable=False),
+    Column("nanoneurons", Nanoneurons, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Index("ix_usage_records_account_day", "account", "day"),
+)

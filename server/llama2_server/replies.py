@@ -1,0 +1,84 @@
+"""What a call answers with: a generation's text, or a cached one's, and the figures of this call."""
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from llama2_server.cache import CachedReply
+from llama2_server.engine.engine import FinishReason
+from llama2_server.generation import Generation
+from llama2_server.metering import TokenCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How a reply ended and what it took; times are seconds since the call began."""
+
+    finish_reason: FinishReason
+    counts: TokenCounts
+    seed: int
+    cached: bool
+    """Whether it was computed for another call: then its tokens are free."""
+    queue_seconds: float
+    time_to_first_token_seconds: float
+    total_seconds: float
+
+
+class Reply(Protocol):
+    """A reply as one call sees it."""
+
+    def deltas(self) -> AsyncIterator[str]:
+        """The text as it comes; raises ServiceError if the reply fails."""
+
+    def figures(self) -> Figures:
+        """The figures, once `deltas` has ended."""
+
+
+class LiveReply:
+    """A generation's reply, begun by this call or `shared` with the one that began it."""
+
+    def __init__(self, generation: Generation, *, shared: bool) -> None:
+        self._generation = generation
+        self._shared = shared
+        self._begun = time.monotonic()
+
+    def deltas(self) -> AsyncIterator[str]:
+        """See Reply."""
+        return self._generation.deltas()
+
+    def figures(self) -> Figures:
+        """See Reply; what happened before this call came took it no time."""
+        generation = self._generation
+        if generation.finish_reason is None:
+            raise RuntimeError("the reply is not complete")
+        return Figures(
+            generation.finish_reason,
+            generation.counts,
+            generation.params.seed,
+            cached=self._shared,
+            queue_seconds=self._since_begun(generation.slot_at),
+            time_to_first_token_seconds=self._since_begun(generation.first_token_at),
+            total_seconds=self._since_begun(generation.finished_at),
+        )
+
+    def _since_begun(self, moment: float) -> float:
+        return max(0.0, moment - self._begun)
+
+
+class StoredReply:
+    """A reply out of the response cache."""
+
+    def __init__(self, cached: CachedReply) -> None:
+        self._cached = cached
+
+    async def deltas(self) -> AsyncIterator[str]:
+        """See Reply; all of it comes at once."""
+        if self._cached.text:
+            yield self._cached.text
+
+    def figures(self) -> Figures:
+        """See Reply; it took no time worth telling."""
+        cached = self._cached
+        counts = TokenCounts(cached.input_tokens, cached.output_tokens)
+        return Figures(FinishReason[cached.finish_reason], counts, cached.seed, True, 0.0, 0.0, 0.0)

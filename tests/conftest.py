@@ -1,0 +1,89 @@
+"""Fixtures that several test modules share."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib import resources
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from tests.postgres_server import PostgresCluster, running_postgres
+from tests.scripted_model import ScriptedModel
+from tests.service import Service, ServiceMaker, with_config
+
+from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
+from llama2_server.accounts import Accounts, OpenAccounts
+from llama2_server.app import Loaded, running
+from llama2_server.card import ModelCard, RequestsPerMinute, load_card
+from llama2_server.engine.tokenizer import Tokenizer
+from llama2_server.settings import Settings
+
+DEMO = Path(str(resources.files("llama2_server") / "demo"))
+
+
+@pytest.fixture(scope="session")
+def demo_card() -> ModelCard:
+    """The card of the demo model."""
+    return load_card("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> Tokenizer:
+    """The demo model's tokenizer."""
+    return Tokenizer(DEMO / "tokenizer.model")
+
+
+@pytest.fixture
+def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Path) -> ServiceMaker:
+    """Makes a service whose model replies with `reply`, then ends; other keywords are settings.
+
+    Unless a card is given there is no response cache and as good as no quota: calls do not depend on each other.
+    """
+    plain_card = with_config(
+        demo_card, infer_response_cache=None, max_requests_per_min=RequestsPerMinute(default=10**6)
+    )
+
+    @asynccontextmanager
+    async def serve(
+        reply: str = "Once upon a time.",
+        *,
+        ends: bool = True,
+        card: ModelCard | None = None,
+        accounts: Accounts | None = None,
+        **settings: object,
+    ) -> AsyncIterator[Service]:
+        card = card or plain_card
+        reply_ids = demo_tokenizer.encode_raw(reply)[1:] + ([demo_tokenizer.eos_id] if ends else [])
+        model = ScriptedModel(
+            reply_ids,
+            vocab_size=demo_tokenizer.vocab_size,
+            context_length=card.context_length_limit,
+            slots=card.max_concurrent_requests,
+        )
+        loaded = Loaded(card, accounts or OpenAccounts(), demo_tokenizer, model, frozenset({demo_tokenizer.eos_id}))
+        options = Settings.model_validate(
+            {"listen": "127.0.0.1:0", "data_directory": tmp_path, "grace_seconds": 5, **settings}
+        )
+        # The channel outlives the server, so that calls see how the server drains.
+        async with AsyncExitStack() as stack, running(options, loaded) as address:
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+            model.prefills = 0  # the warm-up does not count
+            try:
+                yield Service(
+                    address,
+                    model,
+                    channel,
+                    text_generation_pb2_grpc.TextGenerationServiceStub(channel),
+                    model_pb2_grpc.ModelServiceStub(channel),
+                )
+            finally:
+                model.open_gate()
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresCluster]:
+    """A running PostgreSQL."""
+    with running_postgres() as cluster:
+        yield cluster

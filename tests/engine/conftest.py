@@ -1,0 +1,44 @@
+"""Checkpoints with random weights, made once for all engine tests."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+from tools.make_checkpoint import Shape, make_checkpoint, make_tokenizer
+
+from llama2_server.engine.tokenizer import Tokenizer
+
+
+class MakeCheckpoint(Protocol):
+    """Makes a checkpoint with these fields of Shape, one directory for each; it must not be written to."""
+
+    def __call__(self, *, shards: int = 1, dtype: torch.dtype = torch.float32, **shape: Any) -> Path: ...
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from a second thread, and wait for it long where the cores are busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """How a test asks for a checkpoint."""
+    made: dict[str, Path] = {}
+
+    def make(*, shards: int = 1, dtype: torch.dtype = torch.float32, **shape: Any) -> Path:
+        key = f"{shape}-{shards}-{dtype}"
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp("made"), Shape(**shape), shards=shards, dtype=dtype)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A small byte-fallback tokenizer with Llama-2's settings."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    make_tokenizer(path, 600)
+    return Tokenizer(path)

@@ -1,0 +1,77 @@
+"""A real PostgreSQL for tests: a private cluster on a free loopback port."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
+class PostgresCluster:
+    """A cluster of our own on a loopback port; as root it runs under another user, as PostgreSQL demands."""
+
+    def __init__(self, programs: Path) -> None:
+        self._programs = programs
+        self._directory = Path(tempfile.mkdtemp(prefix="llama2-ledger-"))
+        self._user = _unprivileged_user()
+        if self._user:
+            shutil.chown(self._directory, self._user)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._run(
+            "initdb", "--no-sync", "--auth=trust", "--username=ledger", "--locale=C", "--encoding=UTF8", "-D", "data"
+        )
+        self.start()
+
+    def start(self) -> None:
+        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories= -c fsync=off"
+        self._run("pg_ctl", "start", "--wait", "-D", "data", "-l", "log", "-o", options)
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "stop", "--wait", "--mode=immediate", "-D", "data")
+
+    def new_database(self) -> str:
+        """The URL of an empty database."""
+        name = f"ledger_{uuid.uuid4().hex}"
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "ledger", name)
+        return f"postgresql://ledger:s3cret@127.0.0.1:{self.port}/{name}"
+
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self._directory)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._programs / program), *arguments]
+        environment = {"PATH": os.defpath, "LC_ALL": "C"}
+        subprocess.run(
+            command, check=True, cwd=self._directory, user=self._user, env=environment, stdout=subprocess.DEVNULL
+        )
+
+
+def _unprivileged_user() -> str | None:
+    if os.geteuid() != 0:
+        return None
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    return "postgres" if "postgres" in names else "nobody"
+
+
+@contextmanager
+def running_postgres() -> Iterator[PostgresCluster]:
+    """A cluster for the body of the `with`; where there is none the test is skipped, and says so."""
+    if PROGRAMS is None:
+        pytest.skip("NOT TESTED WITH POSTGRESQL: it is not installed (Debian: apt-get install postgresql)")
+    cluster = PostgresCluster(PROGRAMS)
+    try:
+        yield cluster
+    finally:
+        cluster.remove()

@@ -1,0 +1,42 @@
+"""Servers as processes of their own."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def command(*flags: str) -> list[str]:
+    """How a server is started."""
+    return [sys.executable, "-m", "llama2_server", *flags]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without settings of the developer's own."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA2_")} | extra
+
+
+@contextmanager
+def server(data_directory: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process on a free port, and its address."""
+    log = data_directory / "server.log"
+    with (
+        log.open("a") as errors,
+        subprocess.Popen(
+            command("--listen", "127.0.0.1:0", "--data-directory", str(data_directory), *flags),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment(),
+        ) as process,
+    ):
+        assert process.stdout is not None
+        serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
+        assert serving, log.read_text()
+        try:
+            yield process, serving[1]
+        finally:
+            process.kill()

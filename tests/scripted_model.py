@@ -1,0 +1,77 @@
+"""A model whose every token is scripted: each rule of step loop and service is tested in milliseconds."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class ScriptedModel:
+    """Replies to every prompt with the same token ids; can be held at a step, made to fail, and asked what it did."""
+
+    def __init__(
+        self, reply_ids: Sequence[int], *, vocab_size: int, context_length: int = 1024, slots: int = 1
+    ) -> None:
+        self.reply_ids = list(reply_ids)
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.slots = slots
+        self.prefills = 0
+        self.decoded_rows: list[int] = []
+        self.failure: Exception | None = None
+        self.nan_logits = False
+        self.steps = threading.Semaphore(0)
+        self.gated = False
+        self.steps_made = 0
+        self.in_step = threading.Event()
+        self._produced = [0] * slots
+
+    def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
+        self._wait()
+        self.prefills += position == 0
+        self._produced[slot] = 0
+        return self._next_logits(slot)
+
+    def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
+        self._wait()
+        self.decoded_rows.append(len(slots))
+        return torch.stack([self._next_logits(slot) for slot in slots])
+
+    def gate(self) -> None:
+        """From now on each step waits for a permit from `allow`."""
+        while self.steps.acquire(blocking=False):
+            pass
+        self.steps_made = 0
+        self.gated = True
+
+    def allow(self, steps: int) -> None:
+        """Let the model make this many steps more."""
+        self.steps.release(steps)
+
+    async def parked(self, steps: int) -> None:
+        """Wait until the steps that were allowed are made, and the model waits before the next one."""
+        while not (self.steps_made >= steps and self.in_step.is_set()):
+            await asyncio.sleep(0)
+
+    def open_gate(self) -> None:
+        """Let the model run free again."""
+        self.gated = False
+        self.steps.release(1)
+
+    def _wait(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self.gated:
+            self.in_step.set()
+            self.steps.acquire()
+            self.in_step.clear()
+            self.steps_made += 1
+
+    def _next_logits(self, slot: int) -> Tensor:  # (vocab_size,)
+        index = min(self._produced[slot], len(self.reply_ids) - 1)
+        self._produced[slot] += 1
+        logits = torch.full((self.vocab_size,), float("nan") if self.nan_logits else -1000.0)
+        logits[self.reply_ids[index]] = 1000.0
+        return logits

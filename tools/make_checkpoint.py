@@ -1,0 +1,221 @@
+"""Makes a checkpoint with random weights in the format of Llama-2-chat, for tests and measurements.
+
+    python -m tools.make_checkpoint --out llama-134m --preset 134m
+
+Nothing is downloaded: the tokenizer is trained on the few lines below, with Llama-2's settings.
+"""
+
+import argparse
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+from sentencepiece import sentencepiece_model_pb2 as model_proto
+from torch import Tensor
+
+TEXT = """The gRPC service answers each call in its own time, and a llama walks slowly over the hills of the Andes.
+[INST] <<SYS>>
+You are a helpful assistant. Answer in one sentence.
+<</SYS>>
+
+What is the capital of Peru? [/INST] The capital of Peru is Lima, where more than 10 million people live.
+[INST] And who are you? [/INST] I am a small model with random weights; nobody should believe a word of this.
+Once upon a time there was a child who asked the wind for a story. "Listen," said the wind, "and write it down!"
+She wrote: 1, 2, 3; 1984; 3.14159; a+b=c; {"key": "value"}; http://example.com/?q=1&r=2 -- and then she slept.
+    def main(argument):
+        return argument * 2  # two spaces  here
+Où est la gare? Die Straße führt über die Brücke. ¿Dónde está la llama? Привет, мир. 今天天气很好。 日本語のテキスト。
+"""
+
+# The chat_template of Llama-2-7b-chat-hf's tokenizer_config.json, as published.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}"
+    "{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
+    "{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+UNUSED = 5  # sentencepiece_model.proto: ModelProto.SentencePiece.Type
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The size of a checkpoint; the defaults make a tiny one."""
+
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    ffn: int = 176
+    vocab: int = 600
+    context: int = 128
+    tied: bool = False
+
+
+PRESETS = {
+    "tiny": Shape(),
+    "134m": Shape(hidden=768, layers=12, heads=12, kv_heads=12, ffn=2048, vocab=32000, context=4096),
+    "1.2b": Shape(hidden=2048, layers=22, heads=16, kv_heads=16, ffn=5632, vocab=32000, context=4096),
+}
+
+
+def make_checkpoint(
+    directory: Path, shape: Shape, *, shards: int = 1, dtype: torch.dtype = torch.float16, seed: int = 0
+) -> Path:
+    """Write a checkpoint into `directory`, which is made if need be, and return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(directory / "tokenizer.model", shape.vocab)
+    _write_json(directory / "config.json", _config(shape, dtype))
+    _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    _write_json(directory / "tokenizer_config.json", _tokenizer_config())
+    _write_weights(directory, shape, shards, dtype, seed)
+    return directory
+
+
+def make_tokenizer(path: Path, vocab_size: int) -> None:
+    """Train a byte-fallback BPE tokenizer and pad it with unused pieces, which no text ever yields, to `vocab_size`."""
+    model = model_proto.ModelProto.FromString(_train_tokenizer(vocab_size))  # type: ignore[attr-defined]
+    for index in range(len(model.pieces), vocab_size):
+        model.pieces.add(piece=f"<unused_{index}>", score=-index, type=UNUSED)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    path.write_bytes(model.SerializeToString())
+
+
+def _train_tokenizer(vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=model,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.98,  # leaves rare characters to the bytes, as in a real vocabulary
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _config(shape: Shape, dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": shape.context,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": shape.tied,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _tokenizer_config() -> dict[str, object]:
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": True,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _write_weights(directory: Path, shape: Shape, shards: int, dtype: torch.dtype, seed: int) -> None:
+    names = list(_tensor_shapes(shape))
+    per_shard = -(-len(names) // shards)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    for index in range(shards):
+        file = f"model-{index + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        part = dict(names[index * per_shard : (index + 1) * per_shard])
+        tensors = {name: _random(size, generator, dtype) for name, size in part.items()}
+        save_file(tensors, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        _write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def _tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    head_dim = shape.hidden // shape.heads
+    yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
+    for index in range(shape.layers):
+        layer = f"model.layers.{index}"
+        yield f"{layer}.input_layernorm.weight", (shape.hidden,)
+        yield f"{layer}.self_attn.q_proj.weight", (shape.hidden, shape.hidden)
+        yield f"{layer}.self_attn.k_proj.weight", (shape.kv_heads * head_dim, shape.hidden)
+        yield f"{layer}.self_attn.v_proj.weight", (shape.kv_heads * head_dim, shape.hidden)
+        yield f"{layer}.self_attn.o_proj.weight", (shape.hidden, shape.hidden)
+        yield f"{layer}.post_attention_layernorm.weight", (shape.hidden,)
+        yield f"{layer}.mlp.gate_proj.weight", (shape.ffn, shape.hidden)
+        yield f"{layer}.mlp.up_proj.weight", (shape.ffn, shape.hidden)
+        yield f"{layer}.mlp.down_proj.weight", (shape.hidden, shape.ffn)
+    yield "model.norm.weight", (shape.hidden,)
+    if not shape.tied:
+        yield "lm_head.weight", (shape.vocab, shape.hidden)
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Matrices that keep the size of what they multiply, so that each layer and attention itself matter."""
+    values = torch.randn(shape, generator=generator)
+    values = 1 + values / 10 if len(shape) == 1 else values * shape[1] ** -0.5
+    return values.to(dtype)
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the size, unless given below")
+    for name in asdict(Shape()):
+        if name != "tied":
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument("--tied", action="store_const", const=True, help="one matrix for embedding and head")
+    parser.add_argument("--shards", type=int, default=1, help="number of safetensors files")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make the checkpoint that the command line describes."""
+    arguments = _parse_arguments()
+    given = {name: value for name in asdict(Shape()) if (value := getattr(arguments, name)) is not None}
+    shape = replace(PRESETS[arguments.preset], **given)
+    make_checkpoint(arguments.out, shape, shards=arguments.shards, dtype=DTYPES[arguments.dtype], seed=arguments.seed)
+    size = sum(path.stat().st_size for path in arguments.out.glob("*.safetensors"))
+    print(f"{arguments.out}: {size / 1e6:.0f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()
