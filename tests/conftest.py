@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import resources
@@ -17,6 +18,12 @@ from llama2_server.app import Loaded, running
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.engine.tokenizer import Tokenizer
 from llama2_server.settings import Settings
+
+
+def pytest_configure() -> None:
+    """Undo what a shell does to its background jobs: they ignore SIGINT, and so would each program that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 DEMO = Path(str(resources.files("llama2_server") / "demo"))
 

@@ -66,7 +66,7 @@ class Admissions:
 
 
 class Admission:
-    """What an admitted request turned out to cost: say so by one of the `…` methods; without, nothing was computed."""
+    """What serves an admitted request, by `served_from_cache` or `served_by`; without either nothing was computed."""
 
     def __init__(self, admissions: Admissions, request_id: str) -> None:
         self._admissions = admissions

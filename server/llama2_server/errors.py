@@ -12,6 +12,7 @@
     |   |-- Draining                              the server is shutting down
     |   |-- QuotaStoreDown                        quotas cannot be counted
     |   |-- LedgerFull                            usage cannot be recorded
+    |   |-- LedgerDown (in the ledger)            usage cannot be read
     |   `-- EngineDown                            the engine has stopped
     |-- DeadlineExceeded    DEADLINE_EXCEEDED     the call's deadline passed in the line
     `-- InternalFault       INTERNAL              a fault of the server
