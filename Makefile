@@ -8,7 +8,7 @@ MAIN_REF = $(firstword $(shell git for-each-ref --format='%(refname)' refs/remot
 SOURCES := server client tests tools benchmarks hatch_build.py
 PROTOS := $(wildcard protos/llama2/v1/*.proto)
 
-.PHONY: run test check format proto bench demo-model clean help
+.PHONY: run test check format proto docs bench demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -16,6 +16,7 @@ help:
 	@echo "make check       formatting, lint, types, import rules, the contract"
 	@echo "make format      put code and contract into shape"
 	@echo "make proto       generate the Python stubs"
+	@echo "make docs        write the reference of the settings anew"
 	@echo "make bench       compare engine and service with transformers.generate"
 	@echo "make demo-model  train the demo model anew (under an hour on two cores)"
 
@@ -30,6 +31,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_import_rules.py
+	$(BIN)/python -m tools.settings_reference --check
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	@$(if $(MAIN_REF),$(BIN)/buf breaking --against '.git#ref=$(MAIN_REF)',echo "NOT CHECKED: no main branch to compare the contract with")
@@ -44,6 +46,9 @@ proto: $(VENV)/.server
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compare
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m tools.settings_reference
 
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m tools.demo_model.train

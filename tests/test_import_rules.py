@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": set(),
     "errors": set(),
     "settings": set(),
+    "settings_sources": {"settings"},
     "card": set(),
     "health": set(),
     "interceptor": {"errors"},
@@ -33,11 +34,11 @@ ALLOWED: dict[str, set[str]] = {
 }
 LOWER_PARTS = set(ALLOWED) | {"llama2"}
 ALLOWED |= {
-    "information": LOWER_PARTS - {"settings", "engine"},
-    "servicer": LOWER_PARTS - {"settings"},
+    "information": LOWER_PARTS - {"settings", "settings_sources", "engine"},
+    "servicer": LOWER_PARTS - {"settings", "settings_sources"},
     "app": LOWER_PARTS | {"information", "servicer"},
-    "admin": {"accounts", "ledger", "metering", "settings"},
-    "__main__": {"accounts", "admin", "app", "settings", "card", "engine", "ledger"},
+    "admin": {"accounts", "ledger", "metering", "settings_sources"},
+    "__main__": {"accounts", "admin", "app", "settings", "settings_sources", "card", "engine", "ledger"},
     "__init__": set(),
 }
 # Libraries that the engine may know; above all, no gRPC.

@@ -119,17 +119,18 @@ def taken_port() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("flags", "extra", "words"),
     [
-        (["--listen", "here"], {}, "listen: must be HOST:PORT"),
+        (["--listen", "here"], {}, "must be HOST:PORT"),
         (["--listen", "0.0.0.0:1"], {}, "listen: 0.0.0.0:1 is not loopback"),
-        ([], {"LLAMA2_LISTEN": "nowhere:x"}, "listen: must be HOST:PORT"),
+        ([], {"LLAMA2_LISTEN": "nowhere:x"}, "must be HOST:PORT"),
         (["--card", "no-such-card"], {}, "weights: this card needs them"),
         (["--card", "no-such-card", "--weights", "."], {}, "card no-such-card: cannot be read"),
         (["--weights", "/no/such/directory"], {}, "/no/such/directory: no such directory"),
         (["--weights", "."], {}, "tokenizer.model: no such file"),
-        (["--grace-seconds", "-1"], {}, "grace_seconds: "),
+        (["--grace-seconds", "-1"], {}, "grace_seconds (--grace-seconds): "),
         (["--keys-file", "/no/such/keys"], {}, "keys file /no/such/keys: cannot be read"),
         (["--ledger-url", "mysql://here"], {}, "ledger_url: "),
         (["--redis-url", "http://here"], {}, "redis_url: "),
+        (["--lisen", "x"], {}, "--lisen: there is no such flag; did you mean --listen?"),
     ],
 )
 def test_bad_settings_end_with_one_line(tmp_path: Path, flags: list[str], extra: dict[str, str], words: str) -> None:
@@ -142,15 +143,6 @@ def test_bad_settings_end_with_one_line(tmp_path: Path, flags: list[str], extra:
     assert words in last
     assert all(" INFO " in line for line in logged)
     assert done.stdout == ""
-
-
-def test_unknown_flag_is_refused() -> None:
-    """A flag that does not exist ends with exit code 2 and its name."""
-    done = subprocess.run(
-        command("--lisen", "x"), capture_output=True, text=True, timeout=60, env=environment(), check=False
-    )
-    assert done.returncode == 2
-    assert "--lisen" in done.stderr
 
 
 def test_port_in_use_is_named(tmp_path: Path, taken_port: int) -> None:

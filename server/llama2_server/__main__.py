@@ -3,10 +3,9 @@
 import asyncio
 import logging
 import sys
+from typing import NoReturn
 
-from pydantic import ValidationError
-
-from llama2_server.settings import Settings
+from llama2_server.settings_sources import BadSettings, read_settings
 
 
 def main() -> None:
@@ -17,10 +16,14 @@ def main() -> None:
         admin(prog_name="llama2-server")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each of its plugins at every start
+    shows_settings = sys.argv[1:2] == ["settings"]
     try:
-        settings = Settings(_cli_parse_args=sys.argv[1:])
-    except ValidationError as error:
-        _refuse(_settings_problem(error))
+        sourced = read_settings(sys.argv[1 + shows_settings :])
+    except BadSettings as error:
+        _refuse(str(error))
+    if shows_settings:
+        print(sourced)
+        return
     # Only now the imports that take seconds: a wrong flag is refused at once.
     from llama2_server import app
     from llama2_server.accounts import KeysFileError
@@ -29,22 +32,16 @@ def main() -> None:
     from llama2_server.ledger.failures import LedgerError
 
     try:
-        asyncio.run(app.serve(settings, app.load(settings)))
+        asyncio.run(app.serve(sourced.settings, app.load(sourced.settings)))
     except (CardError, KeysFileError, LedgerError, WeightsError, app.StartError) as error:
         _refuse(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _settings_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
-
-
-def _refuse(problem: str) -> None:
-    print(f"llama2-server: {problem}", file=sys.stderr)
+def _refuse(problem: str) -> NoReturn:
+    for line in problem.splitlines():
+        print(f"llama2-server: {line}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,8 +1,8 @@
 """What the operator does besides serving: `llama2-server keys …` and `llama2-server usage`."""
 
 import asyncio
+from collections.abc import Mapping
 from datetime import date, datetime
-from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -12,7 +12,7 @@ from llama2_server.ledger.failures import LedgerError
 from llama2_server.ledger.ledger import default_url, read_totals
 from llama2_server.ledger.records import DailyUsage
 from llama2_server.metering import decimal_text
-from llama2_server.settings import default_data_directory
+from llama2_server.settings_sources import BadSettings, read_settings
 
 DAY = click.DateTime(["%Y-%m-%d"])
 
@@ -44,25 +44,24 @@ def new(account: str, name: str) -> None:
 @click.option("--account", metavar="ID", help="One account; without it, all of them.")
 @click.option("--since", type=DAY, metavar="YYYY-MM-DD", help="The first day, in UTC.")
 @click.option("--until", type=DAY, metavar="YYYY-MM-DD", help="The last day, in UTC.")
-@click.option(
-    "--ledger-url",
-    envvar="LLAMA2_LEDGER_URL",
-    help="The ledger's store, as the servers have it; else the file in the data directory.  [env: LLAMA2_LEDGER_URL]",
-)
-@click.option(
-    "--data-directory",
-    envvar="LLAMA2_DATA_DIRECTORY",
-    default=default_data_directory,
-    type=click.Path(),
-    help="The servers' data directory.  [env: LLAMA2_DATA_DIRECTORY]",
-)
-def usage(
-    account: str | None, since: datetime | None, until: datetime | None, ledger_url: str | None, data_directory: str
-) -> None:
+@click.option("--config", metavar="FILE", help="The servers' settings file; their environment counts too.")
+@click.option("--ledger-url", metavar="URL", help="The ledger's store; else the servers' setting.")
+@click.option("--data-directory", metavar="DIRECTORY", help="Where the ledger's file is; else the servers' setting.")
+def usage(account: str | None, since: datetime | None, until: datetime | None, **settings: str | None) -> None:
     """Print the ledger's totals by account, day and model, as tab-separated values."""
-    url = ledger_url or default_url(Path(data_directory))
+    url = _ledger_url(settings)
     for line in _totals(url, account, *(day.date() if day else None for day in (since, until))):
         click.echo(line)
+
+
+def _ledger_url(flags: Mapping[str, str | None]) -> str:
+    """Where the ledger is, by the servers' own settings; `flags` win over them."""
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items() if value is not None]
+    try:
+        settings = read_settings(given).settings
+    except BadSettings as error:
+        _refuse(str(error))
+    return settings.ledger_url.get_secret_value() if settings.ledger_url else default_url(settings.data_directory)
 
 
 def _totals(url: str, account: str | None, since: date | None, until: date | None) -> list[str]:
@@ -81,5 +80,6 @@ def _line(usage: DailyUsage) -> str:
 
 
 def _refuse(problem: str) -> NoReturn:
-    click.echo(f"llama2-server: {problem}", err=True)
+    for line in problem.splitlines():
+        click.echo(f"llama2-server: {line}", err=True)
     raise SystemExit(2)

@@ -1,4 +1,4 @@
-"""The server's settings, typed: flags win over `LLAMA2_…` in the environment, which wins over the defaults."""
+"""The server's settings, typed; where their values come from stands in settings_sources.py."""
 
 import ipaddress
 import os
@@ -18,9 +18,14 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEMO_CARD = "demo"
+ENV_PREFIX = "LLAMA2_"
+# A journal that holds less than a few records could never take one.
+MIN_JOURNAL_BYTES = 64 * 1024
 
 
-def _host_and_port(listen: str) -> str:
+def _host_and_port(listen: str | None) -> str | None:
+    if listen is None:
+        return None
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
         raise ValueError("must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051; port 0 takes a free one")
@@ -36,7 +41,9 @@ class Settings(BaseSettings):
     """Everything that the operator decides; what the service promises stands in the card."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LLAMA2_",
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        cli_exit_on_error=False,
         cli_prog_name="llama2-server",
         cli_kebab_case=True,
         cli_implicit_flags=True,
@@ -46,6 +53,10 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
+    config: Annotated[
+        Path | None,
+        Field(description="A YAML file of settings, by the names in this list; the environment and flags win over it."),
+    ] = None
     card: Annotated[
         str, Field(description="A model card: a shipped one's name (demo, llama-2-7b-chat-fp16) or a file.")
     ] = DEMO_CARD
@@ -81,8 +92,11 @@ class Settings(BaseSettings):
         Field(description="The ledger's store: postgresql://USER:PASSWORD@HOST/DB; else a file in the data directory."),
     ] = None
     journal_max_bytes: Annotated[
-        PositiveInt,
-        Field(description="What may wait on the disk for a ledger store that is down; then work is refused."),
+        int,
+        Field(
+            ge=MIN_JOURNAL_BYTES,
+            description="What may wait on the disk for a ledger store that is down; then work is refused.",
+        ),
     ] = 16 * 1024 * 1024
     redis_url: Annotated[
         SecretStr | None,
@@ -99,7 +113,75 @@ class Settings(BaseSettings):
     cache_max_entry_bytes: Annotated[PositiveInt, Field(description="The largest response that is kept in Redis.")] = (
         256 * 1024
     )
+    tls_certificate: Annotated[
+        Path | None,
+        Field(description="The server's certificate chain, PEM; with it and the key the port speaks TLS only."),
+    ] = None
+    tls_key: Annotated[Path | None, Field(description="The private key of the certificate, PEM.")] = None
+    tls_client_ca: Annotated[
+        Path | None,
+        Field(description="Certificate authorities, PEM: every client must show a certificate of theirs (mutual TLS)."),
+    ] = None
+    health_listen: Annotated[
+        str | None,
+        AfterValidator(_host_and_port),
+        Field(description="A second, plaintext port that serves health only: for probes, which speak no TLS."),
+    ] = None
+    metrics_listen: Annotated[
+        str | None,
+        AfterValidator(_host_and_port),
+        Field(description="Where Prometheus scrapes /metrics over HTTP; without it there are no metrics."),
+    ] = None
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(description="Where traces go: OTLP over gRPC, such as http://localhost:4317; without it there are none."),
+    ] = None
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="The least that is logged.")
+    ] = "info"
+    log_format: Annotated[
+        Literal["auto", "console", "json"],
+        Field(description="Log lines for people or for machines; auto is console on a terminal, else json."),
+    ] = "auto"
+    step_timeout_seconds: Annotated[
+        PositiveFloat,
+        Field(description="A step of the engine that takes longer has hung: the process ends, to be restarted."),
+    ] = 120.0
+    probe_interval_seconds: Annotated[
+        PositiveFloat,
+        Field(description="A server on which nothing succeeded for so long generates a token, to know that it can."),
+    ] = 60.0
     max_message_bytes: Annotated[PositiveInt, Field(description="The largest request message.")] = 1024 * 1024
+    max_metadata_bytes: Annotated[PositiveInt, Field(description="The most metadata that a call may bring.")] = (
+        16 * 1024
+    )
+    max_streams_per_connection: Annotated[
+        PositiveInt | None,
+        Field(description="Calls at once on one connection; by default all that fit slots and line, and 100 more."),
+    ] = None
+    connection_idle_seconds: Annotated[
+        PositiveFloat, Field(description="A connection without calls is closed after so long.")
+    ] = 900.0
+    connection_age_seconds: Annotated[
+        PositiveFloat,
+        Field(description="A connection is asked to end after so long, so that clients look for new replicas."),
+    ] = 1800.0
+    connection_age_grace_seconds: Annotated[
+        PositiveFloat,
+        Field(description="What calls on a connection that was asked to end may still take."),
+    ] = 3600.0
+    keepalive_seconds: Annotated[PositiveFloat, Field(description="A silent connection is pinged after so long.")] = (
+        60.0
+    )
+    keepalive_timeout_seconds: Annotated[
+        PositiveFloat, Field(description="A ping that is not answered for so long ends the connection.")
+    ] = 20.0
+    min_ping_interval_seconds: Annotated[
+        PositiveFloat, Field(description="A peer that pings more often than this is sent away.")
+    ] = 10.0
+    handshake_timeout_seconds: Annotated[
+        PositiveFloat, Field(description="What a peer has for the handshake of a new connection, TLS included.")
+    ] = 10.0
     reflection: Annotated[bool, Field(description="Serve reflection, which grpcurl and buf curl ask for.")] = True
     keys_file: Annotated[
         Path | None,
@@ -124,6 +206,10 @@ class Settings(BaseSettings):
                 f"listen: {self.listen} is not loopback and there are no keys: anybody who reaches it could call; "
                 "give a --keys-file, listen on 127.0.0.1, or say --allow-open"
             )
+        ports = [listen for listen in (self.listen, self.health_listen, self.metrics_listen) if listen is not None]
+        taken = [listen for listen in ports if not listen.endswith(":0")]
+        if len(set(taken)) < len(taken):
+            raise ValueError("listen, health_listen and metrics_listen must be different addresses")
         return self
 
 
