@@ -310,21 +310,6 @@ async def test_never_more_at_once_than_the_card_says(
         assert max(service.model.decoded_rows) == slots
 
 
-async def test_full_line_is_refused_with_a_retry_time(serve_scripted: ServiceMaker) -> None:
-    """RESOURCE_EXHAUSTED with RetryInfo, and the same time as grpc-retry-pushback-ms."""
-    async with serve_scripted(REPLY, line_limit=0) as service:
-        holder = await hold_the_slot(service)
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await service.text.Generate(pb.GenerateRequest(prompt="one too many"))
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        retry = details(refused.value)["RetryInfo"]
-        assert isinstance(retry, error_details_pb2.RetryInfo)
-        pushback = dict(refused.value.trailing_metadata())["grpc-retry-pushback-ms"]
-        assert retry.retry_delay.ToMilliseconds() == int(pushback) > 0
-        service.model.open_gate()
-        await text_of(holder)
-
-
 async def test_drain_finishes_who_runs_and_refuses_who_waits(serve_scripted: ServiceMaker) -> None:
     """On shutdown watchers hear NOT_SERVING and end, who waits gets UNAVAILABLE with RetryInfo, who runs finishes."""
     async with serve_scripted(REPLY) as service:

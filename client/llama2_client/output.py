@@ -29,7 +29,6 @@ _HEADLINES: tuple[tuple[type[errors.Llama2Error], str], ...] = (
     (errors.InvalidRequest, "the request is not valid"),
     (errors.Unauthenticated, "not authenticated"),
     (errors.PermissionDenied, "not permitted"),
-    (errors.QuotaExceeded, "the quota is used up"),
     (errors.LineFull, "the server is busy"),
     (errors.ResourceExhausted, "too much was asked for"),
     (errors.Unavailable, "the server is not available"),
@@ -143,7 +142,8 @@ def print_error(error: errors.Llama2Error, address: str, *, as_json: bool) -> No
         return
     headline, *more = _error_lines(error, address)
     if error.retry_after is not None:
-        headline = f"{headline}; retry in {max(1, math.ceil(error.retry_after))} s"
+        what = "next one" if isinstance(error, errors.QuotaExceeded) else "retry"
+        headline = f"{headline}; {what} in {max(1, math.ceil(error.retry_after))} s"
     click.echo(f"{click.style('error:', fg='red', bold=True)} {headline}", err=True)
     for line in more:
         click.echo(f"  {line}", err=True)
@@ -216,6 +216,8 @@ def _error_lines(error: errors.Llama2Error, address: str) -> list[str]:
     headline = next((words for kind, words in _HEADLINES if isinstance(error, kind)), error.code.name)
     if isinstance(error, errors.DeadlineExceeded):
         return [headline, "--timeout allows more."]
+    if isinstance(error, errors.QuotaExceeded):
+        return [error.message]
     lines = [f"{headline}: {error.message}"]
     if isinstance(error, errors.Unauthenticated):
         lines.append("Give a key with --api-key or LLAMA2_API_KEY.")

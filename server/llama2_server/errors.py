@@ -12,7 +12,7 @@
     |   |-- Draining                              the server is shutting down
     |   |-- QuotaStoreDown                        quotas cannot be counted
     |   |-- LedgerFull                            usage cannot be recorded
-    |   |-- LedgerDown (in the ledger)            usage cannot be read
+    |   |-- LedgerDown                            usage cannot be read
     |   `-- EngineDown                            the engine has stopped
     |-- DeadlineExceeded    DEADLINE_EXCEEDED     the call's deadline passed in the line
     `-- InternalFault       INTERNAL              a fault of the server
@@ -176,6 +176,15 @@ class LedgerFull(Unavailable):
     """The ledger's store is down and its journal is full: work would go unrecorded."""
 
     reason = "LEDGER_FULL"
+
+
+class LedgerDown(Unavailable):
+    """The ledger's store does not answer, so that usage cannot be read now."""
+
+    reason = "LEDGER_DOWN"
+
+    def __init__(self) -> None:
+        super().__init__("usage cannot be read now; try again")
 
 
 class EngineDown(Unavailable):

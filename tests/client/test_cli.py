@@ -286,7 +286,7 @@ class TestErrors:
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 [error_details_pb2.QuotaFailure(), RETRY_IN_11_SECONDS],
                 4,
-                "the quota is used up: in plain words; retry in 11 s",
+                "in plain words; next one in 11 s",
             ),
             (
                 grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -20,8 +20,8 @@ import pytest
 from tests.ledger.conftest import COSTS, LedgerOpener, crash, stored
 from tests.postgres_server import PostgresCluster
 
-from llama2_server.errors import LedgerFull
-from llama2_server.ledger.failures import LedgerDown, LedgerError
+from llama2_server.errors import LedgerDown, LedgerFull
+from llama2_server.ledger.failures import LedgerError
 from llama2_server.ledger.journal import PROGRESS_TOKENS
 from llama2_server.ledger.ledger import Ledger, default_url, read_totals
 from llama2_server.ledger.records import INTERRUPTED, NOTHING_COMPUTED, DailyUsage, UsageRecord

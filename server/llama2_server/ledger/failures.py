@@ -1,6 +1,4 @@
-"""What the ledger raises, besides LedgerFull of the service's error tree."""
-
-from llama2_server.errors import Unavailable
+"""What the ledger raises, besides LedgerFull and LedgerDown of the service's error tree."""
 
 
 class LedgerError(Exception):
@@ -13,12 +11,3 @@ class StoreDown(Exception):
     def __init__(self, reason: str, *, temporary: bool) -> None:
         super().__init__(reason)
         self.temporary = temporary
-
-
-class LedgerDown(Unavailable):
-    """The ledger's store does not answer, so that usage cannot be read now."""
-
-    reason = "LEDGER_DOWN"
-
-    def __init__(self) -> None:
-        super().__init__("usage cannot be read now; try again")

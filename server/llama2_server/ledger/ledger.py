@@ -14,7 +14,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Self
 
-from llama2_server.ledger.failures import LedgerDown, LedgerError, StoreDown
+from llama2_server.errors import LedgerDown
+from llama2_server.ledger.failures import LedgerError, StoreDown
 from llama2_server.ledger.journal import Journal
 from llama2_server.ledger.records import DailyUsage, RunningRequest, UsageRecord
 from llama2_server.ledger.schema import NEURON_DECIMALS
