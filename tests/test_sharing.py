@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
-from tests.service import Service, ServiceMaker, details, health_stub, hold_the_slot, text_of, with_config
+from tests.service import Service, ServiceMaker, details, health_stub, hold_the_slot, text_of, until, with_config
 
 from llama2.v1 import account_pb2, account_pb2_grpc, model_pb2
 from llama2.v1 import text_generation_pb2 as pb
@@ -271,6 +271,7 @@ async def test_every_admitted_request_has_one_record(
         holder = await hold_the_slot(service)
         with pytest.raises(grpc.aio.AioRpcError):
             await service.text.Generate(pb.GenerateRequest(prompt="expired"), timeout=0.3)
+        await until(lambda: len(list(records(tmp_path))) == 3)  # the server's own timer comes later than the caller's
         waiting = service.text.GenerateStream(pb.GenerateRequest(prompt="waiting"))
         reading = asyncio.create_task(waiting.read())
         await health_stub(service.channel).Check(_health_request())
@@ -283,3 +284,24 @@ async def test_every_admitted_request_has_one_record(
     outcomes = sorted(record["outcome"] for record in records(tmp_path))
     expected = ["CANCELLED", "CANCELLED", "DEADLINE_EXCEEDED", "END_OF_SEQUENCE", "INTERNAL", "RESOURCE_EXHAUSTED"]
     assert outcomes == expected
+
+
+async def test_prompt_that_begins_alike_is_reused_by_its_account_only(
+    serve_scripted: ServiceMaker, sharing_card: ModelCard
+) -> None:
+    """`usage` says how many input tokens were reused; at the same price, and strangers reuse none."""
+    prompt = "Tell me a story. " * 150
+    async with serve_scripted(REPLY, card=sharing_card, accounts=AccountsByHeader()) as service:
+
+        async def usage(account: str, text: str) -> pb.Usage:
+            request = pb.GenerateRequest(prompt=text, raw=True, max_tokens=2)
+            reply = await service.text.Generate(request, metadata=as_account(account))
+            return reply.completion.usage
+
+        first, second = await usage("a", prompt), await usage("a", f"{prompt} And another one.")
+        assert (await usage("b", f"{prompt} And a third one.")).reused_input_tokens == 0
+    assert first.reused_input_tokens == 0
+    assert first.input_tokens > second.reused_input_tokens > 0
+    assert Decimal(second.neurons) == neurons(
+        TokenCounts(second.input_tokens, second.output_tokens), sharing_card.neuron_costs
+    )

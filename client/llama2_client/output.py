@@ -156,7 +156,8 @@ def note(text: str) -> None:
 
 def _figures(reply: Reply) -> Iterator[str]:
     yield reply.finish_reason.value.lower().replace("_", " ")
-    yield f"{reply.input_tokens} in, {reply.output_tokens} out"
+    reused = f" ({reply.reused_input_tokens} reused)" if reply.reused_input_tokens else ""
+    yield f"{reply.input_tokens} in{reused}, {reply.output_tokens} out"
     yield f"{reply.neurons} neurons"
     if reply.cached:
         yield "from the response cache"
@@ -178,6 +179,7 @@ def _completion(reply: Reply) -> dict[str, object]:
         "finish_reason": reply.finish_reason.value,
         "input_tokens": reply.input_tokens,
         "output_tokens": reply.output_tokens,
+        "reused_input_tokens": reply.reused_input_tokens,
         # Exact decimals and 64-bit integers do not survive every JSON reader as numbers.
         "neurons": str(reply.neurons),
         "seed": str(reply.seed),

@@ -44,6 +44,7 @@ class Reply:
     input_tokens: int
     output_tokens: int
     neurons: Decimal
+    reused_input_tokens: int
     seed: int
     cached: bool
     request_id: str
@@ -161,6 +162,7 @@ def reply_of(text: str, completion: text_generation_pb2.Completion) -> Reply:
         input_tokens=usage.input_tokens,
         output_tokens=usage.output_tokens,
         neurons=Decimal(usage.neurons or 0),
+        reused_input_tokens=usage.reused_input_tokens,
         seed=completion.seed,
         cached=completion.cached,
         request_id=completion.request_id,

@@ -36,6 +36,8 @@ class Generation:
         """Why the reply ended; None until it has, and for one that was refused, failed or was given up."""
         self.counts = TokenCounts(0, 0)
         """What was computed, whatever the end."""
+        self.reused_input_tokens = 0
+        """Those of the input tokens that the engine still held."""
         self.slot_at = 0.0
         self._prompt = prompt
         self._text = _Text(self, tokenizer, params, len(prompt.token_ids), on_progress, keep_leading_space=prompt.raw)
@@ -121,7 +123,7 @@ class Generation:
         try:
             async with slots.acquire(account.id, deadline):
                 self.slot_at = time.monotonic()
-                finish = await self._compute(engine)
+                finish = await self._compute(engine, account)
             self._judge(finish)
         except ServiceError as error:
             self._error = error
@@ -131,15 +133,16 @@ class Generation:
         finally:
             self._announce()
 
-    async def _compute(self, engine: Engine) -> Finish:
+    async def _compute(self, engine: Engine, account: Account) -> Finish:
         try:
-            self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text)
+            self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner=account.id)
         except EngineFault as fault:
             raise EngineDown("the engine has stopped; try another server") from fault
         return await self._finished
 
     def _judge(self, finish: Finish) -> None:
         self.counts = TokenCounts(finish.input_tokens, finish.output_tokens)
+        self.reused_input_tokens = finish.reused_input_tokens
         if finish.reason is FinishReason.FAILED:
             self._error = InternalFault()
         elif finish.reason is FinishReason.CANCELLED:

@@ -23,6 +23,8 @@ class Figures:
     queue_seconds: float
     time_to_first_token_seconds: float
     total_seconds: float
+    reused_input_tokens: int = 0
+    """Those of the input tokens that were not computed anew for this call."""
 
 
 class Reply(Protocol):
@@ -60,6 +62,7 @@ class LiveReply:
             queue_seconds=self._since_begun(generation.slot_at),
             time_to_first_token_seconds=self._since_begun(generation.first_token_at),
             total_seconds=self._since_begun(generation.finished_at),
+            reused_input_tokens=0 if self._shared else generation.reused_input_tokens,
         )
 
     def _since_begun(self, moment: float) -> float:

@@ -139,6 +139,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
                 input_tokens=figures.counts.input_tokens,
                 output_tokens=figures.counts.output_tokens,
                 neurons=decimal_text(price),
+                reused_input_tokens=figures.reused_input_tokens,
             ),
             seed=figures.seed,
             cached=figures.cached,

@@ -38,7 +38,7 @@ CARD = model_pb2.ModelCard(
 
 COMPLETION = text_generation_pb2.Completion(
     finish_reason=text_generation_pb2.FINISH_REASON_END_OF_SEQUENCE,
-    usage=text_generation_pb2.Usage(input_tokens=20, output_tokens=13, neurons="12.1176"),
+    usage=text_generation_pb2.Usage(input_tokens=20, output_tokens=13, neurons="12.1176", reused_input_tokens=16),
     seed=2**64 - 1,
     cached=False,
     request_id="6d1a4a7d1f3e4c0e9a3b5c7d9e1f2a3b",

@@ -32,6 +32,7 @@ COMPLETION_JSON = {
     "finish_reason": "END_OF_SEQUENCE",
     "input_tokens": 20,
     "output_tokens": 13,
+    "reused_input_tokens": 16,
     "neurons": "12.1176",
     "seed": "18446744073709551615",
     "cached": False,
@@ -156,7 +157,8 @@ class TestGenerate:
         assert await run(server.address, "generate", "Hi") == Result(
             0,
             "Hello world\n",
-            "end of sequence · 20 in, 13 out · 12.1176 neurons · queue 0.25 s · first token 0.50 s · 8.0 tokens/s\n",
+            "end of sequence · 20 in (16 reused), 13 out · 12.1176 neurons · queue 0.25 s · first token 0.50 s"
+            " · 8.0 tokens/s\n",
         )
         assert server.requests == [text_generation_pb2.GenerateRequest(prompt="Hi")]
 

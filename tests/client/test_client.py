@@ -37,6 +37,7 @@ REPLY = Reply(
     finish_reason=FinishReason.END_OF_SEQUENCE,
     input_tokens=20,
     output_tokens=13,
+    reused_input_tokens=16,
     neurons=Decimal("12.1176"),
     seed=2**64 - 1,
     cached=False,

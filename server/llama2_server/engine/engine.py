@@ -8,6 +8,7 @@ import enum
 import logging
 import threading
 from collections import deque
+from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from llama2_server.engine.errors import EngineFault
 from llama2_server.engine.model import Model
+from llama2_server.engine.prefixes import FreeSlots
 from llama2_server.engine.sampling import GenerationParams, Sampler
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ class Finish:
     reason: FinishReason
     input_tokens: int
     output_tokens: int
+    reused_input_tokens: int = 0
+    """Those of the input tokens that were in the KV cache already."""
 
 
 class Listener(Protocol):
@@ -57,7 +61,9 @@ class Sequence:
     prompt_ids: list[int]
     params: GenerationParams
     listener: Listener
+    owner: Hashable | None = None
     slot: int = -1
+    reused: int = 0  # tokens that the KV cache held already
     position: int = 0  # tokens in the KV cache
     output_ids: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
@@ -80,7 +86,7 @@ class Engine:
         self._model = model
         self._eos_ids = eos_ids
         self._prefill_chunk_tokens = prefill_chunk_tokens
-        self._free_slots = list(range(model.slots))
+        self._free_slots = FreeSlots(model.slots, prefill_chunk_tokens)
         self._running: list[Sequence] = []
         self._submitted: deque[Sequence] = deque()
         self._wake = threading.Condition()
@@ -93,8 +99,16 @@ class Engine:
         """Whether the engine still takes sequences."""
         return self._thread.is_alive() and not self._closing
 
-    def submit(self, prompt_ids: SequenceOf[int], params: GenerationParams, listener: Listener) -> Sequence:
+    def submit(
+        self,
+        prompt_ids: SequenceOf[int],
+        params: GenerationParams,
+        listener: Listener,
+        owner: Hashable | None = None,
+    ) -> Sequence:
         """Queue a sequence; its listener hears of it from the engine's thread.
+
+        A prompt that begins like the last one of its owner in a free slot prefills only the rest; None owns nothing.
 
         Raises:
             ValueError: the prompt is empty, or prompt and `max_tokens` do not fit the context.
@@ -102,7 +116,7 @@ class Engine:
         """
         if not prompt_ids or len(prompt_ids) + params.max_tokens > self._model.context_length:
             raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens in {self._model.context_length}")
-        sequence = Sequence(list(prompt_ids), params, listener)
+        sequence = Sequence(list(prompt_ids), params, listener, owner)
         with self._wake:
             if not self.alive:
                 raise EngineFault("the engine has stopped")
@@ -136,7 +150,8 @@ class Engine:
     def _admit(self) -> None:
         while self._free_slots and self._submitted:
             sequence = self._submitted.popleft()
-            sequence.slot = self._free_slots.pop()
+            sequence.slot, sequence.reused = self._free_slots.take(sequence.owner, sequence.prompt_ids)
+            sequence.position = sequence.reused
             self._running.append(sequence)
 
     def _drop_cancelled(self) -> None:
@@ -198,8 +213,12 @@ class Engine:
         self._end(sequence, FinishReason.FAILED)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        input_tokens = min(sequence.position, len(sequence.prompt_ids))
         if sequence in self._running:
             self._running.remove(sequence)
-            self._free_slots.append(sequence.slot)
-        input_tokens = min(sequence.position, len(sequence.prompt_ids))
-        sequence.listener.on_finish(Finish(reason, input_tokens, len(sequence.output_ids)))
+            # What a failed step has left in the KV cache is not to be trusted.
+            kept = 0 if reason is FinishReason.FAILED else input_tokens
+            self._free_slots.give_back(sequence.slot, sequence.owner, sequence.prompt_ids[:kept])
+        computed = input_tokens > sequence.reused  # one that was cancelled before its first chunk has used nothing
+        counts = (input_tokens, len(sequence.output_ids), sequence.reused) if computed else (0, 0, 0)
+        sequence.listener.on_finish(Finish(reason, *counts))
