@@ -16,7 +16,7 @@ help:
 	@echo "make check       formatting, lint, types, import rules, the contract"
 	@echo "make format      put code and contract into shape"
 	@echo "make proto       generate the Python stubs"
-	@echo "make docs        write the reference of the settings anew"
+	@echo "make docs        write the reference of the settings, and the chart's copies, anew"
 	@echo "make bench       compare engine and service with transformers.generate"
 	@echo "make demo-model  train the demo model anew (under an hour on two cores)"
 
@@ -49,6 +49,7 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m tools.settings_reference
+	$(BIN)/python -m tools.chart
 
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m tools.demo_model.train

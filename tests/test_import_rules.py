@@ -37,7 +37,7 @@ ALLOWED |= {
     "information": LOWER_PARTS - {"settings", "settings_sources", "engine"},
     "servicer": LOWER_PARTS - {"settings", "settings_sources"},
     "app": LOWER_PARTS | {"information", "servicer"},
-    "admin": {"accounts", "ledger", "metering", "settings_sources"},
+    "admin": {"accounts", "engine", "ledger", "metering", "settings_sources"},
     "__main__": {"accounts", "admin", "app", "settings", "settings_sources", "card", "engine", "ledger"},
     "__init__": set(),
 }

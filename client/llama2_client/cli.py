@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from llama2_client.connection import Connection
+from llama2_client.connection import Connection, Identity
 
 # gRPC is imported when a call is made: `llama2 --help` shall not wait for it.
 if TYPE_CHECKING:
@@ -59,9 +59,30 @@ INTERRUPTED = 130
     metavar="FILE",
     help="Speak TLS, and trust the root certificates of this PEM file instead.",
 )
+@click.option(
+    "--certificate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Show the server this certificate chain, PEM (mutual TLS).",
+)
+@click.option(
+    "--key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The private key of the certificate, PEM.",
+)
 @click.version_option(package_name="llama2-grpc", prog_name="llama2", message="%(prog)s %(version)s")
 @click.pass_context
-def cli(context: click.Context, address: str, api_key: str | None, timeout: float, tls: bool, ca: Path | None) -> None:
+def cli(
+    context: click.Context,
+    address: str,
+    api_key: str | None,
+    timeout: float,
+    tls: bool,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+) -> None:
     """Talk to a llama2-grpc server.
 
     \b
@@ -75,7 +96,10 @@ def cli(context: click.Context, address: str, api_key: str | None, timeout: floa
       6    the deadline passed
       130  Ctrl-C
     """  # noqa: D301 - click's own escape: keep these lines as they are
-    context.obj = Connection(address, api_key, timeout, tls, ca)
+    if (certificate is None) != (key is None):
+        raise click.UsageError("Give --certificate and --key together.")
+    identity = None if certificate is None or key is None else Identity(certificate, key)
+    context.obj = Connection(address, api_key, timeout, tls, ca, identity)
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -11,9 +11,19 @@ import click
 
 # gRPC is imported when a call is made: `llama2 --help` shall not wait for it.
 if TYPE_CHECKING:
+    import grpc
+
     from llama2_client.client import Client
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the caller is, for a server that asks for client certificates: PEM files."""
+
+    certificate: Path
+    key: Path
 
 
 @dataclass(frozen=True)
@@ -25,16 +35,26 @@ class Connection:
     timeout: float
     tls: bool
     ca: Path | None
+    identity: Identity | None = None
 
     def client(self) -> Client:
         """Make the client; it connects at the first call."""
         from llama2_client.client import Client
 
         try:
-            tls = self.tls if self.ca is None else self.ca.read_bytes()
-            return Client(self.address, api_key=self.api_key, timeout=self.timeout, tls=tls)
+            return Client(self.address, api_key=self.api_key, timeout=self.timeout, tls=self._tls())
         except (OSError, ValueError) as error:
             raise click.UsageError(str(error)) from error
+
+    def _tls(self) -> bool | bytes | grpc.ChannelCredentials:
+        roots = None if self.ca is None else self.ca.read_bytes()
+        if self.identity is None:
+            return self.tls if roots is None else roots
+        import grpc
+
+        return grpc.ssl_channel_credentials(
+            roots, self.identity.key.read_bytes(), self.identity.certificate.read_bytes()
+        )
 
     def run(self, call: Callable[[Client], Awaitable[T]], *, as_json: bool) -> T:
         """Make a call; when it fails, print why and exit with the code that tells the kind."""

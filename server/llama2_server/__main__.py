@@ -10,7 +10,7 @@ from llama2_server.settings_sources import BadSettings, read_settings
 
 def main() -> None:
     """Serve; exit code 0 after a drain, 2 with one line on stderr when the server cannot start, 130 after Ctrl-C."""
-    if sys.argv[1:2] in (["keys"], ["usage"]):
+    if sys.argv[1:2] in (["keys"], ["usage"], ["weights"]):
         from llama2_server.admin import admin
 
         admin(prog_name="llama2-server")

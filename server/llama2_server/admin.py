@@ -1,13 +1,18 @@
-"""What the operator does besides serving: `llama2-server keys …` and `llama2-server usage`."""
+"""What the operator does besides serving: `llama2-server keys …`, `usage` and `weights …`. It needs no torch."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Mapping
 from datetime import date, datetime
+from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from llama2_server.accounts import new_key
+from llama2_server.engine.errors import WeightsError
+from llama2_server.engine.hub import fetch_into
 from llama2_server.ledger.failures import LedgerError
 from llama2_server.ledger.ledger import default_url, read_totals
 from llama2_server.ledger.records import DailyUsage
@@ -62,6 +67,37 @@ def _ledger_url(flags: Mapping[str, str | None]) -> str:
     except BadSettings as error:
         _refuse(str(error))
     return settings.ledger_url.get_secret_value() if settings.ledger_url else default_url(settings.data_directory)
+
+
+@admin.group()
+def weights() -> None:
+    """Fetch checkpoints."""
+
+
+@weights.command()
+@click.argument("hub_id")
+@click.option(
+    "--to",
+    "directory",
+    type=click.Path(path_type=Path),
+    metavar="DIRECTORY",
+    required=True,
+    help="Where to; then --weights takes it.",
+)
+@click.option("--revision", metavar="REVISION", help="A commit, a tag or a branch; without it, the main branch.")
+def fetch(hub_id: str, directory: Path, revision: str | None) -> None:
+    """Fetch HUB_ID, such as meta-llama/Llama-2-7b-chat-hf, from the Hugging Face Hub into DIRECTORY, once.
+
+    DIRECTORY is there when all of it has come, never before; a fetch that was cut off goes on where it was. HF_TOKEN in
+    the environment opens gated models.
+    """
+    # The first process of a container is deaf to a signal without a handler; what has come so far is kept.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    try:
+        fetched = fetch_into(directory, hub_id, revision)
+    except WeightsError as error:
+        _refuse(str(error))
+    click.echo(f"{directory}: {'fetched' if fetched else 'there already'}")
 
 
 def _totals(url: str, account: str | None, since: date | None, until: date | None) -> list[str]:

@@ -392,7 +392,7 @@ def test_only_what_is_needed_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
     """Pickles, other frameworks' weights and documents stay on the Hub."""
     calls: list[Any] = []
 
-    def download(repository: str, *, allow_patterns: list[str]) -> str:
+    def download(repository: str, *, allow_patterns: list[str], **_: Any) -> str:
         calls.append((repository, allow_patterns))
         return str(tmp_path)
 

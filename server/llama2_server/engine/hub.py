@@ -1,6 +1,10 @@
 """Where the weights come from: a directory, or the Hugging Face Hub."""
 
+import fcntl
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llama2_server.engine.errors import WeightsError
@@ -14,6 +18,8 @@ NEEDED = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
+# Stands in a directory that was fetched whole, and says from where.
+ORIGIN = "fetched-from.txt"
 
 
 def fetch_checkpoint(weights: str) -> Path:
@@ -30,12 +36,58 @@ def fetch_checkpoint(weights: str) -> Path:
     return _download(weights)
 
 
-def _download(repository: str) -> Path:
+def fetch_into(directory: Path, repository: str, revision: str | None = None) -> bool:
+    """Download an `org/name` of the Hub into a directory that is there whole or not at all; False if it was there.
+
+    Until all of it has come it lies beside the directory, where a fetch that was cut off goes on. Of several that fetch
+    the same at once one does, and the others wait for it. Raises WeightsError as `fetch_checkpoint` does, and for a
+    directory that holds anything else.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise WeightsError(f"{repository}: not an org/name on the Hugging Face Hub")
+    source = repository if revision is None else f"{repository}@{revision}"
+    directory = directory.expanduser().absolute()
+    try:
+        with _sole_fetcher(directory):
+            if _holds(directory, source):
+                return False
+            # Named for its source: leftovers of another checkpoint never get in.
+            partial = directory.with_name(f".{directory.name}.{source.replace('/', '--')}.partial")
+            _download(repository, revision=revision, local_dir=partial)
+            (partial / ORIGIN).write_text(f"{source}\n", encoding="utf-8")
+            os.sync()  # else a power failure could keep the name and lose the bytes
+            partial.rename(directory)
+    except OSError as error:
+        raise WeightsError(f"{directory}: cannot be fetched into: {error.strerror or error}") from error
+    return True
+
+
+@contextmanager
+def _sole_fetcher(directory: Path) -> Iterator[None]:
+    """Wait for other processes that fetch into the same directory; the system lets go of the lock of a dead one."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_name(f".{directory.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _holds(directory: Path, source: str) -> bool:
+    """Whether the directory was fetched whole from the source; one that is empty or not there was not."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    origin = directory / ORIGIN
+    found = origin.read_text(encoding="utf-8").strip() if origin.is_file() else "something else"
+    if found != source:
+        raise WeightsError(f"{directory}: holds {found}, not {source}; empty it, or fetch into another directory")
+    return True
+
+
+def _download(repository: str, *, revision: str | None = None, local_dir: Path | None = None) -> Path:
     from huggingface_hub import snapshot_download  # a server that starts from a directory does without
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(NEEDED)))
+        return Path(snapshot_download(repository, revision=revision, local_dir=local_dir, allow_patterns=list(NEEDED)))
     except GatedRepoError as error:
         raise WeightsError(
             f"{repository}: gated on the Hugging Face Hub; accept its licence there and set HF_TOKEN, "
@@ -45,6 +97,11 @@ def _download(repository: str) -> Path:
         raise WeightsError(
             f"{repository}: neither a directory here nor a model on the Hugging Face Hub that this HF_TOKEN may see; "
             "check the name, set HF_TOKEN after accepting the licence, or pass a directory"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise WeightsError(
+            f"{repository}: the Hugging Face Hub has no revision {revision} of it; "
+            "give a branch, a tag or a commit, or pass a directory"
         ) from error
     # What else the library raises depends on its version and transport (HTTP errors, time-outs, full disks, its cache):
     # this is the one seam where all of it becomes a line for the operator.

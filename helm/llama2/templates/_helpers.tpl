@@ -1,0 +1,217 @@
+{{/* Names and labels. */}}
+{{- define "llama2.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 44 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 44 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "llama2.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: server
+{{- end -}}
+
+{{- define "llama2.commonLabels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{- define "llama2.labels" -}}
+{{ include "llama2.commonLabels" . }}
+{{ include "llama2.selector" . }}
+{{- end -}}
+
+{{- define "llama2.serviceAccount" -}}
+{{- default (ternary (include "llama2.name" .) "default" .Values.serviceAccount.create) .Values.serviceAccount.name -}}
+{{- end -}}
+
+{{- define "llama2.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The card's text. */}}
+{{- define "llama2.card" -}}
+{{- if .Values.demo -}}
+{{- .Files.Get "files/cards/demo.yaml" -}}
+{{- else if .Values.card.content -}}
+{{- .Values.card.content -}}
+{{- else -}}
+{{- $text := .Files.Get (printf "files/cards/%s.yaml" .Values.card.name) -}}
+{{- if not $text -}}
+{{- $shipped := list -}}
+{{- range $path, $_ := .Files.Glob "files/cards/*.yaml" -}}{{- $shipped = append $shipped (base $path | trimSuffix ".yaml") -}}{{- end -}}
+{{- fail (printf "card.name: no card %q ships with the chart, only %s; give your own with --set-file card.content=FILE" .Values.card.name (join ", " $shipped)) -}}
+{{- end -}}
+{{- $text -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The card's context_length_limit: the most tokens of a prompt and its reply together. */}}
+{{- define "llama2.contextLength" -}}
+{{- $card := dict -}}
+{{- range regexSplit "(?m)^---[ \\t]*$" (include "llama2.card" .) -1 -}}
+{{- if and (not $card) (trim .) -}}{{- $card = fromYaml . -}}{{- end -}}
+{{- end -}}
+{{- if $card.Error -}}{{- fail (printf "card: not YAML: %s" $card.Error) -}}{{- end -}}
+{{- $found := 0 -}}
+{{- $model := get $card "model" -}}
+{{- if kindIs "map" $model -}}
+{{- range ($model.properties | default list) -}}
+{{- if eq (toString .property_id) "context_length_limit" -}}{{- $found = int .value -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if lt $found 1 -}}{{- fail "card: model.properties has no positive context_length_limit; is this a model card?" -}}{{- end -}}
+{{- $found -}}
+{{- end -}}
+
+{{/* What follows from the card and the values; every template reads it from here. */}}
+{{- define "llama2.derived" -}}
+{{- $v := .Values -}}
+{{- $replicas := ternary $v.autoscaling.maxReplicas $v.replicas $v.autoscaling.enabled | int -}}
+{{- $longest := mulf (include "llama2.contextLength" . | int) $v.slowestTokenSeconds | ceil | int -}}
+{{- $hubDirectory := printf "%s%s" $v.weights.hubId (ternary (printf "@%s" $v.weights.revision) "" (not (empty $v.weights.revision))) | replace "/" "--" -}}
+{{- $keepsData := or (not (empty $v.data.existingClaim)) (and (not $v.demo) (not $v.ledger.secret) (eq $replicas 1)) -}}
+{{- $makesWeights := and (not $v.demo) (not (empty $v.weights.hubId)) (not $v.weights.existingClaim) -}}
+name: {{ include "llama2.name" . }}
+maxReplicas: {{ $replicas }}
+gpus: {{ ternary (ternary 0 1 $v.demo) ($v.gpu.count | int) (kindIs "invalid" $v.gpu.count) }}
+open: {{ and (not $v.keys.secret) (or $v.demo $v.allowOpen) }}
+weights: {{ ternary "" (printf "/weights/%s" (ternary $v.weights.directory $hubDirectory (empty $v.weights.hubId)) | trimSuffix "/") $v.demo | quote }}
+makesWeights: {{ $makesWeights }}
+keepsData: {{ $keepsData }}
+makesData: {{ and $keepsData (not $v.data.existingClaim) }}
+exclusive: {{ or $keepsData (and $makesWeights (hasPrefix "ReadWriteOnce" $v.weights.accessMode)) }}
+longestGenerationSeconds: {{ $longest }}
+terminationGraceSeconds: {{ add $v.drain.preStopSeconds $longest $v.drain.flushSeconds }}
+{{- /* A call may come just before its connection ends, wait in line and then generate; a minute more is for the rest. */}}
+connectionAgeGraceSeconds: {{ add ($v.settings.queue_timeout_seconds | default 300 | ceil | int) $longest 60 }}
+callsOut: {{ or (not (empty (cat $v.weights.hubId $v.redis.secret $v.ledger.secret ($v.settings.otlp_endpoint | default "") | trim))) false }}
+tests: {{ and $v.test.enabled (or (not $v.keys.secret) (not (empty $v.test.apiKey.secret))) (or (not $v.tls.clientCaSecret) (not (empty $v.test.clientSecret))) }}
+{{- end -}}
+
+{{/* What a schema cannot say; each message says what to do. */}}
+{{- define "llama2.check" -}}
+{{- $v := .Values -}}
+{{- $d := include "llama2.derived" . | fromYaml -}}
+{{- if $v.demo -}}
+{{- if or $v.card.content $v.weights.hubId $v.weights.existingClaim -}}
+{{- fail "demo: the demo model brings its own card and weights; leave card.content and weights.* empty, or set demo to false" -}}
+{{- end -}}
+{{- else -}}
+{{- if not (or $v.weights.hubId $v.weights.existingClaim) -}}
+{{- fail "weights: there are none; set weights.hubId to fetch them, or weights.existingClaim to a volume that holds them, or demo to true" -}}
+{{- end -}}
+{{- if not (or $v.keys.secret $v.allowOpen) -}}
+{{- fail "keys.secret: without keys anybody who reaches the port may call; name the Secret with the keys file, or set allowOpen to true" -}}
+{{- end -}}
+{{- end -}}
+{{- if and $v.keys.secret $v.allowOpen -}}
+{{- fail "allowOpen: there are keys too; leave one of keys.secret and allowOpen empty" -}}
+{{- end -}}
+{{- if and $v.weights.hubId $v.weights.directory -}}
+{{- fail "weights.directory: with weights.hubId the chart names the directory itself; leave it empty" -}}
+{{- end -}}
+{{- if and $v.tls.clientCaSecret (not $v.tls.secret) -}}
+{{- fail "tls.clientCaSecret: mutual TLS needs the server's own certificate too; set tls.secret" -}}
+{{- end -}}
+{{- if and $d.makesWeights (gt (int $d.maxReplicas) 1) (hasPrefix "ReadWriteOnce" $v.weights.accessMode) -}}
+{{- fail (printf "weights.accessMode: %d replicas cannot share a %s volume; set ReadWriteMany and a weights.storageClass that has it, or weights.existingClaim" (int $d.maxReplicas) $v.weights.accessMode) -}}
+{{- end -}}
+{{- if and $v.data.existingClaim (gt (int $d.maxReplicas) 1) -}}
+{{- fail "data.existingClaim: one volume cannot be the data volume of several replicas; leave it empty, and keep usage in PostgreSQL (ledger.secret)" -}}
+{{- end -}}
+{{- if and $v.autoscaling.enabled (lt (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
+{{- fail (printf "autoscaling.maxReplicas: %d is less than minReplicas, %d" (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
+{{- end -}}
+{{- if and (or $v.autoscaling.enabled $v.alerts.enabled) (not $v.serviceMonitor.enabled) -}}
+{{- fail "serviceMonitor.enabled: autoscaling and alerts ask Prometheus for what it scraped; set it to true" -}}
+{{- end -}}
+{{- if and (eq (toString $v.rollingUpdate.maxSurge | trimSuffix "%") "0") (eq (toString $v.rollingUpdate.maxUnavailable | trimSuffix "%") "0") -}}
+{{- fail "rollingUpdate: with maxSurge and maxUnavailable both 0 no pod could ever be replaced; raise one" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A setting as text: Helm holds every number as a float and would write 16777216 as 1.6777216e+07. */}}
+{{- define "llama2.settingText" -}}
+{{- if and (kindIs "float64" .) (eq . (floor .)) -}}{{- int64 . -}}{{- else -}}{{- . -}}{{- end -}}
+{{- end -}}
+
+{{/* The server's environment: the names are `LLAMA2_` and a setting's name. */}}
+{{- define "llama2.env" -}}
+{{- $v := .Values -}}
+{{- $d := include "llama2.derived" . | fromYaml -}}
+{{- $env := dict
+  "LISTEN" "0.0.0.0:50051"
+  "HEALTH_LISTEN" "0.0.0.0:50052"
+  "METRICS_LISTEN" "0.0.0.0:9464"
+  "CARD" (ternary "demo" "/etc/llama2/card/card.yaml" $v.demo)
+  "DEVICE" (ternary "cuda" "cpu" (gt (int $d.gpus) 0))
+  "DATA_DIRECTORY" "/data"
+  "GRACE_SECONDS" (toString $d.longestGenerationSeconds)
+  "CONNECTION_AGE_GRACE_SECONDS" (toString $d.connectionAgeGraceSeconds) -}}
+{{- if $d.weights -}}{{- $_ := set $env "WEIGHTS" $d.weights -}}{{- end -}}
+{{- if $d.open -}}{{- $_ := set $env "ALLOW_OPEN" "true" -}}{{- end -}}
+{{- if $v.keys.secret -}}{{- $_ := set $env "KEYS_FILE" (printf "/etc/llama2/keys/%s" $v.keys.key) -}}{{- end -}}
+{{- if $v.tls.secret -}}
+{{- $_ := set $env "TLS_CERTIFICATE" "/etc/llama2/tls/tls.crt" -}}
+{{- $_ := set $env "TLS_KEY" "/etc/llama2/tls/tls.key" -}}
+{{- end -}}
+{{- if $v.tls.clientCaSecret -}}{{- $_ := set $env "TLS_CLIENT_CA" "/etc/llama2/client-ca/ca.crt" -}}{{- end -}}
+{{- range $key, $value := $v.settings -}}
+{{- if not (kindIs "invalid" $value) -}}{{- $_ := set $env (upper $key) (include "llama2.settingText" $value) -}}{{- end -}}
+{{- end -}}
+{{- range $key, $value := $env }}
+- name: LLAMA2_{{ $key }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- with $v.redis.secret }}
+- name: LLAMA2_REDIS_URL
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.redis.key }}}}
+{{- end }}
+{{- with $v.ledger.secret }}
+- name: LLAMA2_LEDGER_URL
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.ledger.key }}}}
+{{- end }}
+{{- with $v.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* CPU and memory of the server; the GPU comes beside them. */}}
+{{- define "llama2.resources" -}}
+{{- if .Values.resources -}}
+{{- toYaml .Values.resources -}}
+{{- else if .Values.demo -}}
+requests: {cpu: "1", memory: 1Gi}
+limits: {memory: 2Gi}
+{{- else -}}
+requests: {cpu: "2", memory: 20Gi}
+limits: {memory: 20Gi}
+{{- end -}}
+{{- end -}}
+
+{{/* The restricted Pod Security profile, and a root that cannot be written. */}}
+{{- define "llama2.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "llama2.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/* Which series are this release's: the labels are those that the ServiceMonitor's scrapes bear. */}}
+{{- define "llama2.series" -}}
+namespace="{{ .Release.Namespace }}",service="{{ include "llama2.name" . }}-headless"
+{{- end -}}

@@ -1,0 +1,150 @@
+"""The alerts and the autoscaling query, as Prometheus itself evaluates them on made-up series."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tests.helm.chart import rendered
+
+PROMTOOL = shutil.which("promtool")
+pytestmark = pytest.mark.skipif(
+    PROMTOOL is None, reason="NOT TESTED: promtool is not installed (Debian: it is in the package prometheus)"
+)
+
+TARGET = 'namespace="text",service="llama2-headless",pod="a"'
+OTHERS = 'namespace="text",service="other-headless",pod="b"'
+
+
+class Case(NamedTuple):
+    """Series by name and labels, in promtool's notation for one value a minute, and an alert that fires on them."""
+
+    alert: str
+    series: dict[str, str]
+    minute: int
+
+
+FIRES = [
+    Case("Llama2NotServing", {"llama2_serving": "1x5 0x30"}, 10),
+    Case("Llama2NotServing", {"llama2_slots": "1x30"}, 10),  # no pod shows whether it serves
+    Case("Llama2ReplicaNotReady", {"llama2_serving": "0x60"}, 25),
+    Case("Llama2QueueGrowing", {"llama2_waiting_requests": "1+1x60"}, 30),
+    Case("Llama2SlowFirstToken", {
+        'llama2_time_to_first_token_seconds_bucket{le="5"}': "0+9x60",
+        'llama2_time_to_first_token_seconds_bucket{le="20"}': "0+10x60",
+        'llama2_time_to_first_token_seconds_bucket{le="+Inf"}': "0+10x60",
+    }, 30),
+    Case("Llama2Errors", {
+        'llama2_requests_total{code="OK",method="Generate"}': "0+97x60",
+        'llama2_requests_total{code="INTERNAL",method="Generate"}': "0+2x60",
+        'llama2_requests_total{code="UNAVAILABLE",method="GenerateStream"}': "0+1x60",
+    }, 30),
+    Case("Llama2LedgerLag", {"llama2_ledger_lag_seconds": "0+60x60"}, 30),
+    Case("Llama2JournalFilling", {"llama2_ledger_journal_bytes": "0+2000000x60"}, 30),
+    Case("Llama2QuotaStoreDown", {"llama2_quota_store_up": "0x60"}, 10),
+]  # fmt: skip
+QUIET = [
+    Case("Llama2NotServing", {"llama2_serving": "1x60"}, 30),
+    Case("Llama2NotServing", {"llama2_serving": "1x20 0 1x60"}, 22),  # for a moment only
+    Case("Llama2ReplicaNotReady", {"llama2_serving": "0x15 1x60"}, 30),  # it loaded
+    Case("Llama2QueueGrowing", {"llama2_waiting_requests": "0 5 0 7 0 8x60"}, 4),
+    Case("Llama2QueueGrowing", {"llama2_waiting_requests": "30-1x30"}, 25),  # it shrinks
+    Case("Llama2SlowFirstToken", {
+        'llama2_time_to_first_token_seconds_bucket{le="5"}': "0+10x60",
+        'llama2_time_to_first_token_seconds_bucket{le="+Inf"}': "0+10x60",
+    }, 30),
+    Case("Llama2Errors", {
+        'llama2_requests_total{code="OK",method="Generate"}': "0+97x60",
+        'llama2_requests_total{code="RESOURCE_EXHAUSTED",method="Generate"}': "0+50x60",
+        'llama2_requests_total{code="INVALID_ARGUMENT",method="Generate"}': "0+50x60",
+    }, 30),  # the caller's fault
+    Case("Llama2Errors", {'llama2_requests_total{code="OK",method="Generate"}': "0x60"}, 30),  # nobody calls
+    Case("Llama2LedgerLag", {"llama2_ledger_lag_seconds": "60x60"}, 30),
+    Case("Llama2JournalFilling", {"llama2_ledger_journal_bytes": "1000000x60"}, 30),
+    Case("Llama2QuotaStoreDown", {"llama2_quota_store_up": "1x60"}, 30),
+]  # fmt: skip
+
+
+def series_of(case: Case, target: str = TARGET) -> list[dict[str, str]]:
+    """A case's series as promtool reads them."""
+    series = []
+    for series_name, values in case.series.items():
+        name, _, labels = series_name.removesuffix("}").partition("{")
+        series.append({"series": f"{name}{{{','.join(filter(None, (target, labels)))}}}", "values": values})
+    return series
+
+
+def promtool_says(directory: Path, test: dict[str, Any]) -> str:
+    """What `promtool test rules` finds; raises where the rules or the test cannot be read."""
+    assert PROMTOOL is not None
+    rules = rendered("everything-on").one("PrometheusRule")["spec"]
+    (directory / "rules.json").write_text(json.dumps(rules))
+    (directory / "test.json").write_text(
+        json.dumps({"rule_files": ["rules.json"], "tests": [test | {"interval": "1m"}]})
+    )
+    command = [PROMTOOL, "test", "rules", "test.json"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+def alerts_at(case: Case, directory: Path, target: str = TARGET) -> bool:
+    """Whether the alert fires at its minute."""
+    # promtool compares with the alerts that are expected: none fires if that is what it finds.
+    none = {"eval_time": f"{case.minute}m", "alertname": case.alert, "exp_alerts": []}
+    said = promtool_says(directory, {"input_series": series_of(case, target), "alert_rule_test": [none]})
+    assert not said or f"alertname: {case.alert}" in said.replace(",", ""), said
+    return bool(said)
+
+
+def test_promtool_takes_the_rules(tmp_path: Path) -> None:
+    """Prometheus' own checker finds nothing wrong, templates in the annotations included."""
+    assert PROMTOOL is not None
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps(rendered("everything-on").one("PrometheusRule")["spec"]))
+    command = [PROMTOOL, "check", "rules", "--lint-fatal", str(rules)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "8 rules found" in done.stdout
+
+
+@pytest.mark.parametrize("case", FIRES, ids=str)
+def test_it_fires(case: Case, tmp_path: Path) -> None:
+    """Each alert fires when what it is about goes on for as long as it waits."""
+    assert alerts_at(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", QUIET, ids=str)
+def test_it_is_quiet(case: Case, tmp_path: Path) -> None:
+    """None fires in good health, for a moment's trouble, or for the callers' own mistakes."""
+    assert not alerts_at(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", [case for case in FIRES if case.alert != "Llama2NotServing"], ids=str)
+def test_another_release_does_not_fire_it(case: Case, tmp_path: Path) -> None:
+    """The same series of another Service in the namespace are none of this release's alerts' business."""
+    assert not alerts_at(case, tmp_path, OTHERS)
+
+
+def test_every_alert_was_tried() -> None:
+    """No alert without a case in which it fires and one in which it does not."""
+    alerts = {rule["alert"] for rule in rendered("everything-on").one("PrometheusRule")["spec"]["groups"][0]["rules"]}
+    assert {case.alert for case in FIRES} == {case.alert for case in QUIET} == alerts
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [
+        ("0+120x30", "0+6x30", 20.0),  # six calls a minute, which waited for 20 s each
+        ("0x30", "0x30", 0.0),  # nobody called
+        ("_x30", "_x30", 0.0),  # nothing was scraped
+    ],
+)
+def test_autoscaling_reads_the_mean_wait(total: str, count: str, expected: float, tmp_path: Path) -> None:
+    """KEDA's query is one number, in seconds, whether or not anybody calls."""
+    (trigger,) = rendered("everything-on").one("ScaledObject")["spec"]["triggers"]
+    case = Case("", {"llama2_queue_time_seconds_sum": total, "llama2_queue_time_seconds_count": count}, 20)
+    sample = {"labels": "{}", "value": expected}
+    expression = {"expr": trigger["metadata"]["query"], "eval_time": "20m", "exp_samples": [sample]}
+    assert promtool_says(tmp_path, {"input_series": series_of(case), "promql_expr_test": [expression]}) == ""

@@ -1,0 +1,98 @@
+"""What the chart would have containers run, run here: the server, the test and the fetching of weights."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tests.helm.chart import Manifest, Rendered, Values, environment_of, render, rendered
+from tests.processes import command, environment
+
+from llama2_server.accounts import new_key
+from llama2_server.admin import admin
+from llama2_server.settings import Settings
+
+WITH_KEYS: Values = {"demo": True, "keys": {"secret": "keys"}, "test": {"apiKey": {"secret": "key"}}}
+
+
+@contextmanager
+def container_of(release: Rendered, files: dict[str, Path]) -> Iterator[str]:
+    """A server with a container's environment, on free ports and with these files for the mounted ones; its port."""
+    settings = {name: files.get(value, value) for name, value in release.env.items()}
+    settings |= {name: "0.0.0.0:0" for name in settings if name.endswith("LISTEN")}
+    variables = {name: str(value) for name, value in settings.items()}
+    with subprocess.Popen(
+        command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**variables)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        serving = re.match(r"SERVING on 0\.0\.0\.0:(\d+)\.", process.stdout.readline())
+        try:
+            assert serving, process.stderr.read()
+            yield serving[1]
+        finally:
+            process.kill()
+
+
+def helm_test(pod: Manifest, port: str, secrets: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the test pod's command against this port of this machine."""
+    (container,) = pod["spec"]["containers"]
+    assert container["command"] == ["llama2"]
+    arguments = [re.sub(r"^--address=.*", f"--address=127.0.0.1:{port}", argument) for argument in container["args"]]
+    variables = {
+        name: secrets[value["secretKeyRef"]["name"]] if isinstance(value, dict) else value
+        for name, value in environment_of(container).items()
+    }
+    call = [sys.executable, "-m", "llama2_client.cli", *arguments]
+    return subprocess.run(call, capture_output=True, text=True, timeout=60, check=False, env=environment(**variables))
+
+
+def test_the_demo_generates(tmp_path: Path) -> None:
+    """With the demo's environment a server starts, and the test pod's command gets eight tokens of a story from it."""
+    release = rendered("demo")
+    with container_of(release, {"/data": tmp_path}) as port:
+        done = helm_test(release.test_pods[0], port, {})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "8 " in done.stderr
+
+
+def test_with_keys_the_test_needs_its_key(tmp_path: Path) -> None:
+    """With the keys Secret mounted the server asks for keys, and the test pod brings the one of its own Secret."""
+    release = render(WITH_KEYS)
+    key, line = new_key("tests")
+    keys_file = tmp_path / "keys.yaml"
+    keys_file.write_text(f"keys:\n  {line}\n")
+    with container_of(release, {"/data": tmp_path, "/etc/llama2/keys/keys.yaml": keys_file}) as port:
+        done = helm_test(release.test_pods[0], port, {"key": key})
+        assert done.returncode == 0, done.stderr
+        done = helm_test(release.test_pods[0], port, {"key": "l2_wrong"})
+        assert done.returncode == 5
+
+
+def test_the_init_container_fetches_what_the_server_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`llama2-server` has its command and arguments, and they lead to the directory of the server's setting."""
+    release = rendered("production-gpu")
+    (init,) = release.pod["spec"]["initContainers"]
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repository: str, *, revision: str | None, local_dir: Path, **_: Any) -> str:
+        asked.append((repository, revision))
+        local_dir.mkdir(parents=True)
+        return str(local_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    arguments = [argument.replace("=/weights/", f"={tmp_path}/") for argument in init["args"]]
+    result = CliRunner().invoke(admin, [*init["command"][1:], *arguments])
+    assert result.exit_code == 0, result.output
+    values = release.values["weights"]
+    assert asked == [(values["hubId"], values["revision"])]
+    served = Settings.model_validate({"card": "x", "weights": release.env["LLAMA2_WEIGHTS"]}).weights
+    assert served is not None
+    assert (tmp_path / Path(served).name).is_dir()
