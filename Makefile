@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The main branch that the contract must not break: the remote's where there is one.
 MAIN_REF = $(firstword $(shell git for-each-ref --format='%(refname)' refs/remotes/origin/main refs/heads/main))
-SOURCES := server client tests tools benchmarks hatch_build.py
+SOURCES := server client tests tools benchmarks examples hatch_build.py
 PROTOS := $(wildcard protos/llama2/v1/*.proto)
 
 .PHONY: run test check format proto docs bench demo-model clean help

@@ -20,13 +20,15 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 @contextmanager
-def server(data_directory: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process on a free port, and its address."""
+def server(
+    data_directory: Path, *flags: str, listen: str = "127.0.0.1:0"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process, on a free port unless told otherwise, and its address."""
     log = data_directory / "server.log"
     with (
         log.open("a") as errors,
         subprocess.Popen(
-            command("--listen", "127.0.0.1:0", "--data-directory", str(data_directory), *flags),
+            command("--listen", listen, "--data-directory", str(data_directory), *flags),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

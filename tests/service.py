@@ -1,12 +1,15 @@
 """A whole service on a scripted model, and what tests need to talk to it."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2_grpc
@@ -28,9 +31,36 @@ class Service:
     text: "text_generation_pb2_grpc.TextGenerationServiceAsyncStub"
     models: "model_pb2_grpc.ModelServiceAsyncStub"
 
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self.address.rpartition(":")[2])
+
 
 UnaryStream = Any  # grpc.aio's call classes take no type arguments at run time
 ServiceMaker = Callable[..., AbstractAsyncContextManager[Service]]
+
+# Several servers on one port, as the pods of a headless service are.
+ONE_PORT_HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+needs_one_port_hosts = pytest.mark.skipif(
+    sys.platform != "linux", reason="NOT TESTED WITH ONE NAME FOR SEVERAL SERVERS: only Linux has 127.0.0.2 as it is"
+)
+
+
+@asynccontextmanager
+async def three_services(serve: ServiceMaker, folder: Path) -> AsyncIterator[list[Service]]:
+    """Services on one port of each of `ONE_PORT_HOSTS`."""
+    async with AsyncExitStack() as stack:
+        services: list[Service] = []
+        for host in ONE_PORT_HOSTS:
+            listen = f"{host}:{services[0].port if services else 0}"
+            services.append(await stack.enter_async_context(serve(listen=listen, data_directory=folder / host)))
+        yield services
+
+
+def prefills(services: Sequence[Service]) -> list[int]:
+    """How many calls each service's model has begun."""
+    return [service.model.prefills for service in services]
 
 
 def with_config(card: ModelCard, **changes: object) -> ModelCard:

@@ -43,6 +43,9 @@ _CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
     # A server that was restarted is found again within seconds; gRPC's own limit is two minutes.
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # When a connection ends, DNS is asked for the servers of now. gRPC itself would go by what it heard up to half a
+    # minute ago, which a rolling update may have replaced to the last one.
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
     # The longest reply is far below this; a request that a server could accept is too.
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
     ("grpc.max_send_message_length", 4 * 1024 * 1024),
