@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import resources
@@ -8,15 +9,17 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
+from tests.certificates import Authority
 from tests.postgres_server import PostgresCluster, running_postgres
 from tests.scripted_model import ScriptedModel
 from tests.service import Service, ServiceMaker, with_config
 
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
 from llama2_server.accounts import Accounts, OpenAccounts
-from llama2_server.app import Loaded, running
+from llama2_server.app import running
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.engine.tokenizer import Tokenizer
+from llama2_server.loading import Loaded
 from llama2_server.settings import Settings
 
 
@@ -57,6 +60,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         ends: bool = True,
         card: ModelCard | None = None,
         accounts: Accounts | None = None,
+        failure: Exception | None = None,
         **settings: object,
     ) -> AsyncIterator[Service]:
         card = card or plain_card
@@ -67,6 +71,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
             context_length=card.context_length_limit,
             slots=card.max_concurrent_requests,
         )
+        model.failure = failure
         loaded = Loaded(card, accounts or OpenAccounts(), demo_tokenizer, model, frozenset({demo_tokenizer.eos_id}))
         options = Settings.model_validate(
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "grace_seconds": 5, **settings}
@@ -94,3 +99,19 @@ def postgres() -> Iterator[PostgresCluster]:
     """A running PostgreSQL."""
     with running_postgres() as cluster:
         yield cluster
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """An authority with a folder of its own."""
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    return Authority(folder)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def command(*flags: str) -> list[str]:
+def command(*flags: str, module: str = "llama2_server") -> list[str]:
     """How a server is started."""
-    return [sys.executable, "-m", "llama2_server", *flags]
+    return [sys.executable, "-m", module, *flags]
 
 
 def environment(**extra: str) -> dict[str, str]:

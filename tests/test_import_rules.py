@@ -28,7 +28,10 @@ ALLOWED: dict[str, set[str]] = {
     "slots": {"errors", "card"},
     "flights": set(),
     "validation": {"llama2", "errors", "card", "engine"},
-    "generation": {"accounts", "engine", "errors", "metering", "slots", "validation"},
+    "watchdog": {"engine", "errors"},
+    "generation": {"accounts", "engine", "errors", "metering", "slots", "validation", "watchdog"},
+    "probe": {"accounts", "engine", "generation", "slots", "validation", "watchdog"},
+    "readiness": set(),
     "replies": {"cache", "engine", "generation", "metering"},
     "admission": {"errors", "generation", "ledger", "metering", "replies"},
 }
@@ -36,11 +39,17 @@ LOWER_PARTS = set(ALLOWED) | {"llama2"}
 ALLOWED |= {
     "information": LOWER_PARTS - {"settings", "settings_sources", "engine"},
     "servicer": LOWER_PARTS - {"settings", "settings_sources"},
-    "app": LOWER_PARTS | {"information", "servicer"},
+    "tls": set(),
+    "preflight": {"accounts", "card", "ledger", "redis_link", "settings", "tls"},
+    "stores": {"cache", "card", "ledger", "preflight", "quota", "settings"},
+    "loading": {"accounts", "card", "engine", "preflight", "settings"},
+    "speed": {"card", "engine", "settings"},
+    "listening": {"llama2", "health", "information", "interceptor", "preflight", "servicer", "settings", "tls"},
     "admin": {"accounts", "engine", "ledger", "metering", "settings_sources"},
-    "__main__": {"accounts", "admin", "app", "settings", "settings_sources", "card", "engine", "ledger"},
+    "__main__": {"accounts", "admin", "app", "settings_sources", "card", "engine", "ledger", "preflight", "tls"},
     "__init__": set(),
 }
+ALLOWED["app"] = set(ALLOWED) | {"llama2"}
 # Libraries that the engine may know; above all, no gRPC.
 ENGINE_LIBRARIES = {"torch", "transformers", "safetensors", "sentencepiece", "huggingface_hub"}
 

@@ -15,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from tests.processes import command, environment, server
-from tests.service import health_stub
+from tests.service import details, health_stub
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
@@ -131,6 +131,11 @@ def taken_port() -> Iterator[int]:
         (["--ledger-url", "mysql://here"], {}, "ledger_url: "),
         (["--redis-url", "http://here"], {}, "redis_url: "),
         (["--lisen", "x"], {}, "--lisen: there is no such flag; did you mean --listen?"),
+        # Before the weights, which take minutes.
+        (["--redis-url", "http://here", "--weights", "/no/such/directory"], {}, "redis_url: "),
+        (["--ledger-url", "mysql://here", "--weights", "/no/such/directory"], {}, "ledger_url: "),
+        (["--tls-certificate", "/no/such", "--tls-key", "/no/such"], {}, "tls_certificate: /no/such: No such file"),
+        (["--tls-key", "/no/such"], {}, "tls_certificate: TLS needs both"),
     ],
 )
 def test_bad_settings_end_with_one_line(tmp_path: Path, flags: list[str], extra: dict[str, str], words: str) -> None:
@@ -157,3 +162,100 @@ def test_port_in_use_is_named(tmp_path: Path, taken_port: int) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"llama2-server: listen: cannot listen on 127.0.0.1:{taken_port}")
+
+
+def started(tmp_path: Path, how: str, *flags: str) -> subprocess.Popen[str]:
+    """A server whose load or model misbehaves."""
+    return subprocess.Popen(
+        command(how, "--data-directory", str(tmp_path), *flags, module="tests.scripted_process"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def serves_health(process: subprocess.Popen[str]) -> str:
+    """The address of the health port, when it is open."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"health on (\S+)", line):
+            return found[1]
+    raise AssertionError("no health port")
+
+
+def test_health_answers_while_the_weights_load_and_a_signal_ends_that(tmp_path: Path) -> None:
+    """`liveness` is SERVING and everything else is not, for as long as it takes; SIGTERM ends the process with 0."""
+    with started(tmp_path, "never-loads", "--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0") as process:
+        with grpc.insecure_channel(serves_health(process)) as channel:
+            for name, status in (
+                ("liveness", health_pb2.HealthCheckResponse.SERVING),
+                ("", health_pb2.HealthCheckResponse.NOT_SERVING),
+                ("llama2.v1.TextGenerationService", health_pb2.HealthCheckResponse.NOT_SERVING),
+            ):
+                answer = health_stub(channel).Check(health_pb2.HealthCheckRequest(service=name), timeout=30)
+                assert answer.status == status
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == ""  # it never said SERVING
+
+
+def test_an_engine_that_hangs_ends_the_process_for_a_restart(tmp_path: Path) -> None:
+    """The call gets UNAVAILABLE, its record is in the ledger, and the exit code says that a restart will help."""
+    flags = ["--listen", "127.0.0.1:0", "--step-timeout-seconds", "1"]
+    with started(tmp_path, "hangs", *flags) as process:
+        assert process.stdout is not None
+        serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
+        assert serving
+        with grpc.insecure_channel(serving[1]) as channel:
+            stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as failed:
+                list(stub.GenerateStream(pb.GenerateRequest(prompt="Hello", max_tokens=100), timeout=60))
+            assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert process.wait(timeout=30) == 70
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as ledger:
+        rows = ledger.execute("SELECT outcome, input_tokens > 0, output_tokens > 0 FROM usage_records").fetchall()
+    assert rows == [("UNAVAILABLE", 1, 1)]
+
+
+ENDLESS = pb.GenerateRequest(prompt="Once", raw=True, temperature=5, max_tokens=900)
+
+
+def test_a_call_that_outlasts_the_grace_is_told_so(tmp_path: Path) -> None:
+    """It ends with UNAVAILABLE and RetryInfo instead of a cut connection; its tokens are recorded; exit code 0."""
+    with server(tmp_path, "--grace-seconds", "0.1") as (process, address), grpc.insecure_channel(address) as channel:
+        call = text_generation_pb2_grpc.TextGenerationServiceStub(channel).GenerateStream(ENDLESS)
+        next(call)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as cut:
+            list(call)
+        assert cut.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert details(cut.value)["RetryInfo"]  # type: ignore[arg-type]
+        assert process.wait(timeout=60) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as ledger:
+        ((outcome, output_tokens),) = ledger.execute("SELECT outcome, output_tokens FROM usage_records").fetchall()
+    assert outcome == "UNAVAILABLE"
+    assert output_tokens > 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    """While a call would still run for its grace, the second SIGTERM ends the process; the journal has the call."""
+    with server(tmp_path, "--grace-seconds", "600") as (process, address), grpc.insecure_channel(address) as channel:
+        stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+        watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        calls = [stub.GenerateStream(ENDLESS) for _ in range(2)]
+        next(calls[0])
+        process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING  # it has heard the first one
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 130
+    assert list((tmp_path / "journal").glob("*.journal"))
+
+
+def test_stores_are_checked_before_torch_is_there() -> None:
+    """A wrong URL or file is refused in no more time than it takes to read the settings: torch takes seconds."""
+    look = "import sys, llama2_server.preflight, llama2_server.__main__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout == "False\n"

@@ -23,13 +23,14 @@ _SERVICE_CONFIG = {
                 {"service": account_pb2.DESCRIPTOR.services_by_name["AccountService"].full_name},
             ],
             # gRPC itself retries, after a jittered backoff or the server's own pushback, within the deadline and only
-            # before the first message: no reply is ever begun twice.
+            # before the first message: no reply is ever begun twice. CANCELLED is what a call gets that reaches a gRPC
+            # server just when it stops.
             "retryPolicy": {
-                "maxAttempts": 4,
+                "maxAttempts": 5,
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ],
@@ -41,11 +42,12 @@ _CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     # gRPC servers close connections that are pinged more often than every five minutes, unless they are told otherwise.
     ("grpc.keepalive_time_ms", 310_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # A server that was restarted is found again within seconds; gRPC's own limit is two minutes.
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-    # When a connection ends, DNS is asked for the servers of now. gRPC itself would go by what it heard up to half a
-    # minute ago, which a rolling update may have replaced to the last one.
-    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
+    # A server that was restarted is found again before the last retry of a call that needs it; gRPC's own limit is two
+    # minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # The addresses of new replicas are asked for as soon as a connection goes; gRPC would wait for 30 seconds.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # The longest reply is far below this; a request that a server could accept is too.
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
     ("grpc.max_send_message_length", 4 * 1024 * 1024),

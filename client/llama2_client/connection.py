@@ -47,14 +47,21 @@ class Connection:
             raise click.UsageError(str(error)) from error
 
     def _tls(self) -> bool | bytes | grpc.ChannelCredentials:
-        roots = None if self.ca is None else self.ca.read_bytes()
+        """What `Client` takes for it."""
+        ca = None if self.ca is None else self.ca.read_bytes()
         if self.identity is None:
-            return self.tls if roots is None else roots
+            return self.tls if ca is None else ca
+        import ssl
+
         import grpc
 
-        return grpc.ssl_channel_credentials(
-            roots, self.identity.key.read_bytes(), self.identity.certificate.read_bytes()
-        )
+        certificate, key = self.identity.certificate, self.identity.key
+        try:
+            # gRPC would only say, at the first call, that it cannot connect.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: "")
+        except ssl.SSLError as error:
+            raise ValueError(f"--certificate and --key: {certificate} and {key} are no pair of PEM files") from error
+        return grpc.ssl_channel_credentials(ca, key.read_bytes(), certificate.read_bytes())
 
     def run(self, call: Callable[[Client], Awaitable[T]], *, as_json: bool) -> T:
         """Make a call; when it fails, print why and exit with the code that tells the kind."""

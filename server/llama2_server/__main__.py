@@ -2,14 +2,20 @@
 
 import asyncio
 import logging
+import os
 import sys
+import threading
 from typing import NoReturn
 
 from llama2_server.settings_sources import BadSettings, read_settings
 
 
 def main() -> None:
-    """Serve; exit code 0 after a drain, 2 with one line on stderr when the server cannot start, 130 after Ctrl-C."""
+    """Serve.
+
+    Exit codes: 0 after a drain; 2 with one line on stderr when the server cannot start; 70 when the engine hung or
+    died, and the process has to be started anew; 130 after a second signal.
+    """
     if sys.argv[1:2] in (["keys"], ["usage"], ["weights"]):
         from llama2_server.admin import admin
 
@@ -24,19 +30,34 @@ def main() -> None:
     if shows_settings:
         print(sourced)
         return
-    # Only now the imports that take seconds: a wrong flag is refused at once.
-    from llama2_server import app
+    # Only now the imports that take long, and those of torch, which take seconds, after all that can be refused before.
+    from llama2_server import preflight
     from llama2_server.accounts import KeysFileError
     from llama2_server.card import CardError
     from llama2_server.engine.errors import WeightsError
     from llama2_server.ledger.failures import LedgerError
+    from llama2_server.tls import CertificateError
 
     try:
-        asyncio.run(app.serve(sourced.settings, app.load(sourced.settings)))
-    except (CardError, KeysFileError, LedgerError, WeightsError, app.StartError) as error:
+        preflight.check(sourced.settings)
+        from llama2_server import app
+
+        code = asyncio.run(app.serve(sourced.settings))
+    except (CardError, CertificateError, KeysFileError, LedgerError, WeightsError, preflight.StartError) as error:
         _refuse(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End with this code, without waiting for a thread that loads or hangs: nothing but the end can stop those."""
+    if any(thread.daemon and thread.name in ("loading", "engine") for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _refuse(problem: str) -> NoReturn:

@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 from llama2_server.accounts import Account
 from llama2_server.engine.detokenizer import Detokenizer
-from llama2_server.engine.engine import Engine, Finish, FinishReason, Sequence
-from llama2_server.engine.errors import EngineFault
+from llama2_server.engine.engine import Finish, FinishReason, Sequence
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.stopping import StopMatcher
 from llama2_server.engine.tokenizer import Tokenizer
@@ -19,6 +18,7 @@ from llama2_server.errors import Draining, EngineDown, InternalFault, ServiceErr
 from llama2_server.metering import TokenCounts
 from llama2_server.slots import Slots
 from llama2_server.validation import Prompt
+from llama2_server.watchdog import WatchedEngine
 
 Progress = Callable[[TokenCounts], None]
 
@@ -73,7 +73,7 @@ class Generation:
         """When the last token was computed."""
         return self._text.finished_at
 
-    def start(self, slots: Slots, engine: Engine, account: Account, deadline: float | None) -> None:
+    def start(self, slots: Slots, engine: WatchedEngine, account: Account, deadline: float | None) -> None:
         """Begin to wait for a slot; deadline by the loop's clock, or None."""
         self._task = asyncio.create_task(self._run(slots, engine, account, deadline))
 
@@ -119,7 +119,7 @@ class Generation:
         if not self._finished.done():
             self._finished.set_result(finish)
 
-    async def _run(self, slots: Slots, engine: Engine, account: Account, deadline: float | None) -> None:
+    async def _run(self, slots: Slots, engine: WatchedEngine, account: Account, deadline: float | None) -> None:
         try:
             async with slots.acquire(account.id, deadline):
                 self.slot_at = time.monotonic()
@@ -133,12 +133,14 @@ class Generation:
         finally:
             self._announce()
 
-    async def _compute(self, engine: Engine, account: Account) -> Finish:
+    async def _compute(self, engine: WatchedEngine, account: Account) -> Finish:
+        sequence = self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner=account.id)
         try:
-            self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner=account.id)
-        except EngineFault as fault:
-            raise EngineDown("the engine has stopped; try another server") from fault
-        return await self._finished
+            return await engine.outcome(self._finished)
+        except EngineDown:
+            # What was computed is paid for; nobody can tell any more than this.
+            self.counts = TokenCounts(sequence.input_tokens, len(sequence.output_ids))
+            raise
 
     def _judge(self, finish: Finish) -> None:
         self.counts = TokenCounts(finish.input_tokens, finish.output_tokens)

@@ -12,10 +12,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LIVENESS = "liveness"
+"""The name that is SERVING for as long as the event loop lives, also while the service loads or drains."""
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Answers Check and Watch for "" (the whole server) and each service, all of them in the same state."""
+    """Answers Check and Watch for "" (the whole server) and each service, all in the same state, and for liveness."""
 
     def __init__(self, services: tuple[str, ...]) -> None:
         self._services = ("", *services)
@@ -24,8 +26,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._closed = False
 
     def set_serving(self, serving: bool) -> None:
-        """Change the state of all services and tell the watchers."""
-        self._serving = serving
+        """Change the state of all services and tell the watchers; nothing changes any more once it is closed."""
+        self._serving = serving and not self._closed
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -36,20 +38,27 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
         """The state of one service; NOT_FOUND for an unknown one, as the protocol says."""
-        if request.service not in self._services:
+        status = self._status(request.service)
+        if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
-        return health_pb2.HealthCheckResponse(status=SERVING if self._serving else NOT_SERVING)
+        return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
         """The state of one service now and at each change, until the caller leaves or the server drains."""
-        known = request.service in self._services
         sent = None
         while True:
-            changed, status = self._changed, SERVING if self._serving else NOT_SERVING
-            current = status if known else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            changed, status = self._changed, self._status(request.service)
+            current = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN if status is None else status
             if current != sent:
                 await context.write(health_pb2.HealthCheckResponse(status=current))
                 sent = current
             if self._closed and self._changed is changed:
                 return
             await changed.wait()
+
+    def _status(self, service: str) -> int | None:
+        if service == LIVENESS:
+            return SERVING
+        if service not in self._services:
+            return None
+        return SERVING if self._serving else NOT_SERVING

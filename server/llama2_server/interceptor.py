@@ -30,12 +30,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     gRPC itself would answer malformed bytes and unforeseen exceptions with UNKNOWN and the exception's text.
     """
 
+    def __init__(self) -> None:
+        self.calls = 0
+        """How many calls have come."""
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Wrap a method that takes one request; streams of requests (reflection) pass as they are."""
+        self.calls += 1
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.request_deserializer is None:
             return handler

@@ -16,7 +16,7 @@ from llama2_server.accounts import Account, Accounts
 from llama2_server.admission import Admissions
 from llama2_server.cache import CachedReply, CacheKey, ResponseCache
 from llama2_server.card import ModelCard
-from llama2_server.engine.engine import Engine, FinishReason
+from llama2_server.engine.engine import FinishReason
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.tokenizer import Tokenizer
 from llama2_server.flights import Flights
@@ -28,6 +28,7 @@ from llama2_server.quota import Quota
 from llama2_server.replies import Figures, LiveReply, Reply, StoredReply
 from llama2_server.slots import Slots
 from llama2_server.validation import Prompt, RequestValidator
+from llama2_server.watchdog import WatchedEngine
 
 _FINISH_REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
@@ -47,7 +48,7 @@ class Parts:
     cache: ResponseCache | None
     ledger: Ledger
     slots: Slots
-    engine: Engine
+    engine: WatchedEngine
 
 
 class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServicer):
@@ -91,8 +92,11 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         parts = self._parts
         account = parts.accounts.authenticate(context.invocation_metadata())
         prompt, params = self._validator.generation(request, streaming=streaming)
-        await parts.quota.take(account.id)
         request_id, deadline = REQUEST_ID.get(), _deadline(context)
+        # What cannot be served now costs no quota; what the quota refuses is not recorded.
+        parts.slots.refuse_when_closed()
+        parts.ledger.refuse_when_full(request_id, account.id, parts.card.name)
+        await parts.quota.take(account.id)
         with self._admissions.admit(request_id, account.id, _expiry(context)) as admission:
             key = self._cache_key(request, account, prompt, params)
             if parts.cache is not None and key is not None and (cached := await parts.cache.get(key)) is not None:

@@ -150,10 +150,13 @@ class Settings(BaseSettings):
     probe_interval_seconds: Annotated[
         PositiveFloat,
         Field(description="A server on which nothing succeeded for so long generates a token, to know that it can."),
-    ] = 60.0
+    ] = 300.0
     max_message_bytes: Annotated[PositiveInt, Field(description="The largest request message.")] = 1024 * 1024
     max_metadata_bytes: Annotated[PositiveInt, Field(description="The most metadata that a call may bring.")] = (
         16 * 1024
+    )
+    max_connections: Annotated[PositiveInt, Field(description="Connections at once; more are closed as they come.")] = (
+        1000
     )
     max_streams_per_connection: Annotated[
         PositiveInt | None,
@@ -201,7 +204,7 @@ class Settings(BaseSettings):
                 "weights: this card needs them; give a checkpoint directory or a Hub id, "
                 "such as --weights meta-llama/Llama-2-7b-chat-hf"
             )
-        if self.keys_file is None and not self.allow_open and not _is_loopback(self.listen):
+        if self.keys_file is None and not self.allow_open and not is_loopback(self.listen):
             raise ValueError(
                 f"listen: {self.listen} is not loopback and there are no keys: anybody who reaches it could call; "
                 "give a --keys-file, listen on 127.0.0.1, or say --allow-open"
@@ -212,8 +215,23 @@ class Settings(BaseSettings):
             raise ValueError("listen, health_listen and metrics_listen must be different addresses")
         return self
 
+    @model_validator(mode="after")
+    def _possible_on_the_wire(self) -> "Settings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            missing = "tls_key" if self.tls_key is None else "tls_certificate"
+            raise ValueError(f"{missing}: TLS needs both tls_certificate and tls_key")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca: mutual TLS needs tls_certificate and tls_key as well")
+        if self.connection_age_grace_seconds <= self.queue_timeout_seconds:
+            raise ValueError(
+                f"connection_age_grace_seconds: must be more than queue_timeout_seconds "
+                f"({self.queue_timeout_seconds:g}): calls would be cut off that have waited for their turn"
+            )
+        return self
 
-def _is_loopback(listen: str) -> bool:
+
+def is_loopback(listen: str) -> bool:
+    """Whether only this machine can reach the address."""
     host = listen.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

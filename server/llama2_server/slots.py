@@ -65,8 +65,7 @@ class Slots:
             Draining: the server is shutting down.
         """
         arrived = _now()
-        if self._closed:
-            raise _draining()
+        self.refuse_when_closed()
         if self._granted < self._limit:
             self._granted += 1
         else:
@@ -89,6 +88,15 @@ class Slots:
                 if not waiter.done():
                     waiter.set_exception(_draining())
         self._line.clear()
+
+    def refuse_when_closed(self) -> None:
+        """Refuse a call before anything is counted for it.
+
+        Raises:
+            Draining: the server is shutting down.
+        """
+        if self._closed:
+            raise _draining()
 
     def estimated_wait_seconds(self, account: str) -> float:
         """How long a call of this account that came now would wait; 0 while nothing is known yet."""

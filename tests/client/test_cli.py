@@ -20,6 +20,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
+from tests.certificates import Authority
 from tests.client.scripted_server import COMPLETION, ScriptedServer
 
 from llama2.v1 import text_generation_pb2
@@ -476,3 +477,32 @@ class TestChat:
         ]
         assert json.loads(result.err)["error"]["code"] == "UNAUTHENTICATED"
         assert len(server.requests) == 2
+
+
+class TestMutualTls:
+    async def test_shows_a_client_certificate(self, tmp_path: Path) -> None:
+        """--ca, --certificate and --key reach a server that asks for a client certificate; without, nobody."""
+        authority = Authority(tmp_path)
+        certificate, key = authority.pair()
+        credentials = grpc.ssl_server_credentials(
+            [(key.read_bytes(), certificate.read_bytes())], authority.root, require_client_auth=True
+        )
+        shown = ["--certificate", str(certificate), "--key", str(key)]
+        async with ScriptedServer.running(credentials=credentials) as server:
+            ca = ["--ca", str(authority.root_file())]
+            assert (await run(server.address, *ca, *shown, "generate", "Hi")).code == 0
+            refused = await run(server.address, *ca, "generate", "Hi")
+            assert refused.code == 3
+
+    async def test_refuses_files_that_are_no_pair(self, tmp_path: Path) -> None:
+        """A certificate without its key, or with another's, is named at once."""
+        certificate, _ = Authority(tmp_path).pair()
+        (tmp_path / "other").mkdir()
+        _, other_key = Authority(tmp_path / "other").pair()
+        alone = await run("127.0.0.1:1", "--certificate", str(certificate), "health")
+        assert alone.code == 2
+        assert "Give --certificate and --key together" in alone.err
+        both = ["--certificate", str(certificate), "--key", str(other_key)]
+        mismatched = await run("127.0.0.1:1", *both, "health")
+        assert mismatched.code == 2
+        assert "are no pair of PEM files" in mismatched.err

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import shutil
-import subprocess
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
+from tests.certificates import Authority
 from tests.client.scripted_server import CARD, COMPLETION, ScriptedServer
 
 from llama2.v1 import text_generation_pb2
@@ -259,12 +258,20 @@ class TestRetries:
             await anext(stream)
         assert len(server.requests) == 1
 
-    async def test_four_attempts_are_the_most(self, client: Client, server: ScriptedServer) -> None:
-        """A server that stays unavailable is asked four times."""
+    async def test_five_attempts_are_the_most(self, client: Client, server: ScriptedServer) -> None:
+        """A server that stays unavailable is asked five times."""
         server.refuses(grpc.StatusCode.UNAVAILABLE, pushback_ms=1)
         with pytest.raises(Unavailable):
             await client.count_tokens("Hi")
-        assert len(server.requests) == 4
+        assert len(server.requests) == 5
+
+    async def test_a_call_that_a_stopping_server_cut_off_is_retried(
+        self, client: Client, server: ScriptedServer
+    ) -> None:
+        """A call that comes just when a gRPC server stops ends with CANCELLED, unseen by any handler."""
+        server.refuses(grpc.StatusCode.CANCELLED)
+        server.says("Hello", " world")
+        assert await client.generate("Hi") == REPLY
 
     async def test_the_servers_pushback_is_honoured(self, client: Client, server: ScriptedServer) -> None:
         """A server that asks not to be asked again (a negative pushback) is not."""
@@ -372,16 +379,11 @@ class TestChannel:
 
     async def test_speaks_tls_with_the_given_root(self, tmp_path: Path) -> None:
         """With the server's root certificate the call is encrypted and works; with the public roots it is refused."""
-        openssl = shutil.which("openssl")
-        if openssl is None:
-            pytest.skip("needs the openssl command to make a certificate")
-        key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-        make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
-        files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-        subprocess.run([openssl, *make.split(), *files], check=True, capture_output=True)
+        authority = Authority(tmp_path)
+        certificate, key = authority.pair()
         credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
         async with ScriptedServer.running(credentials=credentials) as server:
-            async with Client(server.address, tls=certificate.read_bytes(), timeout=10) as client:
+            async with Client(server.address, tls=authority.root, timeout=10) as client:
                 assert await client.generate("Hi") == REPLY
             async with Client(server.address, tls=True, timeout=10) as client:
                 with pytest.raises(Unavailable):

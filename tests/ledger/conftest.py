@@ -1,7 +1,9 @@
 """Ledgers on real stores: SQLite files, and databases of a private PostgreSQL cluster."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 
@@ -66,3 +68,13 @@ async def stored(url: str) -> list[UsageRecord]:
         UsageRecord(**{"neurons" if name == "nanoneurons" else name: value for name, value in row.items()})
         for row in rows
     ]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A SQLite file that nobody else can write to."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    yield
+    connection.execute("ROLLBACK")
+    connection.close()

@@ -8,8 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -17,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from tests.ledger.conftest import COSTS, LedgerOpener, crash, stored
+from tests.ledger.conftest import COSTS, LedgerOpener, crash, locked, stored
 from tests.postgres_server import PostgresCluster
 
 from llama2_server.errors import LedgerDown, LedgerFull
@@ -72,16 +70,6 @@ def end_until_full(ledger: Ledger) -> int:
         except LedgerFull:
             return number
     raise AssertionError
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """A SQLite file that nobody else can write to."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("BEGIN IMMEDIATE")
-    yield
-    connection.execute("ROLLBACK")
-    connection.close()
 
 
 class History:

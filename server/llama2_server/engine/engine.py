@@ -7,6 +7,7 @@ share each step. A sequence that is cancelled leaves before the next step. It ne
 import enum
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
@@ -21,6 +22,8 @@ from llama2_server.engine.prefixes import FreeSlots
 from llama2_server.engine.sampling import GenerationParams, Sampler
 
 logger = logging.getLogger(__name__)
+
+PREFILL_CHUNK_TOKENS = 512
 
 
 class FinishReason(enum.Enum):
@@ -74,6 +77,11 @@ class Sequence:
         self.cancelled = True
 
     @property
+    def input_tokens(self) -> int:
+        """How many tokens of the prompt are in the KV cache; 0 until any was computed for this sequence."""
+        return min(self.position, len(self.prompt_ids)) if self.position > self.reused else 0
+
+    @property
     def prefilling(self) -> bool:
         """Whether a part of the prompt is not in the KV cache yet."""
         return self.position < len(self.prompt_ids)
@@ -82,7 +90,9 @@ class Sequence:
 class Engine:
     """Runs sequences on a model; `submit` and `close` are safe from any thread."""
 
-    def __init__(self, model: Model, eos_ids: frozenset[int], *, prefill_chunk_tokens: int = 512) -> None:
+    def __init__(
+        self, model: Model, eos_ids: frozenset[int], *, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    ) -> None:
         self._model = model
         self._eos_ids = eos_ids
         self._prefill_chunk_tokens = prefill_chunk_tokens
@@ -91,6 +101,7 @@ class Engine:
         self._submitted: deque[Sequence] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._step_began_at: float | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -98,6 +109,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether the engine still takes sequences."""
         return self._thread.is_alive() and not self._closing
+
+    @property
+    def step_began_at(self) -> float | None:
+        """When the step began that is being computed, by time.monotonic; None between steps."""
+        return self._step_began_at
 
     def submit(
         self,
@@ -134,11 +150,13 @@ class Engine:
 
     def _main(self) -> None:
         while self._wait_for_work():
+            self._step_began_at = time.monotonic()
             self._admit()
             self._drop_cancelled()
             self._prefill_chunk()
             self._drop_cancelled()
             self._decode_step()
+            self._step_began_at = None
         for sequence in [*self._running, *self._submitted]:
             self._end(sequence, FinishReason.CANCELLED)
 
@@ -213,12 +231,10 @@ class Engine:
         self._end(sequence, FinishReason.FAILED)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        input_tokens = min(sequence.position, len(sequence.prompt_ids))
         if sequence in self._running:
             self._running.remove(sequence)
             # What a failed step has left in the KV cache is not to be trusted.
-            kept = 0 if reason is FinishReason.FAILED else input_tokens
+            kept = 0 if reason is FinishReason.FAILED else sequence.position
             self._free_slots.give_back(sequence.slot, sequence.owner, sequence.prompt_ids[:kept])
-        computed = input_tokens > sequence.reused  # one that was cancelled before its first chunk has used nothing
-        counts = (input_tokens, len(sequence.output_ids), sequence.reused) if computed else (0, 0, 0)
-        sequence.listener.on_finish(Finish(reason, *counts))
+        reused = min(sequence.reused, sequence.input_tokens)
+        sequence.listener.on_finish(Finish(reason, sequence.input_tokens, len(sequence.output_ids), reused))

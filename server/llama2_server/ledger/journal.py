@@ -75,6 +75,16 @@ class Journal:
         except IndexError:
             return None
 
+    def refuse_when_full(self, request: RunningRequest) -> None:
+        """Look whether `admit` would have room; nothing is written.
+
+        Raises:
+            LedgerFull: there is no room.
+        """
+        line = encode(request)
+        with self._lock:
+            self._refuse_when_full(line)
+
     def admit(self, request: RunningRequest) -> None:
         """Write down that a request runs, with room for its end.
 
@@ -82,10 +92,8 @@ class Journal:
             LedgerFull: there is no room.
         """
         line = encode(request)
-        reserve = len(line) + ENDED_LINE_EXTRA_BYTES
         with self._lock:
-            if self.size + self._reserved_bytes + len(line) + reserve > self._limit_bytes:
-                raise LedgerFull("usage cannot be recorded now; try again")
+            reserve = self._refuse_when_full(line)
             try:
                 self._append(line)
             except OSError as error:
@@ -149,6 +157,13 @@ class Journal:
         """Close all files; they go if nothing in them is needed, and else wait for the next process."""
         with self._lock:
             self._segments.release(remove=not self._pending and not self._running)
+
+    def _refuse_when_full(self, line: bytes) -> int:
+        """The room that a request's end needs, if it and the line are there."""
+        reserve = len(line) + ENDED_LINE_EXTRA_BYTES
+        if self.size + self._reserved_bytes + len(line) + reserve > self._limit_bytes:
+            raise LedgerFull("usage cannot be recorded now; try again")
+        return reserve
 
     def _append(self, line: bytes) -> None:
         if self._segments.current.size > self._segment_bytes:

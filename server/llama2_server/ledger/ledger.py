@@ -125,6 +125,14 @@ class Ledger:
         oldest = self._journal.oldest_ended_at
         return 0.0 if oldest is None else max(0.0, (self._now() - oldest).total_seconds())
 
+    def refuse_when_full(self, request_id: str, account: str, model: str) -> None:
+        """Look whether there is room to admit a request, before anything is counted for it.
+
+        Raises:
+            LedgerFull: as `admit`, which may still raise it when others were quicker.
+        """
+        self._journal.refuse_when_full(RunningRequest(request_id, account, model, self._now(), self._neuron_costs))
+
     def admit(self, request_id: str, account: str, model: str) -> None:
         """From here on the request has exactly one record, and `finish` has to be called.
 

@@ -1,0 +1,40 @@
+"""What can be refused before torch is imported (seconds) and the weights are loaded (minutes)."""
+
+from llama2_server.accounts import Accounts, KeyAccounts, OpenAccounts
+from llama2_server.card import ModelCard, load_card
+from llama2_server.ledger.engines import create_engine
+from llama2_server.redis_link import RedisLink
+from llama2_server.settings import Settings
+from llama2_server.tls import CertificateFiles
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one line that says why and what to do."""
+
+
+def check(settings: Settings) -> None:
+    """Read the files and URLs that the settings name; nothing is connected to.
+
+    Raises:
+        CardError, KeysFileError, CertificateError, LedgerError, StartError: each with one line for the operator.
+    """
+    read_card_and_accounts(settings)
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        CertificateFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca).read()
+    if settings.ledger_url is not None:
+        create_engine(settings.ledger_url.get_secret_value())
+    if settings.redis_url is not None:
+        try:
+            RedisLink(settings.redis_url.get_secret_value(), subject="store", timeout_seconds=1.0)
+        except (ValueError, ImportError) as error:
+            raise StartError(f"redis_url: {error}") from error
+
+
+def read_card_and_accounts(settings: Settings) -> tuple[ModelCard, Accounts]:
+    """Who may ask for what.
+
+    Raises:
+        CardError, KeysFileError: each with one line for the operator.
+    """
+    accounts = OpenAccounts() if settings.keys_file is None else KeyAccounts(settings.keys_file)
+    return load_card(settings.card), accounts

@@ -1,0 +1,37 @@
+"""The whole server process around a load or a model that misbehaves: `python -m tests.scripted_process HOW FLAGS`."""
+
+import functools
+import sys
+import threading
+
+from tests.scripted_model import ScriptedModel
+
+from llama2_server import app
+from llama2_server.__main__ import main
+from llama2_server.accounts import Accounts
+from llama2_server.card import ModelCard
+from llama2_server.loading import Loaded, load
+from llama2_server.settings import Settings
+
+HANGS_AFTER_STEPS = 8
+
+
+def never_loads(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
+    """Weights that never come."""
+    threading.Event().wait()
+    raise AssertionError
+
+
+def hangs(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
+    """A model that does not come back from one of its steps, some time after the warm-up."""
+    loaded = load(settings, card, accounts)
+    model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
+    model.gate()
+    model.allow(HANGS_AFTER_STEPS)
+    return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids)
+
+
+if __name__ == "__main__":
+    how = {"never-loads": never_loads, "hangs": hangs}[sys.argv.pop(1)]
+    app.serve = functools.partial(app.serve, load=how)
+    main()
