@@ -15,12 +15,14 @@ from tests.scripted_model import ScriptedModel
 from tests.service import Service, ServiceMaker, with_config
 
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
+from llama2_server import probe
 from llama2_server.accounts import Accounts, OpenAccounts
-from llama2_server.app import running
+from llama2_server.app import grounded, running
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.engine.tokenizer import Tokenizer
 from llama2_server.loading import Loaded
 from llama2_server.settings import Settings
+from llama2_server.telemetry.telemetry import Telemetry
 
 
 def pytest_configure() -> None:
@@ -61,6 +63,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         card: ModelCard | None = None,
         accounts: Accounts | None = None,
         failure: Exception | None = None,
+        telemetry: Telemetry | None = None,
         **settings: object,
     ) -> AsyncIterator[Service]:
         card = card or plain_card
@@ -70,6 +73,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
             vocab_size=demo_tokenizer.vocab_size,
             context_length=card.context_length_limit,
             slots=card.max_concurrent_requests,
+            probe_ids=demo_tokenizer.encode_chat(probe.PROMPT),
         )
         model.failure = failure
         loaded = Loaded(card, accounts or OpenAccounts(), demo_tokenizer, model, frozenset({demo_tokenizer.eos_id}))
@@ -77,7 +81,11 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "grace_seconds": 5, **settings}
         )
         # The channel outlives the server, so that calls see how the server drains.
-        async with AsyncExitStack() as stack, running(options, loaded) as address:
+        async with (
+            AsyncExitStack() as stack,
+            grounded(options, card, telemetry) as ground,
+            running(options, loaded, ground) as address,
+        ):
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
             model.prefills = 0  # the warm-up does not count
             try:

@@ -9,15 +9,29 @@ from torch import Tensor
 
 
 class ScriptedModel:
-    """Replies to every prompt with the same token ids; can be held at a step, made to fail, and asked what it did."""
+    """Replies to every prompt with the same token ids; can be held at a step, made to fail, and asked what it did.
+
+    The server's own probes come when they like: a prompt equal to `probe_ids` is neither held nor counted.
+    """
 
     def __init__(
-        self, reply_ids: Sequence[int], *, vocab_size: int, context_length: int = 1024, slots: int = 1
+        self,
+        reply_ids: Sequence[int],
+        *,
+        vocab_size: int,
+        context_length: int = 1024,
+        slots: int = 1,
+        probe_ids: Sequence[int] = (),
     ) -> None:
+        self._probe_ids = list(probe_ids)
+        self._probed = [False] * slots
         self.reply_ids = list(reply_ids)
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.slots = slots
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.memory_bytes = 4 * context_length * slots
         self.prefills = 0
         self.decoded_rows: list[int] = []
         self.failure: Exception | None = None
@@ -29,13 +43,14 @@ class ScriptedModel:
         self._produced = [0] * slots
 
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
-        self._wait()
-        self.prefills += position == 0
+        self._probed[slot] = token_ids == self._probe_ids
+        self._wait(held=not self._probed[slot])
+        self.prefills += position == 0 and not self._probed[slot]
         self._produced[slot] = 0
         return self._next_logits(slot)
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
-        self._wait()
+        self._wait(held=not all(self._probed[slot] for slot in slots))
         self.decoded_rows.append(len(slots))
         return torch.stack([self._next_logits(slot) for slot in slots])
 
@@ -60,10 +75,10 @@ class ScriptedModel:
         self.gated = False
         self.steps.release(1)
 
-    def _wait(self) -> None:
+    def _wait(self, *, held: bool) -> None:
         if self.failure is not None:
             raise self.failure
-        if self.gated:
+        if self.gated and held:
             self.in_step.set()
             self.steps.acquire()
             self.in_step.clear()

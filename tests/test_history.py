@@ -9,15 +9,19 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry, generate_latest
 from tests.ledger.conftest import stored
-from tests.service import Service, ServiceMaker, health_stub, with_config
+from tests.service import Service, ServiceMaker, until, with_config
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard, RequestsPerMinute
+from llama2_server.telemetry.metrics import Metrics
+from llama2_server.telemetry.telemetry import Telemetry
 
 REPLY = "Once upon a time, a fox lived by the sea and told the gulls what it had seen."
 NEURON_COST = Decimal("0.3672")
+GENERATE = "llama2.v1.TextGenerationService/Generate"
+STREAM = "llama2.v1.TextGenerationService/GenerateStream"
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,21 @@ class PlainModel:
     reply_tokens: int
     kept: dict[tuple[str, int], Expected] = field(default_factory=dict)
     records: list[Expected] = field(default_factory=list)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    cache_hits: int = 0
+    cache_misses: int = 0
+
+    def looked_in_cache(self, *, hit: bool) -> None:
+        """A request asked the response cache."""
+        self.cache_hits += hit
+        self.cache_misses += not hit
 
     def completed(self, prompt: str, input_tokens: int, max_tokens: int, *, no_cache: bool) -> Expected:
         """A request that runs to its end, or is served from the cache."""
         key = (prompt, max_tokens)
+        self.calls[GENERATE, "OK"] += 1
+        if not no_cache:
+            self.looked_in_cache(hit=key in self.kept)
         if not no_cache and key in self.kept:
             hit = self.kept[key]
             expected = Expected(hit.outcome, hit.input_tokens, hit.output_tokens, served_from_cache=True)
@@ -57,12 +72,34 @@ class PlainModel:
         self.records.append(expected)
         return expected
 
+    def broken_off(self, method: str, code: str, input_tokens: int, output_tokens: int) -> None:
+        """A request that did not come to its end: it was new, and looked in the cache in vain."""
+        self.calls[method, code] += 1
+        self.looked_in_cache(hit=False)
+        self.records.append(Expected(code, input_tokens, output_tokens))
+
+    def metrics(self) -> dict[str, float]:
+        """What a scrape should show."""
+        computed = [one for one in self.records if not one.served_from_cache]
+        return {
+            'tokens_total{type="input"}': sum(one.input_tokens for one in computed),
+            'tokens_total{type="output"}': sum(one.output_tokens for one in computed),
+            "neurons_total": float(sum((one.neurons for one in self.records), Decimal(0))),
+            "cache_hits_total": self.cache_hits,
+            "cache_misses_total": self.cache_misses,
+            "queue_time_seconds_count": len(computed),
+            "time_to_first_token_seconds_count": sum(one.output_tokens > 0 for one in computed),
+            "time_per_output_token_seconds_count": sum(one.output_tokens > 1 for one in computed),
+            **{f'requests_total{{code="{code}",method="{method}"}}': n for (method, code), n in self.calls.items()},
+        }
+
 
 class History:
     """Makes one request after another, each to its end before the next, and tells the plain model."""
 
-    def __init__(self, service: Service, chance: random.Random) -> None:
+    def __init__(self, service: Service, metrics: Metrics, chance: random.Random) -> None:
         self.service = service
+        self.metrics = metrics
         self.chance = chance
         self.model = PlainModel(len(service.model.reply_ids))
         self.fresh = 0
@@ -94,18 +131,18 @@ class History:
         await call.read()
         await self.service.model.parked(read)
         call.cancel()
-        await self.settle()
-        self.model.records.append(Expected("CANCELLED", await self.tokens(prompt), read + 1))
+        await self.settle(STREAM, "CANCELLED")
+        self.model.broken_off(STREAM, "CANCELLED", await self.tokens(prompt), read + 1)
 
     async def expire(self) -> None:
         """A request whose deadline passes while the model is in a step."""
         prompt = self.new_prompt()
         self.service.model.gate()
         with pytest.raises(grpc.aio.AioRpcError) as expired:
-            await self.service.text.Generate(pb.GenerateRequest(prompt=prompt), timeout=0.05)
+            await self.service.text.Generate(pb.GenerateRequest(prompt=prompt), timeout=0.3)
         assert expired.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await self.settle()
-        self.model.records.append(Expected("DEADLINE_EXCEEDED", await self.tokens(prompt), 1))
+        await self.settle(GENERATE, "DEADLINE_EXCEEDED")
+        self.model.broken_off(GENERATE, "DEADLINE_EXCEEDED", await self.tokens(prompt), 1)
 
     async def fail(self) -> None:
         """A request that the engine fails: nothing was computed."""
@@ -114,18 +151,20 @@ class History:
             await self.service.text.Generate(pb.GenerateRequest(prompt=self.new_prompt()))
         assert failed.value.code() is grpc.StatusCode.INTERNAL
         self.service.model.failure = None
-        self.model.records.append(Expected("INTERNAL", 0, 0))
+        self.model.broken_off(GENERATE, "INTERNAL", 0, 0)
 
     async def refuse(self) -> None:
         """An invalid request is not admitted: it leaves no record."""
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await self.service.text.Generate(pb.GenerateRequest(prompt="x", top_p=2))
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        self.model.calls[GENERATE, "INVALID_ARGUMENT"] += 1
 
-    async def settle(self) -> None:
-        """Let the step under way end, once the server knows that its caller has gone."""
-        for _ in range(3):
-            await health_stub(self.service.channel).Check(health_pb2.HealthCheckRequest())
+    async def settle(self, method: str, code: str) -> None:
+        """Let the step under way end, once the server knows that its caller has gone: it has counted the call."""
+        labels = {"method": method, "code": code}
+        ended = self.model.calls[method, code] + 1
+        await until(lambda: self.metrics.registry.get_sample_value("llama2_requests_total", labels) == ended)
         self.service.model.open_gate()
         await self.complete(self.new_prompt())  # it waits for the slot to be free
 
@@ -144,10 +183,11 @@ class History:
 async def test_random_history_is_accounted_exactly(
     serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path, seed: int
 ) -> None:
-    """After 200 random requests the ledger, the replies' usage and the plain model agree to the last digit."""
+    """After 200 random requests ledger, replies' usage, metrics and the plain model agree to the last digit."""
     card = with_config(demo_card, max_requests_per_min=RequestsPerMinute(default=10**6))
-    async with serve_scripted(REPLY, card=card) as service:
-        history = History(service, random.Random(seed))
+    metrics = Metrics(CollectorRegistry())
+    async with serve_scripted(REPLY, card=card, telemetry=Telemetry(metrics)) as service:
+        history = History(service, metrics, random.Random(seed))
         for _ in range(200):
             await history.step()
     records = await stored(f"sqlite:///{tmp_path / 'usage.db'}")
@@ -162,3 +202,11 @@ async def test_random_history_is_accounted_exactly(
     by_id = {record.request_id: record for record in records}
     for request_id, one in history.answers.items():
         assert (by_id[request_id].neurons, by_id[request_id].outcome) == (one.neurons, one.outcome)
+    assert counted(metrics, *history.model.metrics()) == history.model.metrics()
+
+
+def counted(metrics: Metrics, *series: str) -> dict[str, float]:
+    """The values of series, written as in the text format without the common prefix."""
+    lines = (line.rpartition(" ") for line in generate_latest(metrics.registry).decode().splitlines())
+    values = {name.removeprefix("llama2_"): float(value) for name, _, value in lines if not name.startswith("#")}
+    return {name: values[name] for name in series}

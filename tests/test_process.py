@@ -136,6 +136,8 @@ def taken_port() -> Iterator[int]:
         (["--ledger-url", "mysql://here", "--weights", "/no/such/directory"], {}, "ledger_url: "),
         (["--tls-certificate", "/no/such", "--tls-key", "/no/such"], {}, "tls_certificate: /no/such: No such file"),
         (["--tls-key", "/no/such"], {}, "tls_certificate: TLS needs both"),
+        (["--metrics-listen", "192.0.2.1:1"], {}, "metrics_listen: cannot listen on 192.0.2.1:1"),
+        (["--otlp-endpoint", "localhost:4317"], {}, "otlp_endpoint: must be http://HOST:PORT"),
     ],
 )
 def test_bad_settings_end_with_one_line(tmp_path: Path, flags: list[str], extra: dict[str, str], words: str) -> None:
@@ -146,7 +148,7 @@ def test_bad_settings_end_with_one_line(tmp_path: Path, flags: list[str], extra:
     *logged, last = done.stderr.splitlines()
     assert last.startswith("llama2-server: ")
     assert words in last
-    assert all(" INFO " in line for line in logged)
+    assert all(json.loads(line)["level"] == "info" for line in logged)
     assert done.stdout == ""
 
 

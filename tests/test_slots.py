@@ -35,6 +35,22 @@ async def in_order(calls: list[Coroutine[Any, Any, float]]) -> list[asyncio.Task
     return tasks
 
 
+def test_every_wait_is_told() -> None:
+    """Who waited hears nothing of it, but the observer does: for a slot, in vain, and not at all."""
+    waits: list[float] = []
+
+    async def main() -> None:
+        slots = Slots(1, line_limit=2, queue_timeout_seconds=1000, on_waited=waits.append)
+        calls = [hold(slots, "a", 5), hold(slots, "a", 5), hold(slots, "b", 5, deadline=3)]
+        tasks = await in_order(calls)
+        with pytest.raises(LineFull):
+            await hold(slots, "c", 5)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run_virtual(main())
+    assert waits == [0, 3, 5]
+
+
 def test_free_slot_is_given_at_once() -> None:
     """With a free slot nobody waits."""
 

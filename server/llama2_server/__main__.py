@@ -20,8 +20,6 @@ def main() -> None:
         from llama2_server.admin import admin
 
         admin(prog_name="llama2-server")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each of its plugins at every start
     shows_settings = sys.argv[1:2] == ["settings"]
     try:
         sourced = read_settings(sys.argv[1 + shows_settings :])
@@ -36,14 +34,26 @@ def main() -> None:
     from llama2_server.card import CardError
     from llama2_server.engine.errors import WeightsError
     from llama2_server.ledger.failures import LedgerError
+    from llama2_server.telemetry import logs
+    from llama2_server.telemetry.failures import TelemetryError
     from llama2_server.tls import CertificateError
 
+    refusals = (
+        CardError,
+        CertificateError,
+        KeysFileError,
+        LedgerError,
+        TelemetryError,
+        WeightsError,
+        preflight.StartError,
+    )
+    logs.configure(sourced.settings.log_level, sourced.settings.log_format)
     try:
         preflight.check(sourced.settings)
         from llama2_server import app
 
         code = asyncio.run(app.serve(sourced.settings))
-    except (CardError, CertificateError, KeysFileError, LedgerError, WeightsError, preflight.StartError) as error:
+    except refusals as error:
         _refuse(str(error))
     except KeyboardInterrupt:
         sys.exit(130)

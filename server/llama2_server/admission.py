@@ -1,7 +1,7 @@
-"""One admitted request and its one ledger record, whatever its end."""
+"""One admitted request and its one ledger record, whatever its end; telemetry counts what the record says."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llama2_server.errors import ServiceError
@@ -9,6 +9,9 @@ from llama2_server.generation import Generation
 from llama2_server.ledger.ledger import Ledger
 from llama2_server.metering import TokenCounts
 from llama2_server.replies import Figures
+from llama2_server.telemetry.calls import Call, Moments, Usage
+
+NOTHING = TokenCounts(0, 0)
 
 
 class Admissions:
@@ -20,16 +23,15 @@ class Admissions:
         self._open: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def admit(self, request_id: str, account: str, expired: Callable[[], bool]) -> Iterator["Admission"]:
+    def admit(self, call: Call, account: str) -> Iterator["Admission"]:
         """Admit a request for the body of the `with`; the record says how the body ended.
-
-        `expired` tells whether the call's deadline has passed: a cancelled call and an expired one end alike.
 
         Raises:
             LedgerFull: usage cannot be recorded, so that nothing may be used.
         """
-        self._ledger.admit(request_id, account, self._model)
-        admission = Admission(self, request_id)
+        self._ledger.admit(call.request_id, account, self._model)
+        call.admitted()
+        admission = Admission(self, call)
         status = "OK"
         try:
             yield admission
@@ -40,7 +42,8 @@ class Admissions:
             status = "INTERNAL"
             raise
         except BaseException:
-            status = "DEADLINE_EXCEEDED" if expired() else "CANCELLED"
+            # A cancelled call and an expired one end alike.
+            status = "DEADLINE_EXCEEDED" if call.expired() else "CANCELLED"
             raise
         finally:
             admission.settle(status)
@@ -49,16 +52,31 @@ class Admissions:
         """Wait for requests whose callers have gone and whose last step is still being computed."""
         await asyncio.gather(*self._open)
 
-    def record(self, request_id: str, outcome: str, counts: TokenCounts, *, served_from_cache: bool) -> None:
-        """Write the record."""
-        self._ledger.finish(request_id, outcome, counts, served_from_cache=served_from_cache)
+    def record(
+        self,
+        call: Call,
+        status: str,
+        counts: TokenCounts,
+        *,
+        finish_reason: str | None = None,
+        served_from_cache: bool = False,
+        moments: Moments | None = None,
+    ) -> None:
+        """Write the record: a complete reply's outcome is its finish reason, any other's how its call ended."""
+        outcome = finish_reason or status
+        record = self._ledger.finish(call.request_id, outcome, counts, served_from_cache=served_from_cache)
+        if record is not None:
+            usage = Usage(record.input_tokens, record.output_tokens, record.neurons, record.served_from_cache)
+            call.recorded(usage, moments, finish_reason)
 
-    def record_after(self, request_id: str, outcome: str, generation: Generation) -> None:
+    def record_after(self, call: Call, status: str, generation: Generation) -> None:
         """Write the record once the generation has ended, with what was computed by then."""
+        finish_reason = _finish_reason(generation)
 
         async def wait() -> None:
             await generation.ended()
-            self.record(request_id, outcome, generation.counts, served_from_cache=False)
+            counts, moments = generation.counts, generation.moments
+            self.record(call, status, counts, finish_reason=finish_reason, moments=moments)
 
         task = asyncio.create_task(wait())
         self._open.add(task)
@@ -68,9 +86,9 @@ class Admissions:
 class Admission:
     """What serves an admitted request, by `served_from_cache` or `served_by`; without either nothing was computed."""
 
-    def __init__(self, admissions: Admissions, request_id: str) -> None:
+    def __init__(self, admissions: Admissions, call: Call) -> None:
         self._admissions = admissions
-        self._request_id = request_id
+        self._call = call
         self._stored: Figures | None = None
         self._generation: Generation | None = None
         self._shared = False
@@ -87,17 +105,26 @@ class Admission:
     def settle(self, status: str) -> None:
         """Record the request; `status` is how its call ended, where the reply is not complete."""
         if self._stored is not None:
-            outcome = self._stored.finish_reason.name if status == "OK" else status
-            self._admissions.record(self._request_id, outcome, self._stored.counts, served_from_cache=True)
+            reason = self._stored.finish_reason.name if status == "OK" else None
+            counts = self._stored.counts
+            self._admissions.record(self._call, status, counts, finish_reason=reason, served_from_cache=True)
         elif self._generation is None:
-            self._admissions.record(self._request_id, status, TokenCounts(0, 0), served_from_cache=False)
+            self._admissions.record(self._call, status, NOTHING)
+        elif self._shared:
+            self._settle_shared(self._generation, status)
         else:
-            self._settle_generated(self._generation, status)
+            self._admissions.record_after(self._call, status, self._generation)
 
-    def _settle_generated(self, generation: Generation, status: str) -> None:
-        outcome = generation.finish_reason.name if generation.finish_reason is not None else status
-        if self._shared:
-            counts = generation.counts if generation.complete else TokenCounts(0, 0)
-            self._admissions.record(self._request_id, outcome, counts, served_from_cache=True)
-        else:
-            self._admissions.record_after(self._request_id, outcome, generation)
+    def _settle_shared(self, generation: Generation, status: str) -> None:
+        self._admissions.record(
+            self._call,
+            status,
+            generation.counts if generation.complete else NOTHING,
+            finish_reason=_finish_reason(generation),
+            served_from_cache=True,
+            moments=generation.moments,
+        )
+
+
+def _finish_reason(generation: Generation) -> str | None:
+    return None if generation.finish_reason is None else generation.finish_reason.name

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,17 +18,21 @@ from llama2_server.accounts import Accounts, KeyAccounts
 from llama2_server.card import ModelCard
 from llama2_server.engine.engine import Engine
 from llama2_server.health import HealthServicer
-from llama2_server.interceptor import ErrorInterceptor
+from llama2_server.interceptor import CallInterceptor
 from llama2_server.listening import add_port, health_port, make_server
 from llama2_server.loading import Loaded, load
 from llama2_server.preflight import StartError, read_card_and_accounts
 from llama2_server.probe import probe
 from llama2_server.readiness import Readiness
+from llama2_server.readings import show
 from llama2_server.servicer import Parts, TextGenerationServicer
 from llama2_server.settings import Settings
 from llama2_server.slots import Slots
 from llama2_server.speed import warn_of_slowness
 from llama2_server.stores import Stores, open_stores
+from llama2_server.telemetry.logs import on_loop_exception
+from llama2_server.telemetry.metrics import Metrics
+from llama2_server.telemetry.telemetry import Telemetry, opened
 from llama2_server.watchdog import WatchedEngine
 
 logger = logging.getLogger(__name__)
@@ -47,6 +52,15 @@ Result = TypeVar("Result")
 Load = Callable[[Settings, ModelCard, Accounts], Loaded]
 
 
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What is there before the weights are."""
+
+    telemetry: Telemetry
+    health: HealthServicer
+    stores: Stores
+
+
 async def serve(settings: Settings, load: Load = load) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process at once.
 
@@ -54,14 +68,14 @@ async def serve(settings: Settings, load: Load = load) -> int:
         The exit code: 0, or ENGINE_LOST.
 
     Raises:
-        CardError, KeysFileError, CertificateError, LedgerError, WeightsError, StartError: it cannot be served.
+        CardError, KeysFileError, CertificateError, LedgerError, TelemetryError, WeightsError, StartError: it cannot be
+            served.
     """
     ending: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     _on_signals(ending)
-    async with AsyncExitStack() as stack:
-        health = (await stack.enter_async_context(health_port(settings))).servicer
-        card, accounts = read_card_and_accounts(settings)
-        stores = await open_stores(settings, card, stack)
+    asyncio.get_running_loop().set_exception_handler(on_loop_exception)
+    card, accounts = read_card_and_accounts(settings)
+    async with grounded(settings, card) as ground:
         loading = _in_thread("loading", lambda: load(settings, card, accounts))
         await asyncio.wait((loading, ending), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -72,7 +86,7 @@ async def serve(settings: Settings, load: Load = load) -> int:
             if not ending.done():
                 ending.set_result(ENGINE_LOST)
 
-        async with running(settings, loading.result(), stores, health, on_engine_lost) as address:
+        async with running(settings, loading.result(), ground, on_engine_lost) as address:
             _say_serving(settings, address)
             code = await ending
             logger.info("draining for up to %.0f s; Ctrl-C or SIGTERM once more ends at once", settings.grace_seconds)
@@ -81,41 +95,51 @@ async def serve(settings: Settings, load: Load = load) -> int:
 
 
 @asynccontextmanager
+async def grounded(settings: Settings, card: ModelCard, telemetry: Telemetry | None = None) -> AsyncIterator[Ground]:
+    """Telemetry, unless there is one, the health port and the stores, for the body of the `async with`.
+
+    Raises:
+        LedgerError: the ledger cannot be opened as it is configured.
+        TelemetryError: metrics or traces cannot be had as they are configured.
+        StartError: the health port cannot be listened on, or there is no Redis by that URL.
+    """
+    async with AsyncExitStack() as stack:
+        if telemetry is None:
+            ends = opened(settings.metrics_listen, settings.otlp_endpoint, model=card.name)
+            telemetry = await stack.enter_async_context(ends)
+        health = (await stack.enter_async_context(health_port(settings))).servicer
+        yield Ground(telemetry, health, await open_stores(settings, card, stack))
+
+
+@asynccontextmanager
 async def running(
-    settings: Settings,
-    loaded: Loaded,
-    stores: Stores | None = None,
-    health: HealthServicer | None = None,
-    on_engine_lost: Callable[[], None] = lambda: None,
+    settings: Settings, loaded: Loaded, ground: Ground, on_engine_lost: Callable[[], None] = lambda: None
 ) -> AsyncIterator[str]:
     """Warm up, listen and be SERVING for the body of the `async with`, which gets the address; then drain.
 
     Raises:
         StartError: the warm-up failed, or the address cannot be listened on.
         CertificateError: the certificate's files cannot be used.
-        LedgerError: the ledger cannot be opened as it is configured.
     """
+    metrics, health = ground.telemetry.metrics, ground.health
     async with AsyncExitStack() as stack:
-        if health is None:
-            health = (await stack.enter_async_context(health_port(settings))).servicer
-        if stores is None:
-            stores = await open_stores(settings, loaded.card, stack)
         if isinstance(loaded.accounts, KeyAccounts):
             await stack.enter_async_context(_beside(loaded.accounts.watch()))
         engine = WatchedEngine(
-            Engine(loaded.model, loaded.eos_ids),
+            Engine(loaded.model, loaded.eos_ids, on_step=metrics.on_step),
             step_timeout_seconds=settings.step_timeout_seconds,
             on_outcome=lambda worked: readiness.heard(worked),  # noqa: PLW0108 - it is made below
         )
-        parts = _parts(settings, loaded, stores, engine)
+        parts = _parts(settings, loaded, ground.stores, engine, metrics)
         readiness = Readiness(
             health.set_serving,
             lambda: probe(engine, loaded.tokenizer),
             idle=lambda: parts.slots.running == 0,
             interval_seconds=settings.probe_interval_seconds,
         )
-        servicer, interceptor = TextGenerationServicer(parts), ErrorInterceptor()
+        servicer, interceptor = TextGenerationServicer(parts), CallInterceptor(ground.telemetry)
         server = make_server(settings, parts, servicer, health, interceptor)
+        show(metrics, parts, loaded.model, health)
         try:
             await _warm_up(settings, parts)
             address = add_port(server, settings)
@@ -128,11 +152,12 @@ async def running(
             await servicer.close()
 
 
-def _parts(settings: Settings, loaded: Loaded, stores: Stores, engine: WatchedEngine) -> Parts:
+def _parts(settings: Settings, loaded: Loaded, stores: Stores, engine: WatchedEngine, metrics: Metrics) -> Parts:
     slots = Slots(
         loaded.card.max_concurrent_requests,
         line_limit=settings.line_limit,
         queue_timeout_seconds=settings.queue_timeout_seconds,
+        on_waited=metrics.queue_time.observe,
     )
     return Parts(
         loaded.card, loaded.accounts, loaded.tokenizer, stores.quota, stores.cache, stores.ledger, slots, engine
@@ -159,7 +184,7 @@ async def _watch(parts: Parts, health: HealthServicer, on_engine_lost: Callable[
 
 
 async def _drain(
-    settings: Settings, parts: Parts, health: HealthServicer, server: grpc.aio.Server, interceptor: ErrorInterceptor
+    settings: Settings, parts: Parts, health: HealthServicer, server: grpc.aio.Server, interceptor: CallInterceptor
 ) -> None:
     # Tell balancers first.
     health.close()
@@ -177,7 +202,7 @@ async def _drain(
     await stopping
 
 
-async def _quiet(interceptor: ErrorInterceptor) -> None:
+async def _quiet(interceptor: CallInterceptor) -> None:
     """Wait until no calls come any more."""
     with suppress(TimeoutError):
         async with asyncio.timeout(LONGEST_UNTIL_QUIET_SECONDS):

@@ -17,6 +17,7 @@ from llama2_server.engine.tokenizer import Tokenizer
 from llama2_server.errors import Draining, EngineDown, InternalFault, ServiceError
 from llama2_server.metering import TokenCounts
 from llama2_server.slots import Slots
+from llama2_server.telemetry.calls import Moments
 from llama2_server.validation import Prompt
 from llama2_server.watchdog import WatchedEngine
 
@@ -38,6 +39,7 @@ class Generation:
         """What was computed, whatever the end."""
         self.reused_input_tokens = 0
         """Those of the input tokens that the engine still held."""
+        self.started_at = 0.0
         self.slot_at = 0.0
         self._prompt = prompt
         self._text = _Text(self, tokenizer, params, len(prompt.token_ids), on_progress, keep_leading_space=prompt.raw)
@@ -73,8 +75,14 @@ class Generation:
         """When the last token was computed."""
         return self._text.finished_at
 
+    @property
+    def moments(self) -> Moments:
+        """When it got how far, for telemetry."""
+        return Moments(self.started_at, self.slot_at, self.first_token_at, self.finished_at)
+
     def start(self, slots: Slots, engine: WatchedEngine, account: Account, deadline: float | None) -> None:
         """Begin to wait for a slot; deadline by the loop's clock, or None."""
+        self.started_at = time.monotonic()
         self._task = asyncio.create_task(self._run(slots, engine, account, deadline))
 
     def leave(self) -> None:

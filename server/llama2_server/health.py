@@ -25,6 +25,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
         self._closed = False
 
+    @property
+    def serving(self) -> bool:
+        """Whether the state is SERVING."""
+        return self._serving
+
     def set_serving(self, serving: bool) -> None:
         """Change the state of all services and tell the watchers; nothing changes any more once it is closed."""
         self._serving = serving and not self._closed

@@ -14,6 +14,7 @@ from llama2_server.ledger.ledger import Ledger
 from llama2_server.ledger.records import DailyUsage
 from llama2_server.metering import decimal_text
 from llama2_server.quota import Quota
+from llama2_server.telemetry.calls import CALL
 
 DEFAULT_DAYS = timedelta(days=30)
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
@@ -43,6 +44,7 @@ class AccountServicer(account_pb2_grpc.AccountServiceServicer):
     async def GetUsage(self, request: account_pb2.GetUsageRequest, context: Any) -> account_pb2.GetUsageResponse:
         """The caller's usage by day and model, and the state of its quota."""
         account = self._accounts.authenticate(context.invocation_metadata())
+        CALL.get().account = account.id
         since, until = _days(request)
         status = await self._quota.status(account.id)
         resets_in = Duration()

@@ -23,7 +23,7 @@ from llama2.v1 import (
 )
 from llama2_server.health import HealthServicer
 from llama2_server.information import AccountServicer, ModelServicer
-from llama2_server.interceptor import ErrorInterceptor
+from llama2_server.interceptor import CallInterceptor
 from llama2_server.preflight import StartError
 from llama2_server.servicer import Parts, TextGenerationServicer
 from llama2_server.settings import Settings, is_loopback
@@ -35,6 +35,12 @@ SERVICES = (
     text_generation_pb2.DESCRIPTOR.services_by_name["TextGenerationService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     account_pb2.DESCRIPTOR.services_by_name["AccountService"].full_name,
+)
+METHODS = tuple(
+    f"{service.full_name}/{method.name}"
+    for file in (text_generation_pb2, model_pb2, account_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
 )
 SPARE_STREAMS = 100  # health watches, card and usage, beside the calls that generate
 HEALTH_STREAMS = 100
@@ -73,7 +79,7 @@ def make_server(
     parts: Parts,
     servicer: TextGenerationServicer,
     health: HealthServicer,
-    interceptor: ErrorInterceptor,
+    interceptor: CallInterceptor,
 ) -> grpc.aio.Server:
     """The server of all services; it has no port yet."""
     streams = settings.line_limit + parts.card.max_concurrent_requests + SPARE_STREAMS

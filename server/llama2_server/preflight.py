@@ -5,6 +5,7 @@ from llama2_server.card import ModelCard, load_card
 from llama2_server.ledger.engines import create_engine
 from llama2_server.redis_link import RedisLink
 from llama2_server.settings import Settings
+from llama2_server.telemetry.telemetry import check_endpoint
 from llama2_server.tls import CertificateFiles
 
 
@@ -16,9 +17,11 @@ def check(settings: Settings) -> None:
     """Read the files and URLs that the settings name; nothing is connected to.
 
     Raises:
-        CardError, KeysFileError, CertificateError, LedgerError, StartError: each with one line for the operator.
+        CardError, KeysFileError, CertificateError, LedgerError, TelemetryError, StartError: each with one line for the
+            operator.
     """
     read_card_and_accounts(settings)
+    check_endpoint(settings.otlp_endpoint)
     if settings.tls_certificate is not None and settings.tls_key is not None:
         CertificateFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca).read()
     if settings.ledger_url is not None:

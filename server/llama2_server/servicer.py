@@ -1,7 +1,7 @@
 """One request from top to bottom: account, validation, quota, response cache, waiting line, engine, metering."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,12 +21,12 @@ from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.tokenizer import Tokenizer
 from llama2_server.flights import Flights
 from llama2_server.generation import Generation
-from llama2_server.interceptor import REQUEST_ID
 from llama2_server.ledger.ledger import Ledger
 from llama2_server.metering import decimal_text, neurons
 from llama2_server.quota import Quota
 from llama2_server.replies import Figures, LiveReply, Reply, StoredReply
 from llama2_server.slots import Slots
+from llama2_server.telemetry.calls import CALL, Fact
 from llama2_server.validation import Prompt, RequestValidator
 from llama2_server.watchdog import WatchedEngine
 
@@ -77,7 +77,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """The input tokens of a request, and what they leave for the reply."""
-        self._parts.accounts.authenticate(context.invocation_metadata())
+        CALL.get().account = self._parts.accounts.authenticate(context.invocation_metadata()).id
         input_tokens, max_output_tokens = self._validator.token_count(request)
         return pb.CountTokensResponse(input_tokens=input_tokens, max_output_tokens=max_output_tokens)
 
@@ -90,14 +90,17 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
     async def _reply(self, request: pb.GenerateRequest, context: Any, *, streaming: bool) -> AsyncIterator[Reply]:
         """The reply to a request; leaving the block, for whatever reason, stops what nobody else reads."""
         parts = self._parts
+        call, deadline = CALL.get(), _deadline(context)
         account = parts.accounts.authenticate(context.invocation_metadata())
-        prompt, params = self._validator.generation(request, streaming=streaming)
-        request_id, deadline = REQUEST_ID.get(), _deadline(context)
+        call.account = account.id
+        with call.phase("validation"):
+            prompt, params = self._validator.generation(request, streaming=streaming)
+        call.request = _facts(params, streaming=streaming)
         # What cannot be served now costs no quota; what the quota refuses is not recorded.
         parts.slots.refuse_when_closed()
-        parts.ledger.refuse_when_full(request_id, account.id, parts.card.name)
+        parts.ledger.refuse_when_full(call.request_id, account.id, parts.card.name)
         await parts.quota.take(account.id)
-        with self._admissions.admit(request_id, account.id, _expiry(context)) as admission:
+        with self._admissions.admit(call, account.id) as admission:
             key = self._cache_key(request, account, prompt, params)
             if parts.cache is not None and key is not None and (cached := await parts.cache.get(key)) is not None:
                 stored = StoredReply(cached)
@@ -106,7 +109,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
                 return
 
             def start() -> Generation:
-                on_progress = partial(parts.ledger.progress, request_id)
+                on_progress = partial(parts.ledger.progress, call.request_id)
                 generation = Generation(prompt, params, parts.tokenizer, on_progress)
                 parts.slots.refuse_hopeless(account.id, deadline)
                 # Others may join a generation that has a key, and wait for it longer than this call would.
@@ -147,7 +150,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
             ),
             seed=figures.seed,
             cached=figures.cached,
-            request_id=REQUEST_ID.get(),
+            request_id=CALL.get().request_id,
             timings=pb.Timings(
                 queue_time=_duration(figures.queue_seconds),
                 time_to_first_token=_duration(figures.time_to_first_token_seconds),
@@ -162,15 +165,17 @@ def _deadline(context: Any) -> float | None:
     return None if remaining is None else asyncio.get_running_loop().time() + remaining
 
 
-def _expiry(context: Any) -> Callable[[], bool]:
-    """Tells whether the call's deadline has passed, for a call that its caller has ended.
-
-    A caller's own timer ends the call a moment before the server's: gRPC rounds the timeout up by about 1% on the wire.
-    """
-    remaining, begun = context.time_remaining(), asyncio.get_running_loop().time()
-    if remaining is None:
-        return lambda: False
-    return lambda: asyncio.get_running_loop().time() >= begun + remaining - 0.02 * remaining - 0.02
+def _facts(params: GenerationParams, *, streaming: bool) -> dict[str, Fact]:
+    """What telemetry may know of a request: numbers, by OpenTelemetry's names."""
+    return {
+        "gen_ai.request.stream": streaming,
+        "gen_ai.request.max_tokens": params.max_tokens,
+        "gen_ai.request.temperature": params.temperature,
+        "gen_ai.request.top_p": params.top_p,
+        "gen_ai.request.top_k": params.top_k,
+        "gen_ai.request.frequency_penalty": params.frequency_penalty,
+        "gen_ai.request.presence_penalty": params.presence_penalty,
+    }
 
 
 def _duration(seconds: float) -> Duration:

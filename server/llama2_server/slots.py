@@ -7,7 +7,7 @@ another. All of it runs on the event loop: there are no locks because nothing aw
 import asyncio
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -28,10 +28,21 @@ class Turn:
 
 
 class Slots:
-    """`limit` slots behind a line of at most `line_limit` calls, each waiting at most `queue_timeout_seconds`."""
+    """`limit` slots behind a line of at most `line_limit` calls, each waiting at most `queue_timeout_seconds`.
 
-    def __init__(self, limit: int, *, line_limit: int, queue_timeout_seconds: float) -> None:
+    `on_waited` hears how long each call waited for its slot, or until it left the line without one.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        line_limit: int,
+        queue_timeout_seconds: float,
+        on_waited: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self._limit = limit
+        self._on_waited = on_waited
         self._line_limit = line_limit
         self._queue_timeout_seconds = queue_timeout_seconds
         self._granted = 0  # slots that are held, or on their way to a waiter who has not run yet
@@ -68,9 +79,13 @@ class Slots:
         self.refuse_when_closed()
         if self._granted < self._limit:
             self._granted += 1
+            self._on_waited(0.0)
         else:
             self.refuse_hopeless(account, deadline)
-            await self._wait_in_line(account, deadline)
+            try:
+                await self._wait_in_line(account, deadline)
+            finally:
+                self._on_waited(_now() - arrived)
         turn = Turn(_now() - arrived, _now())
         self._turns.add(turn)
         try:

@@ -178,3 +178,19 @@ def test_what_does_not_fit_is_refused(engine: Engine, prompt_tokens: int, max_to
     """An empty prompt, and prompt and reply beyond the context, never reach the thread."""
     with pytest.raises(ValueError):
         submit(engine, Reader(), max_tokens, prompt_tokens)
+
+
+def test_every_step_is_told(model: ScriptedModel) -> None:
+    """The observer hears of each chunk of a prompt with its tokens, and of each decode step with its rows."""
+    steps: list[tuple[str, int]] = []
+    engine = Engine(
+        model,
+        frozenset({EOS}),
+        prefill_chunk_tokens=8,
+        on_step=lambda phase, seconds, rows: steps.append((phase, rows)) if seconds > 0 else None,
+    )
+    reader = Reader()
+    submit(engine, reader, prompt_tokens=10, max_tokens=3)
+    reader.result()
+    assert engine.close(timeout_seconds=10)
+    assert steps == [("prefill", 8), ("prefill", 2), ("decode", 1), ("decode", 1)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -149,3 +150,14 @@ def test_the_model_is_what_the_step_loop_needs(checkpoint: MakeCheckpoint) -> No
     model: Model = load(checkpoint(dtype=torch.float16), torch.float16)
     assert (model.vocab_size, model.context_length, model.slots) == (600, CONTEXT, 3)
     assert model.prefill(0, [1], 0).dtype == model.decode([0], [1], [1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["grouped", "tied"])
+def test_memory_is_weights_and_kv_cache(checkpoint: MakeCheckpoint, name: str) -> None:
+    """On a CPU a model takes what its checkpoint's tensors take, and keys and values for each slot."""
+    directory = checkpoint(**SHAPES[name])
+    model = load(directory, slots=2)
+    config = model.config
+    tensors = sum(tensor.nbytes for file in directory.glob("*.safetensors") for tensor in load_file(file).values())
+    cache = 2 * config.layers * 2 * config.kv_heads * CONTEXT * config.head_dim * 4
+    assert model.memory_bytes == tensors + cache

@@ -28,6 +28,7 @@ class Recorder:
     def __init__(self, model: LlamaModel) -> None:
         self._model = model
         self.vocab_size, self.context_length, self.slots = model.vocab_size, model.context_length, model.slots
+        self.device, self.dtype, self.memory_bytes = model.device, model.dtype, model.memory_bytes
         self.prefilled: list[int] = []
         self.logits: list[Tensor] = []
         self.fail_at: int | None = None

@@ -9,8 +9,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as SequenceOf
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,6 +71,7 @@ class Sequence:
     position: int = 0  # tokens in the KV cache
     output_ids: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
+    context: Context = field(default_factory=copy_context)  # whose it is, for the log
     cancelled: bool = False
 
     def cancel(self) -> None:
@@ -88,12 +90,22 @@ class Sequence:
 
 
 class Engine:
-    """Runs sequences on a model; `submit` and `close` are safe from any thread."""
+    """Runs sequences on a model; `submit` and `close` are safe from any thread.
+
+    `on_step` hears of each step: "prefill" or "decode", its seconds, and how many tokens or rows it took. It is called
+    on the engine's thread and must be quick.
+    """
 
     def __init__(
-        self, model: Model, eos_ids: frozenset[int], *, prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
+        self,
+        model: Model,
+        eos_ids: frozenset[int],
+        *,
+        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        on_step: Callable[[str, float, int], None] = lambda *_: None,
     ) -> None:
         self._model = model
+        self._on_step = on_step
         self._eos_ids = eos_ids
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._free_slots = FreeSlots(model.slots, prefill_chunk_tokens)
@@ -153,12 +165,19 @@ class Engine:
             self._step_began_at = time.monotonic()
             self._admit()
             self._drop_cancelled()
-            self._prefill_chunk()
+            self._timed("prefill", self._prefill_chunk)
             self._drop_cancelled()
-            self._decode_step()
+            self._timed("decode", self._decode_step)
             self._step_began_at = None
         for sequence in [*self._running, *self._submitted]:
             self._end(sequence, FinishReason.CANCELLED)
+
+    def _timed(self, phase: str, step: Callable[[], int]) -> None:
+        # With the sampling, which waits for the device: what the device does behind our back would not be seen.
+        begun = time.perf_counter()
+        rows = step()
+        if rows:
+            self._on_step(phase, time.perf_counter() - begun, rows)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -176,26 +195,27 @@ class Engine:
         for sequence in [sequence for sequence in self._running if sequence.cancelled]:
             self._end(sequence, FinishReason.CANCELLED)
 
-    def _prefill_chunk(self) -> None:
+    def _prefill_chunk(self) -> int:
         """Prefill one chunk of one prompt, so that a long prompt delays neither a cancel nor the others by more."""
         sequence = next((sequence for sequence in self._running if sequence.prefilling), None)
         if sequence is None:
-            return
+            return 0
         chunk = sequence.prompt_ids[sequence.position :][: self._prefill_chunk_tokens]
         try:
             logits = self._model.prefill(sequence.slot, chunk, sequence.position)  # (vocab_size,)
             sequence.position += len(chunk)
         except Exception as error:
             self._fail(sequence, error)
-            return
+            return 0
         if not sequence.prefilling:
             self._emit(sequence, logits)
+        return len(chunk)
 
-    def _decode_step(self) -> None:
+    def _decode_step(self) -> int:
         """One token more for every sequence that has its first."""
         rows = [sequence for sequence in self._running if sequence.output_ids]
         if not rows:
-            return
+            return 0
         try:
             logits = self._model.decode(  # (rows, vocab_size)
                 [sequence.slot for sequence in rows],
@@ -205,10 +225,11 @@ class Engine:
         except Exception as error:
             for sequence in rows:
                 self._fail(sequence, error)
-            return
+            return 0
         for sequence, row in zip(rows, logits, strict=True):
             sequence.position += 1
             self._emit(sequence, row)
+        return len(rows)
 
     def _emit(self, sequence: Sequence, logits: Tensor) -> None:
         """Sample the next token from logits (vocab_size,) and hand it to the listener."""
@@ -227,7 +248,7 @@ class Engine:
             self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        logger.error("a sequence failed in the engine", exc_info=error)
+        sequence.context.run(logger.error, "a sequence failed in the engine", exc_info=error)
         self._end(sequence, FinishReason.FAILED)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:

@@ -5,7 +5,7 @@ checkpoints are read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -34,6 +34,18 @@ class Model(Protocol):
     @property
     def slots(self) -> int:
         """Sequences that fit in the KV cache at once."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes of its device."""
 
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
         """Append tokens to the slot's `position` cached ones; float32 logits after the last of them."""
@@ -81,6 +93,9 @@ class LayerWeights:
     down: Tensor  # (hidden_size, intermediate_size)
 
 
+_LAYER_NAMES = tuple(field.name for field in fields(LayerWeights))
+
+
 @dataclass(frozen=True, slots=True)
 class LlamaWeights:
     """All tensors of a model; with tied embeddings `head` is `embedding` itself."""
@@ -89,6 +104,15 @@ class LlamaWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # (hidden_size,)
     head: Tensor  # (vocab_size, hidden_size)
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        tensors: list[Tensor] = [getattr(layer, name) for layer in self.layers for name in _LAYER_NAMES]
+        tensors += (
+            [self.embedding, self.norm] if self.head is self.embedding else [self.embedding, self.norm, self.head]
+        )
+        return sum(tensor.nbytes for tensor in tensors)
 
     @classmethod
     def allocate(cls, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype) -> "LlamaWeights":
@@ -124,6 +148,7 @@ class KVCache:
         shape = (slots, config.kv_heads, context_length, config.head_dim)
         self.keys = [like.new_empty(shape) for _ in range(config.layers)]
         self.values = [like.new_empty(shape) for _ in range(config.layers)]
+        self.nbytes = sum(tensor.nbytes for tensor in (*self.keys, *self.values))
         # Views of each slot, ready made: slicing anew in each layer of each step costs as much as a small kernel.
         self.layers: list[list[Slot]] = [
             [(keys[slot : slot + 1], values[slot : slot + 1]) for slot in range(slots)]
@@ -150,6 +175,13 @@ class LlamaModel:
             self._linear = _half_linear_on_cpu
         # Attention over 16-bit keys is slower on a CPU than widening them first, and less exact.
         self._widen = self.device.type == "cpu" and self.dtype != torch.float32
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes of its device: all that torch has allocated on CUDA, else weights and KV cache."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return self.weights.nbytes + self.kv_cache.nbytes
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)

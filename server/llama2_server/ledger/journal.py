@@ -118,13 +118,13 @@ class Journal:
 
     def end(
         self, request_id: str, outcome: str, counts: TokenCounts, ended_at: datetime, *, served_from_cache: bool
-    ) -> None:
+    ) -> UsageRecord | None:
         """Write down a request's record; where the disk refuses, it stays in memory until the store has it."""
         with self._lock:
             request = self._running.pop(request_id, None)
             if request is None:
                 logger.error("request %s has ended before; its second end is ignored", request_id)
-                return
+                return None
             record = request.ended(outcome, counts, ended_at, served_from_cache=served_from_cache)
             self._reserved_bytes -= self._reserved.pop(request_id)
             try:
@@ -132,6 +132,7 @@ class Journal:
             except OSError as error:
                 logger.warning("the usage journal cannot be written: %s", error.strerror)
             self._add_pending(record, self._segments.current)
+        return record
 
     def oldest(self, count: int) -> list[UsageRecord]:
         """The records that have waited longest."""

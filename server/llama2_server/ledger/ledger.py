@@ -145,11 +145,17 @@ class Ledger:
         """What has been computed so far; call it for every token, from any thread: most calls do next to nothing."""
         self._journal.progress(request_id, counts)
 
-    def finish(self, request_id: str, outcome: str, counts: TokenCounts, *, served_from_cache: bool = False) -> None:
-        """The request has ended; never fails and never waits for the store. Call it on the event loop, once."""
-        self._journal.end(request_id, outcome, counts, self._now(), served_from_cache=served_from_cache)
+    def finish(
+        self, request_id: str, outcome: str, counts: TokenCounts, *, served_from_cache: bool = False
+    ) -> UsageRecord | None:
+        """The request has ended, with this record; never fails and never waits for the store.
+
+        Call it on the event loop, once: a second end is ignored, and None.
+        """
+        record = self._journal.end(request_id, outcome, counts, self._now(), served_from_cache=served_from_cache)
         self._taken = self._settled + self._journal.pending
         self._news.set()
+        return record
 
     async def totals(self, account: str, since: date | None = None, until: date | None = None) -> list[DailyUsage]:
         """The account's usage by day in UTC and model; both days included, None is no limit.

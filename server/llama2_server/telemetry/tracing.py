@@ -1,0 +1,113 @@
+"""OpenTelemetry spans: one a call, with children for where its time went; names by OpenTelemetry's conventions.
+
+Spans are made from a call's facts, so they hold numbers and names, never text of a request or a reply. This module
+needs the `otel` extra, and is imported only where traces are asked for.
+"""
+
+import threading
+from collections.abc import Mapping
+from typing import ClassVar
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from llama2_server.telemetry.calls import Call, Fact, Metadata
+
+# By the conventions for gRPC's server spans, the other codes are the caller's affair and no error of the server.
+ERROR_CODES = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+W3C_FIELDS = ("traceparent", "tracestate")
+
+
+class CallTracer:
+    """Makes the spans of calls by an injected provider; children are made when the call is over, from its moments."""
+
+    _propagator: ClassVar = TraceContextTextMapPropagator()
+
+    def __init__(self, provider: TracerProvider, *, model: str, version: str) -> None:
+        self._tracer = provider.get_tracer("llama2_server", version)
+        self._model = model
+        self._spans: dict[Call, Span] = {}
+
+    def call_began(self, call: Call, metadata: Metadata) -> None:
+        """Begin the call's span, in the caller's trace if its metadata names one."""
+        carrier = {key: value for key, value in metadata if key in W3C_FIELDS and isinstance(value, str)}
+        context = self._propagator.extract(carrier, Context())
+        facts: dict[str, Fact] = {"rpc.system.name": "grpc", "rpc.method": call.method}
+        span = self._tracer.start_span(call.method, context, SpanKind.SERVER, facts, start_time=call.begun_at_ns)
+        identity = span.get_span_context()
+        call.trace_id, call.span_id = f"{identity.trace_id:032x}", f"{identity.span_id:016x}"
+        self._spans[call] = span
+
+    def call_over(self, call: Call) -> None:
+        """End the call's span at the time at which its status was sent, and add the children."""
+        span = self._spans.pop(call)
+        parent = set_span_in_context(span, Context())
+        for phase in call.all_phases():
+            child = self._tracer.start_span(phase.name, parent, start_time=_nanoseconds(call, phase.begun))
+            child.end(_nanoseconds(call, phase.ended))
+        span.set_attributes(self._facts(call))
+        if call.finish_reason is not None:
+            span.set_attribute("gen_ai.response.finish_reasons", [call.finish_reason])
+        if call.code in ERROR_CODES:
+            span.set_status(StatusCode.ERROR)
+            span.set_attribute("error.type", call.code)
+        span.end(_nanoseconds(call, call.ended))
+
+    def _facts(self, call: Call) -> Mapping[str, Fact]:
+        facts: dict[str, Fact] = {"rpc.response.status_code": call.code, "llama2.request_id": call.request_id}
+        if call.account is not None:
+            facts["llama2.account"] = call.account
+        if call.error is not None:
+            facts["llama2.error_reason"] = call.error.reason
+        if call.request:
+            facts |= {
+                "gen_ai.operation.name": "text_completion",
+                "gen_ai.provider.name": "llama2-grpc",
+                "gen_ai.output.type": "text",
+                "gen_ai.request.model": self._model,
+                **call.request,
+            }
+        if call.usage is not None:
+            facts |= {
+                "gen_ai.response.id": call.request_id,
+                "gen_ai.response.model": self._model,
+                "gen_ai.usage.input_tokens": call.usage.input_tokens,
+                "gen_ai.usage.output_tokens": call.usage.output_tokens,
+                "llama2.neurons": float(call.usage.neurons),
+                "llama2.cached": call.usage.cached,
+            }
+        return facts
+
+
+class OtlpSpans:
+    """Sends spans in batches, from a thread of its own, to an OTLP receiver over gRPC.
+
+    OpenTelemetry's own environment variables do the rest: OTEL_TRACES_SAMPLER, OTEL_RESOURCE_ATTRIBUTES,
+    OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_CERTIFICATE and so on.
+    """
+
+    def __init__(self, endpoint: str, *, version: str) -> None:
+        named = Resource.create({"service.name": "llama2-grpc", "service.version": version})
+        resource = named.merge(OTELResourceDetector().detect())  # what the operator says wins
+        self._exporter = OTLPSpanExporter(endpoint)
+        # The provider would close itself at exit a second time.
+        self.provider = SdkTracerProvider(resource=resource, shutdown_on_exit=False)
+        self.provider.add_span_processor(BatchSpanProcessor(self._exporter))
+
+    def close(self, timeout_seconds: float) -> None:
+        """Send what waits; a receiver that does not take it in time goes without. Blocks."""
+        closing = threading.Thread(target=self.provider.shutdown, name="last spans", daemon=True)
+        closing.start()
+        closing.join(timeout_seconds)
+        if closing.is_alive():
+            self._exporter.shutdown()
+
+
+def _nanoseconds(call: Call, moment: float) -> int:
+    """A moment by time.monotonic on the wall clock, as it stood when the call began."""
+    return call.begun_at_ns + round((moment - call.begun) * 1e9)
