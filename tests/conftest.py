@@ -87,7 +87,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
             running(options, loaded, ground) as address,
         ):
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-            model.prefills = 0  # the warm-up does not count
+            model.probes = 0  # the warm-up does not count
             try:
                 yield Service(
                     address,

@@ -11,7 +11,7 @@ from torch import Tensor
 class ScriptedModel:
     """Replies to every prompt with the same token ids; can be held at a step, made to fail, and asked what it did.
 
-    The server's own probes come when they like: a prompt equal to `probe_ids` is neither held nor counted.
+    The server's own probes come when they like: a prompt equal to `probe_ids` is never held, and counted apart.
     """
 
     def __init__(
@@ -32,7 +32,10 @@ class ScriptedModel:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.memory_bytes = 4 * context_length * slots
+        self.prefill_chunk_tokens = 512
+        self.any_pieces = False
         self.prefills = 0
+        self.probes = 0
         self.decoded_rows: list[int] = []
         self.failure: Exception | None = None
         self.nan_logits = False
@@ -46,6 +49,7 @@ class ScriptedModel:
         self._probed[slot] = token_ids == self._probe_ids
         self._wait(held=not self._probed[slot])
         self.prefills += position == 0 and not self._probed[slot]
+        self.probes += self._probed[slot]
         self._produced[slot] = 0
         return self._next_logits(slot)
 

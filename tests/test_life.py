@@ -64,9 +64,9 @@ class TestWarmUp:
     def test_slowness_is_warned_of(self, demo_card: ModelCard, caplog: pytest.LogCaptureFixture) -> None:
         """Where the longest generation outlasts the grace of a connection, or a step the watchdog, the log says so."""
         settings = Settings.model_validate({})
-        warn_of_slowness(settings, demo_card, 0.001, 0.01)
+        warn_of_slowness(settings, demo_card, prefill_seconds=0.001, decode_seconds=0.01, chunk_tokens=512)
         assert not caplog.messages
-        warn_of_slowness(settings, demo_card, 0.2, 10.0)
+        warn_of_slowness(settings, demo_card, prefill_seconds=0.2, decode_seconds=10.0, chunk_tokens=512)
         assert [message.partition(":")[0] for message in caplog.messages] == [
             "connection_age_grace_seconds",
             "step_timeout_seconds",
@@ -77,7 +77,7 @@ class TestReadiness:
     async def test_an_idle_server_proves_itself(self, serve_scripted: ServiceMaker) -> None:
         """A server that nobody calls generates now and then; nobody pays, and callers' quotas are untouched."""
         async with serve_scripted(probe_interval_seconds=0.05) as service:
-            await until(lambda: service.model.prefills >= 3)
+            await until(lambda: service.model.probes >= 3)
             told = await usage(service)
             assert (told.quota.requests_left, list(told.days)) == (told.quota.max_requests_per_min, [])
 

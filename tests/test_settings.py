@@ -20,6 +20,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "weights": ("one", "two"),
     "listen": ("127.0.0.1:1", "[::1]:2"),
     "device": ("cpu", "cuda"),
+    "cpu_kernels": ("auto", "torch"),
     "dtype": ("float32", "bfloat16"),
     "line_limit": (0, 2),
     "queue_timeout_seconds": (1.5, 2.5),

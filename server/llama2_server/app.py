@@ -141,7 +141,7 @@ async def running(
         server = make_server(settings, parts, servicer, health, interceptor)
         show(metrics, parts, loaded.model, health)
         try:
-            await _warm_up(settings, parts)
+            await _warm_up(settings, parts, loaded.model.prefill_chunk_tokens)
             address = add_port(server, settings)
             await server.start()
             health.set_serving(True)
@@ -164,7 +164,7 @@ def _parts(settings: Settings, loaded: Loaded, stores: Stores, engine: WatchedEn
     )
 
 
-async def _warm_up(settings: Settings, parts: Parts) -> None:
+async def _warm_up(settings: Settings, parts: Parts, chunk_tokens: int) -> None:
     """Generate, so that the first caller does not wait for the first use of anything; then tell how fast it is."""
     for _ in range(2):  # the first pays for what is used for the first time, and tells nothing of the speed
         generation = await probe(parts.engine, parts.tokenizer, max_tokens=2)
@@ -172,7 +172,13 @@ async def _warm_up(settings: Settings, parts: Parts) -> None:
             raise StartError("the model cannot generate; the log above says why")
     prefill_seconds = (generation.first_token_at - generation.slot_at) / generation.counts.input_tokens
     decode_seconds = generation.finished_at - generation.first_token_at
-    warn_of_slowness(settings, parts.card, prefill_seconds, decode_seconds)
+    warn_of_slowness(
+        settings,
+        parts.card,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+        chunk_tokens=chunk_tokens,
+    )
 
 
 async def _watch(parts: Parts, health: HealthServicer, on_engine_lost: Callable[[], None]) -> None:

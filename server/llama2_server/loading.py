@@ -22,7 +22,6 @@ from llama2_server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-SMALL_CHECKPOINT_BYTES = 32 * 1024 * 1024
 SAY_SECONDS = 5.0
 SAY_PERCENT = 10
 
@@ -55,10 +54,8 @@ def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
             context_length=card.context_length_limit,
             slots=card.max_concurrent_requests,
             progress=progress.show,
+            cpu_kernels=settings.cpu_kernels,
         )
-    if sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) < SMALL_CHECKPOINT_BYTES:
-        # Two threads would wait for one another longer than one takes alone, above all on a busy machine.
-        torch.set_num_threads(1)
     logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, time.monotonic() - begun)
     return Loaded(card, accounts, tokenizer, model, read_eos_ids(checkpoint))
 

@@ -76,6 +76,10 @@ class Settings(BaseSettings):
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32"] | None, Field(description="Precision, instead of the card's.")
     ] = None
+    cpu_kernels: Annotated[
+        Literal["auto", "torch"],
+        Field(description="What decodes float16 on a CPU: the native step where there is one (auto), or torch."),
+    ] = "auto"
     line_limit: Annotated[NonNegativeInt, Field(description="The most calls that may wait for a slot.")] = 64
     queue_timeout_seconds: Annotated[
         PositiveFloat, Field(description="The longest that a call may wait for a slot.")

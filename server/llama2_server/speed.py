@@ -3,13 +3,14 @@
 import logging
 
 from llama2_server.card import ModelCard
-from llama2_server.engine.engine import PREFILL_CHUNK_TOKENS
 from llama2_server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
-def warn_of_slowness(settings: Settings, card: ModelCard, prefill_seconds: float, decode_seconds: float) -> None:
+def warn_of_slowness(
+    settings: Settings, card: ModelCard, *, prefill_seconds: float, decode_seconds: float, chunk_tokens: int
+) -> None:
     """Warn of limits that would end work which only takes long; the seconds are for one token, as just measured."""
     longest = (
         settings.queue_timeout_seconds
@@ -23,7 +24,7 @@ def warn_of_slowness(settings: Settings, card: ModelCard, prefill_seconds: float
             longest,
             settings.connection_age_grace_seconds,
         )
-    step = max(prefill_seconds * min(PREFILL_CHUNK_TOKENS, card.context_length_limit), decode_seconds)
+    step = max(prefill_seconds * min(chunk_tokens, card.context_length_limit), decode_seconds)
     if 2 * step > settings.step_timeout_seconds:
         logger.warning(
             "step_timeout_seconds: a step may take %.0f s here, and the engine counts as hung after %.0f s: raise it",

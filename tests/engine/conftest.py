@@ -1,5 +1,7 @@
 """Checkpoints with random weights, made once for all engine tests."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from tools.make_checkpoint import Shape, make_checkpoint, make_tokenizer
 
+from llama2_server.engine import native
 from llama2_server.engine.tokenizer import Tokenizer
 
 
@@ -42,3 +45,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     make_tokenizer(path, 600)
     return Tokenizer(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_of_the_environment() -> Iterator[None]:
+    """With LLAMA2_CPU_KERNELS=torch all engine tests run as where the native step was never built."""
+    if os.environ.get("LLAMA2_CPU_KERNELS") != "torch":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "LIBRARY", Path("not-built.so"))
+        native.load_library.cache_clear()
+        yield
+    native.load_library.cache_clear()

@@ -26,9 +26,10 @@ class Recorder:
     """A model that keeps what it was asked to prefill, and all its logits; fails at prefill number `fail_at`."""
 
     def __init__(self, model: LlamaModel) -> None:
-        self._model = model
+        self.model = model
         self.vocab_size, self.context_length, self.slots = model.vocab_size, model.context_length, model.slots
         self.device, self.dtype, self.memory_bytes = model.device, model.dtype, model.memory_bytes
+        self.prefill_chunk_tokens, self.any_pieces = CHUNK, False
         self.prefilled: list[int] = []
         self.logits: list[Tensor] = []
         self.fail_at: int | None = None
@@ -39,11 +40,11 @@ class Recorder:
         if self.fail_at == len(self.prefilled):
             raise RuntimeError("as the test wants")
         self.prefilled.append(len(token_ids))
-        self.logits.append(self._model.prefill(slot, token_ids, position).clone())
+        self.logits.append(self.model.prefill(slot, token_ids, position).clone())
         return self.logits[-1]
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
-        self.logits.append(self._model.decode(slots, token_ids, positions).clone())
+        self.logits.append(self.model.decode(slots, token_ids, positions).clone())
         return self.logits[-1]
 
 
@@ -94,6 +95,25 @@ def test_second_turn_computes_only_the_rest(directory: Path, dtype: torch.dtype)
     kept = len(cold.logits) - len(warm.logits)
     assert kept == 2
     assert all(map(torch.equal, warm.logits, cold.logits[kept:]))
+
+
+def test_replies_are_reused_where_pieces_change_no_bits(directory: Path) -> None:
+    """On the native path the next turn computes only what is new: not the reply, which was computed token by token."""
+    warm, cold = load(directory, 1), load(directory, 1)
+    if not warm.model.any_pieces:
+        pytest.skip("NOT TESTED NATIVELY: the native step was not built, or does not run on this processor")
+    warm.any_pieces = True
+    with running(warm) as engine:
+        first = some_ids(21)
+        reply, _ = generate(engine, first, "a", max_tokens=15)
+        second = first + reply + some_ids(10, seed=1)
+        warm.logits.clear()
+        warm_ids, finish = generate(engine, second, "a")
+    assert finish.reused_input_tokens == 21 + 14  # the last token of a reply is never computed on
+    with running(cold) as engine:
+        cold_ids, _ = generate(engine, second, "a")
+    assert warm_ids == cold_ids
+    assert all(map(torch.equal, warm.logits[-5:], cold.logits[-5:]))
 
 
 def test_never_anothers_prefix(directory: Path) -> None:

@@ -24,8 +24,6 @@ from llama2_server.engine.sampling import GenerationParams, Sampler
 
 logger = logging.getLogger(__name__)
 
-PREFILL_CHUNK_TOKENS = 512
-
 
 class FinishReason(enum.Enum):
     """Why a sequence ended."""
@@ -93,7 +91,7 @@ class Engine:
     """Runs sequences on a model; `submit` and `close` are safe from any thread.
 
     `on_step` hears of each step: "prefill" or "decode", its seconds, and how many tokens or rows it took. It is called
-    on the engine's thread and must be quick.
+    on the engine's thread and must be quick. `prefill_chunk_tokens` stands in for the model's own.
     """
 
     def __init__(
@@ -101,14 +99,14 @@ class Engine:
         model: Model,
         eos_ids: frozenset[int],
         *,
-        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        prefill_chunk_tokens: int | None = None,
         on_step: Callable[[str, float, int], None] = lambda *_: None,
     ) -> None:
         self._model = model
         self._on_step = on_step
         self._eos_ids = eos_ids
-        self._prefill_chunk_tokens = prefill_chunk_tokens
-        self._free_slots = FreeSlots(model.slots, prefill_chunk_tokens)
+        self._prefill_chunk_tokens = prefill_chunk_tokens or model.prefill_chunk_tokens
+        self._free_slots = FreeSlots(model.slots, 1 if model.any_pieces else self._prefill_chunk_tokens)
         self._running: list[Sequence] = []
         self._submitted: deque[Sequence] = deque()
         self._wake = threading.Condition()
@@ -254,8 +252,13 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence in self._running:
             self._running.remove(sequence)
-            # What a failed step has left in the KV cache is not to be trusted.
-            kept = 0 if reason is FinishReason.FAILED else sequence.position
-            self._free_slots.give_back(sequence.slot, sequence.owner, sequence.prompt_ids[:kept])
+            self._free_slots.give_back(sequence.slot, sequence.owner, self._reusable(sequence, reason))
         reused = min(sequence.reused, sequence.input_tokens)
         sequence.listener.on_finish(Finish(reason, sequence.input_tokens, len(sequence.output_ids), reused))
+
+    def _reusable(self, sequence: Sequence, reason: FinishReason) -> list[int]:
+        """The tokens in the KV cache that a later prompt may build on."""
+        if reason is FinishReason.FAILED:  # what a failed step has left is not to be trusted
+            return []
+        ids = [*sequence.prompt_ids, *sequence.output_ids] if self._model.any_pieces else sequence.prompt_ids
+        return ids[: sequence.position]

@@ -4,16 +4,32 @@ Touvron et al. 2023 (arXiv:2307.09288). Names and conventions are those of trans
 checkpoints are read.
 """
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from llama2_server.engine.errors import EngineFault
+from llama2_server.engine.native import NativeDecoder, NativeUnavailable, use_huge_pages
 
+logger = logging.getLogger(__name__)
+
+CpuKernels = Literal["auto", "torch"]  # auto: the native steps wherever they are to be had
+
+# A smaller model runs on one CPU thread: two would wait for one another longer than one takes alone, above all on a
+# machine where something else runs.
+SMALL_MODEL_BYTES = 32 * 1024 * 1024
+# What torch takes by itself: the cores, or what OMP_NUM_THREADS says.
+CPU_THREADS = torch.get_num_threads()
+LINE_ELEMENTS = 32  # a cache line's, of 16 bits each
+# A product of many rows in torch is fast from some hundreds on; the native one takes 24 at a time.
+TORCH_CHUNK_TOKENS = 512
+NATIVE_CHUNK_TOKENS = 48
 # From this many rows on, float32 blocks of a float16 weight multiply faster on a CPU than the weight itself.
 HALF_BLOCK_MIN_ROWS = 4
 # Rows of the weight in a block: small enough that its float32 copy stays in the CPU's cache.
@@ -46,6 +62,14 @@ class Model(Protocol):
     @property
     def memory_bytes(self) -> int:
         """What it takes of its device."""
+
+    @property
+    def prefill_chunk_tokens(self) -> int:
+        """How many tokens of a prompt to prefill at once: enough to be fast, and no more, for others wait meanwhile."""
+
+    @property
+    def any_pieces(self) -> bool:
+        """Whether keys and values are the same to the bit in whatever pieces they are computed, one by one included."""
 
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
         """Append tokens to the slot's `position` cached ones; float32 logits after the last of them."""
@@ -93,9 +117,6 @@ class LayerWeights:
     down: Tensor  # (hidden_size, intermediate_size)
 
 
-_LAYER_NAMES = tuple(field.name for field in fields(LayerWeights))
-
-
 @dataclass(frozen=True, slots=True)
 class LlamaWeights:
     """All tensors of a model; with tied embeddings `head` is `embedding` itself."""
@@ -105,22 +126,29 @@ class LlamaWeights:
     norm: Tensor  # (hidden_size,)
     head: Tensor  # (vocab_size, hidden_size)
 
-    @property
-    def nbytes(self) -> int:
-        """What they take."""
-        tensors: list[Tensor] = [getattr(layer, name) for layer in self.layers for name in _LAYER_NAMES]
-        tensors += (
-            [self.embedding, self.norm] if self.head is self.embedding else [self.embedding, self.norm, self.head]
-        )
-        return sum(tensor.nbytes for tensor in tensors)
-
     @classmethod
     def allocate(cls, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype) -> "LlamaWeights":
-        """Uninitialised weights of the right shapes; on device "meta" they take no memory."""
+        """Uninitialised weights of the right shapes, in one piece of memory; on device "meta" they take none.
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device=device, dtype=dtype)
+        One piece fills huge pages where many small ones would not.
+        """
+        shapes: list[tuple[int, ...]] = []
 
+        def note(*shape: int) -> Tensor:
+            shapes.append(shape)
+            return torch.empty(shape, device="meta", dtype=dtype)
+
+        cls._arrange(config, note)
+        # In whole cache lines, so that each tensor begins with one.
+        sizes = [-(-math.prod(shape) // LINE_ELEMENTS) * LINE_ELEMENTS for shape in shapes]
+        memory = torch.empty(sum(sizes), device=device, dtype=dtype)
+        if memory.device.type == "cpu":
+            use_huge_pages(memory)
+        pieces = iter(torch.split(memory, sizes))
+        return cls._arrange(config, lambda *shape: next(pieces)[: math.prod(shape)].view(shape))
+
+    @classmethod
+    def _arrange(cls, config: LlamaConfig, empty: Callable[..., Tensor]) -> "LlamaWeights":
         hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
         embedding = empty(vocab, hidden)
         layers = tuple(
@@ -136,6 +164,13 @@ class LlamaWeights:
         )
         head = embedding if config.tied_embeddings else empty(vocab, hidden)
         return cls(embedding, layers, empty(hidden), head)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that all of them take."""
+        tables = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
+        parts = [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
+        return sum(tensor.nbytes for tensor in (*tables, *parts, self.norm))
 
 
 Slot = tuple[Tensor, Tensor]  # one layer's keys and values of one slot, each (1, kv_heads, context_length, head_dim)
@@ -159,7 +194,15 @@ class KVCache:
 class LlamaModel:
     """A Llama and its KV cache, on one device. Not safe for use by two threads at once."""
 
-    def __init__(self, config: LlamaConfig, weights: LlamaWeights, *, context_length: int, slots: int) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: LlamaWeights,
+        *,
+        context_length: int,
+        slots: int,
+        cpu_kernels: CpuKernels = "auto",
+    ) -> None:
         self.config = config
         self.weights = weights
         self.context_length = context_length
@@ -175,13 +218,32 @@ class LlamaModel:
             self._linear = _half_linear_on_cpu
         # Attention over 16-bit keys is slower on a CPU than widening them first, and less exact.
         self._widen = self.device.type == "cpu" and self.dtype != torch.float32
+        self._threads = 1 if weights.size_bytes < SMALL_MODEL_BYTES else CPU_THREADS
+        self._native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
+        self.any_pieces = self._native is not None
+        self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self._native else TORCH_CHUNK_TOKENS
+
+    def _native_decoder(self, cpu_kernels: CpuKernels) -> NativeDecoder | None:
+        """The steps in C++, or None and a line in the log that says why it has to be torch's."""
+        try:
+            if cpu_kernels == "torch":
+                raise NativeUnavailable("the settings ask for it (cpu_kernels)")
+            if self.dtype != torch.float16:
+                raise NativeUnavailable(f"the native step is for float16, and this is {self.dtype}")
+            rotary = (self._cos, self._sin)
+            native = NativeDecoder(self.config, self.weights, self.kv_cache, rotary, threads=self._threads)
+        except NativeUnavailable as reason:
+            logger.warning("running in torch, which is slower: %s", reason)
+            return None
+        logger.info("running natively with %s, threads: %d", native.instructions, self._threads)
+        return native
 
     @property
     def memory_bytes(self) -> int:
         """What it takes of its device: all that torch has allocated on CUDA, else weights and KV cache."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        return self.weights.nbytes + self.kv_cache.nbytes
+        return self.weights.size_bytes + self.kv_cache.nbytes
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
@@ -192,6 +254,12 @@ class LlamaModel:
         """
         end = position + len(token_ids)
         self._check(slot, position, end)
+        if self._native:
+            return self._native.prefill(slot, token_ids, position)
+        self._take_threads()
+        return self._prefill(slot, token_ids, position, end)
+
+    def _prefill(self, slot: int, token_ids: list[int], position: int, end: int) -> Tensor:  # (vocab_size,)
         x = self._embed(token_ids)  # (tokens, hidden_size)
         cos, sin = self._cos[position:end, None], self._sin[position:end, None]  # (tokens, 1, head_dim)
         mask = self._chunk_mask(position, end)
@@ -210,6 +278,12 @@ class LlamaModel:
         """
         for slot, position in zip(slots, positions, strict=True):
             self._check(slot, position, position + 1)
+        if self._native:
+            return self._native.decode(slots, token_ids, positions)
+        self._take_threads()
+        return self._decode(slots, token_ids, positions)
+
+    def _decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         x = self._embed(token_ids)  # (rows, hidden_size)
         cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)  # (rows, 1, head_dim)
         for weights, cache in zip(self.weights.layers, self.kv_cache.layers, strict=True):
@@ -220,6 +294,11 @@ class LlamaModel:
             ]
             x = self._finish_layer(weights, x, rows[0] if len(rows) == 1 else torch.cat(rows))
         return self._logits(x)
+
+    def _take_threads(self) -> None:
+        """Have torch use this model's number of threads; it keeps one for each thread that calls it."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self._threads)
 
     def _check(self, slot: int, start: int, end: int) -> None:
         if not (0 <= slot < self.slots and 0 <= start < end <= self.context_length):

@@ -1,8 +1,8 @@
 """What the KV cache of a free slot still holds, so that a prompt that begins alike prefills only the rest.
 
 Only an owner's own tokens are reused: how long a prompt takes would else tell one account what another one has asked.
-Only whole prefill chunks are: they are computed the same way whatever comes after them, so that every logit is bit for
-bit the one of a prefill from the start. Generated tokens are not, because decode steps compute them in another way.
+Every logit is bit for bit the one of a prefill from the start. Where the pieces in which a prompt is computed change
+bits (Model.any_pieces), only whole prefill chunks are reused, and no generated tokens, which came one by one.
 """
 
 from collections.abc import Hashable, Sequence
@@ -15,7 +15,7 @@ class _Held(NamedTuple):
 
 
 class FreeSlots:
-    """The free slots, those first that have been free the longest, and the prefilled tokens in each."""
+    """The free slots, those first that have been free the longest, and the tokens in each, in multiples of a chunk."""
 
     def __init__(self, slots: int, chunk_tokens: int) -> None:
         self._chunk_tokens = chunk_tokens
@@ -25,16 +25,16 @@ class FreeSlots:
         return bool(self._held)
 
     def take(self, owner: Hashable | None, prompt_ids: Sequence[int]) -> tuple[int, int]:
-        """The slot that saves the most of this prompt's prefill, and how many tokens it saves; None owns nothing."""
+        """The slot that saves the most of this prompt's prefill, and how many tokens; None owns nothing."""
         slot = max(self._held, key=lambda slot: self._reusable(slot, owner, prompt_ids))
         reusable = self._reusable(slot, owner, prompt_ids)
         del self._held[slot]
         return slot, reusable
 
-    def give_back(self, slot: int, owner: Hashable | None, prefilled_ids: Sequence[int]) -> None:
-        """Take a slot back, whose KV cache begins with these tokens of its owner's prompt."""
-        whole_chunks = len(prefilled_ids) // self._chunk_tokens * self._chunk_tokens
-        self._held[slot] = _Held(owner, prefilled_ids[:whole_chunks])
+    def give_back(self, slot: int, owner: Hashable | None, held_ids: Sequence[int]) -> None:
+        """Take a slot back, whose KV cache begins with these tokens of its owner's."""
+        whole_chunks = len(held_ids) // self._chunk_tokens * self._chunk_tokens
+        self._held[slot] = _Held(owner, held_ids[:whole_chunks])
 
     def _reusable(self, slot: int, owner: Hashable | None, prompt_ids: Sequence[int]) -> int:
         held = self._held[slot]

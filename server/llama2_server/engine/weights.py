@@ -11,7 +11,7 @@ from torch import Tensor
 from llama2_server.engine.checkpoint import StoredTensor, read_config, read_eos_ids, read_tensor_table
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.hub import fetch_checkpoint
-from llama2_server.engine.model import LayerWeights, LlamaConfig, LlamaModel, LlamaWeights
+from llama2_server.engine.model import CpuKernels, LayerWeights, LlamaConfig, LlamaModel, LlamaWeights
 from llama2_server.engine.tokenizer import Tokenizer
 
 __all__ = ["fetch_checkpoint", "load_model", "read_config", "read_eos_ids"]
@@ -32,6 +32,7 @@ def load_model(
     context_length: int,
     slots: int,
     progress: Progress | None = None,
+    cpu_kernels: CpuKernels = "auto",
 ) -> LlamaModel:
     """The checkpoint as a model with room for `slots` sequences of `context_length` tokens.
 
@@ -46,7 +47,7 @@ def load_model(
     try:
         weights = LlamaWeights.allocate(config, device, dtype)
         _fill(stored, _places(config, weights), progress or _no_progress)
-        return LlamaModel(config, weights, context_length=context_length, slots=slots)
+        return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
     except torch.OutOfMemoryError as error:
         raise WeightsError(f"{directory}: weights and KV cache do not fit on {device}: {error}") from error
 
