@@ -9,15 +9,16 @@ SOURCES := server client tests tools benchmarks examples hatch_build.py
 PROTOS := $(wildcard protos/llama2/v1/*.proto)
 NATIVE := server/llama2_server/engine/native/decode.cpp
 
-.PHONY: run test check format proto docs bench demo-model clean help
+.PHONY: run test check format proto docs lock bench demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
 	@echo "make test        check, then every test"
-	@echo "make check       formatting, lint, types, import rules, the contract"
+	@echo "make check       formatting, lint, types, import rules, the contract, the Dockerfile and its lock files"
 	@echo "make format      put code and contract into shape"
 	@echo "make proto       generate the Python stubs"
 	@echo "make docs        write the reference of the settings, and the chart's copies, anew"
+	@echo "make lock        make the container's lock files anew"
 	@echo "make bench       compare engine and service with transformers.generate"
 	@echo "make demo-model  train the demo model anew (under an hour on two cores)"
 
@@ -33,6 +34,8 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_import_rules.py
 	$(BIN)/python -m tools.settings_reference --check
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/python -m tools.container.lock --check
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	@$(if $(MAIN_REF),$(BIN)/buf breaking --against '.git#ref=$(MAIN_REF)',echo "NOT CHECKED: no main branch to compare the contract with")
@@ -44,6 +47,10 @@ format: $(VENV)/.dev
 
 proto: $(VENV)/.server
 	$(PIP) install --quiet --no-deps --editable .
+
+# PyPI's torch is the CUDA build. The CPU's comes from download.pytorch.org, or from a directory: PIP_FIND_LINKS=… make lock.
+lock: $(VENV)/.dev
+	$(BIN)/python -m tools.container.lock
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compare

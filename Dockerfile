@@ -1,0 +1,74 @@
+# llama2-grpc in a container; docs/container.md says how to build and run it, and what of it is checked.
+#
+# Both bases are Docker Official Images of 2026-09-19, pinned by the digest of their multi-platform index, as
+# github.com/docker-library/repo-info recorded them. To take newer ones, write the tag and the digest that
+#   docker buildx imagetools inspect python:3.11-bookworm        (and python:3.11-slim-bookworm)
+# print here and in the labels below. Both must be of one Python and one Debian: the environment is copied from the first
+# to the second, and the lock files are for that Python.
+
+FROM python:3.11.16-bookworm@sha256:b99029c95d3d37fb1e4e76d287f7984373dca77c665885986e31b2c95260c13c AS build
+
+# Which lock file is installed: cpu or cuda.
+ARG ACCELERATOR=cpu
+# PyPI's torch is the CUDA build; the CPU build comes from here, or from a mirror of it.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PATH=/build/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+WORKDIR /src
+
+COPY requirements/build.lock requirements/
+RUN python -m venv /build \
+    && /build/bin/python -m pip install --no-deps --only-binary=:all: --require-hashes --requirement requirements/build.lock
+
+# The dependencies first and in a layer of their own: a change of our code leaves it as it is. pip stays outside.
+COPY requirements/server-${ACCELERATOR}.lock requirements/
+RUN python -m venv --without-pip /opt/llama2 \
+    && python -m pip --python /opt/llama2/bin/python install --no-deps --only-binary=:all: --require-hashes \
+        --extra-index-url "${TORCH_INDEX}" --requirement "requirements/server-${ACCELERATOR}.lock" \
+    && python -m pip --python /opt/llama2/bin/python check
+
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
+COPY protos protos/
+COPY client client/
+COPY server server/
+RUN python -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && python -m pip --python /opt/llama2/bin/python install --no-deps --no-index --root /package /wheels/*.whl
+
+
+FROM python:3.11.16-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="llama2-grpc" \
+    org.opencontainers.image.description="A gRPC text-generation service for Llama-2" \
+    org.opencontainers.image.version="0.1.0" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.base.name="docker.io/library/python:3.11.16-slim-bookworm" \
+    org.opencontainers.image.base.digest="sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b"
+
+# The one place that the service writes to; the root file system may be read-only.
+RUN install --directory --owner=65532 --group=65532 --mode=0750 /data
+COPY --from=build /opt/llama2 /opt/llama2
+COPY --from=build /package /
+
+# Every address is listened on, as a container's own loopback is no use to others: without keys the service therefore
+# refuses to start, unless LLAMA2_ALLOW_OPEN=true says that this is meant.
+ENV PATH=/opt/llama2/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/data \
+    HF_HOME=/data/huggingface \
+    LLAMA2_DATA_DIRECTORY=/data \
+    LLAMA2_LISTEN=0.0.0.0:50051 \
+    LLAMA2_HEALTH_LISTEN=0.0.0.0:50052 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 65532:65532
+WORKDIR /data
+VOLUME ["/data"]
+EXPOSE 50051 50052
+# The service handles this signal as PID 1: it drains, then exits with 0.
+STOPSIGNAL SIGTERM
+# A 7B loads for minutes; a failure within the start period does not count.
+HEALTHCHECK --interval=15s --timeout=10s --start-period=10m --retries=3 \
+    CMD ["llama2", "--address", "127.0.0.1:50052", "--timeout", "8", "health"]
+ENTRYPOINT ["llama2-server"]

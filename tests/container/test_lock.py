@@ -1,0 +1,96 @@
+"""The lock files of the container, and what tells that they are stale."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tools.container.dockerfile import ROOT
+from tools.container.lock import read_lock, stale
+
+CPU, CUDA = "requirements/server-cpu.lock", "requirements/server-cuda.lock"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The files that the check reads, to be spoilt."""
+    for name in ("pyproject.toml", "constraints.txt", "requirements"):
+        copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copied(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def edit(copy: Path) -> Callable[[str, str, str], list[str]]:
+    """Replaces a text in one of the files and tells what is stale then."""
+
+    def edit(name: str, old: str, new: str) -> list[str]:
+        text = (copy / name).read_text(encoding="utf-8")
+        assert old in text
+        (copy / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+        return list(stale(copy))
+
+    return edit
+
+
+def test_lock_files_are_up_to_date() -> None:
+    """They fit pyproject.toml and constraints.txt; if not, `make lock` mends it."""
+    assert list(stale()) == []
+
+
+def test_torch_is_the_right_build() -> None:
+    """The lock file for the CPU has torch's CPU build and nothing of CUDA; the one for CUDA has PyPI's build
+    with NVIDIA's libraries. All else is the same.
+    """
+    cpu, cuda = read_lock(ROOT / CPU), read_lock(ROOT / CUDA)
+    assert cpu["torch"].version.local == "cpu"
+    assert [name for name in cpu if name.startswith(("nvidia-", "cuda-", "triton"))] == []
+    assert cuda["torch"].version.local is None
+    assert {"nvidia-cublas", "nvidia-cudnn-cu13", "triton"} <= cuda.keys()
+    differing = {name for name in cpu.keys() & cuda.keys() if cpu[name].version != cuda[name].version}
+    assert differing == {"torch"}
+
+
+def test_new_requirement_makes_the_lock_stale(edit: Callable[[str, str, str], list[str]]) -> None:
+    """A requirement that is added to an extra has to be locked for both accelerators."""
+    told = edit("pyproject.toml", 'redis = ["redis', 'redis = ["hiredis>=3", "redis')
+    assert [line.partition(": ")[0] for line in told] == ["server-cpu.lock", "server-cuda.lock"]
+    assert "pyproject.toml requires hiredis>=3, which is not locked; run `make lock`" in told[0]
+
+
+def test_new_bound_makes_the_lock_stale(edit: Callable[[str, str, str], list[str]]) -> None:
+    """A requirement that asks for another version than the locked one is told."""
+    told = edit("pyproject.toml", '"click>=8.1,<9"', '"click>=8.1,<8.2"')
+    assert "does not fit pyproject.toml's click<8.2,>=8.1" in told[0]
+
+
+def test_dropped_requirement_makes_the_lock_stale(edit: Callable[[str, str, str], list[str]]) -> None:
+    """What pyproject.toml does not require any more is told."""
+    told = edit("pyproject.toml", '"click>=8.1,<9",', "")
+    assert "pyproject.toml does not require click any more" in told[0]
+
+
+def test_other_constraint_makes_the_lock_stale(edit: Callable[[str, str, str], list[str]]) -> None:
+    """The image has the versions that were tested together."""
+    (pin,) = (line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line.startswith("tqdm=="))
+    assert "is not constraints.txt's 4.0" in edit("constraints.txt", pin, "tqdm==4.0")[0]
+
+
+def test_build_requirement_makes_the_lock_stale(edit: Callable[[str, str, str], list[str]]) -> None:
+    """What builds our package is locked as well."""
+    (told,) = edit("pyproject.toml", 'requires = ["hatchling==1.33.0"', 'requires = ["hatchling==1.32.0"')
+    assert told.startswith("build.lock: hatchling")
+
+
+def test_missing_lock_is_told(copy: Path) -> None:
+    """A lock file that is not there is named."""
+    (copy / CUDA).unlink()
+    assert list(stale(copy)) == ["server-cuda.lock is missing; run `make lock`"]
+
+
+def test_pin_without_a_hash_is_told(copy: Path) -> None:
+    """Every pin has hashes; without this check pip would be the first to refuse the file, in a build."""
+    text = (copy / CPU).read_text(encoding="utf-8")
+    (copy / CPU).write_text(re.sub(r"(aiosqlite==\S+)( \\\n +--hash=\S+)+", r"\1", text), encoding="utf-8")
+    assert list(stale(copy)) == ["server-cpu.lock: aiosqlite has no hash; run `make lock`"]
