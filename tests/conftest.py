@@ -1,7 +1,6 @@
 """Fixtures that several test modules share."""
 
 import signal
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import resources
@@ -115,11 +114,3 @@ def authority(tmp_path: Path) -> Authority:
     folder = tmp_path / "certificates"
     folder.mkdir()
     return Authority(folder)
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

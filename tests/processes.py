@@ -2,10 +2,11 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -17,6 +18,18 @@ def command(*flags: str, module: str = "llama2_server") -> list[str]:
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without settings of the developer's own."""
     return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA2_")} | extra
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of the loopback that nobody listened on a moment ago."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+def free_port() -> int:
+    """One of them."""
+    return free_ports(1)[0]
 
 
 @contextmanager

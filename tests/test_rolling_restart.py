@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import socket
 import subprocess
 from collections import Counter
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.ledger.conftest import stored
-from tests.processes import server
+from tests.processes import free_ports, server
 
 from llama2_client import Client
 
@@ -72,13 +71,6 @@ def card_file(folder: Path) -> Path:
     path = folder / "card.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 @pytest.mark.timeout(300)

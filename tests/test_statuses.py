@@ -1,7 +1,6 @@
 """Every refusal of the service, provoked over a real socket: its code, its details, and what the client makes of it."""
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +9,15 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
-from tests.service import ServiceMaker, details, hold_the_slot, with_config
+from tests.processes import free_port
+from tests.service import ServiceMaker, details, hold_the_slot, text_of, with_config
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client import errors as client_errors
 from llama2_server.accounts import KeyAccounts, new_key
 from llama2_server.card import ModelCard, RequestsPerMinute
+from llama2_server.errors import ServiceError
 
 SECRET = "swordfish"  # noqa: S105
 REQUEST = pb.GenerateRequest(prompt=f"Tell {SECRET} a story")
@@ -48,13 +49,6 @@ async def refused(call: Any) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value
-
-
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 async def broken_rule(scene: Scene) -> grpc.aio.AioRpcError:
@@ -137,13 +131,13 @@ async def draining(scene: Scene) -> grpc.aio.AioRpcError:
 
 async def quota_store_down(scene: Scene) -> grpc.aio.AioRpcError:
     pytest.importorskip("redis", reason="NOT TESTED WITH REDIS: the redis extra is not installed")
-    async with scene.serve(redis_url=f"redis://:{SECRET}@127.0.0.1:{closed_port()}") as service:
+    async with scene.serve(redis_url=f"redis://:{SECRET}@127.0.0.1:{free_port()}") as service:
         return await refused(service.text.Generate(REQUEST))
 
 
 def on_a_store_that_is_down(scene: Scene) -> Any:
     pytest.importorskip("asyncpg", reason="NOT TESTED WITH POSTGRESQL: the postgresql extra is not installed")
-    url = f"postgresql://user:{SECRET}@127.0.0.1:{closed_port()}/usage"
+    url = f"postgresql://user:{SECRET}@127.0.0.1:{free_port()}/usage"
     return scene.serve("Hi.", ledger_url=url, journal_max_bytes=64 * 1024)
 
 
@@ -179,6 +173,12 @@ async def engine_fault(scene: Scene) -> grpc.aio.AioRpcError:
         return await refused(service.text.Generate(REQUEST))
 
 
+async def engine_hung(scene: Scene) -> grpc.aio.AioRpcError:
+    async with scene.serve(step_timeout_seconds=0.5) as service:
+        held = await hold_the_slot(service)
+        return await refused(text_of(held))
+
+
 AGAIN = {"RetryInfo"}
 REFUSALS = [
     Refusal(broken_rule, CODE.INVALID_ARGUMENT, "INVALID_REQUEST", {"BadRequest"}, client_errors.InvalidRequest),
@@ -205,8 +205,19 @@ REFUSALS = [
     Refusal(ledger_full, CODE.UNAVAILABLE, "LEDGER_FULL", AGAIN, client_errors.Unavailable),
     Refusal(ledger_down, CODE.UNAVAILABLE, "LEDGER_DOWN", AGAIN, client_errors.Unavailable),
     Refusal(deadline_in_line, CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", set(), client_errors.DeadlineExceeded),
+    Refusal(engine_hung, CODE.UNAVAILABLE, "ENGINE_DOWN", AGAIN, client_errors.Unavailable),
     Refusal(engine_fault, CODE.INTERNAL, "INTERNAL_FAULT", set(), client_errors.ServerFault),
 ]
+
+
+def test_every_refusal_of_the_service_is_in_the_table() -> None:
+    """No class of the error tree goes untested."""
+
+    def reasons(kind: type[ServiceError]) -> set[str]:
+        own = {kind.reason} if "reason" in vars(kind) else set()
+        return own.union(*map(reasons, kind.__subclasses__()))
+
+    assert reasons(ServiceError) == {row.reason for row in REFUSALS}
 
 
 @pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row.provoke.__name__)

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from tests.certificates import Authority
 from tests.http2_peer import Http2Peer
+from tests.processes import free_port
 from tests.service import ServiceMaker, health_stub, reflection_stub, text_of
 
 from llama2.v1 import model_pb2, model_pb2_grpc
@@ -208,10 +209,10 @@ async def test_the_health_port_serves_health_only() -> None:
             assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_probes_speak_no_tls(serve_scripted: ServiceMaker, authority: Authority, free_port: int) -> None:
+async def test_probes_speak_no_tls(serve_scripted: ServiceMaker, authority: Authority) -> None:
     """With TLS on the services' port, the health port answers in plain text, and tells of the same service."""
     certificate, key = authority.pair()
-    health = f"127.0.0.1:{free_port}"
+    health = f"127.0.0.1:{free_port()}"
     async with (
         serve_scripted(tls_certificate=certificate, tls_key=key, health_listen=health),
         grpc.aio.insecure_channel(health) as channel,

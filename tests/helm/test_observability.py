@@ -2,57 +2,25 @@
 
 import json
 import re
+import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
+import grpc
 import promql_parser
 import pytest
 from tests.helm.chart import VALUE_SETS, Manifest, render, rendered, values_of
+from tests.processes import free_port, server
 from tools.chart import CHART
+
+from llama2.v1 import text_generation_pb2 as pb
+from llama2.v1 import text_generation_pb2_grpc
 
 # What a scrape shows: each sample's name, and the names of its labels.
 Samples: TypeAlias = dict[str, set[str]]
 
 # What Prometheus adds to a scrape's samples for a ServiceMonitor's target.
 TARGET_LABELS = {"namespace", "service", "pod", "job", "instance"}
-
-SCRAPE = """
-llama2_requests_total{method="Generate",code="OK"} 1
-llama2_request_seconds_bucket{method="Generate",le="1"} 1
-llama2_request_seconds_sum{method="Generate"} 1
-llama2_request_seconds_count{method="Generate"} 1
-llama2_waiting_requests 0
-llama2_queue_time_seconds_bucket{le="1"} 1
-llama2_queue_time_seconds_sum 1
-llama2_queue_time_seconds_count 1
-llama2_running_slots 0
-llama2_slots 1
-llama2_time_to_first_token_seconds_bucket{le="1"} 1
-llama2_time_to_first_token_seconds_sum 1
-llama2_time_to_first_token_seconds_count 1
-llama2_time_per_output_token_seconds_bucket{le="1"} 1
-llama2_time_per_output_token_seconds_sum 1
-llama2_time_per_output_token_seconds_count 1
-llama2_tokens_total{type="input"} 1
-llama2_tokens_total{type="output"} 1
-llama2_neurons_total 1
-llama2_cache_hits_total 1
-llama2_cache_misses_total 1
-llama2_cache_bytes 1
-llama2_quota_refusals_total 1
-llama2_quota_store_failures_total 1
-llama2_quota_store_up 1
-llama2_ledger_lag_seconds 0
-llama2_ledger_pending_records 0
-llama2_ledger_journal_bytes 1
-llama2_engine_step_seconds_bucket{phase="prefill",le="1"} 1
-llama2_engine_step_seconds_sum{phase="prefill"} 1
-llama2_engine_step_seconds_count{phase="prefill"} 1
-llama2_device_memory_bytes 1
-process_resident_memory_bytes 1
-llama2_serving 1
-llama2_build_info{version="0",model="m",device="cpu",dtype="float16"} 1
-"""
 
 
 def samples_of(exposition: str) -> Samples:
@@ -64,9 +32,16 @@ def samples_of(exposition: str) -> Samples:
 
 
 @pytest.fixture(scope="module")
-def served() -> Samples:
-    """What a running server shows."""
-    return samples_of(SCRAPE)
+def served(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    """What a running server shows that has served a call."""
+    metrics = f"127.0.0.1:{free_port()}"
+    with (
+        server(tmp_path_factory.mktemp("served"), "--metrics-listen", metrics) as (_, address),
+        grpc.insecure_channel(address) as channel,
+    ):
+        text_generation_pb2_grpc.TextGenerationServiceStub(channel).Generate(pb.GenerateRequest(prompt="Hi"))
+        with urllib.request.urlopen(f"http://{metrics}/metrics") as scrape:
+            return samples_of(scrape.read().decode())
 
 
 class Query(NamedTuple):
