@@ -19,7 +19,7 @@ help:
 	@echo "make proto       generate the Python stubs"
 	@echo "make docs        write the reference of the settings, and the chart's copies, anew"
 	@echo "make lock        make the container's lock files anew"
-	@echo "make bench       compare engine and service with transformers.generate"
+	@echo "make bench       compare engine and service with transformers.generate and llama.cpp"
 	@echo "make demo-model  train the demo model anew (under an hour on two cores)"
 
 run: $(VENV)/.server

@@ -1,20 +1,22 @@
-"""Compares the bare engine and the whole service with transformers.generate: same weights, same run, greedy.
+"""Compares the bare engine and the whole service with transformers.generate and llama.cpp: same weights, same run.
 
-    python -m benchmarks.compare                       # the demo model and a made 134M one, float16
+    python -m benchmarks.compare                       # the demo model, and made ones of 134M and 1.2B parameters
     python -m benchmarks.compare --checkpoint DIR      # a checkpoint of your own
 
 Each round runs every contender once, one after another, so that a machine that slows down slows all of them; the
-figures are medians over the rounds, the ratios medians of the rounds' own ratios. The service runs in a process of its
-own and is called over gRPC from this one.
+figures are medians over the rounds, the ratios medians of the rounds' own ratios. All are greedy. The service runs in a
+process of its own and is called over gRPC from this one.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import platform
 import queue
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ import transformers
 import yaml
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
+from benchmarks import llama_cpp
 from llama2_client import Client
 from llama2_server.engine.checkpoint import read_config, read_eos_ids
 from llama2_server.engine.engine import Engine, Finish, FinishReason
@@ -141,18 +144,36 @@ def bare_engine(task: Task) -> Contender:
 
 def whole_service(address: str, task: Task) -> Contender:
     """The service over gRPC, streamed, timed by its client."""
+    letters = itertools.cycle(string.ascii_uppercase)
 
     async def stream() -> Run:
+        # Another beginning each time: the service would reuse the prefill of a prompt that it knows.
+        prompt = f"{next(letters)}. {PROMPT}"
         async with Client(address) as client:
-            await client.count_tokens(PROMPT)  # opens the connection
+            await client.count_tokens(prompt)  # opens the connection
             begun, first = time.perf_counter(), None
-            reply = client.stream(PROMPT, max_tokens=task.max_tokens, temperature=0, no_cache=True)
+            reply = client.stream(prompt, max_tokens=task.max_tokens, temperature=0, no_cache=True)
             async for _ in reply:
                 first = first or time.perf_counter()
             ended = time.perf_counter()
             return Run(reply.reply.output_tokens, (first or ended) - begun, ended - begun)
 
     return lambda: asyncio.run(stream())
+
+
+def llama_cpp_f16(task: Task, folder: Path) -> Contender:
+    """llama.cpp on float16 weights."""
+    peer = llama_cpp.LlamaCpp(task.checkpoint, folder, len(task.prompt_ids) + task.max_tokens)
+
+    def run() -> Run:
+        begun = time.perf_counter()
+        token_id = peer.begin(task.prompt_ids)
+        first = time.perf_counter() - begun
+        for _ in range(task.max_tokens - 1):
+            token_id = peer.go_on(token_id)
+        return Run(task.max_tokens, first, time.perf_counter() - begun)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -187,15 +208,19 @@ def compare(name: str, checkpoint: Path, *, max_tokens: int, dtype: str, rounds:
     """Run the rounds and print one table."""
     prompt_ids = Tokenizer(checkpoint / "tokenizer.model").encode_chat([ChatMessage("user", PROMPT)])
     task = Task(checkpoint, prompt_ids, max_tokens, dtype)
-    with served(task) as address:
+    with served(task) as address, tempfile.TemporaryDirectory() as folder:
         contenders = {
             "transformers.generate": transformers_generate(task),
             "engine": bare_engine(task),
             "service, over gRPC": whole_service(address, task),
         }
+        if llama_cpp.installed() and dtype == "float16":
+            contenders["llama.cpp F16"] = llama_cpp_f16(task, Path(folder))
         for run in contenders.values():
             run()  # warm up
         results = [{label: run() for label, run in contenders.items()} for _ in range(rounds)]
+    if "llama.cpp F16" not in contenders:
+        print("\nNot run: llama.cpp (see benchmarks/llama_cpp.py)")
     print(f"\n{name}, {dtype}: {len(prompt_ids)} prompt tokens, {rounds} rounds\n")
     print("| | tokens | tokens/s | x transformers | x engine | time to first token |")
     print("|---|---|---|---|---|---|")
@@ -228,8 +253,9 @@ def main() -> None:
         return
     compare("The demo model", Path(str(resources.files("llama2_server") / "demo")), **options)
     with tempfile.TemporaryDirectory() as folder:
-        made = make_checkpoint(Path(folder) / "134m", PRESETS["134m"])
-        compare("134M parameters, random weights", made, **options)
+        for preset in ("134m", "1.2b"):
+            made = make_checkpoint(Path(folder) / preset, PRESETS[preset])
+            compare(f"{preset.upper()} parameters, random weights", made, **options)
 
 
 if __name__ == "__main__":
