@@ -181,7 +181,7 @@ def serves_health(process: subprocess.Popen[str]) -> str:
     """The address of the health port, when it is open."""
     assert process.stderr is not None
     for line in process.stderr:
-        if found := re.search(r"health on (\S+)", line):
+        if found := re.search(r"health on ([\d.]+:\d+)", line):
             return found[1]
     raise AssertionError("no health port")
 
