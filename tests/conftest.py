@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,7 +12,7 @@ import pytest
 from tests.certificates import Authority
 from tests.postgres_server import PostgresCluster, running_postgres
 from tests.scripted_model import ScriptedModel
-from tests.service import Service, ServiceMaker, with_config
+from tests.service import Service, ServiceMaker, until, with_config
 
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
 from llama2_server import probe
@@ -19,6 +20,7 @@ from llama2_server.accounts import Accounts, OpenAccounts
 from llama2_server.app import grounded, running
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.engine.tokenizer import Tokenizer
+from llama2_server.health import HealthServicer
 from llama2_server.loading import Loaded
 from llama2_server.settings import Settings
 from llama2_server.telemetry.telemetry import Telemetry
@@ -96,9 +98,17 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
                     model_pb2_grpc.ModelServiceStub(channel),
                 )
             finally:
-                model.open_gate()
+                # Not before the drain has begun: who waits shall be refused, not served.
+                opening = asyncio.create_task(open_gate_once_draining(model, ground.health))
+                stack.push_async_callback(lambda: opening)
 
     return serve
+
+
+async def open_gate_once_draining(model: ScriptedModel, health: HealthServicer) -> None:
+    """Let the model run free as soon as the server says NOT_SERVING."""
+    await until(lambda: not health.serving)
+    model.open_gate()
 
 
 @pytest.fixture(scope="session")
