@@ -17,7 +17,7 @@ help:
 	@echo "make check       formatting, lint, types, import rules, the contract, the Dockerfile and its lock files"
 	@echo "make format      put code and contract into shape"
 	@echo "make proto       generate the Python stubs"
-	@echo "make docs        write the reference of the settings, and the chart's copies, anew"
+	@echo "make docs        write the references of settings and metrics, and the chart's copies, anew"
 	@echo "make lock        make the container's lock files anew"
 	@echo "make bench       compare engine and service with transformers.generate and llama.cpp"
 	@echo "make demo-model  train the demo model anew (under an hour on two cores)"
@@ -58,6 +58,7 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m tools.settings_reference
 	$(BIN)/python -m tools.chart
+	$(BIN)/python -m tools.metrics_reference
 
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m tools.demo_model.train
