@@ -105,18 +105,22 @@ def transformers_generate(task: Task) -> Contender:
     return run
 
 
-class _Times:
-    """A listener that notes when the first token and the end came."""
+class Times:
+    """A listener that keeps the tokens, and notes when the first one and the end came."""
 
     def __init__(self) -> None:
+        self.token_ids: list[int] = []
         self.first: float | None = None
         self.ended: queue.Queue[tuple[float, Finish]] = queue.Queue()
 
     def on_token(self, token_id: int) -> bool:
+        """Keep it."""
         self.first = self.first or time.perf_counter()
+        self.token_ids.append(token_id)
         return False
 
     def on_finish(self, finish: Finish) -> None:
+        """Note the time."""
         self.ended.put((time.perf_counter(), finish))
 
 
@@ -132,7 +136,7 @@ def bare_engine(task: Task) -> Contender:
     engine = Engine(model, read_eos_ids(task.checkpoint))
 
     def run() -> Run:
-        times, begun = _Times(), time.perf_counter()
+        times, begun = Times(), time.perf_counter()
         engine.submit(task.prompt_ids, GenerationParams(task.max_tokens, temperature=0), times)
         ended, finish = times.ended.get()
         if finish.reason is FinishReason.FAILED or times.first is None:
