@@ -79,6 +79,14 @@ def reflection_stub(channel: grpc.aio.Channel) -> Any:
     return make(channel)
 
 
+def server_deadline(milliseconds: int) -> tuple[tuple[str, str], ...]:
+    """Metadata with a deadline that the server's timer keeps alone.
+
+    A caller's own timer ends the call too, and on a busy machine so early that the server takes it for a cancel.
+    """
+    return (("grpc-timeout", f"{milliseconds}m"),)
+
+
 async def until(condition: Callable[[], bool], timeout_seconds: float = 10) -> None:
     """Let the event loop run until a condition holds; fails after the timeout."""
     async with asyncio.timeout(timeout_seconds):

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from tests.ledger.conftest import stored
-from tests.service import Service, ServiceMaker, until, with_config
+from tests.service import Service, ServiceMaker, server_deadline, until, with_config
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard, RequestsPerMinute
@@ -139,7 +139,7 @@ class History:
         prompt = self.new_prompt()
         self.service.model.gate()
         with pytest.raises(grpc.aio.AioRpcError) as expired:
-            await self.service.text.Generate(pb.GenerateRequest(prompt=prompt), timeout=0.3)
+            await self.service.text.Generate(pb.GenerateRequest(prompt=prompt), metadata=server_deadline(300))
         assert expired.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await self.settle(GENERATE, "DEADLINE_EXCEEDED")
         self.model.broken_off(GENERATE, "DEADLINE_EXCEEDED", await self.tokens(prompt), 1)

@@ -11,7 +11,17 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
-from tests.service import Service, ServiceMaker, details, health_stub, hold_the_slot, text_of, until, with_config
+from tests.service import (
+    Service,
+    ServiceMaker,
+    details,
+    health_stub,
+    hold_the_slot,
+    server_deadline,
+    text_of,
+    until,
+    with_config,
+)
 
 from llama2.v1 import account_pb2, account_pb2_grpc, model_pb2
 from llama2.v1 import text_generation_pb2 as pb
@@ -266,7 +276,7 @@ async def test_every_admitted_request_has_one_record(
         await service.text.Generate(pb.GenerateRequest(prompt="finished"))
         holder = await hold_the_slot(service)
         with pytest.raises(grpc.aio.AioRpcError):
-            await service.text.Generate(pb.GenerateRequest(prompt="expired"), timeout=0.3)
+            await service.text.Generate(pb.GenerateRequest(prompt="expired"), metadata=server_deadline(300))
         await until(lambda: len(list(records(tmp_path))) == 2)  # the server's own timer comes later than the caller's
         waiting = service.text.GenerateStream(pb.GenerateRequest(prompt="waiting"))
         reading = asyncio.create_task(waiting.read())

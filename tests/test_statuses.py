@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
 from tests.processes import free_port
-from tests.service import ServiceMaker, details, hold_the_slot, text_of, with_config
+from tests.service import ServiceMaker, details, hold_the_slot, server_deadline, text_of, with_config
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
@@ -160,8 +160,7 @@ async def deadline_in_line(scene: Scene) -> grpc.aio.AioRpcError:
     async with scene.serve() as service:
         await hold_the_slot(service)
         while True:
-            # Said in metadata the deadline is the server's alone: a client with a timer of its own hears no server.
-            error = await refused(service.text.Generate(REQUEST, metadata=(("grpc-timeout", "100m"),)))
+            error = await refused(service.text.Generate(REQUEST, metadata=server_deadline(100)))
             # gRPC has a timer in the server too, and says nothing but the code when that is the first.
             if "grpc-status-details-bin" in dict(error.trailing_metadata()):
                 return error

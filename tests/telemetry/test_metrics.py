@@ -27,6 +27,7 @@ from tests.service import (
     health_stub,
     hold_the_slot,
     reflection_stub,
+    server_deadline,
     text_of,
     until,
     with_config,
@@ -127,7 +128,7 @@ async def test_calls_are_counted_by_method_and_code(serve_scripted: ServiceMaker
                 await refused
         service.model.gate()
         with pytest.raises(grpc.aio.AioRpcError):
-            await service.text.Generate(pb.GenerateRequest(prompt="x"), timeout=0.2)
+            await service.text.Generate(pb.GenerateRequest(prompt="x"), metadata=server_deadline(200))
         service.model.open_gate()
         await until(lambda: watched.value("llama2_running_slots") == 0)
         held = await hold_the_slot(service)

@@ -10,7 +10,16 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
-from tests.service import Service, ServiceMaker, health_stub, hold_the_slot, reflection_stub, text_of, with_config
+from tests.service import (
+    Service,
+    ServiceMaker,
+    health_stub,
+    hold_the_slot,
+    reflection_stub,
+    server_deadline,
+    text_of,
+    with_config,
+)
 from tests.telemetry.conftest import Watched
 
 from llama2.v1 import text_generation_pb2 as pb
@@ -161,7 +170,8 @@ async def test_expired_call_is_an_error(serve_scripted: ServiceMaker, watched: W
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         holder = await hold_the_slot(service)
         request = pb.GenerateRequest(prompt="x")
-        await refused(lambda: service.text.Generate(request, timeout=0.2), grpc.StatusCode.DEADLINE_EXCEEDED)
+        deadline = server_deadline(200)
+        await refused(lambda: service.text.Generate(request, metadata=deadline), grpc.StatusCode.DEADLINE_EXCEEDED)
         spans = await watched.trace("DEADLINE_EXCEEDED")
         service.model.open_gate()
         await text_of(holder)
