@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama2_server.engine.errors import WeightsError
-from llama2_server.engine.model import LlamaModel, LlamaWeights
+from llama2_server.engine.model import LlamaModel
+from llama2_server.engine.parameters import LlamaWeights
 from llama2_server.engine.weights import fetch_checkpoint, load_model, read_config, read_eos_ids
 
 MakeCheckpoint = Callable[..., Path]

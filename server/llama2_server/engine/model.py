@@ -5,9 +5,7 @@ checkpoints are read.
 """
 
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 import torch
@@ -15,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from llama2_server.engine.errors import EngineFault
-from llama2_server.engine.native import NativeDecoder, NativeUnavailable, use_huge_pages
+from llama2_server.engine.kv_cache import KVCache, Slot
+from llama2_server.engine.native import NativeDecoder, NativeUnavailable
+from llama2_server.engine.parameters import LayerWeights, LlamaConfig, LlamaWeights
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ CpuKernels = Literal["auto", "torch"]  # auto: the native steps wherever they ar
 SMALL_MODEL_BYTES = 32 * 1024 * 1024
 # What torch takes by itself: the cores, or what OMP_NUM_THREADS says.
 CPU_THREADS = torch.get_num_threads()
-LINE_ELEMENTS = 32  # a cache line's, of 16 bits each
 # A product of many rows in torch is fast from some hundreds on; the native one takes 24 at a time.
 TORCH_CHUNK_TOKENS = 512
 NATIVE_CHUNK_TOKENS = 48
@@ -76,119 +75,6 @@ class Model(Protocol):
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         """Append one token to each slot; float32 logits after each."""
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaConfig:
-    """The shape of a model; names are those of transformers' LlamaConfig, shortened."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_positions: int
-    tied_embeddings: bool
-
-    @property
-    def query_size(self) -> int:
-        """Width of all heads' queries side by side."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of all heads' keys side by side; values are as wide."""
-        return self.kv_heads * self.head_dim
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer, with projections of the same input in one matrix."""
-
-    attention_norm: Tensor  # (hidden_size,)
-    qkv: Tensor  # (query_size + 2 * kv_size, hidden_size)
-    output: Tensor  # (hidden_size, query_size)
-    mlp_norm: Tensor  # (hidden_size,)
-    gate_up: Tensor  # (2 * intermediate_size, hidden_size)
-    down: Tensor  # (hidden_size, intermediate_size)
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaWeights:
-    """All tensors of a model; with tied embeddings `head` is `embedding` itself."""
-
-    embedding: Tensor  # (vocab_size, hidden_size)
-    layers: tuple[LayerWeights, ...]
-    norm: Tensor  # (hidden_size,)
-    head: Tensor  # (vocab_size, hidden_size)
-
-    @classmethod
-    def allocate(cls, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype) -> "LlamaWeights":
-        """Uninitialised weights of the right shapes, in one piece of memory; on device "meta" they take none.
-
-        One piece fills huge pages where many small ones would not.
-        """
-        shapes: list[tuple[int, ...]] = []
-
-        def note(*shape: int) -> Tensor:
-            shapes.append(shape)
-            return torch.empty(shape, device="meta", dtype=dtype)
-
-        cls._arrange(config, note)
-        # In whole cache lines, so that each tensor begins with one.
-        sizes = [-(-math.prod(shape) // LINE_ELEMENTS) * LINE_ELEMENTS for shape in shapes]
-        memory = torch.empty(sum(sizes), device=device, dtype=dtype)
-        if memory.device.type == "cpu":
-            use_huge_pages(memory)
-        pieces = iter(torch.split(memory, sizes))
-        return cls._arrange(config, lambda *shape: next(pieces)[: math.prod(shape)].view(shape))
-
-    @classmethod
-    def _arrange(cls, config: LlamaConfig, empty: Callable[..., Tensor]) -> "LlamaWeights":
-        hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-        embedding = empty(vocab, hidden)
-        layers = tuple(
-            LayerWeights(
-                attention_norm=empty(hidden),
-                qkv=empty(config.query_size + 2 * config.kv_size, hidden),
-                output=empty(hidden, config.query_size),
-                mlp_norm=empty(hidden),
-                gate_up=empty(2 * inner, hidden),
-                down=empty(hidden, inner),
-            )
-            for _ in range(config.layers)
-        )
-        head = embedding if config.tied_embeddings else empty(vocab, hidden)
-        return cls(embedding, layers, empty(hidden), head)
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that all of them take."""
-        tables = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
-        parts = [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
-        return sum(tensor.nbytes for tensor in (*tables, *parts, self.norm))
-
-
-Slot = tuple[Tensor, Tensor]  # one layer's keys and values of one slot, each (1, kv_heads, context_length, head_dim)
-
-
-class KVCache:
-    """Keys and values of all slots, allocated once: (slots, kv_heads, context_length, head_dim) for each layer."""
-
-    def __init__(self, config: LlamaConfig, slots: int, context_length: int, like: Tensor) -> None:
-        shape = (slots, config.kv_heads, context_length, config.head_dim)
-        self.keys = [like.new_empty(shape) for _ in range(config.layers)]
-        self.values = [like.new_empty(shape) for _ in range(config.layers)]
-        self.nbytes = sum(tensor.nbytes for tensor in (*self.keys, *self.values))
-        # Views of each slot, ready made: slicing anew in each layer of each step costs as much as a small kernel.
-        self.layers: list[list[Slot]] = [
-            [(keys[slot : slot + 1], values[slot : slot + 1]) for slot in range(slots)]
-            for keys, values in zip(self.keys, self.values, strict=True)
-        ]
 
 
 class LlamaModel:

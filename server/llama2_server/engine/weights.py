@@ -11,7 +11,8 @@ from torch import Tensor
 from llama2_server.engine.checkpoint import StoredTensor, read_config, read_eos_ids, read_tensor_table
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.hub import fetch_checkpoint
-from llama2_server.engine.model import CpuKernels, LayerWeights, LlamaConfig, LlamaModel, LlamaWeights
+from llama2_server.engine.model import CpuKernels, LlamaModel
+from llama2_server.engine.parameters import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.tokenizer import Tokenizer
 
 __all__ = ["fetch_checkpoint", "load_model", "read_config", "read_eos_ids"]
