@@ -26,8 +26,9 @@ CpuKernels = Literal["auto", "torch"]  # auto: the native steps wherever they ar
 SMALL_MODEL_BYTES = 32 * 1024 * 1024
 # What torch takes by itself: the cores, or what OMP_NUM_THREADS says.
 CPU_THREADS = torch.get_num_threads()
-# A product of many rows in torch is fast from some hundreds on; the native one takes 24 at a time.
+# A product of many rows in torch is fast from some hundreds on, on a GPU from more; the native one takes 24 at a time.
 TORCH_CHUNK_TOKENS = 512
+CUDA_CHUNK_TOKENS = 2048
 NATIVE_CHUNK_TOKENS = 48
 # From this many rows on, float32 blocks of a float16 weight multiply faster on a CPU than the weight itself.
 HALF_BLOCK_MIN_ROWS = 4
@@ -98,7 +99,7 @@ class LlamaModel:
         self.dtype = weights.embedding.dtype
         with torch.inference_mode():
             self.kv_cache = KVCache(config, slots, context_length, weights.embedding)
-            self._cos, self._sin = _rotary_table(config, context_length, weights.embedding)
+            self.rotary = _rotary_table(config, context_length, weights.embedding)
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear
         if self.device.type == "cpu" and self.dtype == torch.float16:
             self._linear = _half_linear_on_cpu
@@ -107,7 +108,8 @@ class LlamaModel:
         self._threads = 1 if weights.size_bytes < SMALL_MODEL_BYTES else CPU_THREADS
         self._native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
         self.any_pieces = self._native is not None
-        self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self._native else TORCH_CHUNK_TOKENS
+        in_torch = CUDA_CHUNK_TOKENS if self.device.type == "cuda" else TORCH_CHUNK_TOKENS
+        self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self._native else in_torch
 
     def _native_decoder(self, cpu_kernels: CpuKernels) -> NativeDecoder | None:
         """The steps in C++, or None and a line in the log that says why it has to be torch's."""
@@ -116,8 +118,7 @@ class LlamaModel:
                 raise NativeUnavailable("the settings ask for it (cpu_kernels)")
             if self.dtype != torch.float16:
                 raise NativeUnavailable(f"the native step is for float16, and this is {self.dtype}")
-            rotary = (self._cos, self._sin)
-            native = NativeDecoder(self.config, self.weights, self.kv_cache, rotary, threads=self._threads)
+            native = NativeDecoder(self.config, self.weights, self.kv_cache, self.rotary, threads=self._threads)
         except NativeUnavailable as reason:
             logger.warning("running in torch, which is slower: %s", reason)
             return None
@@ -143,11 +144,17 @@ class LlamaModel:
         if self._native:
             return self._native.prefill(slot, token_ids, position)
         self._take_threads()
-        return self._prefill(slot, token_ids, position, end)
+        try:
+            return self._prefill(slot, token_ids, position, end)
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # Only here is what the failed prefill held let go of, by the frames of the error.
+        torch.cuda.empty_cache()
+        raise EngineFault(f"out of memory in a prefill of {len(token_ids)} tokens: {reason}")
 
     def _prefill(self, slot: int, token_ids: list[int], position: int, end: int) -> Tensor:  # (vocab_size,)
         x = self._embed(token_ids)  # (tokens, hidden_size)
-        cos, sin = self._cos[position:end, None], self._sin[position:end, None]  # (tokens, 1, head_dim)
+        cos, sin = (table[position:end, None] for table in self.rotary)  # (tokens, 1, head_dim)
         mask = self._chunk_mask(position, end)
         for weights, cache in zip(self.weights.layers, self.kv_cache.layers, strict=True):
             q, k, v = self._qkv(weights, x, cos, sin)
@@ -171,7 +178,7 @@ class LlamaModel:
 
     def _decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         x = self._embed(token_ids)  # (rows, hidden_size)
-        cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)  # (rows, 1, head_dim)
+        cos, sin = (table[positions].unsqueeze(1) for table in self.rotary)  # (rows, 1, head_dim)
         for weights, cache in zip(self.weights.layers, self.kv_cache.layers, strict=True):
             q, k, v = self._qkv(weights, x, cos, sin)
             rows = [
