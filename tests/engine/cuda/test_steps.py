@@ -3,12 +3,12 @@
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.engine.cuda.readers import Reader
 from torch import Tensor
 
 from llama2_server.engine.cuda.steps import CudaSteps, _sizes
@@ -22,25 +22,6 @@ CONTEXT = 64
 SLOTS = 3
 NO_EOS: frozenset[int] = frozenset()
 MakeCheckpoint = Callable[..., Path]
-
-
-class Reader:
-    """Keeps a sequence's tokens; `stop_at` ends it at so many of them, as a stop sequence would."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.token_ids: list[int] = []
-        self.finish: Future[Finish] = Future()
-        self._stop_at = stop_at
-
-    def on_token(self, token_id: int) -> bool:
-        self.token_ids.append(token_id)
-        return len(self.token_ids) == self._stop_at
-
-    def on_finish(self, finish: Finish) -> None:
-        self.finish.set_result(finish)
-
-    def result(self) -> Finish:
-        return self.finish.result(timeout=60)
 
 
 def load(directory: Path) -> LlamaModel:
