@@ -44,12 +44,12 @@ def load_model(
     _check_tokenizer(directory, config)
     stored = {name: tensor for name, tensor in read_tensor_table(directory).items() if not IGNORED.fullmatch(name)}
     imagined = LlamaWeights.allocate(config, "meta", dtype)
-    _check_tensors(directory, stored, _places(config, imagined))
+    _check_tensors(directory, stored, places(config, imagined))
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
     _check_memory(directory, device, imagined.size_bytes, cache_bytes, f"{slots} x {context_length} tokens")
     try:
         weights = LlamaWeights.allocate(config, device, dtype)
-        _fill(stored, _places(config, weights), progress or _no_progress)
+        _fill(stored, places(config, weights), progress or _no_progress)
         return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
     except torch.OutOfMemoryError as error:
         raise WeightsError(f"{directory}: weights and KV cache do not fit on {device}: {error}") from error
@@ -99,7 +99,7 @@ def _check_tensors(directory: Path, stored: dict[str, StoredTensor], places: dic
         raise WeightsError(f"{stored[name].path}: tensor {name} is not part of a Llama with this config.json")
 
 
-def _places(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
+def places(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
     """Where each tensor of a checkpoint belongs, by its name there; parts of a fused matrix are views of it."""
     places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     if not config.tied_embeddings:
