@@ -26,9 +26,9 @@ CpuKernels = Literal["auto", "torch"]  # auto: the native steps wherever they ar
 SMALL_MODEL_BYTES = 32 * 1024 * 1024
 # What torch takes by itself: the cores, or what OMP_NUM_THREADS says.
 CPU_THREADS = torch.get_num_threads()
-# A product of many rows in torch is fast from some hundreds on, on a GPU from more; the native one takes 24 at a time.
+# A product of many rows in torch is fast from some hundreds on; the native one takes 24 at a time. More would be faster
+# still on a GPU, but only whole chunks are reused there (prefixes.py), and neighbours wait for one.
 TORCH_CHUNK_TOKENS = 512
-CUDA_CHUNK_TOKENS = 2048
 NATIVE_CHUNK_TOKENS = 48
 # From this many rows on, float32 blocks of a float16 weight multiply faster on a CPU than the weight itself.
 HALF_BLOCK_MIN_ROWS = 4
@@ -108,8 +108,7 @@ class LlamaModel:
         self._threads = 1 if weights.size_bytes < SMALL_MODEL_BYTES else CPU_THREADS
         self._native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
         self.any_pieces = self._native is not None
-        in_torch = CUDA_CHUNK_TOKENS if self.device.type == "cuda" else TORCH_CHUNK_TOKENS
-        self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self._native else in_torch
+        self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self._native else TORCH_CHUNK_TOKENS
 
     def _native_decoder(self, cpu_kernels: CpuKernels) -> NativeDecoder | None:
         """The steps in C++, or None and a line in the log that says why it has to be torch's."""
