@@ -100,6 +100,8 @@ class LlamaModel:
         with torch.inference_mode():
             self.kv_cache = KVCache(config, slots, context_length, weights.embedding)
             self.rotary = _rotary_table(config, context_length, weights.embedding)
+        if self.device.type == "cuda":  # sums in float32, also where a product is split
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear
         if self.device.type == "cpu" and self.dtype == torch.float16:
             self._linear = _half_linear_on_cpu
@@ -165,15 +167,19 @@ class LlamaModel:
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         """Append one token to each of `slots`, which hold `positions` tokens; float32 logits after each.
 
-        Rows share the projections; each attends to its own slot. Raises EngineFault where a slot does not exist or is
-        full.
+        On a CPU each row is the same bit for bit whatever the others; only natively do they share the reading of the
+        weights. Raises EngineFault where a slot does not exist or is full.
         """
         for slot, position in zip(slots, positions, strict=True):
             self._check(slot, position, position + 1)
         if self._native:
             return self._native.decode(slots, token_ids, positions)
+        if self.device.type == "cuda":
+            return self._decode(slots, token_ids, positions)
         self._take_threads()
-        return self._decode(slots, token_ids, positions)
+        # One by one: torch's products of several rows add up in another order, and no neighbour may change a bit.
+        rows = zip(slots, token_ids, positions, strict=True)
+        return torch.cat([self._decode([slot], [token_id], [position]) for slot, token_id, position in rows])
 
     def _decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         x = self._embed(token_ids)  # (rows, hidden_size)
