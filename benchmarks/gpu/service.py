@@ -55,6 +55,7 @@ def served(shape: str, device: str, data_directory: Path) -> Iterator[str]:
         command = [sys.executable, "-m", "benchmarks.gpu.server", shape, device, "--listen", "127.0.0.1:0"]
         # The card wants weights; the server makes them.
         command += ["--card", str(card), "--data-directory", str(data_directory), "--weights", folder]
+        command += ["--log-level", "warning"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             line = process.stdout.readline() if process.stdout else ""
             if not line.startswith("SERVING on "):
