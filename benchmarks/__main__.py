@@ -5,7 +5,7 @@
     python -m benchmarks --checkpoint DIR                         # a checkpoint of your own
     python -m benchmarks.report FILE                              # the report of what was measured before
 
-Parts: speed (prompts of 128 tokens, 64 new ones), lengths (prompts of 32 to 2,048 tokens), requests (1 to 8 at once),
+Parts: speed (decoding after 128 tokens, prefill of 512), lengths (prompts of 32 to 2,048), requests (1 to 8 at once),
 start (from exec to SERVING), chat (the second turn of one). See README.md beside this file.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
 from benchmarks import report, results, service_alone
+from benchmarks.figures import DECODE_PROMPT, PREFILL_PROMPT
 from benchmarks.measuring import MOST_ATTEMPTS, Figures
 from benchmarks.peers import Peer, chosen, groups, interpreter
 from benchmarks.rounds import Case, Ground, Rounds
@@ -31,7 +32,7 @@ FOLDER = Path("build/benchmarks")
 
 @dataclass(frozen=True)
 class Part:
-    """Cases, and how many rounds of them; `peers` of a part of many seconds are fewer unless others are asked for."""
+    """Cases, how many rounds of them, and the peers who take part unless others are asked for."""
 
     cases: list[Case]
     rounds: int
@@ -39,9 +40,11 @@ class Part:
 
 
 PARTS = {
-    "speed": Part([Case(128, 64)], rounds=5),
-    "lengths": Part([Case(tokens, 16) for tokens in (32, 128, 512, 1024, 2048)], rounds=3),
-    "requests": Part([Case(128, 128, requests) for requests in (1, 2, 4, 8)], rounds=3),
+    "speed": Part([Case(DECODE_PROMPT, 48), Case(PREFILL_PROMPT, 1)], rounds=5),
+    "lengths": Part(
+        [Case(tokens, 12) for tokens in (32, 128, 512, 2048)], rounds=2, peers="transformers,llama.cpp,openvino bf16"
+    ),
+    "requests": Part([Case(128, 128, requests) for requests in (1, 2, 4, 8)], rounds=2, peers="llama.cpp f16"),
 }
 ALONE = {"start": 3, "chat": 3}  # rounds of what only the service does
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.figures import decode_speed, first_token, median, together, where
+from benchmarks.figures import DECODE_PROMPT, decode_speed, decoding, first_token, median, together, where
 from benchmarks.measuring import Figures
 from benchmarks.results import Results
 from benchmarks.svg import Look, Series, bar_chart, document, line_chart, note_chart
@@ -41,14 +41,14 @@ def picture(results: Results) -> str:
 
 
 def _decoding(results: Results, model: str) -> str:
-    speed = where(results["measurements"], part="speed", model=model)
+    speed = decoding(results, model)
     names = dict.fromkeys(figures["contender"] for figures in speed)
     medians = {name: median(where(speed, contender=name), decode_speed) or 0.0 for name in names}
     bars = [
         (NAMES.get(name, name), value, _look(name))
         for name, value in sorted(medians.items(), key=lambda item: -item[1])
     ]
-    return bar_chart(f"Decoding, {model.upper()}", "tokens/s of one request, after a prompt of 128", bars)
+    return bar_chart(f"Decoding, {model.upper()}", f"tokens/s of one request, after a prompt of {DECODE_PROMPT}", bars)
 
 
 def _notes(results: Results) -> str:

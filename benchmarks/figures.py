@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.measuring import Figures
+from benchmarks.results import Results
 
 Value = Callable[[Figures], float]
+DECODE_PROMPT, PREFILL_PROMPT = 128, 512  # tokens; the cases of the part "speed"
 CASE = ("group", "round", "prompt_tokens", "requests")  # what two contenders have in common in one round
 
 
@@ -28,6 +30,11 @@ def first_token(figures: Figures) -> float:
 def where(measurements: Iterable[Figures], **wanted: Any) -> list[Figures]:
     """Those that have these values."""
     return [one for one in measurements if all(one.get(key) == value for key, value in wanted.items())]
+
+
+def decoding(results: Results, model: str) -> list[Figures]:
+    """The measurements that tell how fast a single request decodes."""
+    return where(results["measurements"], part="speed", model=model, prompt_tokens=DECODE_PROMPT)
 
 
 def median(measurements: Iterable[Figures], value: Value) -> float | None:

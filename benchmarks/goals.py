@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.figures import (
+    PREFILL_PROMPT,
     bandwidth_share,
     decode_speed,
+    decoding,
     first_token,
     median,
     paired,
@@ -45,14 +47,14 @@ def goals(results: Results) -> Iterator[Goal]:
 
 def best_peer(results: Results, model: str) -> str:
     """The one that decodes fastest; "" where none was measured."""
-    speed = where(results["measurements"], part="speed", model=model)
+    speed = decoding(results, model)
     peers = {one["contender"] for one in speed} - {"engine", "service"}
     return max(peers, key=lambda peer: median(where(speed, contender=peer), decode_speed) or 0.0, default="")
 
 
 def _decoding(results: Results) -> Iterator[Goal]:
     for model, wanted in DECODE.items():
-        speed = where(results["measurements"], part="speed", model=model)
+        speed = decoding(results, model)
         for peer, least in wanted.items():
             name = peer or best_peer(results, model)
             found = ratio(speed, "service", name, decode_speed)
@@ -63,11 +65,11 @@ def _decoding(results: Results) -> Iterator[Goal]:
 
 def _engine_and_service(results: Results) -> Iterator[Goal]:
     for model in (LARGE, SMALL):
-        speed = where(results["measurements"], part="speed", model=model)
+        speed = decoding(results, model)
         found = ratio(speed, "service", "engine", decode_speed)
         if found is not None:
             yield _at_least(f"service's decode speed to the engine's, {model.upper()}", found, 0.95, "{:.2f} x")
-    speed = where(results["measurements"], part="speed", model=LARGE)
+    speed = decoding(results, LARGE)
     late = paired(speed, "service", "engine", lambda a, b: first_token(a) - first_token(b))
     if late is not None:
         yield _at_most("service's time to the first token beyond the bare prefill", late * 1000, 60, "{:.0f} ms")
@@ -78,8 +80,8 @@ def _engine_and_service(results: Results) -> Iterator[Goal]:
 
 
 def _prefill(results: Results) -> Iterator[Goal]:
-    lengths = where(results["measurements"], part="lengths", prompt_tokens=512)
-    found = ratio(lengths, "llama.cpp F16", "service", first_token)
+    prefills = where(results["measurements"], part="speed", model=LARGE, prompt_tokens=PREFILL_PROMPT)
+    found = ratio(prefills, "llama.cpp F16", "service", first_token)
     if found is not None:
         yield _at_least("service's prefill of 512 tokens to llama.cpp F16's", found, 1.5, "{:.2f} x")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 ENVIRONMENTS = Path(".venv/peers")  # one a family, where this environment does not have it; see README.md
 
+OURS_COPIES = 2.5
+
 _MISSING = """
 import sys
 from importlib.util import find_spec
@@ -36,9 +38,9 @@ PEERS = (
     Peer("transformers.generate", "transformers_generate", "transformers", ("transformers", "torch")),
     Peer("llama.cpp F16", "llama_cpp_decode", "llama_cpp", _LLAMA_CPP, "F16"),
     Peer("llama.cpp BF16", "llama_cpp_decode", "llama_cpp", _LLAMA_CPP, "BF16"),
-    Peer("OpenVINO f16", "openvino_infer", "openvino", _OPENVINO, "f16", copies=2.2),
-    Peer("OpenVINO bf16", "openvino_infer", "openvino", _OPENVINO, "bf16", copies=2.2),
-    Peer("OpenVINO f32", "openvino_infer", "openvino", _OPENVINO, "f32", copies=2.2),
+    Peer("OpenVINO f16", "openvino_infer", "openvino", _OPENVINO, "f16", copies=1.3),
+    Peer("OpenVINO bf16", "openvino_infer", "openvino", _OPENVINO, "bf16", copies=1.3),
+    Peer("OpenVINO f32", "openvino_infer", "openvino", _OPENVINO, "f32", copies=1.3),
     Peer("CTranslate2 bfloat16", "ctranslate2_generate", "ctranslate2", _CTRANSLATE2, "bfloat16"),
     Peer("CTranslate2 float32", "ctranslate2_generate", "ctranslate2", _CTRANSLATE2, "float32", copies=2.1),
 )
@@ -69,7 +71,7 @@ def interpreter(peer: Peer, given: Mapping[str, str]) -> tuple[str | None, str]:
 
 def groups(peers: Iterable[Peer], weights_bytes: int, free_bytes: int) -> list[list[Peer]]:
     """Peers that fit into memory together, beside our engine and our service; a peer that never fits is alone."""
-    room = free_bytes / weights_bytes - 2.5
+    room = 0.95 * free_bytes / weights_bytes - OURS_COPIES
     result: list[list[Peer]] = []
     for peer in peers:
         fitting = (group for group in result if sum(other.copies for other in group) + peer.copies <= room)

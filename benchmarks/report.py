@@ -10,8 +10,11 @@ from pathlib import Path
 
 from benchmarks.charts import picture
 from benchmarks.figures import (
+    DECODE_PROMPT,
+    PREFILL_PROMPT,
     bandwidth_share,
     decode_speed,
+    decoding,
     first_token,
     median,
     ratio,
@@ -66,22 +69,29 @@ def _head(results: Results) -> Iterator[str]:
 
 
 def _speed(results: Results, model: str) -> Iterator[str]:
-    speed = where(results["measurements"], part="speed", model=model)
+    speed = decoding(results, model)
+    prefills = where(results["measurements"], part="speed", model=model, prompt_tokens=PREFILL_PROMPT)
     tokens = max(figures["output_tokens"] for figures in speed)
     weights = results["weights"][model]
-    yield from ("", f"## {model.upper()}: decoding {tokens} tokens after a prompt of 128", "")
-    yield "| | weights and arithmetic | tokens/s | service to it | first token | tokens equal to the engine's |"
-    yield "|---|---|---|---|---|---|"
+    yield from ("", f"## {model.upper()}: decoding {tokens} tokens after a prompt of {DECODE_PROMPT}", "")
+    yield (
+        "| | weights and arithmetic | tokens/s | service to it | tokens equal to the engine's "
+        f"| first token | of {PREFILL_PROMPT} | service to it |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
     for name in _contenders(speed):
         own = where(speed, contender=name)
+        prefill = where(prefills, contender=name)
         equal = min(figures["agreeing"] for figures in own)
         row = (
             NAMES.get(name, name),
             results["contenders"][name]["arithmetic"],
             _number(median(own, decode_speed), "{:.1f}"),
             _number(ratio(speed, "service", name, decode_speed), "{:.2f} x"),
-            _number(median(own, lambda one: first_token(one) * 1000), "{:,.0f} ms"),
             f"all {tokens}" if equal >= tokens else f"the first {equal}, at least",
+            _number(median(own, lambda one: first_token(one) * 1000), "{:,.0f} ms"),
+            _number(median(prefill, lambda one: first_token(one) * 1000), "{:,.0f} ms"),
+            _number(ratio(prefills, name, "service", first_token), "{:.2f} x"),
         )
         yield f"| {' | '.join(row)} |"
     share = bandwidth_share(where(speed, contender="engine"), weights["bytes_a_token"])

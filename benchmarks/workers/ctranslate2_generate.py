@@ -20,6 +20,8 @@ class CTranslate2:
     packages = ("ctranslate2",)
 
     def __init__(self, setup: Setup) -> None:
+        if setup.arithmetic not in ctranslate2.get_supported_compute_types("cpu"):
+            raise SystemExit(f"it computes no {setup.arithmetic} on this processor")
         path = Path(setup.folder) / f"ctranslate2-{setup.arithmetic}"
         if not path.exists():
             unfinished = path.with_suffix(".part")

@@ -34,8 +34,8 @@ def test_what_is_not_installed_is_said() -> None:
 def test_groups_fit_into_memory() -> None:
     """Beside engine and service; who never fits is alone, and there is a group where there is no peer."""
     large = replace(PEER, name="large", copies=3.0)
-    assert groups([PEER, large, PEER], weights_bytes=10, free_bytes=48) == [[PEER, PEER], [large]]
-    assert groups([PEER, large, PEER], weights_bytes=10, free_bytes=80) == [[PEER, large, PEER]]
+    assert groups([PEER, large, PEER], weights_bytes=10, free_bytes=52) == [[PEER, PEER], [large]]
+    assert groups([PEER, large, PEER], weights_bytes=10, free_bytes=84) == [[PEER, large, PEER]]
     assert groups([], weights_bytes=10, free_bytes=80) == [[]]
 
 
