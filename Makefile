@@ -22,7 +22,7 @@ help:
 	@echo "make proto       generate the Python stubs"
 	@echo "make docs        write the references of settings and metrics, and the chart's copies, anew"
 	@echo "make lock        make the container's lock files anew"
-	@echo "make bench       compare engine and service with transformers.generate and llama.cpp"
+	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model anew (under an hour on two cores)"
 
@@ -57,7 +57,7 @@ lock: $(VENV)/.dev
 	$(BIN)/python -m tools.container.lock
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # With the Python of a machine that has a GPU, whose torch is not touched; benchmarks/gpu/README.md says what it needs.
 bench-gpu:

@@ -1,0 +1,61 @@
+"""CTranslate2's generator, in float32 or in one of 16 bits; on a processor without the latter it refuses.
+
+It says tokens as pieces and ends at an end of sequence, which its `min_length` keeps from coming.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import ctranslate2
+from ctranslate2.converters import TransformersConverter
+
+from benchmarks.workers.protocol import Generated, Setup, serve
+
+
+class CTranslate2:
+    """A checkpoint in CTranslate2, greedy; several prompts are one batch."""
+
+    packages = ("ctranslate2",)
+
+    def __init__(self, setup: Setup) -> None:
+        if setup.arithmetic not in ctranslate2.get_supported_compute_types("cpu"):
+            raise SystemExit(f"it computes no {setup.arithmetic} on this processor")
+        path = Path(setup.folder) / f"ctranslate2-{setup.arithmetic}"
+        if not path.exists():
+            unfinished = path.with_suffix(".part")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            converter = TransformersConverter(setup.checkpoint, low_cpu_mem_usage=True)
+            converter.convert(str(unfinished), quantization=setup.arithmetic)
+            unfinished.replace(path)
+        self._generator = ctranslate2.Generator(
+            str(path), device="cpu", compute_type=setup.arithmetic, inter_threads=1, intra_threads=setup.threads
+        )
+        self.arithmetic = self._generator.compute_type
+        self._pieces: list[str] = json.loads((path / "vocabulary.json").read_text(encoding="utf-8"))
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+        """One call of generate_batch."""
+        begun = time.perf_counter()
+        times: list[float] = []
+
+        def note(_: object) -> bool:
+            times.append(time.perf_counter())
+            return False
+
+        results = self._generator.generate_batch(
+            [[self._pieces[token] for token in prompt] for prompt in prompts],
+            max_length=tokens,
+            min_length=tokens,
+            include_prompt_in_result=False,
+            callback=note,
+        )
+        ended = time.perf_counter()
+        return Generated(
+            [result.sequences_ids[0] for result in results], times[len(prompts) - 1] - begun, ended - begun
+        )
+
+
+if __name__ == "__main__":
+    serve(CTranslate2)

@@ -1,0 +1,94 @@
+"""llama.cpp through its C interface: no sampler and no Python per token but one `argmax`.
+
+Several prompts are several sequences of one context, which share each step. The key-value cache is float16, as ours is.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from benchmarks.workers.gguf_file import write_gguf
+from benchmarks.workers.protocol import Generated, Setup, serve
+
+BATCH_TOKENS = 512  # llama.cpp's own default
+
+
+class LlamaCpp:
+    """A checkpoint in llama.cpp, greedy."""
+
+    packages = ("llama-cpp-python",)
+
+    def __init__(self, setup: Setup) -> None:
+        path = Path(setup.folder) / f"{setup.arithmetic}.gguf"
+        if not path.exists():
+            unfinished = path.with_suffix(".part")
+            write_gguf(Path(setup.checkpoint), unfinished, setup.arithmetic)
+            unfinished.replace(path)
+        self.arithmetic = {
+            "F16": "float16 weights, float16 products in float32 sums",
+            "BF16": "bfloat16 weights, bfloat16 products in float32 sums",
+        }[setup.arithmetic]
+        self._model, self._context = _load(path, setup)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._batch: Any = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+        """Prefill one prompt after another, then decode all in step."""
+        llama_cpp.llama_memory_clear(self._memory, False)
+        begun = time.perf_counter()
+        latest = [self._prefill(sequence, prompt) for sequence, prompt in enumerate(prompts)]
+        first = time.perf_counter()
+        replies = [[token] for token in latest]
+        for position in range(len(prompts[0]), len(prompts[0]) + tokens - 1):
+            latest = self._step([(sequence, token, position, True) for sequence, token in enumerate(latest)])
+            for reply, token in zip(replies, latest, strict=True):
+                reply.append(token)
+        return Generated(replies, first - begun, time.perf_counter() - begun)
+
+    def _prefill(self, sequence: int, prompt: list[int]) -> int:
+        for start in range(0, len(prompt), BATCH_TOKENS):
+            piece = list(enumerate(prompt))[start : start + BATCH_TOKENS]
+            found = self._step([(sequence, token, at, at == len(prompt) - 1) for at, token in piece])
+        return found[0]
+
+    def _step(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Rows of sequence, token, position, and whether the next token is wanted; the wanted tokens."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for index, (sequence, token, position, wanted) in enumerate(rows):
+            batch.token[index], batch.pos[index] = token, position
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
+            batch.logits[index] = wanted
+        if llama_cpp.llama_decode(self._context, batch) != 0:
+            raise SystemExit("llama_decode failed")
+        return [self._best(index) for index, row in enumerate(rows) if row[3]]
+
+    def _best(self, index: int) -> int:
+        logits = llama_cpp.llama_get_logits_ith(self._context, index)
+        return int(np.argmax(np.ctypeslib.as_array(logits, (self._vocab_size,))))
+
+
+def _load(path: Path, setup: Setup) -> tuple[Any, Any]:
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # mapped, the weights would have no huge pages
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
+    params = llama_cpp.llama_context_default_params()
+    # As its own server does it: one pool of cells for all sequences.
+    params.kv_unified = True
+    params.n_ctx = setup.context_length * setup.slots
+    params.n_batch = BATCH_TOKENS
+    params.n_seq_max = setup.slots
+    params.n_threads = params.n_threads_batch = setup.threads
+    context = llama_cpp.llama_init_from_model(model, params) if model else None
+    if not context:
+        raise SystemExit(f"llama.cpp cannot load {path}")
+    return model, context
+
+
+if __name__ == "__main__":
+    serve(LlamaCpp)

@@ -1,0 +1,67 @@
+"""Results that nobody measured, small enough to work out by hand."""
+
+from typing import Any
+
+from benchmarks.measuring import Figures
+from benchmarks.results import Results
+
+QUIET = {"others": 0.0, "discarded": [], "contended": False}
+
+
+def generation(part: str, contender: str, round_number: int, first: float, total: float, **others: Any) -> Figures:
+    """One request of 128 tokens and 11 new ones, unless `others` say otherwise."""
+    figures = {
+        "part": part,
+        "model": "1.2b",
+        "group": "llama.cpp F16",
+        "round": round_number,
+        "contender": contender,
+        "prompt_tokens": 128,
+        "requests": 1,
+        "output_tokens": 11,
+        "first_seconds": first,
+        "total_seconds": total,
+        "agreeing": 11,
+    }
+    return figures | QUIET | others
+
+
+def results() -> Results:
+    """Three rounds in which the machine slows down; the service decodes 10, 5 and 2.5 tokens a second."""
+    measurements: list[Figures] = []
+    for number, second in enumerate((1.0, 2.0, 4.0)):
+        engine = generation("speed", "engine", number, 0.5, 0.5 + second, read_bytes_a_second=int(12.5e9 / second))
+        measurements += [
+            engine,
+            generation("speed", "service", number, 0.52, 0.52 + second),
+            generation("speed", "llama.cpp F16", number, 1.0, 1.0 + 1.6 * second, agreeing=7),
+        ]
+    for name, first in (("engine", 1.0), ("service", 1.0), ("llama.cpp F16", 1.4)):
+        measurements.append(generation("speed", name, 0, first, first, prompt_tokens=512, output_tokens=1))
+        measurements += [
+            generation("lengths", name, 0, first * tokens / 512, first * tokens / 512 + 1.0, prompt_tokens=tokens)
+            for tokens in (128, 512)
+        ]
+        measurements += [
+            generation("requests", name, 0, 0.1, 1.0, requests=requests, output_tokens=10 * requests)
+            for requests in (1, 2, 8)
+        ]
+    alone = {"model": "1.2b", "group": "", "round": 0} | QUIET
+    measurements.append({"part": "start", "read_seconds": 1.0, "start_seconds": 4.5} | alone)
+    measurements.append({"part": "chat", "cold_seconds": 5.0, "warm_seconds": 0.5} | alone)
+    about = {"arithmetic": "float16", "versions": {"torch": "2.13.0"}}
+    return {
+        "date": "2026-11-22",
+        "machine": {
+            "processor": "A <made-up> processor & its twin",
+            "cores": 2,
+            "threads": 2,
+            "memory_gib": 24,
+            "system": "Linux",
+            "python": "3.11",
+        },
+        "weights": {"1.2b": {"bytes": 1_100_000_000, "bytes_a_token": 1_000_000_000}},
+        "contenders": dict.fromkeys(("engine", "service", "llama.cpp F16"), about),
+        "not_run": {"OpenVINO bf16": "not installed: openvino"},
+        "measurements": measurements,
+    }
