@@ -24,6 +24,7 @@ from benchmarks.gpu import ceilings, loading
 from benchmarks.gpu.bare import BareEngine
 from benchmarks.gpu.models import SHAPES, random_model
 from benchmarks.gpu.peer import TransformersGenerate
+from benchmarks.gpu.picture import picture
 from benchmarks.gpu.report import report
 from llama2_server.engine.cuda.building import steps_for
 from llama2_server.engine.engine import Engine
@@ -50,8 +51,9 @@ def main() -> None:
         print(f"{name}: {found}", file=sys.stderr, flush=True)
         results[name] = found
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{results['about']['date']}-gpu-{arguments.shape}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    name = f"{results['about']['date']}-gpu-{arguments.shape}"
+    (arguments.out / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / f"{name}.svg").write_text(picture(results), encoding="utf-8")
     print(report(results))
 
 

@@ -1,9 +1,11 @@
 """The table of `make bench-gpu` from its results."""
 
 from typing import Any
+from xml.etree import ElementTree
 
 from benchmarks.gpu.models import SHAPES, cached_a_token, multiplications_a_token, read_a_token
 from benchmarks.gpu.packages import NAMES, pinned
+from benchmarks.gpu.picture import picture
 from benchmarks.gpu.report import LINES, report
 
 
@@ -50,6 +52,15 @@ def test_the_profile_names_what_lies_between_the_kernels() -> None:
     text = report(results(profile={"step_seconds": 0.004, "kernels": kernels}))
     assert "| `_product_kernel` | 96 | 3000 us | 75.0% |" in text
     assert "| between the kernels | | 1000 us | 25.0% |" in text
+
+
+def test_the_picture_has_a_bar_for_what_was_measured() -> None:
+    """It is well-formed, and leaves out what did not run."""
+    drawn = picture(results(service={"tokens_per_second": 97.0}))
+    ElementTree.fromstring(drawn)  # noqa: S314 - our own
+    assert "our service" in drawn
+    assert "97.0" in drawn
+    assert ">transformers<" not in drawn
 
 
 def test_packages_come_in_the_tested_versions() -> None:
