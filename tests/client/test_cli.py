@@ -18,12 +18,13 @@ from typing import NamedTuple
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from tests.certificates import Authority
-from tests.client.scripted_server import COMPLETION, ScriptedServer
+from tests.client.scripted_server import COMPLETION, USAGE, ScriptedServer
 
-from llama2.v1 import text_generation_pb2
+from llama2.v1 import account_pb2, text_generation_pb2
 
 COMMAND = (sys.executable, "-m", "llama2_client.cli")
 LLAMA2_REASON = error_details_pb2.ErrorInfo(reason="SOME_REASON", domain="llama2.v1")
@@ -378,6 +379,24 @@ class TestErrors:
 
 
 class TestOtherCommands:
+    async def test_usage_is_a_table(self, server: ScriptedServer) -> None:
+        """A line for each day and model below what is left of the quota; --json has it all; days are checked."""
+        days = ("--since", "2026-11-02", "--until", "2026-11-30")
+        table, whole, wrong = await asyncio.gather(
+            run(server.address, "usage", *days),
+            run(server.address, "usage", *days, "--json"),
+            run(server.address, "usage", "--since", "yesterday"),
+        )
+        assert table.out.splitlines() == [
+            "account 42: 3 of 5 requests a minute left, all of them in 60 s",
+            "date        model                          requests  tokens in  tokens out  from cache  neurons",
+            "2026-11-22  @cf/meta/llama-2-7b-chat-fp16     1,234         20          13           0  12.1176",
+            "2026-11-23  @cf/meta/llama-2-7b-chat-fp16         1          0           0          33        0",
+        ]
+        assert ParseDict(json.loads(whole.out), account_pb2.GetUsageResponse()) == USAGE
+        assert server.requests == [account_pb2.GetUsageRequest(since="2026-11-02", until="2026-11-30")] * 2
+        assert (table.code, whole.code, wrong.code) == (0, 0, 2)
+
     async def test_card_is_readable(self, server: ScriptedServer) -> None:
         """The card's summary has its name, limits, quota and prices; --json has the whole card."""
         summary, whole = await asyncio.gather(run(server.address, "card"), run(server.address, "card", "--json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from tests.certificates import Authority
-from tests.client.scripted_server import CARD, COMPLETION, ScriptedServer
+from tests.client.scripted_server import CARD, COMPLETION, USAGE, ScriptedServer
 
-from llama2.v1 import text_generation_pb2
+from llama2.v1 import account_pb2, text_generation_pb2
 from llama2_client import (
     Client,
     DeadlineExceeded,
@@ -480,6 +481,15 @@ class TestOtherCalls:
     async def test_returns_the_card(self, client: Client) -> None:
         """The card comes as the server has it."""
         assert await client.model_card() == CARD
+
+    async def test_tells_the_usage_of_some_days(self, client: Client, server: ScriptedServer) -> None:
+        """Usage comes as the server has it; days go out as dates, and those that are not given stay unset."""
+        assert await client.usage() == USAGE
+        assert await client.usage(since=date(2026, 11, 2), until=date(2026, 11, 30)) == USAGE
+        assert server.requests == [
+            account_pb2.GetUsageRequest(),
+            account_pb2.GetUsageRequest(since="2026-11-02", until="2026-11-30"),
+        ]
 
     @pytest.mark.parametrize(
         ("service", "status"),
