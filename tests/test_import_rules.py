@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "validation": {"llama2", "errors", "card", "engine"},
     "watchdog": {"engine", "errors"},
     "generation": {"accounts", "engine", "errors", "metering", "slots", "telemetry", "validation", "watchdog"},
-    "probe": {"accounts", "engine", "generation", "slots", "validation", "watchdog"},
+    "probe": {"engine", "generation", "slots", "validation", "watchdog"},
     "readiness": set(),
     "replies": {"cache", "engine", "generation", "metering"},
     "admission": {"errors", "generation", "ledger", "metering", "replies", "telemetry"},

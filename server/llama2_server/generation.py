@@ -80,8 +80,11 @@ class Generation:
         """When it got how far, for telemetry."""
         return Moments(self.started_at, self.slot_at, self.first_token_at, self.finished_at)
 
-    def start(self, slots: Slots, engine: WatchedEngine, account: Account, deadline: float | None) -> None:
-        """Begin to wait for a slot; deadline by the loop's clock, or None."""
+    def start(self, slots: Slots, engine: WatchedEngine, account: Account | None, deadline: float | None) -> None:
+        """Begin to wait for a slot; deadline by the loop's clock, or None.
+
+        Without an account nobody owns what it leaves in the KV cache, and it builds on nothing that is there.
+        """
         self.started_at = time.monotonic()
         self._task = asyncio.create_task(self._run(slots, engine, account, deadline))
 
@@ -127,11 +130,12 @@ class Generation:
         if not self._finished.done():
             self._finished.set_result(finish)
 
-    async def _run(self, slots: Slots, engine: WatchedEngine, account: Account, deadline: float | None) -> None:
+    async def _run(self, slots: Slots, engine: WatchedEngine, account: Account | None, deadline: float | None) -> None:
+        owner = None if account is None else account.id
         try:
-            async with slots.acquire(account.id, deadline):
+            async with slots.acquire(owner or "", deadline):
                 self.slot_at = time.monotonic()
-                finish = await self._compute(engine, account)
+                finish = await self._compute(engine, owner)
             self._judge(finish)
         except ServiceError as error:
             self._error = error
@@ -141,8 +145,8 @@ class Generation:
         finally:
             self._announce()
 
-    async def _compute(self, engine: WatchedEngine, account: Account) -> Finish:
-        sequence = self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner=account.id)
+    async def _compute(self, engine: WatchedEngine, owner: str | None) -> Finish:
+        sequence = self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner)
         try:
             return await engine.outcome(self._finished)
         except EngineDown:
