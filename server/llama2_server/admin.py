@@ -6,7 +6,6 @@ import signal
 from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
@@ -17,6 +16,7 @@ from llama2_server.ledger.failures import LedgerError
 from llama2_server.ledger.ledger import default_url, read_totals
 from llama2_server.ledger.records import DailyUsage
 from llama2_server.metering import decimal_text
+from llama2_server.refusal import refuse
 from llama2_server.settings_sources import BadSettings, read_settings
 
 DAY = click.DateTime(["%Y-%m-%d"])
@@ -65,7 +65,7 @@ def _ledger_url(flags: Mapping[str, str | None]) -> str:
     try:
         settings = read_settings(given).settings
     except BadSettings as error:
-        _refuse(str(error))
+        refuse(str(error))
     return settings.ledger_url.get_secret_value() if settings.ledger_url else default_url(settings.data_directory)
 
 
@@ -96,7 +96,7 @@ def fetch(hub_id: str, directory: Path, revision: str | None) -> None:
     try:
         fetched = fetch_into(directory, hub_id, revision)
     except WeightsError as error:
-        _refuse(str(error))
+        refuse(str(error))
     click.echo(f"{directory}: {'fetched' if fetched else 'there already'}")
 
 
@@ -104,7 +104,7 @@ def _totals(url: str, account: str | None, since: date | None, until: date | Non
     try:
         totals = asyncio.run(read_totals(url, account, since, until))
     except LedgerError as error:
-        _refuse(str(error))
+        refuse(str(error))
     header = "account\tdate\tmodel\trequests\tinput_tokens\toutput_tokens\tcached_tokens\tneurons"
     return [header, *map(_line, totals)]
 
@@ -113,9 +113,3 @@ def _line(usage: DailyUsage) -> str:
     cached = usage.cached_input_tokens + usage.cached_output_tokens
     counts = (usage.requests, usage.input_tokens, usage.output_tokens, cached)
     return "\t".join(map(str, (usage.account, usage.day, usage.model, *counts, decimal_text(usage.neurons))))
-
-
-def _refuse(problem: str) -> NoReturn:
-    for line in problem.splitlines():
-        click.echo(f"llama2-server: {line}", err=True)
-    raise SystemExit(2)
