@@ -63,9 +63,9 @@ def server(
         ) as process,
     ):
         assert process.stdout is not None
-        serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
-        assert serving, log.read_text()
         try:
+            serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
+            assert serving, log.read_text()
             yield process, serving[1]
         finally:
             process.kill()

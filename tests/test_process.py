@@ -166,15 +166,20 @@ def test_port_in_use_is_named(tmp_path: Path, taken_port: int) -> None:
     assert done.stderr.splitlines()[-1].startswith(f"llama2-server: listen: cannot listen on 127.0.0.1:{taken_port}")
 
 
-def started(tmp_path: Path, how: str, *flags: str) -> subprocess.Popen[str]:
-    """A server whose load or model misbehaves."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started(tmp_path: Path, how: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A server whose load or model misbehaves; it does not outlive the test."""
+    with subprocess.Popen(
         command(how, "--data-directory", str(tmp_path), *flags, module="tests.scripted_process"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def serves_health(process: subprocess.Popen[str]) -> str:
