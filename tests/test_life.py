@@ -4,6 +4,8 @@ import asyncio
 import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -16,13 +18,16 @@ from tests.virtual_time import run_virtual
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_server import watchdog
 from llama2_server.card import ModelCard, RequestsPerMinute
+from llama2_server.engine.engine import Engine
 from llama2_server.listening import SERVICES
 from llama2_server.loading import LoadingProgress
 from llama2_server.preflight import StartError
 from llama2_server.readiness import Readiness
 from llama2_server.settings import Settings
 from llama2_server.speed import warn_of_slowness
+from llama2_server.watchdog import WatchedEngine
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -186,18 +191,23 @@ class TestWatchdog:
         ]
         assert max(record.input_tokens for record in records) > 0
 
-    async def test_slow_steps_are_no_hang(self, serve_scripted: ServiceMaker) -> None:
+    def test_slow_steps_are_no_hang(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A generation may take much longer than a step may: only a single step counts."""
-        async with serve_scripted(step_timeout_seconds=0.5) as service:
-            service.model.gate()
-            call = asyncio.create_task(_generate(service))
-            for step in range(1, 6):
-                await asyncio.sleep(0.2)  # a slow step
-                service.model.allow(1)
-                await service.model.parked(step)
-            service.model.open_gate()
-            assert (await call).response
-            assert await state(service) == SERVING
+
+        async def scene() -> None:
+            clock = asyncio.get_running_loop().time
+            monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=clock))
+            engine = SimpleNamespace(alive=True, step_began_at=None)
+            watched = WatchedEngine(cast(Engine, engine), step_timeout_seconds=0.5)
+            watching = asyncio.create_task(watched.watch())
+            for _ in range(20):
+                engine.step_began_at = clock()
+                await asyncio.sleep(0.375)
+            assert not watched.lost
+            await watching  # while the last of them goes on
+            assert clock() == engine.step_began_at + 0.5
+
+        run_virtual(scene())
 
 
 class TestQuota:
