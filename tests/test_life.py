@@ -13,12 +13,13 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from tests.ledger.conftest import locked, stored
+from tests.scripted_model import ScriptedModel
 from tests.service import Service, ServiceMaker, details, health_stub, hold_the_slot, until, with_config
 from tests.virtual_time import run_virtual
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server import watchdog
+from llama2_server import app, watchdog
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.engine.engine import Engine
 from llama2_server.listening import SERVICES
@@ -190,6 +191,23 @@ class TestWatchdog:
             ("UNAVAILABLE", 1),
         ]
         assert max(record.input_tokens for record in records) > 0
+
+    async def test_a_step_that_hangs_holds_up_no_drain(
+        self, serve_scripted: ServiceMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its call gets UNAVAILABLE when the grace is over, what was computed is recorded, and the drain ends."""
+        monkeypatch.setattr(app, "LAST_STEP_SECONDS", 0.1)
+        try:
+            async with asyncio.timeout(30), serve_scripted(grace_seconds=0) as service:
+                monkeypatch.setattr(service.model, "open_gate", lambda: None)  # nor does it end with the drain
+                reading = asyncio.create_task((await hold_the_slot(service)).read())
+            with pytest.raises(grpc.aio.AioRpcError) as cut:
+                await reading
+            assert cut.value.code() is grpc.StatusCode.UNAVAILABLE
+        finally:
+            ScriptedModel.open_gate(service.model)
+        (record,) = await stored(f"sqlite:///{tmp_path / 'usage.db'}")
+        assert (record.outcome, record.output_tokens) == ("UNAVAILABLE", 1)
 
     def test_slow_steps_are_no_hang(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A generation may take much longer than a step may: only a single step counts."""

@@ -202,7 +202,7 @@ async def _drain(
     stopping = asyncio.create_task(server.stop(grace_seconds + LAST_STEP_SECONDS + LAST_WORDS_SECONDS))
     await asyncio.wait([stopping], timeout=grace_seconds)
     # End those who took too long with a status that says so; what was computed is recorded.
-    await asyncio.to_thread(parts.engine.close, LAST_STEP_SECONDS)
+    await parts.engine.close(LAST_STEP_SECONDS)
     await asyncio.wait([stopping], timeout=LAST_WORDS_SECONDS)
     await server.stop(None)
     await stopping
