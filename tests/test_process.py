@@ -208,6 +208,16 @@ def test_health_answers_while_the_weights_load_and_a_signal_ends_that(tmp_path: 
         assert process.stdout.read() == ""  # it never said SERVING
 
 
+def test_a_signal_ends_a_warm_up(tmp_path: Path) -> None:
+    """SIGTERM ends a server with 0 that has loaded and does not come through its first generation."""
+    with started(tmp_path, "hangs-in-the-warm-up", "--listen", "127.0.0.1:0") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in the first step\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        assert process.stdout.read() == ""  # it never said SERVING
+
+
 def test_an_engine_that_hangs_ends_the_process_for_a_restart(tmp_path: Path) -> None:
     """The call gets UNAVAILABLE, its record is in the ledger, and the exit code says that a restart will help."""
     flags = ["--listen", "127.0.0.1:0", "--step-timeout-seconds", "1"]
