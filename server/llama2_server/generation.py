@@ -5,6 +5,7 @@ slot is free as soon as the engine has let go, not before.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -20,6 +21,8 @@ from llama2_server.slots import Slots
 from llama2_server.telemetry.calls import Moments
 from llama2_server.validation import Prompt
 from llama2_server.watchdog import WatchedEngine
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[TokenCounts], None]
 
@@ -142,6 +145,9 @@ class Generation:
         except asyncio.CancelledError:
             self._error = Draining("the call was given up")
             raise
+        except Exception:  # or its readers would wait for ever
+            logger.exception("a generation failed")
+            self._error = InternalFault()
         finally:
             self._announce()
 
