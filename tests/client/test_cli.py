@@ -513,6 +513,14 @@ class TestMutualTls:
             refused = await run(server.address, *ca, "generate", "Hi")
             assert refused.code == 3
 
+    async def test_refuses_an_authority_that_is_none(self, tmp_path: Path) -> None:
+        """A file that is no certificate is named as wrong usage, and not told as a server that is not there."""
+        path = tmp_path / "ca.pem"
+        path.write_text("no certificate")
+        result = await run("localhost:1", "--ca", str(path), "health")
+        assert result.code == 2
+        assert f"--ca: {path} holds no PEM certificate" in result.err
+
     async def test_refuses_files_that_are_no_pair(self, tmp_path: Path) -> None:
         """A certificate without its key, or with another's, is named at once."""
         certificate, _ = Authority(tmp_path).pair()
