@@ -65,7 +65,7 @@ def read_input(text: str | None, messages: TextIO | None) -> tuple[str | None, l
 def _conversation(file: TextIO) -> list[Mapping[str, str]]:
     try:
         conversation = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--messages: {file.name} is not JSON: {error}") from error
     texts = isinstance(conversation, list) and all(
         isinstance(message, dict) and all(isinstance(value, str) for value in message.values())

@@ -265,6 +265,13 @@ class TestGenerate:
         result = await run("", "generate", *arguments)
         assert (result.code, result.err.startswith("Usage: llama2 generate")) == (2, True)
 
+    async def test_messages_nested_without_end_are_wrong_usage(self, tmp_path: Path) -> None:
+        """JSON that is deeper than Python's stack is refused like any other that is no conversation."""
+        path = tmp_path / "messages.json"
+        path.write_text("[" * 100_000)
+        result = await run("", "generate", "--messages", str(path))
+        assert (result.code, "is not JSON" in result.err) == (2, True)
+
     async def test_text_that_is_not_unicode_is_refused(self, server: ScriptedServer) -> None:
         """Bytes that are not UTF-8 are an invalid prompt, not a traceback."""
         expected = "error: the request is not valid\n  prompt: must be Unicode text, without lone surrogates\n"
