@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -346,6 +347,14 @@ class TestChannel:
         async with Client(server.address, timeout=None) as client:
             await client.generate("Hi")
         assert server.seconds_left == [None]
+
+    async def test_an_endless_timeout_is_none(self, client: Client, server: ScriptedServer) -> None:
+        """Infinity, and what is beyond all reason, wait as long as it takes; what is no number is refused."""
+        await client.generate("Hi", timeout=math.inf)
+        await client.generate("Hi", timeout=1e300)
+        assert server.seconds_left == [None, None]
+        with pytest.raises(ValueError, match="timeout"):
+            Client(timeout=math.nan)
 
     async def test_a_passed_deadline_is_raised(self, client: Client, server: ScriptedServer) -> None:
         """A call that outlives its deadline raises and is cancelled on the server."""
