@@ -13,7 +13,7 @@ from llama2_server.accounts import new_key
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.hub import fetch_into
 from llama2_server.ledger.failures import LedgerError
-from llama2_server.ledger.ledger import default_url, read_totals
+from llama2_server.ledger.ledger import default_file, default_url, read_totals
 from llama2_server.ledger.records import DailyUsage
 from llama2_server.metering import decimal_text
 from llama2_server.refusal import refuse
@@ -66,7 +66,12 @@ def _ledger_url(flags: Mapping[str, str | None]) -> str:
         settings = read_settings(given).settings
     except BadSettings as error:
         refuse(str(error))
-    return settings.ledger_url.get_secret_value() if settings.ledger_url else default_url(settings.data_directory)
+    if settings.ledger_url is not None:
+        return settings.ledger_url.get_secret_value()
+    # To open one that is not there would make it, with an owner that may not be the server's.
+    if not default_file(settings.data_directory).exists():
+        refuse(f"data_directory: {settings.data_directory} holds no ledger; no server has kept usage there yet")
+    return default_url(settings.data_directory)
 
 
 @admin.group()
