@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -13,12 +14,16 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2
 from tests.processes import command, environment, server
 from tests.service import details, health_stub
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
+from llama2_server import app
+from llama2_server.listening import METHODS
+from llama2_server.settings import Settings
 
 STORY = "Tell me a story about a fox who lives by the sea."
 BIN = Path(sys.executable).parent
@@ -52,6 +57,22 @@ def test_cli_streams_a_story(demo: str) -> None:
         reply = stub.Generate(pb.GenerateRequest(prompt=STORY, temperature=0))
     assert done.stdout.strip() == reply.response
     assert f"{reply.completion.usage.output_tokens}" in done.stderr
+
+
+def test_what_is_printed_to_try_works(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside SERVING stand three commands: two of our own, which answer as they stand there, and one of grpcurl."""
+    app._say_serving(Settings.model_validate({}), demo)
+    generate, chat, grpcurl = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[2:5])
+    for words, typed in ((generate, ""), (chat, "Tell me a story.\n")):
+        call = [str(BIN / "llama2"), *words[1:]]
+        done = subprocess.run(
+            call, input=typed, capture_output=True, text=True, timeout=60, env=environment(), check=True
+        )
+        assert len(done.stdout.split()) > 20
+    flag, body, address, method = grpcurl[2:]
+    assert (grpcurl[:2], flag, address) == (["grpcurl", "-plaintext"], "-d", demo)
+    assert ParseDict(json.loads(body), pb.GenerateRequest()) == pb.GenerateRequest(prompt=STORY)
+    assert method in METHODS
 
 
 def test_cli_shows_usage_as_a_table(demo: str) -> None:
