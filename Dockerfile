@@ -47,6 +47,13 @@ LABEL org.opencontainers.image.title="llama2-grpc" \
     org.opencontainers.image.base.name="docker.io/library/python:3.11.16-slim-bookworm" \
     org.opencontainers.image.base.digest="sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b"
 
+# On a GPU Triton compiles a page of C against the driver when the service first starts.
+ARG ACCELERATOR=cpu
+# hadolint ignore=DL3008
+RUN if [ "${ACCELERATOR}" = cuda ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
+
 # The one place that the service writes to; the root file system may be read-only.
 RUN install --directory --owner=65532 --group=65532 --mode=0750 /data
 COPY --from=build /opt/llama2 /opt/llama2

@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The main branch that the contract must not break: the remote's where there is one.
 MAIN_REF = $(firstword $(shell git for-each-ref --format='%(refname)' refs/remotes/origin/main refs/heads/main))
+# What a machine with a GPU but no network lacks for `make bench-gpu`, and the version of its Python.
+GPU_PACKAGES ?= .gpu-packages
+GPU_PYTHON ?= 3.12
 SOURCES := server client tests tools benchmarks examples hatch_build.py
 PROTOS := $(wildcard protos/llama2/v1/*.proto)
 NATIVE := server/llama2_server/engine/native/decode.cpp
 
-.PHONY: run test check format proto docs lock bench demo-model clean help
+.PHONY: run test check format proto docs lock bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -20,6 +23,7 @@ help:
 	@echo "make docs        write the references of settings and metrics, and the chart's copies, anew"
 	@echo "make lock        make the container's lock files anew"
 	@echo "make bench       compare engine and service with transformers.generate and llama.cpp"
+	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model anew (under an hour on two cores)"
 
 run: $(VENV)/.server
@@ -54,6 +58,13 @@ lock: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compare
+
+# With the Python of a machine that has a GPU, whose torch is not touched; benchmarks/gpu/README.md says what it needs.
+bench-gpu:
+	PYTHONPATH=$(GPU_PACKAGES):protos:server:client $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+gpu-packages: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu.packages --python $(GPU_PYTHON) --out $(GPU_PACKAGES)
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m tools.settings_reference

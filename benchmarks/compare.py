@@ -35,8 +35,9 @@ from tools.make_checkpoint import PRESETS, make_checkpoint
 from benchmarks import llama_cpp
 from llama2_client import Client
 from llama2_server.engine.checkpoint import read_config, read_eos_ids
-from llama2_server.engine.engine import Engine, Finish, FinishReason
+from llama2_server.engine.engine import Engine
 from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequences import Finish, FinishReason
 from llama2_server.engine.tokenizer import ChatMessage, Tokenizer
 from llama2_server.engine.weights import load_model
 

@@ -66,7 +66,7 @@ ALLOWED |= {
 }
 ALLOWED["app"] = set(ALLOWED) | {"llama2"}
 # Libraries that the engine may know; above all, no gRPC.
-ENGINE_LIBRARIES = {"torch", "transformers", "safetensors", "sentencepiece", "huggingface_hub"}
+ENGINE_LIBRARIES = {"torch", "triton", "transformers", "safetensors", "sentencepiece", "huggingface_hub"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 from typing import cast
 
-from llama2_server.engine.engine import FinishReason
 from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequences import FinishReason
 from llama2_server.generation import Generation
 from llama2_server.metering import TokenCounts
 from llama2_server.replies import LiveReply

@@ -56,6 +56,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "keys_file": ("/one", "/two"),
     # These have two values only, one of which is the default: the file says it, and the environment the other.
     "when_quota_store_down": ("refuse", "local"),
+    "compile": (True, False),
     "reflection": (True, False),
     "allow_open": (False, True),
 }

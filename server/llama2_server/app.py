@@ -132,7 +132,7 @@ async def running(
         if isinstance(loaded.accounts, KeyAccounts):
             await stack.enter_async_context(_beside(loaded.accounts.watch()))
         engine = WatchedEngine(
-            Engine(loaded.model, loaded.eos_ids, on_step=metrics.on_step),
+            Engine(loaded.model, loaded.eos_ids, on_step=metrics.on_step, steps=loaded.steps),
             step_timeout_seconds=settings.step_timeout_seconds,
             on_outcome=lambda worked: readiness.heard(worked),  # noqa: PLW0108 - it is made below
         )

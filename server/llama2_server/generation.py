@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable
 
 from llama2_server.accounts import Account
 from llama2_server.engine.detokenizer import Detokenizer
-from llama2_server.engine.engine import Finish, FinishReason, Sequence
 from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequences import Finish, FinishReason, Sequence
 from llama2_server.engine.stopping import StopMatcher
 from llama2_server.engine.tokenizer import Tokenizer
 from llama2_server.errors import Draining, EngineDown, InternalFault, ServiceError

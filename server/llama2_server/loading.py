@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from llama2_server.accounts import Accounts
 from llama2_server.card import ModelCard
+from llama2_server.engine.cuda.building import steps_for
 from llama2_server.engine.model import Model
+from llama2_server.engine.steps import Steps
 from llama2_server.engine.tokenizer import Tokenizer
 from llama2_server.engine.weights import fetch_checkpoint, load_model, read_eos_ids
 from llama2_server.preflight import StartError
@@ -35,6 +37,8 @@ class Loaded:
     tokenizer: Tokenizer
     model: Model
     eos_ids: frozenset[int]
+    steps: Steps | None = None
+    """How the model's steps are computed, where it is not the engine's own way."""
 
 
 def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
@@ -57,7 +61,8 @@ def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
             cpu_kernels=settings.cpu_kernels,
         )
     logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, time.monotonic() - begun)
-    return Loaded(card, accounts, tokenizer, model, read_eos_ids(checkpoint))
+    steps = steps_for(model, compiled=settings.compile, cache_directory=settings.data_directory / "cuda")
+    return Loaded(card, accounts, tokenizer, model, read_eos_ids(checkpoint), steps)
 
 
 class LoadingProgress:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llama2_server.cache import CachedReply
-from llama2_server.engine.engine import FinishReason
+from llama2_server.engine.sequences import FinishReason
 from llama2_server.generation import Generation
 from llama2_server.metering import TokenCounts
 

@@ -16,8 +16,8 @@ from llama2_server.accounts import Account, Accounts
 from llama2_server.admission import Admissions
 from llama2_server.cache import CachedReply, CacheKey, ResponseCache
 from llama2_server.card import ModelCard
-from llama2_server.engine.engine import FinishReason
 from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequences import FinishReason
 from llama2_server.engine.tokenizer import Tokenizer
 from llama2_server.flights import Flights
 from llama2_server.generation import Generation

@@ -91,6 +91,10 @@ class Settings(BaseSettings):
         Literal["auto", "torch"],
         Field(description="What decodes float16 on a CPU: the native step where there is one (auto), or torch."),
     ] = "auto"
+    compile: Annotated[
+        bool,
+        Field(description="Compile and measure the GPU's kernels at start; without, it starts at once and is slower."),
+    ] = True
     line_limit: Annotated[NonNegativeInt, Field(description="The most calls that may wait for a slot.")] = 64
     queue_timeout_seconds: Annotated[
         PositiveFloat, Field(description="The longest that a call may wait for a slot.")
@@ -100,7 +104,10 @@ class Settings(BaseSettings):
     ] = 30.0
     data_directory: Annotated[
         Path,
-        Field(description="Where the usage ledger and its journal are kept.", default_factory=default_data_directory),
+        Field(
+            description="Where the usage ledger, its journal and compiled kernels are kept.",
+            default_factory=default_data_directory,
+        ),
     ]
     ledger_url: Annotated[
         SecretStr | None,

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as SequenceOf
 
-from llama2_server.engine.engine import Engine, Finish, FinishReason, Listener, Sequence
+from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineFault
 from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequences import Finish, FinishReason, Listener, Sequence
 from llama2_server.errors import EngineDown
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ from concurrent.futures import Future
 import pytest
 from tests.scripted_model import ScriptedModel
 
-from llama2_server.engine.engine import Engine, Finish, FinishReason, Sequence
+from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineFault
 from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequences import Finish, FinishReason, Sequence
 
 EOS = 2
 REPLY = [10, 11, 12, 13, EOS]

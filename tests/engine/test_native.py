@@ -61,9 +61,8 @@ def load(directory: Path, dtype: torch.dtype = torch.float16, **options: Any) ->
 
 def native_decoder(model: LlamaModel, instructions: str = "", threads: int = 2) -> NativeDecoder:
     library()
-    rotary = (model._cos, model._sin)
     return NativeDecoder(
-        model.config, model.weights, model.kv_cache, rotary, threads=threads, instructions=instructions
+        model.config, model.weights, model.kv_cache, model.rotary, threads=threads, instructions=instructions
     )
 
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tests.engine.test_engine import Reader
 from torch import Tensor
 
-from llama2_server.engine.engine import Engine, Finish, FinishReason
+from llama2_server.engine.engine import Engine
 from llama2_server.engine.model import LlamaModel, Model
 from llama2_server.engine.prefixes import FreeSlots
 from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequences import Finish, FinishReason
 from llama2_server.engine.weights import load_model
 
 CHUNK = 8

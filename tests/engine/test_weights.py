@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama2_server.engine.errors import WeightsError
-from llama2_server.engine.model import LlamaModel, LlamaWeights
+from llama2_server.engine.model import LlamaModel
+from llama2_server.engine.parameters import LlamaWeights
 from llama2_server.engine.weights import fetch_checkpoint, load_model, read_config, read_eos_ids
 
 MakeCheckpoint = Callable[..., Path]
@@ -111,7 +112,7 @@ def test_tensors_larger_than_a_block_are_read_whole(
 ) -> None:
     """However small the blocks are that a file is read in, the weights are the same."""
     expected = load(checkpoint()).weights
-    monkeypatch.setattr("llama2_server.engine.weights.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("llama2_server.engine.staging.BLOCK_BYTES", block_bytes)
     found = load(checkpoint()).weights
     assert torch.equal(found.embedding, expected.embedding)
     assert torch.equal(found.layers[1].down, expected.layers[1].down)
@@ -340,6 +341,17 @@ def test_llama_2_7b_chats_own_config_is_read(tmp_path: Path) -> None:
     # The published number of parameters.
     total = 32 * sum(map(Tensor.numel, parts)) + meta.embedding.numel() + meta.norm.numel() + meta.head.numel()
     assert total == 6_738_415_616
+
+
+def test_what_cannot_fit_on_the_gpu_is_said_before_anything_is_read(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line says how much is needed, for what, and how much is there."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (500_000, 80_000_000_000))
+    expected = r"needs 2\.6 GB on cuda \(0\.0 of weights, 2\.6 of KV cache for 40000 x 128 tokens\), and 0\.0 of 80"
+    with pytest.raises(WeightsError, match=expected) as refusal:
+        load_model(checkpoint(), device="cuda", dtype=torch.float16, context_length=128, slots=40000)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_directory_is_its_own_checkpoint(tmp_path: Path) -> None:

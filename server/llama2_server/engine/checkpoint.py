@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llama2_server.engine.errors import WeightsError
-from llama2_server.engine.model import LlamaConfig
+from llama2_server.engine.parameters import LlamaConfig
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig as HFConfig

@@ -2,96 +2,34 @@
 
 It is a step loop over a fixed number of slots: sequences join and leave between steps, and those that are decoding
 share each step. A sequence that is cancelled leaves before the next step. It never waits for whoever reads its tokens.
+
+Where the device samples the tokens itself, it computes one step ahead of those that the loop reads (Steps.ahead): what
+it then computes for a sequence that turns out to have ended is dropped.
 """
 
-import enum
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as SequenceOf
-from contextvars import Context, copy_context
-from dataclasses import dataclass, field
-from typing import Protocol
-
-from torch import Tensor
 
 from llama2_server.engine.errors import EngineFault
 from llama2_server.engine.model import Model
 from llama2_server.engine.prefixes import FreeSlots
-from llama2_server.engine.sampling import GenerationParams, Sampler
+from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequences import Finish, FinishReason, Listener, Sequence
+from llama2_server.engine.steps import HostSteps, Steps, Token
 
 logger = logging.getLogger(__name__)
-
-
-class FinishReason(enum.Enum):
-    """Why a sequence ended."""
-
-    END_OF_SEQUENCE = enum.auto()
-    STOP_SEQUENCE = enum.auto()
-    MAX_TOKENS = enum.auto()
-    CANCELLED = enum.auto()
-    FAILED = enum.auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The end of a sequence, and what was computed for it; an end-of-sequence token counts."""
-
-    reason: FinishReason
-    input_tokens: int
-    output_tokens: int
-    reused_input_tokens: int = 0
-    """Those of the input tokens that were in the KV cache already."""
-
-
-class Listener(Protocol):
-    """Who gets a sequence's tokens; called on the engine's thread, so it must be quick and must not wait."""
-
-    def on_token(self, token_id: int) -> bool:
-        """Take one token (never an end-of-sequence one); True ends the sequence with STOP_SEQUENCE."""
-
-    def on_finish(self, finish: Finish) -> None:
-        """Called once, last."""
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One prompt and the tokens generated after it, from `Engine.submit` until its listener hears `on_finish`."""
-
-    prompt_ids: list[int]
-    params: GenerationParams
-    listener: Listener
-    owner: Hashable | None = None
-    slot: int = -1
-    reused: int = 0  # tokens that the KV cache held already
-    position: int = 0  # tokens in the KV cache
-    output_ids: list[int] = field(default_factory=list)
-    sampler: Sampler | None = None
-    context: Context = field(default_factory=copy_context)  # whose it is, for the log
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        """End the sequence before the engine's next step; safe from any thread, and after the end."""
-        self.cancelled = True
-
-    @property
-    def input_tokens(self) -> int:
-        """How many tokens of the prompt are in the KV cache; 0 until any was computed for this sequence."""
-        return min(self.position, len(self.prompt_ids)) if self.position > self.reused else 0
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether a part of the prompt is not in the KV cache yet."""
-        return self.position < len(self.prompt_ids)
 
 
 class Engine:
     """Runs sequences on a model; `submit` and `close` are safe from any thread.
 
     `on_step` hears of each step: "prefill" or "decode", its seconds, and how many tokens or rows it took. It is called
-    on the engine's thread and must be quick. `prefill_chunk_tokens` stands in for the model's own.
+    on the engine's thread and must be quick. `prefill_chunk_tokens` stands in for the model's own; `steps` says how the
+    model's steps are computed, by default with the tokens sampled on the host.
     """
 
     def __init__(
@@ -101,8 +39,11 @@ class Engine:
         *,
         prefill_chunk_tokens: int | None = None,
         on_step: Callable[[str, float, int], None] = lambda *_: None,
+        steps: Steps | None = None,
     ) -> None:
         self._model = model
+        self._steps = steps or HostSteps(model)
+        self._under_way: deque[tuple[list[Sequence], Iterable[Token]]] = deque()
         self._on_step = on_step
         self._eos_ids = eos_ids
         self._prefill_chunk_tokens = prefill_chunk_tokens or model.prefill_chunk_tokens
@@ -200,45 +141,62 @@ class Engine:
             return 0
         chunk = sequence.prompt_ids[sequence.position :][: self._prefill_chunk_tokens]
         try:
-            logits = self._model.prefill(sequence.slot, chunk, sequence.position)  # (vocab_size,)
-            sequence.position += len(chunk)
+            tokens = self._steps.prefill(sequence, chunk)
         except Exception as error:
             self._fail(sequence, error)
             return 0
+        sequence.position += len(chunk)
         if not sequence.prefilling:
-            self._emit(sequence, logits)
+            self._hand_on([sequence], tokens)
         return len(chunk)
 
     def _decode_step(self) -> int:
         """One token more for every sequence that has its first."""
-        rows = [sequence for sequence in self._running if sequence.output_ids]
+        rows = [sequence for sequence in self._running if sequence.decoding]
         if not rows:
+            self._read(all_but=0)
             return 0
         try:
-            logits = self._model.decode(  # (rows, vocab_size)
-                [sequence.slot for sequence in rows],
-                [sequence.output_ids[-1] for sequence in rows],
-                [sequence.position for sequence in rows],
-            )
+            tokens = self._steps.decode(rows)
         except Exception as error:
             for sequence in rows:
                 self._fail(sequence, error)
             return 0
-        for sequence, row in zip(rows, logits, strict=True):
+        for sequence in rows:
             sequence.position += 1
-            self._emit(sequence, row)
+        self._hand_on(rows, tokens)
         return len(rows)
 
-    def _emit(self, sequence: Sequence, logits: Tensor) -> None:
-        """Sample the next token from logits (vocab_size,) and hand it to the listener."""
+    def _hand_on(self, rows: list[Sequence], tokens: Iterable[Token]) -> None:
+        """Hand on each row's token, later if the model may compute the next step meanwhile."""
+        for sequence in rows:
+            sequence.asked += 1
+        self._under_way.append((rows, tokens))
+        self._read(all_but=self._steps.ahead)
+
+    def _read(self, *, all_but: int) -> None:
+        """Read the tokens of the steps under way, the oldest first, and leave the last `all_but` of them."""
+        while len(self._under_way) > all_but:
+            rows, tokens = self._under_way.popleft()
+            try:
+                for sequence, token in zip(rows, tokens, strict=True):
+                    self._emit(sequence, token)
+            except Exception as error:  # the device's: nothing of this step can be had
+                for sequence in rows:
+                    self._fail(sequence, error)
+
+    def _emit(self, sequence: Sequence, token: Token) -> None:
+        """Hand a token to the listener, unless the sequence has ended since it was asked for."""
+        if sequence not in self._running:
+            return
+        if isinstance(token, Exception):
+            self._fail(sequence, token)
+            return
         try:
-            if sequence.sampler is None:
-                sequence.sampler = Sampler(sequence.params, sequence.prompt_ids, self._model.vocab_size, logits.device)
-            token_id = sequence.sampler.sample(logits)
-            sequence.output_ids.append(token_id)
-            if token_id in self._eos_ids:
+            sequence.output_ids.append(token)
+            if token in self._eos_ids:
                 self._end(sequence, FinishReason.END_OF_SEQUENCE)
-            elif sequence.listener.on_token(token_id):
+            elif sequence.listener.on_token(token):
                 self._end(sequence, FinishReason.STOP_SEQUENCE)
             elif len(sequence.output_ids) == sequence.params.max_tokens:
                 self._end(sequence, FinishReason.MAX_TOKENS)
@@ -246,6 +204,8 @@ class Engine:
             self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
+        if sequence not in self._running:
+            return
         sequence.context.run(logger.error, "a sequence failed in the engine", exc_info=error)
         self._end(sequence, FinishReason.FAILED)
 

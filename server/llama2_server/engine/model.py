@@ -5,9 +5,7 @@ checkpoints are read.
 """
 
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 import torch
@@ -15,7 +13,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from llama2_server.engine.errors import EngineFault
-from llama2_server.engine.native import NativeDecoder, NativeUnavailable, use_huge_pages
+from llama2_server.engine.kv_cache import KVCache, Slot
+from llama2_server.engine.native import NativeDecoder, NativeUnavailable
+from llama2_server.engine.parameters import LayerWeights, LlamaConfig, LlamaWeights
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ CpuKernels = Literal["auto", "torch"]  # auto: the native steps wherever they ar
 SMALL_MODEL_BYTES = 32 * 1024 * 1024
 # What torch takes by itself: the cores, or what OMP_NUM_THREADS says.
 CPU_THREADS = torch.get_num_threads()
-LINE_ELEMENTS = 32  # a cache line's, of 16 bits each
-# A product of many rows in torch is fast from some hundreds on; the native one takes 24 at a time.
+# A product of many rows in torch is fast from some hundreds on; the native one takes 24 at a time. More would be faster
+# still on a GPU, but only whole chunks are reused there (prefixes.py), and neighbours wait for one.
 TORCH_CHUNK_TOKENS = 512
 NATIVE_CHUNK_TOKENS = 48
 # From this many rows on, float32 blocks of a float16 weight multiply faster on a CPU than the weight itself.
@@ -78,119 +78,6 @@ class Model(Protocol):
         """Append one token to each slot; float32 logits after each."""
 
 
-@dataclass(frozen=True, slots=True)
-class LlamaConfig:
-    """The shape of a model; names are those of transformers' LlamaConfig, shortened."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_positions: int
-    tied_embeddings: bool
-
-    @property
-    def query_size(self) -> int:
-        """Width of all heads' queries side by side."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of all heads' keys side by side; values are as wide."""
-        return self.kv_heads * self.head_dim
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer, with projections of the same input in one matrix."""
-
-    attention_norm: Tensor  # (hidden_size,)
-    qkv: Tensor  # (query_size + 2 * kv_size, hidden_size)
-    output: Tensor  # (hidden_size, query_size)
-    mlp_norm: Tensor  # (hidden_size,)
-    gate_up: Tensor  # (2 * intermediate_size, hidden_size)
-    down: Tensor  # (hidden_size, intermediate_size)
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaWeights:
-    """All tensors of a model; with tied embeddings `head` is `embedding` itself."""
-
-    embedding: Tensor  # (vocab_size, hidden_size)
-    layers: tuple[LayerWeights, ...]
-    norm: Tensor  # (hidden_size,)
-    head: Tensor  # (vocab_size, hidden_size)
-
-    @classmethod
-    def allocate(cls, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype) -> "LlamaWeights":
-        """Uninitialised weights of the right shapes, in one piece of memory; on device "meta" they take none.
-
-        One piece fills huge pages where many small ones would not.
-        """
-        shapes: list[tuple[int, ...]] = []
-
-        def note(*shape: int) -> Tensor:
-            shapes.append(shape)
-            return torch.empty(shape, device="meta", dtype=dtype)
-
-        cls._arrange(config, note)
-        # In whole cache lines, so that each tensor begins with one.
-        sizes = [-(-math.prod(shape) // LINE_ELEMENTS) * LINE_ELEMENTS for shape in shapes]
-        memory = torch.empty(sum(sizes), device=device, dtype=dtype)
-        if memory.device.type == "cpu":
-            use_huge_pages(memory)
-        pieces = iter(torch.split(memory, sizes))
-        return cls._arrange(config, lambda *shape: next(pieces)[: math.prod(shape)].view(shape))
-
-    @classmethod
-    def _arrange(cls, config: LlamaConfig, empty: Callable[..., Tensor]) -> "LlamaWeights":
-        hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-        embedding = empty(vocab, hidden)
-        layers = tuple(
-            LayerWeights(
-                attention_norm=empty(hidden),
-                qkv=empty(config.query_size + 2 * config.kv_size, hidden),
-                output=empty(hidden, config.query_size),
-                mlp_norm=empty(hidden),
-                gate_up=empty(2 * inner, hidden),
-                down=empty(hidden, inner),
-            )
-            for _ in range(config.layers)
-        )
-        head = embedding if config.tied_embeddings else empty(vocab, hidden)
-        return cls(embedding, layers, empty(hidden), head)
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that all of them take."""
-        tables = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
-        parts = [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
-        return sum(tensor.nbytes for tensor in (*tables, *parts, self.norm))
-
-
-Slot = tuple[Tensor, Tensor]  # one layer's keys and values of one slot, each (1, kv_heads, context_length, head_dim)
-
-
-class KVCache:
-    """Keys and values of all slots, allocated once: (slots, kv_heads, context_length, head_dim) for each layer."""
-
-    def __init__(self, config: LlamaConfig, slots: int, context_length: int, like: Tensor) -> None:
-        shape = (slots, config.kv_heads, context_length, config.head_dim)
-        self.keys = [like.new_empty(shape) for _ in range(config.layers)]
-        self.values = [like.new_empty(shape) for _ in range(config.layers)]
-        self.nbytes = sum(tensor.nbytes for tensor in (*self.keys, *self.values))
-        # Views of each slot, ready made: slicing anew in each layer of each step costs as much as a small kernel.
-        self.layers: list[list[Slot]] = [
-            [(keys[slot : slot + 1], values[slot : slot + 1]) for slot in range(slots)]
-            for keys, values in zip(self.keys, self.values, strict=True)
-        ]
-
-
 class LlamaModel:
     """A Llama and its KV cache, on one device. Not safe for use by two threads at once."""
 
@@ -212,7 +99,9 @@ class LlamaModel:
         self.dtype = weights.embedding.dtype
         with torch.inference_mode():
             self.kv_cache = KVCache(config, slots, context_length, weights.embedding)
-            self._cos, self._sin = _rotary_table(config, context_length, weights.embedding)
+            self.rotary = _rotary_table(config, context_length, weights.embedding)
+        if self.device.type == "cuda":  # sums in float32, also where a product is split
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear
         if self.device.type == "cpu" and self.dtype == torch.float16:
             self._linear = _half_linear_on_cpu
@@ -230,8 +119,7 @@ class LlamaModel:
                 raise NativeUnavailable("the settings ask for it (cpu_kernels)")
             if self.dtype != torch.float16:
                 raise NativeUnavailable(f"the native step is for float16, and this is {self.dtype}")
-            rotary = (self._cos, self._sin)
-            native = NativeDecoder(self.config, self.weights, self.kv_cache, rotary, threads=self._threads)
+            native = NativeDecoder(self.config, self.weights, self.kv_cache, self.rotary, threads=self._threads)
         except NativeUnavailable as reason:
             logger.warning("running in torch, which is slower: %s", reason)
             return None
@@ -257,11 +145,17 @@ class LlamaModel:
         if self._native:
             return self._native.prefill(slot, token_ids, position)
         self._take_threads()
-        return self._prefill(slot, token_ids, position, end)
+        try:
+            return self._prefill(slot, token_ids, position, end)
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # Only here is what the failed prefill held let go of, by the frames of the error.
+        torch.cuda.empty_cache()
+        raise EngineFault(f"out of memory in a prefill of {len(token_ids)} tokens: {reason}")
 
     def _prefill(self, slot: int, token_ids: list[int], position: int, end: int) -> Tensor:  # (vocab_size,)
         x = self._embed(token_ids)  # (tokens, hidden_size)
-        cos, sin = self._cos[position:end, None], self._sin[position:end, None]  # (tokens, 1, head_dim)
+        cos, sin = (table[position:end, None] for table in self.rotary)  # (tokens, 1, head_dim)
         mask = self._chunk_mask(position, end)
         for weights, cache in zip(self.weights.layers, self.kv_cache.layers, strict=True):
             q, k, v = self._qkv(weights, x, cos, sin)
@@ -273,19 +167,23 @@ class LlamaModel:
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         """Append one token to each of `slots`, which hold `positions` tokens; float32 logits after each.
 
-        Rows share the projections; each attends to its own slot. Raises EngineFault where a slot does not exist or is
-        full.
+        On a CPU each row is the same bit for bit whatever the others; only natively do they share the reading of the
+        weights. Raises EngineFault where a slot does not exist or is full.
         """
         for slot, position in zip(slots, positions, strict=True):
             self._check(slot, position, position + 1)
         if self._native:
             return self._native.decode(slots, token_ids, positions)
+        if self.device.type == "cuda":
+            return self._decode(slots, token_ids, positions)
         self._take_threads()
-        return self._decode(slots, token_ids, positions)
+        # One by one: torch's products of several rows add up in another order, and no neighbour may change a bit.
+        rows = zip(slots, token_ids, positions, strict=True)
+        return torch.cat([self._decode([slot], [token_id], [position]) for slot, token_id, position in rows])
 
     def _decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         x = self._embed(token_ids)  # (rows, hidden_size)
-        cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)  # (rows, 1, head_dim)
+        cos, sin = (table[positions].unsqueeze(1) for table in self.rotary)  # (rows, 1, head_dim)
         for weights, cache in zip(self.weights.layers, self.kv_cache.layers, strict=True):
             q, k, v = self._qkv(weights, x, cos, sin)
             rows = [

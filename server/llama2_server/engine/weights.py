@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -11,13 +10,14 @@ from torch import Tensor
 from llama2_server.engine.checkpoint import StoredTensor, read_config, read_eos_ids, read_tensor_table
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.hub import fetch_checkpoint
-from llama2_server.engine.model import CpuKernels, LayerWeights, LlamaConfig, LlamaModel, LlamaWeights
+from llama2_server.engine.kv_cache import KVCache
+from llama2_server.engine.model import CpuKernels, LlamaModel
+from llama2_server.engine.parameters import LayerWeights, LlamaConfig, LlamaWeights
+from llama2_server.engine.staging import Staging
 from llama2_server.engine.tokenizer import Tokenizer
 
 __all__ = ["fetch_checkpoint", "load_model", "read_config", "read_eos_ids"]
 
-# What is read at a time. Mapped files would count towards the process's memory until they are unmapped; this does not.
-BLOCK_BYTES = 4 * 2**20
 # Checkpoints from before transformers 4.31 carry the rotary frequencies, which follow from the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -43,10 +43,13 @@ def load_model(
     _check_context(directory, config, context_length)
     _check_tokenizer(directory, config)
     stored = {name: tensor for name, tensor in read_tensor_table(directory).items() if not IGNORED.fullmatch(name)}
-    _check_tensors(directory, stored, _places(config, LlamaWeights.allocate(config, "meta", dtype)))
+    imagined = LlamaWeights.allocate(config, "meta", dtype)
+    _check_tensors(directory, stored, places(config, imagined))
+    cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
+    _check_memory(directory, device, imagined.size_bytes, cache_bytes, f"{slots} x {context_length} tokens")
     try:
         weights = LlamaWeights.allocate(config, device, dtype)
-        _fill(stored, _places(config, weights), progress or _no_progress)
+        _fill(stored, places(config, weights), progress or _no_progress)
         return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
     except torch.OutOfMemoryError as error:
         raise WeightsError(f"{directory}: weights and KV cache do not fit on {device}: {error}") from error
@@ -54,6 +57,20 @@ def load_model(
 
 def _no_progress(done_bytes: int, total_bytes: int) -> None:
     pass
+
+
+def _check_memory(directory: Path, device: str, weights_bytes: int, cache_bytes: int, tokens: str) -> None:
+    """Say before anything is read that it cannot fit; what else there is in the device's memory counts as taken."""
+    if torch.device(device).type != "cuda":
+        return
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    needed_bytes = weights_bytes + cache_bytes
+    if needed_bytes > free_bytes:
+        raise WeightsError(
+            f"{directory}: needs {needed_bytes / 1e9:.1f} GB on {device} ({weights_bytes / 1e9:.1f} of weights, "
+            f"{cache_bytes / 1e9:.1f} of KV cache for {tokens}), and {free_bytes / 1e9:.1f} of "
+            f"{total_bytes / 1e9:.1f} GB are free; free some, or lower the card's context length or number of slots"
+        )
 
 
 def _check_context(directory: Path, config: LlamaConfig, context_length: int) -> None:
@@ -82,7 +99,7 @@ def _check_tensors(directory: Path, stored: dict[str, StoredTensor], places: dic
         raise WeightsError(f"{stored[name].path}: tensor {name} is not part of a Llama with this config.json")
 
 
-def _places(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
+def places(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
     """Where each tensor of a checkpoint belongs, by its name there; parts of a fused matrix are views of it."""
     places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     if not config.tied_embeddings:
@@ -113,39 +130,31 @@ def _fill(stored: dict[str, StoredTensor], places: dict[str, Tensor], progress: 
     """Read each tensor into its place, in the order of the files, which spinning and network disks like best."""
     total_bytes = sum(tensor.size_bytes for tensor in stored.values())
     done_bytes = 0
-    staging = bytearray(BLOCK_BYTES)
+    staging = Staging(next(iter(places.values())).device)
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset)):
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.offset)
-            _fill_one(name, tensor, file, places[name], staging)
+        _fill_one(name, tensor, places[name], staging)
         done_bytes += tensor.size_bytes
         progress(done_bytes, total_bytes)
 
 
-def _fill_one(name: str, tensor: StoredTensor, file: BufferedReader, place: Tensor, staging: bytearray) -> None:
-    flat = place.view(-1)  # rows of a fused matrix follow one another
-    step = BLOCK_BYTES // tensor.dtype.itemsize
-    for start in range(0, flat.shape[0], step):
-        target = flat[start : start + step]
-        size_bytes = target.shape[0] * tensor.dtype.itemsize
-        if file.readinto(memoryview(staging)[:size_bytes]) != size_bytes:
-            raise WeightsError(f"{tensor.path}: ended inside tensor {name} while being read; fetch it again")
-        block = torch.frombuffer(staging, dtype=tensor.dtype, count=target.shape[0])
-        target.copy_(block)
-        _check_finite(name, tensor, block, target)
-
-
-def _check_finite(name: str, tensor: StoredTensor, block: Tensor, target: Tensor) -> None:
-    if _is_finite(target):
+def _fill_one(name: str, tensor: StoredTensor, place: Tensor, staging: Staging) -> None:
+    if _read(name, tensor, place, staging):
         return
-    if _is_finite(block):
-        found = f"holds values that do not fit in {target.dtype}; serve it with the dtype of the checkpoint"
+    # As it is stored, so that whoever made it knows what is wrong.
+    as_stored = torch.empty(place.shape, dtype=tensor.dtype)
+    if _read(name, tensor, as_stored, Staging(as_stored.device)):
+        found = f"holds values that do not fit in {place.dtype}; serve it with the dtype of the checkpoint"
     else:
         found = "holds NaN or infinity; expected finite numbers: fetch it again"
     raise WeightsError(f"{tensor.path}: tensor {name} {found}")
 
 
-def _is_finite(values: Tensor) -> bool:
-    # The extremes tell of NaN and infinity alike, and cost a fiftieth of looking at each number.
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+def _read(name: str, tensor: StoredTensor, place: Tensor, staging: Staging) -> bool:
+    """Whether all its numbers are finite."""
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        try:
+            return staging.fill(place, tensor.dtype, file)
+        except EOFError:
+            message = f"{tensor.path}: ended inside tensor {name} while being read; fetch it again"
+            raise WeightsError(message) from None

@@ -17,7 +17,8 @@ from torch import Tensor
 from llama2_server.engine.errors import EngineFault
 
 if TYPE_CHECKING:
-    from llama2_server.engine.model import KVCache, LlamaConfig, LlamaWeights
+    from llama2_server.engine.kv_cache import KVCache
+    from llama2_server.engine.parameters import LlamaConfig, LlamaWeights
 
 LIBRARY = Path(__file__).with_name("decode.so")
 INTERFACE = 2  # what decode.cpp's llama2_interface() has to say

@@ -1,0 +1,78 @@
+"""Models of random weights, made where they run: nothing is downloaded, and speed does not depend on the numbers."""
+
+import torch
+
+from llama2_server.engine.model import LlamaModel
+from llama2_server.engine.parameters import LlamaConfig, LlamaWeights
+
+SPREAD = 0.02  # transformers' initializer_range
+SHAPES = {
+    # meta-llama/Llama-2-7b-chat-hf, as its config.json has it.
+    "7b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_positions=4096,
+        tied_embeddings=False,
+    ),
+    # For trying the benchmark itself, also on a CPU.
+    "tiny": LlamaConfig(
+        vocab_size=600,
+        hidden_size=64,
+        intermediate_size=176,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_positions=4096,
+        tied_embeddings=False,
+    ),
+}
+
+
+def random_weights(config: LlamaConfig, device: str, dtype: torch.dtype = torch.float16, seed: int = 0) -> LlamaWeights:
+    """Normally distributed matrices, and norms of one."""
+    weights = LlamaWeights.allocate(config, device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for table in (weights.embedding, weights.head, *_matrices(weights)):
+        table.normal_(0, SPREAD, generator=generator)
+    for norm in (weights.norm, *(norm for layer in weights.layers for norm in (layer.attention_norm, layer.mlp_norm))):
+        norm.fill_(1)
+    return weights
+
+
+def random_model(shape: str, device: str, *, slots: int, context_length: int) -> LlamaModel:
+    """A float16 model of one of SHAPES."""
+    config = SHAPES[shape]
+    return LlamaModel(config, random_weights(config, device), context_length=context_length, slots=slots)
+
+
+def read_a_token(config: LlamaConfig) -> int:
+    """Bytes of float16 weights that a decode step has to read: all but the embedding, of which it reads one row."""
+    layer = config.hidden_size * (2 * config.query_size + 2 * config.kv_size + 3 * config.intermediate_size)
+    norms = (2 * config.layers + 1) * config.hidden_size
+    return 2 * (config.layers * layer + norms + config.hidden_size * config.vocab_size)
+
+
+def cached_a_token(config: LlamaConfig) -> int:
+    """Bytes of float16 keys and values of one token."""
+    return 2 * 2 * config.layers * config.kv_size
+
+
+def multiplications_a_token(config: LlamaConfig) -> int:
+    """Those of the layers' matrices; a prompt's logits are taken once."""
+    return (
+        config.layers * config.hidden_size * (2 * config.query_size + 2 * config.kv_size + 3 * config.intermediate_size)
+    )
+
+
+def _matrices(weights: LlamaWeights) -> list[torch.Tensor]:
+    return [matrix for layer in weights.layers for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)]

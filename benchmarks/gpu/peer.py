@@ -1,0 +1,78 @@
+"""transformers' generate on the same tensors, on the same device, in the same run."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import LlamaConfig as HFConfig
+from transformers import LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.gpu.bare import ROUNDS
+from benchmarks.gpu.ceilings import synchronize
+from llama2_server.engine.model import LlamaModel
+from llama2_server.engine.weights import places
+
+
+class TransformersGenerate:
+    """LlamaForCausalLM over our model's own memory."""
+
+    def __init__(self, model: LlamaModel) -> None:
+        config = model.config
+        with torch.device("meta"):
+            self._model: Any = LlamaForCausalLM(
+                HFConfig(
+                    vocab_size=config.vocab_size,
+                    hidden_size=config.hidden_size,
+                    intermediate_size=config.intermediate_size,
+                    num_hidden_layers=config.layers,
+                    num_attention_heads=config.heads,
+                    num_key_value_heads=config.kv_heads,
+                    max_position_embeddings=config.max_positions,
+                    rms_norm_eps=config.rms_norm_eps,
+                    tie_word_embeddings=config.tied_embeddings,
+                    dtype=model.dtype,
+                )
+            )
+        self._model.load_state_dict(places(config, model.weights), assign=True, strict=True)
+        # The one buffer that no checkpoint holds.
+        with model.device:
+            self._model.model.rotary_emb = type(self._model.model.rotary_emb)(self._model.config)
+        self._model.train(False)
+        self._device = str(model.device)
+        self._vocab_size = config.vocab_size
+
+    @torch.inference_mode()
+    def tokens_per_second(self, prompt_tokens: int, new_tokens: int, **options: object) -> float:
+        """Greedy decoding after the first token."""
+        prompt = torch.randint(3, self._vocab_size, (1, prompt_tokens), device=self._device)
+        rates = []
+        for _ in range(ROUNDS + 2):
+            clock = _Clock()
+            self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                streamer=clock,
+                **options,
+            )
+            synchronize(self._device)
+            rates.append((new_tokens - 1) / (time.perf_counter() - clock.times[1]))
+        return statistics.median(rates[2:])
+
+
+class _Clock(BaseStreamer):
+    """Notes when each token comes; generate hands over the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,73 @@
+"""Makes the fast steps of a model on a CUDA device, and proves them before anybody is served."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama2_server.engine.errors import EngineFault
+from llama2_server.engine.model import LlamaModel
+from llama2_server.engine.steps import HostSteps, Steps
+
+logger = logging.getLogger(__name__)
+
+MOST_ERROR = 0.02  # of the logits, against the plain steps; float16 itself makes for a few thousandths
+PROOF_TOKENS = 48
+
+
+def steps_for(model: LlamaModel, *, compiled: bool, cache_directory: Path | None) -> Steps:
+    """The fastest steps to be had; where it is not the fast ones on CUDA, the log says why in one line.
+
+    What is compiled and measured is kept under `cache_directory`, so that the next start need not do it again.
+    """
+    if model.device.type != "cuda":
+        return HostSteps(model)
+    if not compiled:
+        logger.info("running in plain torch, which is slower: the settings ask for it (compile)")
+        return HostSteps(model)
+    try:
+        return _fast_steps(model, cache_directory)
+    except Exception as error:  # of the compiler, the driver or the device, in whatever form
+        logger.warning("running in plain torch, which is slower: %s: %s", type(error).__name__, error)
+        logger.debug("why the fast steps cannot be had", exc_info=error)
+    torch.cuda.empty_cache()
+    return HostSteps(model)
+
+
+def _fast_steps(model: LlamaModel, cache_directory: Path | None) -> Steps:
+    if cache_directory:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory / "triton"))
+    begun = time.monotonic()
+    # Imports Triton, which reads its environment then, and is not there without CUDA.
+    from llama2_server.engine.cuda.forward import Forward
+    from llama2_server.engine.cuda.products import Products
+    from llama2_server.engine.cuda.steps import CudaSteps
+    from llama2_server.engine.cuda.tuning import tuned_ways
+
+    with torch.inference_mode():
+        ways = tuned_ways(model, cache_directory / "ways.json" if cache_directory else None)
+        forward = Forward(model, Products(model.config.rms_norm_eps, ways))
+        error = relative_error(model, forward)
+    if not error < MOST_ERROR:
+        raise EngineFault(f"the fast step's logits differ by {error:.3f} from the plain step's")
+    steps = CudaSteps(model, forward)
+    graphs = steps.capture()
+    logger.info("made %d CUDA graphs in %.1f s; logits within %.4f", graphs, time.monotonic() - begun, error)
+    return steps
+
+
+def relative_error(model: LlamaModel, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
+    """How far the logits of a step are from the model's own: the norm of the difference over the norm."""
+    slots = list(range(model.slots))
+    prompt = [1 + index % (model.vocab_size - 1) for index in range(min(PROOF_TOKENS, model.context_length - 1))]
+    for slot in slots:
+        model.prefill(slot, prompt[slot % len(prompt) :], 0)
+    positions = [len(prompt) - slot % len(prompt) for slot in slots]
+    token_ids = [prompt[slot % len(prompt)] for slot in slots]
+    expected = model.decode(slots, token_ids, positions).double()  # (slots, vocab_size)
+    rows = [torch.tensor(numbers, device=model.device) for numbers in (token_ids, slots, positions)]
+    return float((forward(*rows).double() - expected).norm() / expected.norm())
