@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import yaml
+
 
 def command(*flags: str, module: str = "llama2_server") -> list[str]:
     """How a server is started."""
@@ -32,6 +34,18 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
+def card_file(folder: Path, **config: object) -> Path:
+    """The demo card as a file, with these entries in its constellation_config; None takes one out."""
+    shipped = Path(__file__).parents[1] / "server/llama2_server/cards/demo.yaml"
+    document = next(yaml.safe_load_all(shipped.read_text()))
+    (entry,) = (one for one in document["model"]["properties"] if one["property_id"] == "constellation_config")
+    merged = yaml.safe_load(entry["value"]) | config
+    entry["value"] = yaml.safe_dump({key: value for key, value in merged.items() if value is not None})
+    path = folder / "card.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
 @contextmanager
 def server(
     data_directory: Path, *flags: str, listen: str = "127.0.0.1:0"
@@ -49,9 +63,9 @@ def server(
         ) as process,
     ):
         assert process.stdout is not None
-        serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
-        assert serving, log.read_text()
         try:
+            serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
+            assert serving, log.read_text()
             yield process, serving[1]
         finally:
             process.kill()

@@ -31,7 +31,22 @@ def hangs(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
     return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids)
 
 
+def hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
+    """A model that does not come back from its first step, and says when it is in it."""
+    loaded = load(settings, card, accounts)
+    model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
+    model.gate()
+
+    def tell() -> None:
+        model.in_step.wait()
+        print("in the first step", flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
+    return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids)
+
+
 if __name__ == "__main__":
-    how = {"never-loads": never_loads, "hangs": hangs}[sys.argv.pop(1)]
+    ways = {"never-loads": never_loads, "hangs": hangs, "hangs-in-the-warm-up": hangs_in_the_warm_up}
+    how = ways[sys.argv.pop(1)]
     app.serve = functools.partial(app.serve, load=how)
     main()

@@ -74,3 +74,11 @@ def test_unusable_settings_are_refused(tmp_path: Path) -> None:
         done = CliRunner().invoke(admin, ["usage", *arguments])
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.startswith("llama2-server: ")
+
+
+def test_a_directory_without_a_ledger_is_named(tmp_path: Path) -> None:
+    """Where no server has kept usage yet the directory is named, and no empty ledger is left in it."""
+    done = CliRunner().invoke(admin, ["usage", "--data-directory", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"llama2-server: data_directory: {tmp_path} holds no ledger")
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import gc
 import logging
+import math
 import traceback
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
@@ -253,6 +254,15 @@ async def test_redis_that_is_gone_is_a_miss(
         "the response cache at HERE does not answer (ConnectionError)",
         "the response cache at HERE answers again",
     ]
+
+
+async def test_a_time_without_end_is_kept_in_redis(redis: RedisServer) -> None:
+    """A response may be kept for ever, or for longer than Redis can count."""
+    for ttl_seconds in (math.inf, 1e300):
+        cache = RedisResponseCache(redis.url, ttl_seconds=ttl_seconds, max_entry_bytes=1000)
+        await cache.put(make_key(), REPLY)
+        assert await cache.get(make_key()) == REPLY
+        await cache.close()
 
 
 async def test_frozen_redis_costs_one_timeout_only(

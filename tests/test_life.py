@@ -4,6 +4,8 @@ import asyncio
 import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -11,18 +13,22 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from tests.ledger.conftest import locked, stored
+from tests.scripted_model import ScriptedModel
 from tests.service import Service, ServiceMaker, details, health_stub, hold_the_slot, until, with_config
 from tests.virtual_time import run_virtual
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_server import app, watchdog
 from llama2_server.card import ModelCard, RequestsPerMinute
+from llama2_server.engine.engine import Engine
 from llama2_server.listening import SERVICES
 from llama2_server.loading import LoadingProgress
 from llama2_server.preflight import StartError
 from llama2_server.readiness import Readiness
 from llama2_server.settings import Settings
 from llama2_server.speed import warn_of_slowness
+from llama2_server.watchdog import WatchedEngine
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -186,18 +192,40 @@ class TestWatchdog:
         ]
         assert max(record.input_tokens for record in records) > 0
 
-    async def test_slow_steps_are_no_hang(self, serve_scripted: ServiceMaker) -> None:
+    async def test_a_step_that_hangs_holds_up_no_drain(
+        self, serve_scripted: ServiceMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its call gets UNAVAILABLE when the grace is over, what was computed is recorded, and the drain ends."""
+        monkeypatch.setattr(app, "LAST_STEP_SECONDS", 0.1)
+        try:
+            async with asyncio.timeout(30), serve_scripted(grace_seconds=0) as service:
+                monkeypatch.setattr(service.model, "open_gate", lambda: None)  # nor does it end with the drain
+                reading = asyncio.create_task((await hold_the_slot(service)).read())
+            with pytest.raises(grpc.aio.AioRpcError) as cut:
+                await reading
+            assert cut.value.code() is grpc.StatusCode.UNAVAILABLE
+        finally:
+            ScriptedModel.open_gate(service.model)
+        (record,) = await stored(f"sqlite:///{tmp_path / 'usage.db'}")
+        assert (record.outcome, record.output_tokens) == ("UNAVAILABLE", 1)
+
+    def test_slow_steps_are_no_hang(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A generation may take much longer than a step may: only a single step counts."""
-        async with serve_scripted(step_timeout_seconds=0.5) as service:
-            service.model.gate()
-            call = asyncio.create_task(_generate(service))
-            for step in range(1, 6):
-                await asyncio.sleep(0.2)  # a slow step
-                service.model.allow(1)
-                await service.model.parked(step)
-            service.model.open_gate()
-            assert (await call).response
-            assert await state(service) == SERVING
+
+        async def scene() -> None:
+            clock = asyncio.get_running_loop().time
+            monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=clock))
+            engine = SimpleNamespace(alive=True, step_began_at=None)
+            watched = WatchedEngine(cast(Engine, engine), step_timeout_seconds=0.5)
+            watching = asyncio.create_task(watched.watch())
+            for _ in range(20):
+                engine.step_began_at = clock()
+                await asyncio.sleep(0.375)
+            assert not watched.lost
+            await watching  # while the last of them goes on
+            assert clock() == engine.step_began_at + 0.5
+
+        run_virtual(scene())
 
 
 class TestQuota:

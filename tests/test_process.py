@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -13,12 +14,16 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2
 from tests.processes import command, environment, server
 from tests.service import details, health_stub
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
+from llama2_server import app
+from llama2_server.listening import METHODS
+from llama2_server.settings import Settings
 
 STORY = "Tell me a story about a fox who lives by the sea."
 BIN = Path(sys.executable).parent
@@ -52,6 +57,22 @@ def test_cli_streams_a_story(demo: str) -> None:
         reply = stub.Generate(pb.GenerateRequest(prompt=STORY, temperature=0))
     assert done.stdout.strip() == reply.response
     assert f"{reply.completion.usage.output_tokens}" in done.stderr
+
+
+def test_what_is_printed_to_try_works(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside SERVING stand three commands: two of our own, which answer as they stand there, and one of grpcurl."""
+    app._say_serving(Settings.model_validate({}), demo)
+    generate, chat, grpcurl = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[2:5])
+    for words, typed in ((generate, ""), (chat, "Tell me a story.\n")):
+        call = [str(BIN / "llama2"), *words[1:]]
+        done = subprocess.run(
+            call, input=typed, capture_output=True, text=True, timeout=60, env=environment(), check=True
+        )
+        assert len(done.stdout.split()) > 20
+    flag, body, address, method = grpcurl[2:]
+    assert (grpcurl[:2], flag, address) == (["grpcurl", "-plaintext"], "-d", demo)
+    assert ParseDict(json.loads(body), pb.GenerateRequest()) == pb.GenerateRequest(prompt=STORY)
+    assert method in METHODS
 
 
 def test_cli_shows_usage_as_a_table(demo: str) -> None:
@@ -166,15 +187,20 @@ def test_port_in_use_is_named(tmp_path: Path, taken_port: int) -> None:
     assert done.stderr.splitlines()[-1].startswith(f"llama2-server: listen: cannot listen on 127.0.0.1:{taken_port}")
 
 
-def started(tmp_path: Path, how: str, *flags: str) -> subprocess.Popen[str]:
-    """A server whose load or model misbehaves."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started(tmp_path: Path, how: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """A server whose load or model misbehaves; it does not outlive the test."""
+    with subprocess.Popen(
         command(how, "--data-directory", str(tmp_path), *flags, module="tests.scripted_process"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def serves_health(process: subprocess.Popen[str]) -> str:
@@ -200,6 +226,16 @@ def test_health_answers_while_the_weights_load_and_a_signal_ends_that(tmp_path: 
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
         assert process.stdout is not None
+        assert process.stdout.read() == ""  # it never said SERVING
+
+
+def test_a_signal_ends_a_warm_up(tmp_path: Path) -> None:
+    """SIGTERM ends a server with 0 that has loaded and does not come through its first generation."""
+    with started(tmp_path, "hangs-in-the-warm-up", "--listen", "127.0.0.1:0") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in the first step\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
         assert process.stdout.read() == ""  # it never said SERVING
 
 

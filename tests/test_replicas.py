@@ -13,10 +13,9 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-import yaml
 from tests.ledger.conftest import stored
 from tests.postgres_server import PostgresCluster
-from tests.processes import command, server
+from tests.processes import card_file, command, server
 from tests.redis_server import running_redis
 
 from llama2.v1 import text_generation_pb2 as pb
@@ -24,7 +23,7 @@ from llama2.v1 import text_generation_pb2_grpc
 from llama2_server.accounts import new_key
 
 ACCOUNTS = ("alpha", "beta", "gamma", "delta", "32118455")
-QUOTA = 20
+QUOTA = 20  # what the clients exceed
 CLIENTS = 50
 CALLS_EACH = 4
 
@@ -38,26 +37,13 @@ class Seen:
     cancelled: int = 0
 
 
-def card_file(folder: Path) -> Path:
-    """The demo card with a quota that the clients exceed."""
-    shipped = Path(__file__).parents[1] / "server/llama2_server/cards/demo.yaml"
-    document = next(yaml.safe_load_all(shipped.read_text()))
-    for entry in document["model"]["properties"]:
-        if entry["property_id"] == "constellation_config":
-            config = yaml.safe_load(entry["value"])
-            config["max_requests_per_min"] = {"default": QUOTA, "accounts": {32118455: QUOTA}}
-            entry["value"] = yaml.safe_dump(config)
-    path = folder / "card.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
-
-
 @asynccontextmanager
 async def servers(folder: Path, keys: dict[str, str], count: int, *flags: str) -> AsyncIterator[list[str]]:
     """Addresses of servers that know the keys; they drain at the end."""
     (folder / "keys.yaml").write_text("keys:\n" + "".join(f"  {line}\n" for line in keys.values()))
     demo = Path(__file__).parents[1] / "server/llama2_server/demo"
-    common = ["--card", str(card_file(folder)), "--weights", str(demo), "--keys-file", str(folder / "keys.yaml")]
+    card = card_file(folder, max_requests_per_min={"default": QUOTA, "accounts": {32118455: QUOTA}})
+    common = ["--card", str(card), "--weights", str(demo), "--keys-file", str(folder / "keys.yaml")]
     async with AsyncExitStack() as stack:
         processes, addresses = [], []
         for index in range(count):

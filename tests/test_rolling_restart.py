@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
 from tests.ledger.conftest import stored
-from tests.processes import free_ports, server
+from tests.processes import card_file, free_ports, server
 
 from llama2_client import Client
 
@@ -58,27 +57,14 @@ class Load:
             await self.progress.wait()
 
 
-def card_file(folder: Path) -> Path:
-    """The demo card with as good as no quota, and no cache: every call is generated."""
-    shipped = Path(__file__).parents[1] / "server/llama2_server/cards/demo.yaml"
-    document = next(yaml.safe_load_all(shipped.read_text()))
-    for entry in document["model"]["properties"]:
-        if entry["property_id"] == "constellation_config":
-            config = yaml.safe_load(entry["value"])
-            config["max_requests_per_min"] = {"default": 10**6}
-            config.pop("infer_response_cache", None)
-            entry["value"] = yaml.safe_dump(config)
-    path = folder / "card.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
-
-
 @pytest.mark.timeout(300)
 async def test_no_call_fails_in_a_rolling_restart(tmp_path: Path) -> None:
     """Each server drains, ends with 0 and comes back while callers go on; each reply has its one record."""
     ports = free_ports(2)
     demo = Path(__file__).parents[1] / "server/llama2_server/demo"
-    flags = ["--card", str(card_file(tmp_path)), "--weights", str(demo)]
+    # As good as no quota, and no cache: every call is generated.
+    card = card_file(tmp_path, max_requests_per_min={"default": 10**6}, infer_response_cache=None)
+    flags = ["--card", str(card), "--weights", str(demo)]
     folders = [tmp_path / f"server{index}" for index in range(2)]
     with ExitStack() as stack:
 

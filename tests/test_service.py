@@ -27,6 +27,7 @@ from tests.service import (
 from llama2.v1 import model_pb2
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard, RequestsPerMinute
+from llama2_server.engine.engine import Engine
 
 REPLY = "Once upon a time, a fox 🦊 lived by the sea."
 METHOD = "/llama2.v1.TextGenerationService/"
@@ -294,6 +295,20 @@ async def test_engine_fault_is_internal_without_its_text(serve_scripted: Service
         assert info.request_id
         service.model.failure = None
         assert (await service.text.Generate(pb.GenerateRequest(prompt="a"))).response == REPLY
+
+
+async def test_a_fault_before_the_engine_is_internal(
+    serve_scripted: ServiceMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong where nobody foresaw it ends the call at once, in the same words, and frees the slot."""
+    async with serve_scripted(REPLY) as service:
+        with monkeypatch.context() as patched:
+            patched.setattr(Engine, "submit", lambda *_: 1 / 0)
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await service.text.Generate(pb.GenerateRequest(prompt="a story"), timeout=20)
+        assert failed.value.code() is grpc.StatusCode.INTERNAL
+        assert failed.value.details() == "the server failed; report the request id to its operator"
+        assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
 
 
 @pytest.mark.parametrize("slots", [1, 4])

@@ -224,3 +224,13 @@ def test_bad_settings_are_refused_before_torch_is_imported() -> None:
     assert done.returncode == 2
     assert "llama2_server.settings" in imported
     assert not {"torch", "grpc", "transformers"} & imported
+
+
+def test_help_names_the_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` lists, besides the flags, what else the command does."""
+    with pytest.raises(SystemExit) as end:
+        read_settings(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for other in ("settings", "keys new", "usage", "weights fetch"):
+        assert f"llama2-server {other} " in shown

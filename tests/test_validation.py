@@ -181,6 +181,8 @@ def violations(validator: RequestValidator, request: pb.GenerateRequest, streami
         (pb.GenerateRequest(prompt="many words " * 30), "prompt", "the context holds 60"),
         (pb.GenerateRequest(messages=[user("many words " * 30)]), "messages", "the context holds 60"),
         (pb.GenerateRequest(prompt="word " * 800), "prompt", "has at least"),
+        # One violation, not one for each: to look at as many as fit a message would take the server half a minute.
+        (pb.GenerateRequest(messages=[pb.Message()] * 61), "messages", "has at least 61 tokens"),
     ],
 )
 def test_violation_names_field_and_rule(
@@ -316,3 +318,10 @@ def test_count_tokens_counts_beyond_the_context(validator: RequestValidator) -> 
     counted, left = validator.token_count(pb.CountTokensRequest(prompt="many words " * 30))
     assert counted > 60
     assert left == 0
+
+
+def test_what_is_far_too_long_is_not_even_counted(validator: RequestValidator) -> None:
+    """A prompt whose size alone tells that it is beyond the context is refused by CountTokens too."""
+    for request in (pb.CountTokensRequest(prompt="word " * 800), pb.CountTokensRequest(messages=[user("a")] * 61)):
+        with pytest.raises(InvalidRequest, match="has at least"):
+            validator.token_count(request)

@@ -19,7 +19,7 @@ from tests.service import ServiceMaker, health_stub, reflection_stub, text_of
 
 from llama2.v1 import model_pb2, model_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.listening import health_port
+from llama2_server.listening import connection_options, health_port
 from llama2_server.settings import Settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -218,6 +218,13 @@ async def test_probes_speak_no_tls(serve_scripted: ServiceMaker, authority: Auth
         grpc.aio.insecure_channel(health) as channel,
     ):
         assert (await health_stub(channel).Check(health_pb2.HealthCheckRequest())).status == SERVING
+
+
+def test_a_time_without_end_is_grpcs_longest() -> None:
+    """`inf` in a setting of the wire means never, as gRPC's largest number does."""
+    settings = Settings.model_validate({"connection_age_seconds": "inf", "connection_idle_seconds": 1e300})
+    options = dict(connection_options(settings, streams=1, message_bytes=1))
+    assert options["grpc.max_connection_age_ms"] == options["grpc.max_connection_idle_ms"] == 2**31 - 1
 
 
 def test_the_table_of_limits_tells_the_defaults() -> None:

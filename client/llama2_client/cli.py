@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from llama2_client.connection import Connection, Identity
+from llama2_client.options import input_options, json_option, read_input, sampling_options
 
 # gRPC is imported when a call is made: `llama2 --help` shall not wait for it.
 if TYPE_CHECKING:
     from datetime import datetime
 
     from llama2_client.client import Client
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 
@@ -102,45 +99,6 @@ def cli(
     context.obj = Connection(address, api_key, timeout, tls, ca, identity)
 
 
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Put several options on a command, in this order."""
-
-    def decorate(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-
-input_options = options(
-    click.argument("text", required=False),
-    click.option(
-        "--messages",
-        type=click.File("r", encoding="utf-8"),
-        metavar="FILE",
-        help='Reply to a conversation instead: a JSON list of {"role": …, "content": …}.',
-    ),
-    click.option("--raw", is_flag=True, default=None, help="Continue TEXT as it is, without the chat template."),
-)
-
-# Left out means unset: the server's card decides, and it alone knows the limits.
-sampling_options = options(
-    click.option("--max-tokens", type=int, metavar="N", help="The most tokens to generate."),
-    click.option("--temperature", type=float, metavar="X", help="How freely to sample; 0 is greedy."),
-    click.option("--top-p", type=float, metavar="X", help="Sample from the likeliest tokens that add up to this."),
-    click.option("--top-k", type=int, metavar="N", help="Sample from this many likeliest tokens; 0 is all."),
-    click.option("--seed", type=int, metavar="N", help="The same request with the same seed gets the same reply."),
-    click.option("--repetition-penalty", type=float, metavar="X", help="Above 1: repeat less."),
-    click.option("--frequency-penalty", type=float, metavar="X", help="Above 0: repeat less, the more often the less."),
-    click.option("--presence-penalty", type=float, metavar="X", help="Above 0: stay less with what was said."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text; may be repeated."),
-    click.option("--no-cache", is_flag=True, default=None, help="Neither read nor write the response cache."),
-)
-
-
 @cli.command(short_help="Generate a reply to TEXT.")
 @input_options
 @sampling_options
@@ -166,7 +124,7 @@ def generate(
     "response". "seed" and "neurons" are strings, so that no digit is lost. An error is an object too, on standard
     error.
     """
-    prompt, conversation = _input(text, messages)
+    prompt, conversation = read_input(text, messages)
 
     async def call(client: Client) -> None:
         from llama2_client import output
@@ -221,7 +179,7 @@ def tokens(
     connection: Connection, /, text: str | None, messages: TextIO | None, raw: bool | None, as_json: bool
 ) -> None:
     """Count the input tokens of TEXT, or of standard input if TEXT is "-", without generating."""
-    prompt, conversation = _input(text, messages)
+    prompt, conversation = read_input(text, messages)
 
     async def call(client: Client) -> None:
         from llama2_client import output
@@ -263,31 +221,6 @@ def health(connection: Connection, /, service: str, as_json: bool) -> None:
         return output.HEALTH_EXIT_CODES[status]
 
     raise click.exceptions.Exit(connection.run(call, as_json=as_json))
-
-
-def _input(text: str | None, messages: TextIO | None) -> tuple[str | None, list[Mapping[str, str]] | None]:
-    """What to reply to: TEXT, standard input, or the conversation of a file."""
-    if text is not None and messages is not None:
-        raise click.UsageError("Give TEXT or --messages, not both.")
-    if messages is not None:
-        return None, _conversation(messages)
-    if text is None:
-        raise click.UsageError('Give TEXT, "-" for standard input, or --messages.')
-    return sys.stdin.read().removesuffix("\n") if text == "-" else text, None
-
-
-def _conversation(file: TextIO) -> list[Mapping[str, str]]:
-    try:
-        conversation = json.load(file)
-    except ValueError as error:
-        raise click.UsageError(f"--messages: {file.name} is not JSON: {error}") from error
-    texts = isinstance(conversation, list) and all(
-        isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
-        for message in conversation
-    )
-    if not texts:
-        raise click.UsageError(f'--messages: {file.name} is not a list of {{"role": …, "content": …}}.')
-    return list(conversation)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -29,6 +30,8 @@ from llama2_client.errors import InvalidRequest, Llama2Error, Violation, mapped
 from llama2_client.replies import Message, Reply, ReplyStream, reply_of
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
+# Three years: far beyond, gRPC's clock overflows and a call would fail at once.
+LONGEST_TIMEOUT_SECONDS = 1e8
 
 _Request = TypeVar("_Request", bound=ProtobufMessage)
 _Response = TypeVar("_Response", bound=ProtobufMessage)
@@ -96,6 +99,8 @@ class Client:
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
         tls: bool | bytes | grpc.ChannelCredentials = False,
     ) -> None:
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError("timeout must be a number of seconds")
         # gRPC would name the whole header, key and all, in its own error.
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("api_key must be printable ASCII")
@@ -211,7 +216,8 @@ class Client:
             return await method(request, timeout=self._seconds(timeout), metadata=self._metadata)
 
     def _seconds(self, timeout: float | None) -> float | None:
-        return self.timeout if timeout is None else timeout
+        seconds = self.timeout if timeout is None else timeout
+        return None if seconds is None or seconds > LONGEST_TIMEOUT_SECONDS else seconds
 
     @property
     def _channel(self) -> grpc.aio.Channel:

@@ -48,20 +48,33 @@ class Connection:
 
     def _tls(self) -> bool | bytes | grpc.ChannelCredentials:
         """What `Client` takes for it."""
+        if self.ca is None and self.identity is None:
+            return self.tls
+        self._check_files()
         ca = None if self.ca is None else self.ca.read_bytes()
         if self.identity is None:
             return self.tls if ca is None else ca
-        import ssl
-
         import grpc
 
-        certificate, key = self.identity.certificate, self.identity.key
-        try:
-            # gRPC would only say, at the first call, that it cannot connect.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: "")
-        except ssl.SSLError as error:
-            raise ValueError(f"--certificate and --key: {certificate} and {key} are no pair of PEM files") from error
-        return grpc.ssl_channel_credentials(ca, key.read_bytes(), certificate.read_bytes())
+        return grpc.ssl_channel_credentials(ca, self.identity.key.read_bytes(), self.identity.certificate.read_bytes())
+
+    def _check_files(self) -> None:
+        """Raise ValueError for files that are not what they should be: gRPC would only say that it cannot connect."""
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self.ca is not None:
+            try:
+                context.load_verify_locations(self.ca)
+            except ssl.SSLError as error:
+                raise ValueError(f"--ca: {self.ca} holds no PEM certificate that can be read") from error
+        if self.identity is not None:
+            certificate, key = self.identity.certificate, self.identity.key
+            try:
+                context.load_cert_chain(certificate, key, password=lambda: "")
+            except ssl.SSLError as error:
+                message = f"--certificate and --key: {certificate} and {key} are no pair of PEM files"
+                raise ValueError(message) from error
 
     def run(self, call: Callable[[Client], Awaitable[T]], *, as_json: bool) -> T:
         """Make a call; when it fails, print why and exit with the code that tells the kind."""

@@ -7,6 +7,7 @@ import sys
 import threading
 from typing import NoReturn
 
+from llama2_server.refusal import refuse
 from llama2_server.settings_sources import BadSettings, read_settings
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     try:
         sourced = read_settings(sys.argv[1 + shows_settings :])
     except BadSettings as error:
-        _refuse(str(error))
+        refuse(str(error))
     if shows_settings:
         print(sourced)
         return
@@ -54,7 +55,7 @@ def main() -> None:
 
         code = asyncio.run(app.serve(sourced.settings))
     except refusals as error:
-        _refuse(str(error))
+        refuse(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     _leave(code)
@@ -68,12 +69,6 @@ def _leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _refuse(problem: str) -> NoReturn:
-    for line in problem.splitlines():
-        print(f"llama2-server: {line}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
@@ -14,9 +13,10 @@ from llama2_server.accounts import new_key
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.hub import fetch_into
 from llama2_server.ledger.failures import LedgerError
-from llama2_server.ledger.ledger import default_url, read_totals
+from llama2_server.ledger.ledger import default_file, default_url, read_totals
 from llama2_server.ledger.records import DailyUsage
 from llama2_server.metering import decimal_text
+from llama2_server.refusal import refuse
 from llama2_server.settings_sources import BadSettings, read_settings
 
 DAY = click.DateTime(["%Y-%m-%d"])
@@ -65,8 +65,13 @@ def _ledger_url(flags: Mapping[str, str | None]) -> str:
     try:
         settings = read_settings(given).settings
     except BadSettings as error:
-        _refuse(str(error))
-    return settings.ledger_url.get_secret_value() if settings.ledger_url else default_url(settings.data_directory)
+        refuse(str(error))
+    if settings.ledger_url is not None:
+        return settings.ledger_url.get_secret_value()
+    # To open one that is not there would make it, with an owner that may not be the server's.
+    if not default_file(settings.data_directory).exists():
+        refuse(f"data_directory: {settings.data_directory} holds no ledger; no server has kept usage there yet")
+    return default_url(settings.data_directory)
 
 
 @admin.group()
@@ -96,7 +101,7 @@ def fetch(hub_id: str, directory: Path, revision: str | None) -> None:
     try:
         fetched = fetch_into(directory, hub_id, revision)
     except WeightsError as error:
-        _refuse(str(error))
+        refuse(str(error))
     click.echo(f"{directory}: {'fetched' if fetched else 'there already'}")
 
 
@@ -104,7 +109,7 @@ def _totals(url: str, account: str | None, since: date | None, until: date | Non
     try:
         totals = asyncio.run(read_totals(url, account, since, until))
     except LedgerError as error:
-        _refuse(str(error))
+        refuse(str(error))
     header = "account\tdate\tmodel\trequests\tinput_tokens\toutput_tokens\tcached_tokens\tneurons"
     return [header, *map(_line, totals)]
 
@@ -113,9 +118,3 @@ def _line(usage: DailyUsage) -> str:
     cached = usage.cached_input_tokens + usage.cached_output_tokens
     counts = (usage.requests, usage.input_tokens, usage.output_tokens, cached)
     return "\t".join(map(str, (usage.account, usage.day, usage.model, *counts, decimal_text(usage.neurons))))
-
-
-def _refuse(problem: str) -> NoReturn:
-    for line in problem.splitlines():
-        click.echo(f"llama2-server: {line}", err=True)
-    raise SystemExit(2)

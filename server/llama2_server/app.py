@@ -61,6 +61,10 @@ class Ground:
     stores: Stores
 
 
+class _EndedEarly(Exception):
+    """The end was asked for before the server served."""
+
+
 async def serve(settings: Settings, load: Load = load) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process at once.
 
@@ -82,16 +86,14 @@ async def serve(settings: Settings, load: Load = load) -> int:
             logger.info("stopped while loading")
             return ending.result()
 
-        def on_engine_lost() -> None:
-            if not ending.done():
-                ending.set_result(ENGINE_LOST)
-
-        async with running(settings, loading.result(), ground, on_engine_lost) as address:
-            _say_serving(settings, address)
-            code = await ending
-            logger.info("draining for up to %.0f s; Ctrl-C or SIGTERM once more ends at once", settings.grace_seconds)
+        with suppress(_EndedEarly):
+            async with running(settings, loading.result(), ground, ending) as address:
+                _say_serving(settings, address)
+                await ending
+                again = "Ctrl-C or SIGTERM once more ends at once"
+                logger.info("draining for up to %.0f s; %s", settings.grace_seconds, again)
     logger.info("stopped")
-    return code
+    return ending.result()
 
 
 @asynccontextmanager
@@ -113,15 +115,19 @@ async def grounded(settings: Settings, card: ModelCard, telemetry: Telemetry | N
 
 @asynccontextmanager
 async def running(
-    settings: Settings, loaded: Loaded, ground: Ground, on_engine_lost: Callable[[], None] = lambda: None
+    settings: Settings, loaded: Loaded, ground: Ground, ending: "asyncio.Future[int] | None" = None
 ) -> AsyncIterator[str]:
     """Warm up, listen and be SERVING for the body of the `async with`, which gets the address; then drain.
 
+    `ending` gets the exit code when the engine is lost; where it has one during the warm-up, that is given up.
+
     Raises:
+        _EndedEarly: it was.
         StartError: the warm-up failed, or the address cannot be listened on.
         CertificateError: the certificate's files cannot be used.
     """
     metrics, health = ground.telemetry.metrics, ground.health
+    ending = ending or asyncio.get_running_loop().create_future()
     async with AsyncExitStack() as stack:
         if isinstance(loaded.accounts, KeyAccounts):
             await stack.enter_async_context(_beside(loaded.accounts.watch()))
@@ -141,11 +147,11 @@ async def running(
         server = make_server(settings, parts, servicer, health, interceptor)
         show(metrics, parts, loaded.model, health)
         try:
-            await _warm_up(settings, parts, loaded.model.prefill_chunk_tokens)
+            await _unless(ending, _warm_up(settings, parts, loaded.model.prefill_chunk_tokens))
             address = add_port(server, settings)
             await server.start()
             health.set_serving(True)
-            async with _beside(readiness.keep()), _beside(_watch(parts, health, on_engine_lost)):
+            async with _beside(readiness.keep()), _beside(_watch(parts, health, ending)):
                 yield address
         finally:
             await _drain(settings, parts, health, server, interceptor)
@@ -181,12 +187,13 @@ async def _warm_up(settings: Settings, parts: Parts, chunk_tokens: int) -> None:
     )
 
 
-async def _watch(parts: Parts, health: HealthServicer, on_engine_lost: Callable[[], None]) -> None:
+async def _watch(parts: Parts, health: HealthServicer, ending: "asyncio.Future[int]") -> None:
     """When the engine is lost, refuse who waits and who comes, and have the process end."""
     await parts.engine.watch()
     health.close()
     parts.slots.close()
-    on_engine_lost()
+    if not ending.done():
+        ending.set_result(ENGINE_LOST)
 
 
 async def _drain(
@@ -202,7 +209,7 @@ async def _drain(
     stopping = asyncio.create_task(server.stop(grace_seconds + LAST_STEP_SECONDS + LAST_WORDS_SECONDS))
     await asyncio.wait([stopping], timeout=grace_seconds)
     # End those who took too long with a status that says so; what was computed is recorded.
-    await asyncio.to_thread(parts.engine.close, LAST_STEP_SECONDS)
+    await parts.engine.close(LAST_STEP_SECONDS)
     await asyncio.wait([stopping], timeout=LAST_WORDS_SECONDS)
     await server.stop(None)
     await stopping
@@ -218,12 +225,21 @@ async def _quiet(interceptor: CallInterceptor) -> None:
                 await asyncio.sleep(QUIET_SECONDS)
 
 
+async def _unless(ending: "asyncio.Future[int]", work: Awaitable[None]) -> None:
+    """Do the work; raises _EndedEarly, and gives the work up, if the end comes first."""
+    async with _beside(work) as task:
+        await asyncio.wait((task, ending), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _EndedEarly
+        task.result()
+
+
 @asynccontextmanager
-async def _beside(work: Awaitable[None]) -> AsyncIterator[None]:
+async def _beside(work: Awaitable[None]) -> AsyncIterator["asyncio.Future[None]"]:
     """Work that goes on beside the body, and ends with it."""
     task = asyncio.ensure_future(work)
     try:
-        yield
+        yield task
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):

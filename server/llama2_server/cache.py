@@ -19,6 +19,8 @@ ENTRY_OVERHEAD_BYTES = 600
 ALLOCATION_BYTES = 16  # Python allocates memory in multiples of that
 # Generating is slower than that: a store that is, is not waited for.
 STORE_TIMEOUT_SECONDS = 0.25
+# Thirty years; Redis refuses what it cannot add to its clock.
+LONGEST_TTL_SECONDS = 1e9
 
 Value = str | int | float | None | tuple[str, ...]
 
@@ -124,7 +126,7 @@ class RedisResponseCache:
 
     def __init__(self, redis_url: str, *, ttl_seconds: float, max_entry_bytes: int) -> None:
         self._link = RedisLink(redis_url, subject="response cache", timeout_seconds=STORE_TIMEOUT_SECONDS)
-        self._ttl_milliseconds = max(1, round(ttl_seconds * 1000))
+        self._ttl_milliseconds = max(1, round(min(ttl_seconds, LONGEST_TTL_SECONDS) * 1000))
         self._max_entry_bytes = max_entry_bytes
         self.hits = 0
         self.misses = 0

@@ -5,6 +5,7 @@ slot is free as soon as the engine has let go, not before.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -20,6 +21,8 @@ from llama2_server.slots import Slots
 from llama2_server.telemetry.calls import Moments
 from llama2_server.validation import Prompt
 from llama2_server.watchdog import WatchedEngine
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[TokenCounts], None]
 
@@ -80,8 +83,11 @@ class Generation:
         """When it got how far, for telemetry."""
         return Moments(self.started_at, self.slot_at, self.first_token_at, self.finished_at)
 
-    def start(self, slots: Slots, engine: WatchedEngine, account: Account, deadline: float | None) -> None:
-        """Begin to wait for a slot; deadline by the loop's clock, or None."""
+    def start(self, slots: Slots, engine: WatchedEngine, account: Account | None, deadline: float | None) -> None:
+        """Begin to wait for a slot; deadline by the loop's clock, or None.
+
+        Without an account nobody owns what it leaves in the KV cache, and it builds on nothing that is there.
+        """
         self.started_at = time.monotonic()
         self._task = asyncio.create_task(self._run(slots, engine, account, deadline))
 
@@ -127,22 +133,26 @@ class Generation:
         if not self._finished.done():
             self._finished.set_result(finish)
 
-    async def _run(self, slots: Slots, engine: WatchedEngine, account: Account, deadline: float | None) -> None:
+    async def _run(self, slots: Slots, engine: WatchedEngine, account: Account | None, deadline: float | None) -> None:
+        owner = None if account is None else account.id
         try:
-            async with slots.acquire(account.id, deadline):
+            async with slots.acquire(owner or "", deadline):
                 self.slot_at = time.monotonic()
-                finish = await self._compute(engine, account)
+                finish = await self._compute(engine, owner)
             self._judge(finish)
         except ServiceError as error:
             self._error = error
         except asyncio.CancelledError:
             self._error = Draining("the call was given up")
             raise
+        except Exception:  # or its readers would wait for ever
+            logger.exception("a generation failed")
+            self._error = InternalFault()
         finally:
             self._announce()
 
-    async def _compute(self, engine: WatchedEngine, account: Account) -> Finish:
-        sequence = self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner=account.id)
+    async def _compute(self, engine: WatchedEngine, owner: str | None) -> Finish:
+        sequence = self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner)
         try:
             return await engine.outcome(self._finished)
         except EngineDown:

@@ -162,4 +162,4 @@ def _bind(server: grpc.aio.Server, setting: str, listen: str, credentials: grpc.
 
 def _milliseconds(seconds: float) -> int:
     # gRPC's numbers have 31 bits; its largest one means for ever.
-    return max(1, min(round(seconds * 1000), 2**31 - 1))
+    return max(1, round(min(seconds * 1000, 2**31 - 1)))

@@ -1,6 +1,5 @@
 """What a call answers with: a generation's text, or a cached one's, and the figures of this call."""
 
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,12 +37,15 @@ class Reply(Protocol):
 
 
 class LiveReply:
-    """A generation's reply, begun by this call or `shared` with the one that began it."""
+    """A generation's reply, begun by this call or `shared` with the one that began it.
 
-    def __init__(self, generation: Generation, *, shared: bool) -> None:
+    `begun` is when this call's request was read, by time.monotonic.
+    """
+
+    def __init__(self, generation: Generation, *, shared: bool, begun: float) -> None:
         self._generation = generation
         self._shared = shared
-        self._begun = time.monotonic()
+        self._begun = begun
 
     def deltas(self) -> AsyncIterator[str]:
         """See Reply."""
@@ -59,7 +61,7 @@ class LiveReply:
             generation.counts,
             generation.params.seed,
             cached=self._shared,
-            queue_seconds=self._since_begun(generation.slot_at),
+            queue_seconds=max(0.0, generation.slot_at - max(self._begun, generation.started_at)),
             time_to_first_token_seconds=self._since_begun(generation.first_token_at),
             total_seconds=self._since_begun(generation.finished_at),
             reused_input_tokens=0 if self._shared else generation.reused_input_tokens,

@@ -118,7 +118,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
 
             with self._flights.join(key, start) as seat:
                 admission.served_by(seat.generation, shared=seat.shared)
-                yield LiveReply(seat.generation, shared=seat.shared)
+                yield LiveReply(seat.generation, shared=seat.shared, begun=call.begun)
 
     def _cache_key(
         self, request: pb.GenerateRequest, account: Account, prompt: Prompt, params: GenerationParams

@@ -23,6 +23,16 @@ ENV_PREFIX = "LLAMA2_"
 MIN_JOURNAL_BYTES = 64 * 1024
 
 
+HELP = """\
+Serve one model over gRPC. Each flag is a key of --config's file and a variable too: --line-limit is LLAMA2_LINE_LIMIT.
+
+Besides:
+  llama2-server settings …                   print the settings in force, and where each comes from
+  llama2-server keys new ACCOUNT …           make an API key
+  llama2-server usage …                      print what accounts have used
+  llama2-server weights fetch HUB_ID --to …  fetch a checkpoint from the Hugging Face Hub"""
+
+
 def _host_and_port(listen: str | None) -> str | None:
     if listen is None:
         return None
@@ -51,6 +61,7 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
         extra="forbid",
         frozen=True,
+        json_schema_extra={"description": HELP},  # what --help begins with
     )
 
     config: Annotated[

@@ -59,7 +59,7 @@ class RequestValidator:
         """Input tokens, and the largest `max_tokens` that they leave.
 
         Raises:
-            InvalidRequest: as `generation`, but for a prompt that is merely too long.
+            InvalidRequest: as `generation`, but for a prompt that is too long, unless its mere size tells that it is.
         """
         if violations := list(self._form_violations(request)):
             raise InvalidRequest(violations)
@@ -68,6 +68,10 @@ class RequestValidator:
         return input_tokens, max(0, min(room, self._card.sequence_length_limit))
 
     def _form_violations(self, request: AnyRequest) -> Iterator[Violation]:
+        if len(request.messages) > self._card.context_length_limit:
+            # Each takes a token at least. To look at hundreds of thousands, and to list what is wrong with each, would
+            # keep the event loop from everybody else for half a minute.
+            raise InvalidRequest([Violation("messages", self._too_long(f"at least {len(request.messages)}"))])
         form = MessageToDict(request, preserving_proto_field_name=True)
         found = [*_schema_violations(self._schema.iter_errors(form)), *_form_rules(request)]
         yield from dict.fromkeys(found)  # each once, in order

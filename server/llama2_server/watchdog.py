@@ -82,9 +82,11 @@ class WatchedEngine:
             await asyncio.sleep(min(max(left, 0.0), LOOK_SECONDS))
         self._lost.set()
 
-    def close(self, timeout_seconds: float) -> bool:
-        """Cancel what runs and end the engine's thread; False if it was still in a step after the timeout."""
-        return self._engine.close(0 if self.lost else timeout_seconds)
+    async def close(self, timeout_seconds: float) -> None:
+        """Cancel what runs and end the engine's thread; one that is still in a step after the timeout is lost."""
+        if not await asyncio.to_thread(self._engine.close, 0 if self.lost else timeout_seconds):
+            logger.warning("the engine's last step has not ended; nothing waits for it any more")
+            self._lost.set()
 
     def _is_lost(self) -> bool:
         began = self._engine.step_began_at

@@ -13,7 +13,14 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from llama2.v1 import model_pb2, model_pb2_grpc, text_generation_pb2, text_generation_pb2_grpc
+from llama2.v1 import (
+    account_pb2,
+    account_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    text_generation_pb2,
+    text_generation_pb2_grpc,
+)
 
 Part: TypeAlias = text_generation_pb2.GenerateStreamResponse
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -49,8 +56,23 @@ COMPLETION = text_generation_pb2.Completion(
     ),
 )
 
+USAGE = account_pb2.GetUsageResponse(
+    account="42",
+    quota=account_pb2.QuotaState(max_requests_per_min=5, requests_left=3, resets_in=Duration(seconds=59, nanos=1)),
+    days=[
+        account_pb2.DailyUsage(
+            date="2026-11-22", model=CARD.name, requests=1234, input_tokens=20, output_tokens=13, neurons="12.1176"
+        ),
+        account_pb2.DailyUsage(date="2026-11-23", model=CARD.name, requests=1, cached_tokens=33, neurons="0"),
+    ],
+)
 
-class ScriptedServer(text_generation_pb2_grpc.TextGenerationServiceServicer, model_pb2_grpc.ModelServiceServicer):
+
+class ScriptedServer(
+    text_generation_pb2_grpc.TextGenerationServiceServicer,
+    model_pb2_grpc.ModelServiceServicer,
+    account_pb2_grpc.AccountServiceServicer,
+):
     """Plays one script a call: those given in their order, the last one for every call after it."""
 
     def __init__(self) -> None:
@@ -71,6 +93,7 @@ class ScriptedServer(text_generation_pb2_grpc.TextGenerationServiceServicer, mod
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         text_generation_pb2_grpc.add_TextGenerationServiceServicer_to_server(scripted, server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(scripted, server)
+        account_pb2_grpc.add_AccountServiceServicer_to_server(scripted, server)
         statuses = health.aio.HealthServicer()
         await statuses.set("tired", health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
@@ -167,6 +190,12 @@ class ScriptedServer(text_generation_pb2_grpc.TextGenerationServiceServicer, mod
         async for _ in self._play(request, context):
             pass
         return model_pb2.GetModelCardResponse(model_card=CARD)
+
+    async def GetUsage(self, request: account_pb2.GetUsageRequest, context: Context) -> account_pb2.GetUsageResponse:
+        """Return the one usage, unless the script refuses."""
+        async for _ in self._play(request, context):
+            pass
+        return USAGE
 
     @contextlib.contextmanager
     def _noticing_cancellation(self) -> Iterator[None]:

@@ -18,12 +18,13 @@ from typing import NamedTuple
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from tests.certificates import Authority
-from tests.client.scripted_server import COMPLETION, ScriptedServer
+from tests.client.scripted_server import COMPLETION, USAGE, ScriptedServer
 
-from llama2.v1 import text_generation_pb2
+from llama2.v1 import account_pb2, text_generation_pb2
 
 COMMAND = (sys.executable, "-m", "llama2_client.cli")
 LLAMA2_REASON = error_details_pb2.ErrorInfo(reason="SOME_REASON", domain="llama2.v1")
@@ -264,6 +265,13 @@ class TestGenerate:
         result = await run("", "generate", *arguments)
         assert (result.code, result.err.startswith("Usage: llama2 generate")) == (2, True)
 
+    async def test_messages_nested_without_end_are_wrong_usage(self, tmp_path: Path) -> None:
+        """JSON that is deeper than Python's stack is refused like any other that is no conversation."""
+        path = tmp_path / "messages.json"
+        path.write_text("[" * 100_000)
+        result = await run("", "generate", "--messages", str(path))
+        assert (result.code, "is not JSON" in result.err) == (2, True)
+
     async def test_text_that_is_not_unicode_is_refused(self, server: ScriptedServer) -> None:
         """Bytes that are not UTF-8 are an invalid prompt, not a traceback."""
         expected = "error: the request is not valid\n  prompt: must be Unicode text, without lone surrogates\n"
@@ -378,6 +386,24 @@ class TestErrors:
 
 
 class TestOtherCommands:
+    async def test_usage_is_a_table(self, server: ScriptedServer) -> None:
+        """A line for each day and model below what is left of the quota; --json has it all; days are checked."""
+        days = ("--since", "2026-11-02", "--until", "2026-11-30")
+        table, whole, wrong = await asyncio.gather(
+            run(server.address, "usage", *days),
+            run(server.address, "usage", *days, "--json"),
+            run(server.address, "usage", "--since", "yesterday"),
+        )
+        assert table.out.splitlines() == [
+            "account 42: 3 of 5 requests a minute left, all of them in 60 s",
+            "date        model                          requests  tokens in  tokens out  from cache  neurons",
+            "2026-11-22  @cf/meta/llama-2-7b-chat-fp16     1,234         20          13           0  12.1176",
+            "2026-11-23  @cf/meta/llama-2-7b-chat-fp16         1          0           0          33        0",
+        ]
+        assert ParseDict(json.loads(whole.out), account_pb2.GetUsageResponse()) == USAGE
+        assert server.requests == [account_pb2.GetUsageRequest(since="2026-11-02", until="2026-11-30")] * 2
+        assert (table.code, whole.code, wrong.code) == (0, 0, 2)
+
     async def test_card_is_readable(self, server: ScriptedServer) -> None:
         """The card's summary has its name, limits, quota and prices; --json has the whole card."""
         summary, whole = await asyncio.gather(run(server.address, "card"), run(server.address, "card", "--json"))
@@ -493,6 +519,14 @@ class TestMutualTls:
             assert (await run(server.address, *ca, *shown, "generate", "Hi")).code == 0
             refused = await run(server.address, *ca, "generate", "Hi")
             assert refused.code == 3
+
+    async def test_refuses_an_authority_that_is_none(self, tmp_path: Path) -> None:
+        """A file that is no certificate is named as wrong usage, and not told as a server that is not there."""
+        path = tmp_path / "ca.pem"
+        path.write_text("no certificate")
+        result = await run("localhost:1", "--ca", str(path), "health")
+        assert result.code == 2
+        assert f"--ca: {path} holds no PEM certificate" in result.err
 
     async def test_refuses_files_that_are_no_pair(self, tmp_path: Path) -> None:
         """A certificate without its key, or with another's, is named at once."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,9 +14,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from tests.certificates import Authority
-from tests.client.scripted_server import CARD, COMPLETION, ScriptedServer
+from tests.client.scripted_server import CARD, COMPLETION, USAGE, ScriptedServer
 
-from llama2.v1 import text_generation_pb2
+from llama2.v1 import account_pb2, text_generation_pb2
 from llama2_client import (
     Client,
     DeadlineExceeded,
@@ -346,6 +348,14 @@ class TestChannel:
             await client.generate("Hi")
         assert server.seconds_left == [None]
 
+    async def test_an_endless_timeout_is_none(self, client: Client, server: ScriptedServer) -> None:
+        """Infinity, and what is beyond all reason, wait as long as it takes; what is no number is refused."""
+        await client.generate("Hi", timeout=math.inf)
+        await client.generate("Hi", timeout=1e300)
+        assert server.seconds_left == [None, None]
+        with pytest.raises(ValueError, match="timeout"):
+            Client(timeout=math.nan)
+
     async def test_a_passed_deadline_is_raised(self, client: Client, server: ScriptedServer) -> None:
         """A call that outlives its deadline raises and is cancelled on the server."""
         server.hangs()
@@ -480,6 +490,15 @@ class TestOtherCalls:
     async def test_returns_the_card(self, client: Client) -> None:
         """The card comes as the server has it."""
         assert await client.model_card() == CARD
+
+    async def test_tells_the_usage_of_some_days(self, client: Client, server: ScriptedServer) -> None:
+        """Usage comes as the server has it; days go out as dates, and those that are not given stay unset."""
+        assert await client.usage() == USAGE
+        assert await client.usage(since=date(2026, 11, 2), until=date(2026, 11, 30)) == USAGE
+        assert server.requests == [
+            account_pb2.GetUsageRequest(),
+            account_pb2.GetUsageRequest(since="2026-11-02", until="2026-11-30"),
+        ]
 
     @pytest.mark.parametrize(
         ("service", "status"),

@@ -432,7 +432,7 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="NOT TESTED: peak memory is read from Linux's /proc")
 @pytest.mark.timeout(300)  # a process of its own imports torch and transformers: long on a machine with other work
 def test_loading_takes_no_more_memory_than_the_weights(checkpoint: MakeCheckpoint) -> None:
     """The peak stays below 1.15 times the weights.

@@ -22,6 +22,7 @@ import httpx2
 import jsonschema
 import pytest
 import yaml
+from tests.certificates import Authority
 from tests.envoy_server import DESCRIPTORS, EXAMPLE, Envoy, envoy_command, running_envoy
 from tests.name_server import running_name_server
 from tests.service import (
@@ -596,34 +597,16 @@ async def test_the_readmes_curl_commands(serve_behind_envoy: EnvoyMaker) -> None
             assert reply.headers["content-type"] == ("text/event-stream" if streamed else "application/json")
 
 
-async def test_the_readmes_tls(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
+async def test_the_readmes_tls(serve_scripted: ServiceMaker, tmp_path: Path, authority: Authority) -> None:
     """With the README's `transport_socket` the same port serves HTTPS and gRPC over TLS."""
-    if shutil.which("openssl") is None:
-        pytest.skip("NOT TESTED WITH TLS ON ENVOY: openssl is not installed (Debian: apt-get install openssl)")
-    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
-    made = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=test",
-    ]
-    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(made + files, check=True, capture_output=True)
+    certificate, key = authority.pair()
     (block,) = blocks("yaml")
     tls = block.replace("tls.crt", str(certificate)).replace("tls.key", str(key))
     async with (
         serve_scripted(REPLY) as service,
         running_envoy(tmp_path, service.address, filter_chain=yaml.safe_load(tls)) as envoy,
-        httpx2.AsyncClient(verify=ssl.create_default_context(cafile=certificate), trust_env=False) as https,
-        Client(envoy.address, tls=certificate.read_bytes()) as client,
+        httpx2.AsyncClient(verify=ssl.create_default_context(cafile=authority.root_file()), trust_env=False) as https,
+        Client(envoy.address, tls=authority.root) as client,
     ):
         reply = await https.post(f"https://{envoy.address}/v1/generate", json={"prompt": "hi"})
         assert reply.json()["response"] == REPLY

@@ -34,9 +34,14 @@ FRESH_SECONDS = 2.0  # what a reader waits for the records of a moment ago
 CLOSE_SECONDS = 5.0
 
 
+def default_file(data_directory: Path) -> Path:
+    """The SQLite file of the store where the operator names none."""
+    return data_directory / "usage.db"
+
+
 def default_url(data_directory: Path) -> str:
-    """The store where the operator names none: a SQLite file in the data directory."""
-    return f"sqlite:///{data_directory / 'usage.db'}"
+    """The store where the operator names none."""
+    return f"sqlite:///{default_file(data_directory)}"
 
 
 async def read_totals(
