@@ -65,6 +65,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         accounts: Accounts | None = None,
         failure: Exception | None = None,
         telemetry: Telemetry | None = None,
+        fingerprint: str = "scripted",
         **settings: object,
     ) -> AsyncIterator[Service]:
         card = card or plain_card
@@ -77,7 +78,8 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
             probe_ids=demo_tokenizer.encode_chat(probe.PROMPT),
         )
         model.failure = failure
-        loaded = Loaded(card, accounts or OpenAccounts(), demo_tokenizer, model, frozenset({demo_tokenizer.eos_id}))
+        eos_ids = frozenset({demo_tokenizer.eos_id})
+        loaded = Loaded(card, accounts or OpenAccounts(), demo_tokenizer, model, eos_ids, fingerprint)
         options = Settings.model_validate(
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "grace_seconds": 5, **settings}
         )

@@ -28,7 +28,7 @@ def hangs(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
     model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
     model.gate()
     model.allow(HANGS_AFTER_STEPS)
-    return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids)
+    return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
 def hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
@@ -42,7 +42,7 @@ def hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Accounts
         print("in the first step", flush=True)
 
     threading.Thread(target=tell, daemon=True).start()
-    return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids)
+    return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
+from tests.redis_server import running_redis
 from tests.service import (
     Service,
     ServiceMaker,
@@ -102,6 +103,18 @@ async def test_other_request_is_generated(
         await service.text.Generate(pb.GenerateRequest(prompt="a story"))
         assert not (await service.text.Generate(other)).completion.cached
         assert service.model.prefills == 2
+
+
+async def test_a_shared_cache_keeps_the_weights_apart(
+    serve_scripted: ServiceMaker, sharing_card: ModelCard, tmp_path: Path
+) -> None:
+    """Redis outlives a server: after a change of weights under the same card no reply of the old ones comes back."""
+    request, cached = pb.GenerateRequest(prompt="a story"), []
+    with running_redis(tmp_path) as redis:
+        for weights in ("old", "old", "new"):
+            async with serve_scripted(REPLY, card=sharing_card, fingerprint=weights, redis_url=redis.url) as service:
+                cached.append((await service.text.Generate(request)).completion.cached)
+    assert cached == [False, True, False]
 
 
 async def test_no_cache_writes_nothing(serve_scripted: ServiceMaker, sharing_card: ModelCard) -> None:

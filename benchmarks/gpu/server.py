@@ -26,7 +26,7 @@ def random_load(shape: str, device: str, settings: Settings, card: ModelCard, ac
         tokenizer = Tokenizer(path)
     model = random_model(shape, device, slots=card.max_concurrent_requests, context_length=card.context_length_limit)
     steps = steps_for(model, compiled=settings.compile, cache_directory=settings.data_directory / "cuda")
-    return Loaded(card, accounts, tokenizer, model, frozenset(), steps)
+    return Loaded(card, accounts, tokenizer, model, frozenset(), "random", steps)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,15 @@ def _parts(settings: Settings, loaded: Loaded, stores: Stores, engine: WatchedEn
         on_waited=metrics.queue_time.observe,
     )
     return Parts(
-        loaded.card, loaded.accounts, loaded.tokenizer, stores.quota, stores.cache, stores.ledger, slots, engine
+        loaded.card,
+        loaded.accounts,
+        loaded.tokenizer,
+        stores.quota,
+        stores.cache,
+        stores.ledger,
+        slots,
+        engine,
+        loaded.fingerprint,
     )
 
 

@@ -31,6 +31,7 @@ class CacheKey:
 
     account: str
     model: str
+    """The card's name and the fingerprint of its weights: a store outlives a change of either."""
     prompt_ids: tuple[int, ...]
     raw: bool
     params: tuple[tuple[str, Value], ...]

@@ -37,6 +37,8 @@ class Loaded:
     tokenizer: Tokenizer
     model: Model
     eos_ids: frozenset[int]
+    fingerprint: str
+    """Tells the weights from others."""
     steps: Steps | None = None
     """How the model's steps are computed, where it is not the engine's own way."""
 
@@ -62,7 +64,7 @@ def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
         )
     logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, time.monotonic() - begun)
     steps = steps_for(model, compiled=settings.compile, cache_directory=settings.data_directory / "cuda")
-    return Loaded(card, accounts, tokenizer, model, read_eos_ids(checkpoint), steps)
+    return Loaded(card, accounts, tokenizer, model, read_eos_ids(checkpoint), model.weights.fingerprint(), steps)
 
 
 class LoadingProgress:

@@ -49,6 +49,8 @@ class Parts:
     ledger: Ledger
     slots: Slots
     engine: WatchedEngine
+    fingerprint: str
+    """Tells the weights from others."""
 
 
 class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServicer):
@@ -127,7 +129,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         if self._parts.cache is None or request.no_cache:
             return None
         seeded = request.HasField("seed")
-        model = self._parts.card.name
+        model = f"{self._parts.card.name} {self._parts.fingerprint}"
         return CacheKey.of(account.id, model, prompt.token_ids, raw=prompt.raw, params=params, seeded=seeded)
 
     async def _keep(self, key: CacheKey, generation: Generation) -> None:

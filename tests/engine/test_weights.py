@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
-from tools.make_checkpoint import make_tokenizer
+from tools.make_checkpoint import Shape, make_checkpoint, make_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -352,6 +352,19 @@ def test_what_cannot_fit_on_the_gpu_is_said_before_anything_is_read(
     with pytest.raises(WeightsError, match=expected) as refusal:
         load_model(checkpoint(), device="cuda", dtype=torch.float16, context_length=128, slots=40000)
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_have_a_fingerprint(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The same in every process; another with another seed, or another precision."""
+
+    def found(directory: Path, dtype: torch.dtype) -> str:
+        return load(directory, dtype=dtype).weights.fingerprint()
+
+    directory = checkpoint(dtype=torch.float16)
+    other = make_checkpoint(tmp_path, Shape(), seed=1)
+    first = found(directory, torch.float16)
+    assert found(directory, torch.float16) == first
+    assert len({first, found(other, torch.float16), found(directory, torch.float32)}) == 3
 
 
 def test_a_directory_is_its_own_checkpoint(tmp_path: Path) -> None:

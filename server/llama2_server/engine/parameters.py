@@ -1,5 +1,6 @@
 """The shape of a Llama and its tensors, as they lie in memory."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -98,6 +99,13 @@ class LlamaWeights:
         )
         head = embedding if config.tied_embeddings else empty(vocab, hidden)
         return cls(embedding, layers, empty(hidden), head)
+
+    def fingerprint(self) -> str:
+        """Tells these weights from others: a hash of each tensor's beginning, as it is computed with."""
+        parts = [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
+        begins = [tensor.view(-1)[:LINE_ELEMENTS] for tensor in (self.embedding, self.head, self.norm, *parts)]
+        found = torch.cat(begins).double().cpu()
+        return hashlib.sha256(f"{self.embedding.dtype} {found.tolist()}".encode()).hexdigest()
 
     @property
     def size_bytes(self) -> int:
