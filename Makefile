@@ -10,7 +10,7 @@ GPU_PACKAGES ?= .gpu-packages
 GPU_PYTHON ?= 3.12
 SOURCES := server client tests tools benchmarks examples hatch_build.py
 PROTOS := $(wildcard protos/llama2/v1/*.proto)
-NATIVE := server/llama2_server/engine/native/decode.cpp
+NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp)
 
 .PHONY: run test check format proto docs lock bench bench-gpu gpu-packages demo-model clean help
 
@@ -89,4 +89,4 @@ $(BIN)/python:
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find protos -name '*_pb2*' -delete
-	rm -f $(NATIVE:.cpp=.so)
+	rm -f server/llama2_server/engine/native/decode.so

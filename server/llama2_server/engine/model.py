@@ -26,8 +26,8 @@ CpuKernels = Literal["auto", "torch"]  # auto: the native steps wherever they ar
 SMALL_MODEL_BYTES = 32 * 1024 * 1024
 # What torch takes by itself: the cores, or what OMP_NUM_THREADS says.
 CPU_THREADS = torch.get_num_threads()
-# A product of many rows in torch is fast from some hundreds on; the native one takes 24 at a time. More would be faster
-# still on a GPU, but only whole chunks are reused there (prefixes.py), and neighbours wait for one.
+# A product of many rows in torch is fast from some hundreds on; the native one takes no more than these at a time. More
+# would be faster still on a GPU, but only whole chunks are reused there (prefixes.py), and neighbours wait for one.
 TORCH_CHUNK_TOKENS = 512
 NATIVE_CHUNK_TOKENS = 48
 # From this many rows on, float32 blocks of a float16 weight multiply faster on a CPU than the weight itself.

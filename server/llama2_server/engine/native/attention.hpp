@@ -1,0 +1,123 @@
+// Attention: the part of the kernels that works on the KV cache. Included by kernels.hpp, once for each instruction set.
+
+// Rotary embedding as transformers' rotate_half has it: a head's first half is paired with its second.
+void rotate(const float *x, const float *cosines, const float *sines, int dim, float scale, float *out) {
+    const int half = dim / 2;
+    for (int i = 0; i < half; ++i) {
+        out[i] = (x[i] * cosines[i] + x[i + half] * sines[i]) * scale;
+        out[i + half] = (x[i + half] * cosines[i + half] + x[i] * sines[i + half]) * scale;
+    }
+}
+
+void narrow(const float *from, int count, Half *to) {
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+    if (i == count) return;
+    float last[LANES] = {};
+    std::memcpy(last, from + i, (count - i) * sizeof(float));
+    store_some(to + i, load(last), count - i);
+}
+
+// Turns scores into weights that add up to one.
+void softmax(float *scores, int count) {
+    float largest = scores[0];
+    for (int i = 1; i < count; ++i) largest = std::max(largest, scores[i]);
+    for (int i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
+    for (int i = count; i < padded(count); ++i) scores[i] = 0;
+    Vector total = all(0);
+    for (int i = 0; i < count; i += LANES) total = fma(load(scores + i), all(1), total);
+    const float scale = 1 / sum(total);
+    for (int i = 0; i < count; ++i) scores[i] *= scale;
+}
+
+// sums[row][0 .. 16 * VECTORS) += weights[row] . values, `count` rows of values.
+template <int ROWS, int VECTORS>
+void weigh_block(const float *weights, std::size_t weights_stride, const Half *values, int count, int head_dim,
+                 float *sums, std::size_t stride) {
+    Vector v[ROWS][VECTORS];
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; ++j) v[row][j] = load(sums + row * stride + j * LANES);
+    for (int i = 0; i < count; ++i, values += head_dim) {
+        Vector value[VECTORS];
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; ++j) value[j] = load(values + j * LANES);
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) {
+            const Vector weight = all(weights[row * weights_stride + i]);
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; ++j) v[row][j] = fma(weight, value[j], v[row][j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; ++j) store(sums + row * stride + j * LANES, v[row][j]);
+}
+
+template <int ROWS>
+void weigh(const float *weights, std::size_t weights_stride, const Half *values, int count, int head_dim, float *sums,
+           std::size_t stride) {
+#if defined(LLAMA2_AVX512)
+    constexpr int VECTORS = 4;
+#else
+    constexpr int VECTORS = ROWS == 1 ? 4 : 1;
+#endif
+    int d = 0;
+    for (; d + VECTORS * LANES <= head_dim; d += VECTORS * LANES)
+        weigh_block<ROWS, VECTORS>(weights, weights_stride, values + d, count, head_dim, sums + d, stride);
+    for (; d + LANES <= head_dim; d += LANES)
+        weigh_block<ROWS, 1>(weights, weights_stride, values + d, count, head_dim, sums + d, stride);
+    if (d == head_dim) return;
+    for (int row = 0; row < ROWS; ++row) {
+        Vector last = load(sums + row * stride + d);
+        for (int i = 0; i < count; ++i)
+            last = fma(all(weights[row * weights_stride + i]),
+                       load_some(values + static_cast<std::size_t>(i) * head_dim + d, head_dim - d), last);
+        store(sums + row * stride + d, last);
+    }
+}
+
+void remember(const Attention &a) {
+    const int dim = a.head_dim;
+    for (int token = 0; token < a.tokens; ++token) {
+        const std::size_t from = token * a.stride, to = static_cast<std::size_t>(a.position + token) * dim;
+        rotate(a.key + from, a.cosines + token * dim, a.sines + token * dim, dim, 1, a.scratch);
+        narrow(a.scratch, dim, a.keys + to);
+        narrow(a.value + from, dim, a.values + to);
+    }
+}
+
+// All queries of all tokens of `a` at once, as far as they see the same keys; what only later ones see comes after that.
+void attend(const Attention &a) {
+    constexpr int BLOCK = 64;  // positions whose values stay in the nearest cache while all queries use them
+    const int dim = a.head_dim, rows = a.tokens * a.group, common = a.position + 1, all_keys = a.position + a.tokens;
+    const std::size_t stride = padded(dim), scores_stride = padded(all_keys);
+    const int most_rows = attention_tokens(a.group) * a.group;
+    float *queries = a.scratch, *sums = queries + most_rows * stride, *scores = sums + most_rows * stride;
+    const float scale = 1 / std::sqrt(static_cast<float>(dim));
+    for (int row = 0; row < rows; ++row) {
+        const int token = row / a.group, head = row % a.group;
+        rotate(a.queries + token * a.stride + head * dim, a.cosines + token * dim, a.sines + token * dim, dim, scale,
+               queries + row * stride);
+    }
+    multiply(a.keys, all_keys, dim, queries, stride, rows, scores, scores_stride);
+    for (int row = 0; row < rows; ++row) softmax(scores + row * scores_stride, common + row / a.group);
+    std::fill(sums, sums + rows * stride, 0.0f);
+    for (int begin = 0; begin < common; begin += BLOCK) {
+        const int count = std::min(BLOCK, common - begin);
+        const Half *values = a.values + static_cast<std::size_t>(begin) * dim;
+        int row = 0;
+        for (; row + 4 <= rows; row += 4)
+            weigh<4>(scores + row * scores_stride + begin, scores_stride, values, count, dim, sums + row * stride, stride);
+        for (; row < rows; ++row)
+            weigh<1>(scores + row * scores_stride + begin, scores_stride, values, count, dim, sums + row * stride, stride);
+    }
+    for (int row = 0; row < rows; ++row) {
+        const int token = row / a.group, head = row % a.group;
+        weigh<1>(scores + row * scores_stride + common, scores_stride, a.values + static_cast<std::size_t>(common) * dim,
+                 token, dim, sums + row * stride, stride);
+        std::memcpy(a.out + token * a.out_stride + head * dim, sums + row * stride, dim * sizeof(float));
+    }
+}

@@ -1,0 +1,107 @@
+// Vectors of sixteen floats: the part of the kernels that each instruction set spells in its own way.
+// Included by kernels.hpp, once for each instruction set.
+
+// Sixteen floats, in as many registers as it takes, and what there is to do with them. `in_register` stays there: where
+// an instruction can read from the memory, compilers make each use of a vector read it again, and the reads become the
+// limit instead of the arithmetic.
+#if defined(LLAMA2_AVX512)
+using Vector = __m512;
+inline Vector all(float value) { return _mm512_set1_ps(value); }
+inline Vector load(const float *from) { return _mm512_loadu_ps(from); }
+inline Vector load(const Half *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+}
+inline void store(float *to, Vector v) { _mm512_storeu_ps(to, v); }
+inline void store(Half *to, Vector v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector in_register(Vector v) {
+    asm("" : "+v"(v));
+    return v;
+}
+inline __m256 halves(Vector v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+#elif defined(__x86_64__)
+struct Vector {
+    __m256 low, high;
+};
+inline Vector all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Vector load(const float *from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+inline Vector load(const Half *from) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))),
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + 8)))};
+}
+inline void store(float *to, Vector v) {
+    _mm256_storeu_ps(to, v.low);
+    _mm256_storeu_ps(to + 8, v.high);
+}
+inline void store(Half *to, Vector v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 8), _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vector fma(Vector a, Vector b, Vector c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Vector in_register(Vector v) {
+    asm("" : "+x"(v.low), "+x"(v.high));
+    return v;
+}
+inline __m256 halves(Vector v) { return _mm256_add_ps(v.low, v.high); }
+#else
+struct Vector {
+    float32x4_t part[4];
+};
+inline Vector all(float value) {
+    const float32x4_t part = vdupq_n_f32(value);
+    return {{part, part, part, part}};
+}
+inline Vector load(const float *from) {
+    return {{vld1q_f32(from), vld1q_f32(from + 4), vld1q_f32(from + 8), vld1q_f32(from + 12)}};
+}
+inline Vector load(const Half *from) {
+    Vector v;
+    for (int i = 0; i < 4; ++i) v.part[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i)));
+    return v;
+}
+inline void store(float *to, Vector v) {
+    for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, v.part[i]);
+}
+inline void store(Half *to, Vector v) {
+    for (int i = 0; i < 4; ++i) vst1_u16(to + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(v.part[i])));
+}
+inline Vector fma(Vector a, Vector b, Vector c) {
+    for (int i = 0; i < 4; ++i) c.part[i] = vfmaq_f32(c.part[i], a.part[i], b.part[i]);
+    return c;
+}
+inline Vector in_register(Vector v) { return v; }  // its multiplications read from nowhere else
+#endif
+
+// The sum of all lanes: 16 -> 8 -> 4 -> 2 -> 1, the upper half onto the lower.
+#if defined(__x86_64__)
+inline float sum(Vector v) {
+    const __m256 eight = halves(v);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#else
+inline float sum(Vector v) {
+    const float32x4_t low = vaddq_f32(v.part[0], v.part[2]), high = vaddq_f32(v.part[1], v.part[3]);
+    const float32x4_t four = vaddq_f32(low, high);
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+#endif
+
+// The last numbers of a row whose width is no multiple of 16, zeros after them.
+inline Vector load_some(const Half *from, int count) {
+    Half whole[LANES] = {};
+    std::memcpy(whole, from, count * sizeof(Half));
+    return load(whole);
+}
+
+inline void store_some(Half *to, Vector v, int count) {
+    Half whole[LANES];
+    store(whole, v);
+    std::memcpy(to, whole, count * sizeof(Half));
+}
