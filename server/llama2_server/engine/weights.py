@@ -1,7 +1,9 @@
 """A checkpoint's tensors, verified and read straight into their final place on the device."""
 
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ __all__ = ["fetch_checkpoint", "load_model", "read_config", "read_eos_ids"]
 
 # Checkpoints from before transformers 4.31 carry the rotary frequencies, which follow from the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Threads that fill memory: new pages take one longer than the reading does.
+CPU_READERS = 2
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -130,11 +134,22 @@ def _fill(stored: dict[str, StoredTensor], places: dict[str, Tensor], progress: 
     """Read each tensor into its place, in the order of the files, which spinning and network disks like best."""
     total_bytes = sum(tensor.size_bytes for tensor in stored.values())
     done_bytes = 0
-    staging = Staging(next(iter(places.values())).device)
-    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset)):
-        _fill_one(name, tensor, places[name], staging)
-        done_bytes += tensor.size_bytes
-        progress(done_bytes, total_bytes)
+    device = next(iter(places.values())).device
+    own = threading.local()
+
+    def prepare() -> None:
+        own.staging = Staging(device)
+
+    def fill(item: tuple[str, StoredTensor]) -> int:
+        name, tensor = item
+        _fill_one(name, tensor, places[name], own.staging)
+        return tensor.size_bytes
+
+    order = sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset))
+    with ThreadPoolExecutor(CPU_READERS if device.type == "cpu" else 1, initializer=prepare) as pool:
+        for size_bytes in pool.map(fill, order):
+            done_bytes += size_bytes
+            progress(done_bytes, total_bytes)
 
 
 def _fill_one(name: str, tensor: StoredTensor, place: Tensor, staging: Staging) -> None:
