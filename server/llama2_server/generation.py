@@ -7,6 +7,7 @@ slot is free as soon as the engine has let go, not before.
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from llama2_server.accounts import Account
@@ -195,6 +196,8 @@ class _Text:
         self._input_tokens = input_tokens
         self._output_tokens = 0
         self._on_progress = on_progress
+        self._posted: deque[str] = deque()
+        self._called = False
         self.first_token_at = 0.0
         self.finished_at = 0.0
 
@@ -219,5 +222,19 @@ class _Text:
         self._loop.call_soon_threadsafe(self._generation.finish, finish)
 
     def _post(self, text: str) -> None:
-        if text:
-            self._loop.call_soon_threadsafe(self._generation.add_text, text)
+        if not text:
+            return
+        self._posted.append(text)
+        # A loop that has yet to come takes this one along: waking it costs more than a token's text.
+        if not self._called:
+            self._called = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        """On the event loop: hand over what has been posted."""
+        self._called = False  # first: who posts from now on calls again
+        texts = []
+        while self._posted:
+            texts.append(self._posted.popleft())
+        if texts:
+            self._generation.add_text("".join(texts))

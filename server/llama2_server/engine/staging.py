@@ -45,8 +45,13 @@ class _Block:
         if self._sent:
             self._sent.synchronize()
         size_bytes = target.shape[0] * dtype.itemsize
-        if file.readinto(self._bytes[:size_bytes]) != size_bytes:
+        # Straight into its place where it stays as it is: each page is touched once.
+        stays = self._device.type == "cpu" and target.dtype == dtype
+        into: Any = target.view(torch.uint8).numpy() if stays else self._bytes[:size_bytes]
+        if file.readinto(into) != size_bytes:
             raise EOFError
+        if stays:
+            return
         # As it is stored: the device converts it, if need be.
         target.copy_(self._memory[:size_bytes].view(dtype).to(self._device, non_blocking=True))
         if self._sent:
