@@ -1,6 +1,7 @@
 """`llama2-server`: flags and environment -> Settings -> serve."""
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -29,6 +30,8 @@ def main() -> None:
     if shows_settings:
         print(sourced)
         return
+    # Nothing that modules are made of is garbage: looking for it would take a tenth of the start.
+    gc.disable()
     # Only now the imports that take long, and those of torch, which take seconds, after all that can be refused before.
     from llama2_server import preflight
     from llama2_server.accounts import KeysFileError
@@ -53,6 +56,8 @@ def main() -> None:
         preflight.check(sourced.settings)
         from llama2_server import app
 
+        gc.freeze()
+        gc.enable()
         code = asyncio.run(app.serve(sourced.settings))
     except refusals as error:
         refuse(str(error))
