@@ -6,6 +6,7 @@ go to benchmarks/results/. `--shape tiny --device cpu` tries the benchmark itsel
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import platform
@@ -66,6 +67,10 @@ def measurements(shape: str, device: str, rows: int) -> Iterator[tuple[str, Any]
     sizes = {"size_bytes": 2**33, "matrix": 8192} if large else {"size_bytes": 2**24, "matrix": 256}
     yield "ceilings", asdict(ceilings.measure(device, **sizes))
     yield from in_process(shape, device, rows)
+    if device == "cuda":  # the server is a process of its own, and needs the room
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
     yield "loading", dict(zip(("read", "load"), loading.bytes_per_second(shape, device), strict=True))
     yield "service", service(shape, device)
 
