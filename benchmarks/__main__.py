@@ -5,7 +5,7 @@
     python -m benchmarks --checkpoint DIR                         # a checkpoint of your own
     python -m benchmarks.report FILE                              # the report of what was measured before
 
-Parts: speed (decoding after 128 tokens, prefill of 512), lengths (prompts of 32 to 2,048), requests (1 to 8 at once),
+Parts: speed (decoding after 128 tokens), prefill (of 512), lengths (prompts of 32 to 2,048), requests (1 to 8 at once),
 start (from exec to SERVING), chat (the second turn of one). See README.md beside this file.
 """
 
@@ -40,10 +40,9 @@ class Part:
 
 
 PARTS = {
-    "speed": Part([Case(DECODE_PROMPT, 48), Case(PREFILL_PROMPT, 1)], rounds=5),
-    "lengths": Part(
-        [Case(tokens, 12) for tokens in (32, 128, 512, 2048)], rounds=2, peers="transformers,llama.cpp,openvino bf16"
-    ),
+    "speed": Part([Case(DECODE_PROMPT, 48)], rounds=5),
+    "prefill": Part([Case(PREFILL_PROMPT, 1)], rounds=5, peers="llama.cpp,openvino"),
+    "lengths": Part([Case(tokens, 12) for tokens in (32, 128, 512, 2048)], rounds=2, peers="llama.cpp,openvino bf16"),
     "requests": Part([Case(128, 128, requests) for requests in (1, 2, 4, 8)], rounds=2, peers="llama.cpp f16"),
 }
 ALONE = {"start": 3, "chat": 3}  # rounds of what only the service does

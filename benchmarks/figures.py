@@ -8,7 +8,7 @@ from benchmarks.measuring import Figures
 from benchmarks.results import Results
 
 Value = Callable[[Figures], float]
-DECODE_PROMPT, PREFILL_PROMPT = 128, 512  # tokens; the cases of the part "speed"
+DECODE_PROMPT, PREFILL_PROMPT = 128, 512  # tokens; the cases of the parts "speed" and "prefill"
 CASE = ("group", "round", "prompt_tokens", "requests")  # what two contenders have in common in one round
 
 
@@ -34,7 +34,7 @@ def where(measurements: Iterable[Figures], **wanted: Any) -> list[Figures]:
 
 def decoding(results: Results, model: str) -> list[Figures]:
     """The measurements that tell how fast a single request decodes."""
-    return where(results["measurements"], part="speed", model=model, prompt_tokens=DECODE_PROMPT)
+    return where(results["measurements"], part="speed", model=model)
 
 
 def median(measurements: Iterable[Figures], value: Value) -> float | None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.figures import (
-    PREFILL_PROMPT,
     bandwidth_share,
     decode_speed,
     decoding,
@@ -80,7 +79,7 @@ def _engine_and_service(results: Results) -> Iterator[Goal]:
 
 
 def _prefill(results: Results) -> Iterator[Goal]:
-    prefills = where(results["measurements"], part="speed", model=LARGE, prompt_tokens=PREFILL_PROMPT)
+    prefills = where(results["measurements"], part="prefill", model=LARGE)
     found = ratio(prefills, "llama.cpp F16", "service", first_token)
     if found is not None:
         yield _at_least("service's prefill of 512 tokens to llama.cpp F16's", found, 1.5, "{:.2f} x")

@@ -43,6 +43,8 @@ def lines(results: Results) -> Iterator[str]:
     yield from _head(results)
     for model in _models(results, "speed"):
         yield from _speed(results, model)
+    for model in _models(results, "prefill"):
+        yield from _prefill(results, model)
     yield from _goals(results)
     yield from _by(results, "lengths", "prompt_tokens", "Decode tokens/s after a prompt of", decode_speed, "{:.1f}")
     yield from _by(
@@ -70,28 +72,21 @@ def _head(results: Results) -> Iterator[str]:
 
 def _speed(results: Results, model: str) -> Iterator[str]:
     speed = decoding(results, model)
-    prefills = where(results["measurements"], part="speed", model=model, prompt_tokens=PREFILL_PROMPT)
     tokens = max(figures["output_tokens"] for figures in speed)
     weights = results["weights"][model]
     yield from ("", f"## {model.upper()}: decoding {tokens} tokens after a prompt of {DECODE_PROMPT}", "")
-    yield (
-        "| | weights and arithmetic | tokens/s | service to it | replies equal to the engine's "
-        f"| first token | of {PREFILL_PROMPT} | service to it |"
-    )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| | weights and arithmetic | tokens/s | service to it | first token | replies equal to the engine's |"
+    yield "|---|---|---|---|---|---|"
     for name in _contenders(speed):
         own = where(speed, contender=name)
-        prefill = where(prefills, contender=name)
         equal = sum(figures["agreeing"] >= figures["output_tokens"] for figures in own)
         row = (
             NAMES.get(name, name),
             results["contenders"][name]["arithmetic"],
             _number(median(own, decode_speed), "{:.1f}"),
             _number(ratio(speed, "service", name, decode_speed), "{:.2f} x"),
+            _milliseconds(own),
             f"{equal} of {len(own)}",
-            _number(median(own, lambda one: first_token(one) * 1000), "{:,.0f} ms"),
-            _number(median(prefill, lambda one: first_token(one) * 1000), "{:,.0f} ms"),
-            _number(ratio(prefills, name, "service", first_token), "{:.2f} x"),
         )
         yield f"| {' | '.join(row)} |"
     share = bandwidth_share(where(speed, contender="engine"), weights["bytes_a_token"])
@@ -102,6 +97,15 @@ def _speed(results: Results, model: str) -> Iterator[str]:
             f"The engine reads {weights['bytes_a_token'] / 1e9:.2f} GB of weights a token, {share:.0%} of what the "
             f"same threads read in the same moments ({read:.1f} GB/s)."
         )
+
+
+def _prefill(results: Results, model: str) -> Iterator[str]:
+    prefills = where(results["measurements"], part="prefill", model=model)
+    yield from ("", f"## {model.upper()}: prefill of {PREFILL_PROMPT} tokens", "")
+    yield from ("| | first token | service to it |", "|---|---|---|")
+    for name in _contenders(prefills):
+        times = _number(ratio(prefills, name, "service", first_token), "{:.2f} x")
+        yield f"| {NAMES.get(name, name)} | {_milliseconds(where(prefills, contender=name))} | {times} |"
 
 
 def _goals(results: Results) -> Iterator[str]:
@@ -171,6 +175,10 @@ def _contenders(measurements: list[Figures]) -> list[str]:
     """Ours first, then by decode speed or whatever they were measured in: as they came."""
     found = dict.fromkeys(figures["contender"] for figures in measurements)
     return [*(name for name in ORDER if name in found), *(name for name in found if name not in ORDER)]
+
+
+def _milliseconds(measurements: list[Figures]) -> str:
+    return _number(median(measurements, lambda one: first_token(one) * 1000), "{:,.0f} ms")
 
 
 def _seconds(measurements: list[Figures], key: str) -> str:

@@ -37,7 +37,7 @@ def results() -> Results:
             generation("speed", "llama.cpp F16", number, 1.0, 1.0 + 1.6 * second, agreeing=7),
         ]
     for name, first in (("engine", 1.0), ("service", 1.0), ("llama.cpp F16", 1.4)):
-        measurements.append(generation("speed", name, 0, first, first, prompt_tokens=512, output_tokens=1))
+        measurements.append(generation("prefill", name, 0, first, first, prompt_tokens=512, output_tokens=1))
         measurements += [
             generation("lengths", name, 0, first * tokens / 512, first * tokens / 512 + 1.0, prompt_tokens=tokens)
             for tokens in (128, 512)
