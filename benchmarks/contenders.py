@@ -29,6 +29,10 @@ class Run:
 class Contender(Protocol):
     """Something that continues prompts."""
 
+    @property
+    def process_id(self) -> int:
+        """The process that computes, or from which those descend that do."""
+
     def generate(self, prompts: list[Prompt], tokens: int) -> Run:
         """Continue prompts of one length by so many tokens each, all at once, greedily."""
 
@@ -56,6 +60,11 @@ class Worker:
         """Wait until it can be asked; raises NotRun if it cannot load."""
         self._about = self._hear()
         return self
+
+    @property
+    def process_id(self) -> int:
+        """The worker's."""
+        return self._process.pid
 
     def about(self) -> dict[str, Any]:
         """Its arithmetic, and the versions of what it runs on."""

@@ -4,6 +4,7 @@ A machine that slows down so slows all of them, and ratios are taken within a ro
 """
 
 import random
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import Any
 from benchmarks.contenders import Contender, NotRun, Run, Worker
 from benchmarks.measuring import Figures, measured
 from benchmarks.peers import Peer
+from benchmarks.processor import others_share
 from benchmarks.prompts import Prompt, Prompts
 from benchmarks.service import Service
 from benchmarks.workers.protocol import Setup
 
 WARM_UP_PROMPT = 16
+SETTLE_SECONDS = 0.5
 ENGINE, SERVICE = "engine", "service"
 
 
@@ -80,8 +83,11 @@ class Rounds:
             prompts = self._some_prompts(case)
             runs: dict[str, Run] = {}
             for name in self._contenders:
+                # Thread pools wait in a busy loop for a while before they go to sleep.
+                time.sleep(SETTLE_SECONDS)
                 measure = partial(self._measure, name, prompts, case, runs)
-                figures = measured(measure, attempts=self._ground.attempts)
+                watch = partial(others_share, resting=self._resting(name))
+                figures = measured(measure, attempts=self._ground.attempts, watch=watch)
                 ours = runs[ENGINE].token_ids or []
                 yield figures | {"contender": name, "agreeing": self._agreeing(ours, runs[name])}
 
@@ -103,6 +109,10 @@ class Rounds:
         for contender in self._contenders.values():
             for requests in {1, self._slots}:
                 contender.generate(self._some_prompts(Case(WARM_UP_PROMPT, 4, requests)), 4)
+
+    def _resting(self, name: str) -> set[int]:
+        """The processes of all contenders but one."""
+        return {other.process_id for label, other in self._contenders.items() if label != name}
 
     def _some_prompts(self, case: Case) -> list[Prompt]:
         return [self._prompts.of_length(case.prompt_tokens) for _ in range(case.requests)]

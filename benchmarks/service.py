@@ -41,6 +41,11 @@ class Service:
             raise NotRun("the server did not start")
         self.address = line.split()[2].rstrip(".")
 
+    @property
+    def process_id(self) -> int:
+        """The server's."""
+        return self._process.pid
+
     def about(self) -> dict[str, Any]:
         """Its arithmetic is the engine's."""
         packages = ("torch", "grpcio")

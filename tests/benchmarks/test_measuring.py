@@ -68,6 +68,21 @@ def test_a_child_is_no_other() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+def test_a_child_that_should_rest_is_another() -> None:
+    """What a contender does while another one is measured is not that one's."""
+
+    def until_it_ends() -> float:
+        begun = time.perf_counter()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # its ticks would be ours if it were gone
+        return time.perf_counter() - begun
+
+    with subprocess.Popen([sys.executable, "-c", BUSY]) as child:
+        seconds, share = others_share(until_it_ends, resting={child.pid})
+    assert share is not None
+    assert share * seconds * (os.cpu_count() or 1) >= BUSY_SECONDS * 0.5
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
 def test_a_stranger_is_another() -> None:
     """What it computes counts as others' share."""
 
