@@ -1,5 +1,6 @@
 """Settings: three sources in order, refusals that name the key, nothing secret shown."""
 
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +77,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_developer(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in [name for name in environment() if name.startswith("LLAMA2_")]:
+    for variable in [name for name in os.environ if name.startswith("LLAMA2_")]:
         monkeypatch.delenv(variable)
 
 
