@@ -59,7 +59,7 @@ def test_a_system_that_does_not_tell() -> None:
     assert figures == {"others": None, "discarded": [], "contended": False}
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="NOT TESTED: only Linux tells who took the processor")
 def test_a_child_is_no_other() -> None:
     """What our own child computes is ours, also when it has ended."""
     before = sum(our_ticks(os.getpid()).values())
@@ -67,7 +67,7 @@ def test_a_child_is_no_other() -> None:
     assert sum(our_ticks(os.getpid()).values()) - before >= BUSY_SECONDS * TICKS_A_SECOND * 0.9
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="NOT TESTED: only Linux tells who took the processor")
 def test_a_child_that_should_rest_is_another() -> None:
     """What a contender does while another one is measured is not that one's."""
 
@@ -82,7 +82,7 @@ def test_a_child_that_should_rest_is_another() -> None:
     assert share * seconds * (os.cpu_count() or 1) >= BUSY_SECONDS * 0.5
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="NOT TESTED: only Linux tells who took the processor")
 def test_a_stranger_is_another() -> None:
     """What it computes counts as others' share."""
 

@@ -214,7 +214,7 @@ def test_the_whole_fast_step_has_the_plain_steps_tokens(
     from llama2_server.engine.cuda.products import Products, name_of
 
     if device.type == "cuda":
-        pytest.skip("the gpu tests do this with graphs")
+        pytest.skip("NOT TESTED HERE: test_on_gpu.py does this with graphs")
     model = load(checkpoint(heads=4, kv_heads=2))
     layer, tile = model.weights.layers[0], Tile(16, 64, 4)
     weights = {"normed": [layer.qkv], "added": [layer.output, layer.down], "gated": [layer.gate_up]}

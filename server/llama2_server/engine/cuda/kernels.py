@@ -1,7 +1,7 @@
 """Triton kernels of one decode step.
 
-Weights are read once and everything else stays in the caches: each kernel below is as fast as the memory, or small.
-Sums are in float32, whatever the dtype of the tensors.
+Each weight is read once, and everything else is small enough to stay in the caches. Sums are in float32, whatever the
+dtype of the tensors.
 """
 
 from dataclasses import dataclass
