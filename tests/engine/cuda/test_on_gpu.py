@@ -169,7 +169,7 @@ def test_graphs_compute_what_the_step_computes(checkpoint: MakeCheckpoint) -> No
     model = load(checkpoint(dtype=torch.float16, **SHAPES["grouped"]))
     forward = Forward(model, Products(model.config.rms_norm_eps))
     with torch.inference_mode():
-        assert relative_error(model, forward) < 0.01
+        assert max(relative_error(model, forward, rows) for rows in (1, SLOTS)) < 0.01
     results = []
     for recorded in (False, True):
         steps = CudaSteps(model, forward)
