@@ -13,7 +13,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from llama2_server.engine.cuda import kernels
+from llama2_server.engine.cuda import attention_kernels, product_kernels
 from llama2_server.engine.cuda.products import WAYS
 
 HALF, FLOAT, NUMBERS = "*fp16", "*fp32", "*i64"
@@ -33,14 +33,14 @@ def build(kernel, warps, **constants):
 
 for way in filter(None, WAYS):
     block = {"EVEN": True, "BLOCK_COLUMNS": way.columns, "BLOCK_WIDTH": way.width}
-    build(kernels._product_kernel, way.warps, NORMED=True, ADDED=False, **block)
-    build(kernels._product_kernel, way.warps, NORMED=False, ADDED=True, **block)
-    build(kernels._gated_product_kernel, way.warps, **block)
-build(kernels._rotate_kernel, 1, BLOCK_HALF=64)
-split = {"SPLIT": kernels.SPLIT_TOKENS, "BLOCK": kernels.BLOCK_TOKENS}
-build(kernels._attend_kernel, 4, **split, GROUP=1, BLOCK_GROUP=16, BLOCK_DIM=128)
-build(kernels._attend_kernel, 4, **split, GROUP=8, BLOCK_GROUP=16, BLOCK_DIM=128)
-build(kernels._combine_kernel, 4, BLOCK_SPLITS=32, BLOCK_DIM=128)
+    build(product_kernels._product_kernel, way.warps, NORMED=True, ADDED=False, **block)
+    build(product_kernels._product_kernel, way.warps, NORMED=False, ADDED=True, **block)
+    build(product_kernels._gated_product_kernel, way.warps, **block)
+build(attention_kernels._rotate_kernel, 1, BLOCK_HALF=64)
+split = {"SPLIT": attention_kernels.SPLIT_TOKENS, "BLOCK": attention_kernels.BLOCK_TOKENS}
+build(attention_kernels._attend_kernel, 4, **split, GROUP=1, BLOCK_GROUP=16, BLOCK_DIM=128)
+build(attention_kernels._attend_kernel, 4, **split, GROUP=8, BLOCK_GROUP=16, BLOCK_DIM=128)
+build(attention_kernels._combine_kernel, 4, BLOCK_SPLITS=32, BLOCK_DIM=128)
 """
 
 

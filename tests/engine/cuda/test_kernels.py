@@ -1,5 +1,6 @@
 """Each kernel against plain torch: on the GPU where there is one, else in Triton's interpreter."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 @pytest.fixture(scope="module")
 def kernels(device: torch.device) -> Any:
-    """The module; imported late, because it needs Triton."""
-    from llama2_server.engine.cuda import kernels
+    """Both modules in one; imported late, because they need Triton."""
+    from llama2_server.engine.cuda import attention_kernels, product_kernels
 
-    return kernels
+    return SimpleNamespace(**(vars(attention_kernels) | vars(product_kernels)))
 
 
 @pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])

@@ -210,7 +210,7 @@ def test_the_whole_fast_step_has_the_plain_steps_tokens(
 ) -> None:
     """From the embedding to the sampled token through our kernels, in float32: token for token the plain engine."""
     from llama2_server.engine.cuda.forward import Forward
-    from llama2_server.engine.cuda.kernels import Tile
+    from llama2_server.engine.cuda.product_kernels import Tile
     from llama2_server.engine.cuda.products import Products, name_of
 
     if device.type == "cuda":

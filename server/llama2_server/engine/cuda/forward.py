@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from llama2_server.engine.cuda.kernels import attend, rotate_and_store
+from llama2_server.engine.cuda.attention_kernels import attend, rotate_and_store
 from llama2_server.engine.cuda.products import Products
 from llama2_server.engine.model import LlamaModel
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
-from llama2_server.engine.cuda import kernels
-from llama2_server.engine.cuda.kernels import Tile
+from llama2_server.engine.cuda.product_kernels import Tile, gated_product, product
 
 Way = Tile | None
 """How a product of one row is computed; None is torch's."""
@@ -35,28 +34,28 @@ class Products:
         """`linear(rms_norm(x), weight)`."""
         tile = self._tile("normed", x, weight)
         if tile:
-            return kernels.product(x, weight, norm=norm, epsilon=self._epsilon, tile=tile)
+            return product(x, weight, norm=norm, epsilon=self._epsilon, tile=tile)
         return linear(self._norm(x, norm), weight)
 
     def logits(self, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:  # (rows, in), (out, in) -> (rows, out)
         """`normed`, in float32."""
         tile = self._tile("logits", x, weight)
         if tile:
-            return kernels.product(x, weight, norm=norm, epsilon=self._epsilon, dtype=torch.float32, tile=tile)
+            return product(x, weight, norm=norm, epsilon=self._epsilon, dtype=torch.float32, tile=tile)
         return linear(self._norm(x, norm), weight).float()
 
     def added(self, before: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # (rows, out), (rows, in), (out, in)
         """`before + linear(x, weight)`."""
         tile = self._tile("added", x, weight)
         if tile:
-            return kernels.product(x, weight, before=before, tile=tile)
+            return product(x, weight, before=before, tile=tile)
         return torch.addmm(before, x, weight.t())
 
     def gated(self, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:  # (rows, in), (2 * out, in) -> (rows, out)
         """SwiGLU's first half of the normed x: `silu(gate) * up`."""
         tile = self._tile("gated", x, weight)
         if tile:
-            return kernels.gated_product(x, weight, norm=norm, epsilon=self._epsilon, tile=tile)
+            return gated_product(x, weight, norm=norm, epsilon=self._epsilon, tile=tile)
         gate, up = linear(self._norm(x, norm), weight).chunk(2, dim=-1)
         return silu(gate) * up
 

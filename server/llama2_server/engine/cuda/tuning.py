@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from llama2_server.engine.cuda.kernels import Tile
+from llama2_server.engine.cuda.product_kernels import Tile
 from llama2_server.engine.cuda.products import WAYS, Products, Way, name_of
 from llama2_server.engine.model import LlamaModel
 
