@@ -9,21 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from tests.engine.oracle import HISTORY, PROMPT, expected_probabilities, processors
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from llama2_server.engine.errors import EngineFault
 from llama2_server.engine.sampling import NUCLEUS_GUESS, GenerationParams, Sampler
 
 PLAIN = GenerationParams(max_tokens=1, temperature=1.0, top_p=1.0)
-PROMPT = [1, 2, 2, 3]
-HISTORY = [2, 4, 4]  # generated so far
 DRAWS = 1000
 
 
@@ -39,29 +31,6 @@ def sampler_with_history(params: GenerationParams, vocab_size: int, history: lis
         forced[token_id] = 1e4
         assert sampler.sample(forced) == token_id
     return sampler
-
-
-def processors(params: GenerationParams) -> LogitsProcessorList:
-    """What transformers' generate would use for these parameters, in its order."""
-    chain = LogitsProcessorList()
-    if params.temperature > 0:
-        chain.append(TemperatureLogitsWarper(params.temperature))
-    if params.top_k:
-        chain.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        chain.append(TopPLogitsWarper(params.top_p))
-    return chain
-
-
-def expected_probabilities(params: GenerationParams, logits: Tensor, history: list[int]) -> Tensor:
-    """The next token's distribution by transformers, with OpenAI's formula for the two penalties it does not have."""
-    ids = torch.LongTensor([PROMPT + history])
-    scores = logits.double()[None]
-    if params.repetition_penalty != 1:
-        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
-    counts = torch.bincount(torch.tensor(history, dtype=torch.long), minlength=len(logits))
-    scores = scores - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
-    return processors(params)(ids, scores).softmax(-1)[0]
 
 
 def probabilities(params: GenerationParams, logits: Tensor, history: list[int]) -> Tensor:

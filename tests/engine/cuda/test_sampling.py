@@ -5,14 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from tests.engine.oracle import HISTORY, PROMPT, expected_probabilities
 
 from llama2_server.engine.cuda.sampling import NO_TOKEN, RowParams, SeenTokens, draw, greedy, is_penalised, is_plain
 from llama2_server.engine.sampling import GenerationParams
@@ -20,8 +13,6 @@ from llama2_server.engine.sampling import GenerationParams
 VOCAB_SIZE = 40
 DRAWS = 20_000
 PLAIN = GenerationParams(max_tokens=1, temperature=1.0, top_p=1.0)
-PROMPT = [1, 2, 2, 3]
-HISTORY = [2, 4, 4]  # generated so far
 PARAMS = {
     "temperature": replace(PLAIN, temperature=0.6),
     "hot": replace(PLAIN, temperature=2.0),
@@ -58,22 +49,6 @@ def seen_so_far(slots: int) -> SeenTokens:
     return seen
 
 
-def expected_probabilities(params: GenerationParams, logits: Tensor) -> Tensor:
-    """By transformers, with OpenAI's formula for the two penalties that it does not have."""
-    chain = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
-    if params.top_k:
-        chain.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        chain.append(TopPLogitsWarper(params.top_p))
-    ids = torch.LongTensor([PROMPT + HISTORY])
-    scores = logits.double()[None]
-    if params.repetition_penalty != 1:
-        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
-    counts = torch.bincount(torch.tensor(HISTORY), minlength=VOCAB_SIZE)
-    scores = scores - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
-    return chain(ids, scores).softmax(-1)[0]
-
-
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 def test_draws_are_the_inverse_of_the_distribution(params: GenerationParams) -> None:
     """Evenly spaced uniform numbers give each token exactly its share, to the one draw at each of its two ends."""
@@ -84,7 +59,7 @@ def test_draws_are_the_inverse_of_the_distribution(params: GenerationParams) -> 
         slots = torch.zeros(DRAWS, dtype=torch.long)
         drawn = draw(seen_so_far(1).penalised(logits.expand(DRAWS, -1), slots, rows), rows)
         found = torch.bincount(drawn, minlength=VOCAB_SIZE)
-        expected = expected_probabilities(params, logits) * DRAWS
+        expected = expected_probabilities(params, logits, HISTORY) * DRAWS
         assert (found - expected).abs().max() <= 2
         assert found[expected == 0].sum() == 0
 
