@@ -42,10 +42,10 @@ class Part:
 PARTS = {
     "speed": Part([Case(DECODE_PROMPT, 48)], rounds=5),
     "prefill": Part([Case(PREFILL_PROMPT, 1)], rounds=5, peers="llama.cpp,openvino"),
-    "lengths": Part([Case(tokens, 12) for tokens in (32, 128, 512, 2048)], rounds=2, peers="llama.cpp,openvino bf16"),
-    "requests": Part([Case(128, 128, requests) for requests in (1, 2, 4, 8)], rounds=2, peers="llama.cpp f16"),
+    "lengths": Part([Case(tokens, 12) for tokens in (32, 128, 512, 2048)], rounds=3, peers="llama.cpp,openvino bf16"),
+    "requests": Part([Case(128, 128, requests) for requests in (1, 2, 4, 8)], rounds=3, peers="llama.cpp f16"),
 }
-ALONE = {"start": 3, "chat": 3}  # rounds of what only the service does
+ALONE = {"start": 5, "chat": 5}  # rounds of what only the service does
 
 
 class Benchmark:

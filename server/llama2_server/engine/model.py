@@ -133,7 +133,6 @@ class LlamaModel:
             return torch.cuda.memory_allocated(self.device)
         return self.weights.size_bytes + self.kv_cache.nbytes
 
-    @torch.inference_mode()
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
         """Append `token_ids` to the `position` tokens in the slot's KV cache; float32 logits after the last one.
 
@@ -153,6 +152,7 @@ class LlamaModel:
         torch.cuda.empty_cache()
         raise EngineFault(f"out of memory in a prefill of {len(token_ids)} tokens: {reason}")
 
+    @torch.inference_mode()
     def _prefill(self, slot: int, token_ids: list[int], position: int, end: int) -> Tensor:  # (vocab_size,)
         x = self._embed(token_ids)  # (tokens, hidden_size)
         cos, sin = (table[position:end, None] for table in self.rotary)  # (tokens, 1, head_dim)
@@ -163,7 +163,6 @@ class LlamaModel:
             x = self._finish_layer(weights, x, attended)
         return self._logits(x[-1:])[0]
 
-    @torch.inference_mode()
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         """Append one token to each of `slots`, which hold `positions` tokens; float32 logits after each.
 
@@ -181,6 +180,7 @@ class LlamaModel:
         rows = zip(slots, token_ids, positions, strict=True)
         return torch.cat([self._decode([slot], [token_id], [position]) for slot, token_id, position in rows])
 
+    @torch.inference_mode()
     def _decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
         x = self._embed(token_ids)  # (rows, hidden_size)
         cos, sin = (table[positions].unsqueeze(1) for table in self.rotary)  # (rows, 1, head_dim)

@@ -56,7 +56,7 @@ class HostSteps:
             [sequence.output_ids[-1] for sequence in rows],
             [sequence.position for sequence in rows],
         )
-        return self._sample(rows, logits)
+        return self._sample(rows, logits.unbind())
 
     def _sample(self, rows: SequenceOf[Sequence], logits: Iterable[Tensor]) -> Iterator[Token]:
         for sequence, row in zip(rows, logits, strict=True):  # (vocab_size,)
