@@ -1,7 +1,7 @@
 // Products of activations with a matrix: the part of the kernels where nearly all of the time goes.
 // Included by kernels.hpp, once for each instruction set.
 
-constexpr std::size_t PREFETCH_DISTANCE = 4096;  // weights: far enough to be there in time where rows are short
+constexpr std::size_t PREFETCH_DISTANCE = 3072;  // weights: far enough to be there in time, near enough to be there still
 
 // ROWS rows of x times OUTPUTS rows of the matrix, all sums in registers; touches `ahead`, the block after this one.
 template <int ROWS, int OUTPUTS>
@@ -56,12 +56,13 @@ constexpr Blocking blocking() {
     return {OUTPUTS, multiply_block<ROWS, OUTPUTS>, multiply_block<ROWS, 1>};
 }
 
-// By the number of rows: as many sums as there are registers for. One row needs no more than hides the latency.
+// By the number of rows: as many sums as there are registers for. One row takes the weights as they lie in the memory, one
+// output after another: then the processor reads ahead by itself as well.
 #if defined(LLAMA2_AVX512)
-constexpr Blocking BLOCKINGS[] = {blocking<1, 2>(), blocking<2, 4>(), blocking<3, 4>(),
+constexpr Blocking BLOCKINGS[] = {blocking<1, 1>(), blocking<2, 4>(), blocking<3, 4>(),
                                   blocking<4, 4>(), blocking<5, 4>(), blocking<6, 4>()};
 #else
-constexpr Blocking BLOCKINGS[] = {blocking<1, 2>(), blocking<2, 2>(), blocking<3, 2>()};
+constexpr Blocking BLOCKINGS[] = {blocking<1, 1>(), blocking<2, 2>(), blocking<3, 2>()};
 #endif
 constexpr int MOST_ROWS = sizeof BLOCKINGS / sizeof *BLOCKINGS;
 
@@ -70,13 +71,12 @@ constexpr int MOST_ROWS = sizeof BLOCKINGS / sizeof *BLOCKINGS;
 void multiply(const Half *weights, int outputs, int width, const float *x, std::size_t stride, int rows, float *out,
               std::size_t out_stride) {
     const int passes = (rows + MOST_ROWS - 1) / MOST_ROWS, outputs_of_a_block = BLOCKINGS[rows / passes - 1].outputs;
-    const Half *end_of_weights = weights + static_cast<std::size_t>(outputs) * width;
     while (outputs > 0) {
         const int count = outputs >= outputs_of_a_block ? outputs_of_a_block : 1;
         const std::size_t size = static_cast<std::size_t>(count) * width;
-        const Half *ahead = weights + std::max(size, PREFETCH_DISTANCE);
-        // No further than these weights: what follows may be another thread's.
-        if (ahead + size > end_of_weights) ahead = weights;
+        // What this thread reads next, which as a rule is what follows in the memory, beyond these weights too (Team). A
+        // prefetch beyond the last weight of all does nothing.
+        const Half *ahead = weights + (count == 1 ? PREFETCH_DISTANCE : std::max(size, PREFETCH_DISTANCE));
         for (int pass = 0; pass < passes; ++pass) {
             const int begin = rows * pass / passes, end = rows * (pass + 1) / passes;
             const Blocking &blocking = BLOCKINGS[end - begin - 1];

@@ -1,6 +1,7 @@
 // Threads that share the work of a step.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -64,17 +65,24 @@ class Team {
             if ((ticket & TAKEN) == 0) {
                 wait(ticket);
             } else if (ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) {
-                run_chunk(thread, static_cast<int>((ticket & TAKEN) - 1));
+                run_chunk(thread, dealt(chunks_ - static_cast<int>(ticket & TAKEN)));
                 if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) open();
             }
         }
     }
 
+    // Which chunk is taken next after so many others. As a rule threads take turns: so dealt out, each goes on in the
+    // memory where its last chunk ended, as if it had a part of the stage for itself.
+    int dealt(int taken) const {
+        const int parts = static_cast<int>(workers_.size()) + 1, part = taken % parts;
+        return part * (chunks_ / parts) + std::min(part, chunks_ % parts) + taken / parts;
+    }
+
     void open() {
-        const int chunks = next_stage();
-        unfinished_.store(chunks, std::memory_order_relaxed);
-        if (chunks == 0) finished_.store(true, std::memory_order_release);
-        announce(((ticket_.load(std::memory_order_relaxed) | TAKEN) + 1) + static_cast<std::uint64_t>(chunks));
+        chunks_ = next_stage();
+        unfinished_.store(chunks_, std::memory_order_relaxed);
+        if (chunks_ == 0) finished_.store(true, std::memory_order_release);
+        announce(((ticket_.load(std::memory_order_relaxed) | TAKEN) + 1) + static_cast<std::uint64_t>(chunks_));
     }
 
     void announce(std::uint64_t ticket) {
@@ -102,6 +110,7 @@ class Team {
         sleepers_.fetch_sub(1);
     }
 
+    int chunks_ = 0;  // of the stage; written before its ticket, read after a chunk of it was taken
     std::atomic<std::uint64_t> ticket_{0};
     std::atomic<int> unfinished_{0};
     std::atomic<int> sleepers_{0};
