@@ -13,13 +13,12 @@ from llama2_server.engine.cuda.product_kernels import Tile, gated_product, produ
 Way = Tile | None
 """How a product of one row is computed; None is torch's."""
 
+# What a warp reads in one go: 16 bytes of float16 for each of its threads. In a tile as wide as that for all its warps,
+# each thread reads the activations that belong to its weights, so none waits for another before the sums.
+WARP_WIDTH = 256
 WAYS: tuple[Way, ...] = (
     None,
-    Tile(4, 512, 4),
-    Tile(4, 1024, 4),
-    Tile(8, 512, 8),
-    Tile(16, 256, 8),
-    Tile(2, 1024, 4),
+    *(Tile(columns, WARP_WIDTH * warps, warps) for columns, warps in ((4, 1), (2, 2), (4, 2), (1, 4), (2, 4), (4, 4))),
 )
 
 
