@@ -2,9 +2,9 @@
 // each row is the next token of another sequence; in a prefill step all are tokens of one prompt.
 //
 // Decoding reads every weight once a token, so the memory is the limit and everything is about keeping it busy:
-// weights are streamed in blocks of a few matrix rows with the next block prefetched, all sequences of a step share the
-// one pass over them, and the threads take the work in small chunks, so that one that loses its core delays nobody. A
-// prompt's tokens share that pass too; with so many rows the arithmetic is the limit, and products.hpp keeps that busy.
+// weights are streamed as they lie there with what comes next prefetched, all sequences of a step share the one pass over
+// them, and the threads take the work in small chunks, so that one that loses its core delays nobody. A prompt's tokens
+// share that pass too; with so many rows the arithmetic is the limit, and products.hpp keeps that busy.
 //
 // Every number is the same bit for bit whatever the number of threads, the rows beside it and the instruction set: each
 // sum has 16 lanes that are added up in one fixed order, and sums are never split between threads.

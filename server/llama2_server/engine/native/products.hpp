@@ -3,7 +3,7 @@
 
 constexpr std::size_t PREFETCH_DISTANCE = 3072;  // weights: far enough to be there in time, near enough to be there still
 
-// ROWS rows of x times OUTPUTS rows of the matrix, all sums in registers; touches `ahead`, the block after this one.
+// ROWS rows of x times OUTPUTS rows of the matrix, all sums in registers; touches `ahead`, what is read next.
 template <int ROWS, int OUTPUTS>
 void multiply_block(const Half *weights, const Half *ahead, int width, const float *x, std::size_t stride, float *out,
                     std::size_t out_stride) {
