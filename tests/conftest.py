@@ -98,6 +98,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
                     channel,
                     text_generation_pb2_grpc.TextGenerationServiceStub(channel),
                     model_pb2_grpc.ModelServiceStub(channel),
+                    ground.telemetry.metrics,
                 )
             finally:
                 # Not before the drain has begun: who waits shall be refused, not served.

@@ -19,6 +19,7 @@ from tests.scripted_model import ScriptedModel
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard
+from llama2_server.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,26 @@ class Service:
     channel: grpc.aio.Channel
     text: "text_generation_pb2_grpc.TextGenerationServiceAsyncStub"
     models: "model_pb2_grpc.ModelServiceAsyncStub"
+    metrics: Metrics
 
     @property
     def port(self) -> int:
         """The port that it listens on."""
         return int(self.address.rpartition(":")[2])
 
+    def cancelled_calls(self) -> int:
+        """How many calls the server knows to have been given up by their callers."""
+        families = self.metrics.registry.collect()
+        samples = [one for family in families for one in family.samples if one.name == "llama2_requests_total"]
+        return int(sum(one.value for one in samples if one.labels["code"] == "CANCELLED"))
+
+    async def in_line(self, calls: int) -> None:
+        """Wait until this many calls wait for a slot: one that was begun may still be on its way."""
+        await until(lambda: self.metrics.registry.get_sample_value("llama2_waiting_requests") == calls)
+
 
 UnaryStream = Any  # grpc.aio's call classes take no type arguments at run time
+Cancellable = Any  # one of them, or the task that awaits its reply
 ServiceMaker = Callable[..., AbstractAsyncContextManager[Service]]
 
 # Several servers on one port, as the pods of a headless service are.
@@ -126,3 +139,11 @@ async def hold_the_slot(service: Service, prompt: str = "hold") -> UnaryStream:
     await call.read()
     await asyncio.to_thread(service.model.in_step.wait, 10)
     return call
+
+
+async def hang_up(service: Service, *calls: Cancellable) -> None:
+    """Give calls up, and wait until the server has heard of it: a cancel is only on its way when `cancel` returns."""
+    heard = service.cancelled_calls() + len(calls)
+    for call in calls:
+        call.cancel()
+    await until(lambda: service.cancelled_calls() == heard)

@@ -16,6 +16,7 @@ from tests.service import (
     Service,
     ServiceMaker,
     details,
+    hang_up,
     health_stub,
     hold_the_slot,
     reflection_stub,
@@ -81,7 +82,7 @@ async def test_timings_are_in_order(serve_scripted: ServiceMaker) -> None:
     async with serve_scripted(REPLY) as service:
         service.model.gate()
         calls = [service.text.Generate(pb.GenerateRequest(prompt=text)) for text in ("a", "b")]
-        await asyncio.to_thread(service.model.in_step.wait, 10)
+        await service.in_line(1)
         service.model.open_gate()
         timings = [(await call).completion.timings for call in calls]
         for timing in timings:
@@ -195,11 +196,11 @@ async def test_unknown_method_is_unimplemented(serve_scripted: ServiceMaker) -> 
 async def test_cancelled_call_frees_the_slot(serve_scripted: ServiceMaker) -> None:
     """A caller who hangs up while generating stops the model within one step, and the next caller runs."""
     async with serve_scripted(REPLY, ends=False) as service:
-        call = await hold_the_slot(service)
-        call.cancel()
-        waiting = asyncio.create_task(_generate(service, "next", 2))
+        await hang_up(service, await hold_the_slot(service))
+        decoded = len(service.model.decoded_rows)
         service.model.open_gate()
-        assert (await waiting).completion.usage.output_tokens == 2
+        assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
+        assert len(service.model.decoded_rows) == decoded + 2  # the step under way, and the next call's second token
 
 
 async def _generate(service: Service, prompt: str, max_tokens: int) -> pb.GenerateResponse:
@@ -213,10 +214,8 @@ async def test_caller_who_leaves_the_line_never_reaches_the_engine(serve_scripte
         holder = await hold_the_slot(service)
         waiting = asyncio.create_task(_generate(service, "waiting", 2))
         last = asyncio.create_task(_generate(service, "last", 2))
-        # The health check comes back after the server has taken the calls sent before it.
-        await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
-        waiting.cancel()
-        await asyncio.wait([waiting])
+        await service.in_line(2)
+        await hang_up(service, waiting)
         service.model.open_gate()
         assert REPLY.endswith(await text_of(holder))
         await last
@@ -238,9 +237,7 @@ async def test_caller_who_leaves_during_prefill(serve_scripted: ServiceMaker) ->
         service.model.gate()
         call = asyncio.create_task(_generate(service, "leaving", 2))
         await asyncio.to_thread(service.model.in_step.wait, 10)
-        call.cancel()
-        await asyncio.wait([call])
-        await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
+        await hang_up(service, call)
         service.model.open_gate()
         assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
 
@@ -332,7 +329,7 @@ async def test_drain_finishes_who_runs_and_refuses_who_waits(serve_scripted: Ser
         watch = health_stub(service.channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         waiting = asyncio.create_task(_generate(service, "waiting", 2))
-        await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
+        await service.in_line(1)
         ending = asyncio.create_task(_leave_when_refused(service, waiting))
         reading = asyncio.create_task(text_of(holder))
         statuses = asyncio.create_task(_statuses(watch))

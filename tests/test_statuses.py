@@ -124,8 +124,7 @@ async def draining(scene: Scene) -> grpc.aio.AioRpcError:
     async with scene.serve() as service:
         await hold_the_slot(service)
         waiting = asyncio.create_task(refused(service.text.Generate(REQUEST)))
-        # Both calls are on the same connection: once this one is answered the server has the other.
-        await service.text.CountTokens(pb.CountTokensRequest(prompt=SECRET))
+        await service.in_line(1)
     return await waiting
 
 

@@ -195,3 +195,25 @@ def test_every_step_is_told(model: ScriptedModel) -> None:
     reader.result()
     assert engine.close(timeout_seconds=10)
     assert steps == [("prefill", 8), ("prefill", 2), ("decode", 1), ("decode", 1)]
+
+
+def test_a_long_prompt_holds_up_a_stream_for_one_chunk_at_a_time(model: ScriptedModel) -> None:
+    """Between two chunks of one sequence's prompt the other one gets its next token."""
+    steps: list[tuple[str, int]] = []
+    engine = Engine(
+        model,
+        frozenset({EOS}),
+        prefill_chunk_tokens=8,
+        on_step=lambda phase, seconds, rows: steps.append((phase, rows)),
+    )
+    model.gate()
+    streaming, waiting = Reader(), Reader()
+    submit(engine, streaming)
+    submit(engine, waiting, prompt_tokens=32)
+    model.open_gate()
+    assert [streaming.result(), waiting.result()] == [
+        Finish(FinishReason.END_OF_SEQUENCE, 3, 5),
+        Finish(FinishReason.END_OF_SEQUENCE, 32, 5),
+    ]
+    assert engine.close(timeout_seconds=10)
+    assert steps[:8] == [("prefill", 3), ("decode", 1), *[("prefill", 8), ("decode", 1)] * 3]

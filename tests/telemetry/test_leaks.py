@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from prometheus_client import generate_latest
-from tests.service import Service, ServiceMaker, with_config
+from tests.service import Service, ServiceMaker, hang_up, with_config
 from tests.telemetry.conftest import Watched
 
 from llama2.v1 import account_pb2, account_pb2_grpc
@@ -97,7 +97,7 @@ class Caller:
         self.service.model.allow(1)
         call: Any = self.service.text.GenerateStream(request, metadata=self.metadata)
         await call.read()
-        call.cancel()
+        await hang_up(self.service, call)
         self.service.model.open_gate()
 
     async def server_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2
-from tests.service import ServiceMaker, health_stub, hold_the_slot, until
+from tests.service import ServiceMaker, hang_up, health_stub, hold_the_slot, until
 from tests.telemetry.conftest import Watched
 
 from llama2.v1 import text_generation_pb2 as pb
@@ -215,10 +215,7 @@ async def test_refused_and_cancelled_requests_are_lines_too(serve_scripted: Serv
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         with pytest.raises(grpc.aio.AioRpcError):
             await service.text.Generate(pb.GenerateRequest(prompt="x", top_p=2))
-        call = await hold_the_slot(service)
-        call.cancel()
-        for _ in range(3):
-            await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
+        await hang_up(service, await hold_the_slot(service))
         assert len(requests_of(stream)) == 1
         service.model.open_gate()
         await until(lambda: len(requests_of(stream)) == 2)

@@ -11,8 +11,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 from tests.service import (
-    Service,
     ServiceMaker,
+    hang_up,
     health_stub,
     hold_the_slot,
     reflection_stub,
@@ -147,9 +147,7 @@ async def test_cancelled_call_has_its_status_and_what_was_computed(
 ) -> None:
     """A call whose client hangs up is CANCELLED, no error, and tells the tokens that it had cost by then."""
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
-        call = await hold_the_slot(service)
-        call.cancel()
-        await until_cancelled(service)
+        await hang_up(service, await hold_the_slot(service))
         service.model.open_gate()
         spans = await watched.trace("CANCELLED")
     root = root_of(spans)
@@ -157,12 +155,6 @@ async def test_cancelled_call_has_its_status_and_what_was_computed(
     assert facts(root)["gen_ai.usage.output_tokens"] == 2
     assert "gen_ai.response.finish_reasons" not in facts(root)
     assert [child.name for child in children_of(root, spans)] == ["validation", "wait", "prefill", "decode"]
-
-
-async def until_cancelled(service: Service) -> None:
-    """Wait until the server knows that a caller has gone."""
-    for _ in range(3):
-        await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
 
 
 async def test_expired_call_is_an_error(serve_scripted: ServiceMaker, watched: Watched) -> None:
