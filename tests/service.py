@@ -38,11 +38,11 @@ class Service:
         """The port that it listens on."""
         return int(self.address.rpartition(":")[2])
 
-    def cancelled_calls(self) -> int:
-        """How many calls the server knows to have been given up by their callers."""
+    def ended(self, code: str) -> int:
+        """How many calls have ended with this code, by the server's own count."""
         families = self.metrics.registry.collect()
         samples = [one for family in families for one in family.samples if one.name == "llama2_requests_total"]
-        return int(sum(one.value for one in samples if one.labels["code"] == "CANCELLED"))
+        return int(sum(one.value for one in samples if one.labels["code"] == code))
 
     async def in_line(self, calls: int) -> None:
         """Wait until this many calls wait for a slot: one that was begun may still be on its way."""
@@ -143,7 +143,7 @@ async def hold_the_slot(service: Service, prompt: str = "hold") -> UnaryStream:
 
 async def hang_up(service: Service, *calls: Cancellable) -> None:
     """Give calls up, and wait until the server has heard of it: a cancel is only on its way when `cancel` returns."""
-    heard = service.cancelled_calls() + len(calls)
+    heard = service.ended("CANCELLED") + len(calls)
     for call in calls:
         call.cancel()
-    await until(lambda: service.cancelled_calls() == heard)
+    await until(lambda: service.ended("CANCELLED") == heard)

@@ -1,6 +1,7 @@
 """The whole service over a real socket, on a scripted model: every rule that does not depend on a model's wits."""
 
 import asyncio
+import time
 from decimal import Decimal
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.service import (
     health_stub,
     hold_the_slot,
     reflection_stub,
+    server_deadline,
     text_of,
     until,
     with_config,
@@ -27,10 +29,13 @@ from tests.service import (
 
 from llama2.v1 import model_pb2
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_server.accounts import Account, Metadata
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.engine.engine import Engine
+from llama2_server.errors import Unauthenticated
 
 REPLY = "Once upon a time, a fox 🦊 lived by the sea."
+SMALL_WINDOWS = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
 METHOD = "/llama2.v1.TextGenerationService/"
 
 
@@ -269,14 +274,51 @@ async def test_deadline_while_generating_frees_the_slot(serve_scripted: ServiceM
 
 async def test_reader_who_reads_nothing_never_holds_the_slot(serve_scripted: ServiceMaker) -> None:
     """A stream that nobody reads, far beyond the transport's windows, leaves the slot to the next call."""
-    long_reply = "word " * 800
-    async with serve_scripted(long_reply) as service:
-        options = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
-        async with grpc.aio.insecure_channel(service.address, options) as channel:
-            stalled = type(service.text)(channel).GenerateStream(pb.GenerateRequest(prompt="stalled", max_tokens=700))
+    async with (
+        serve_scripted("word " * 800) as service,
+        grpc.aio.insecure_channel(service.address, SMALL_WINDOWS) as channel,
+    ):
+        stalled = type(service.text)(channel).GenerateStream(pb.GenerateRequest(prompt="stalled", max_tokens=700))
+        await until(lambda: service.model.prefills == 1)
+        assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
+        assert len((await text_of(stalled)).split()) > 300
+
+
+@pytest.mark.parametrize("code", ["CANCELLED", "DEADLINE_EXCEEDED"])
+async def test_reader_who_leaves_while_a_message_waits_for_him_is_no_fault(
+    serve_scripted: ServiceMaker, caplog: pytest.LogCaptureFixture, code: str
+) -> None:
+    """The call ends as any that its caller gives up: gRPC fails what is being sent before it delivers the cancel."""
+    async with serve_scripted("word " * 800) as service:
+        async with grpc.aio.insecure_channel(service.address, SMALL_WINDOWS) as channel:
+            deadline = server_deadline(1000) if code == "DEADLINE_EXCEEDED" else ()
+            request = pb.GenerateRequest(prompt="stalled", max_tokens=700)
+            stalled = type(service.text)(channel).GenerateStream(request, metadata=deadline)
             await until(lambda: service.model.prefills == 1)
-            assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
-            assert len((await text_of(stalled)).split()) > 300
+            await _generate(service, "next", 2)  # the model has finished with the first: it is all in the server
+            if code == "CANCELLED":
+                stalled.cancel()
+            await until(lambda: service.ended(code) == 1)
+        assert service.ended("OK") == 1
+    assert not caplog.records
+
+
+class StalledAccounts:
+    """Refuses every caller, later than a call of 100 ms would wait."""
+
+    def authenticate(self, metadata: Metadata) -> Account:
+        """The processor is taken away from the whole server for so long."""
+        time.sleep(0.3)
+        raise Unauthenticated
+
+
+async def test_refusal_after_the_deadline_is_counted_as_expired(serve_scripted: ServiceMaker) -> None:
+    """Whom a refusal no longer reaches has seen his own deadline pass, and so it is counted."""
+    async with serve_scripted(REPLY, accounts=StalledAccounts()) as service:
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await service.text.Generate(pb.GenerateRequest(prompt="a"), metadata=server_deadline(100))
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: service.ended("DEADLINE_EXCEEDED") == 1)
 
 
 async def test_engine_fault_is_internal_without_its_text(serve_scripted: ServiceMaker) -> None:

@@ -65,7 +65,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
 
     def _guarded(self, method: str, behaviour: Handler) -> Handler:
-        async def guarded(request: Any, context: Any) -> Any:
+        async def guarded(request: Any, grpc_context: Any) -> Any:
+            context = _Context(grpc_context)
             with _call(self._telemetry, method, context) as call:
                 try:
                     if isinstance(request, _Malformed):
@@ -90,6 +91,37 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     yield response
 
         return observed
+
+
+class _Context:
+    """gRPC's context; but to send to a caller who has gone is what a cancel is.
+
+    gRPC fails what is being sent at that moment, and delivers the cancel only later. A caller who hangs up while a
+    message waits for him to read, or whose deadline passes as he is refused, would look like a fault of the server.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        with _gone_is_cancelled():
+            await self._context.write(message)
+
+    async def abort(self, *status: Any) -> NoReturn:
+        with _gone_is_cancelled():
+            await self._context.abort(*status)
+        raise AssertionError("abort always raises")
+
+
+@contextmanager
+def _gone_is_cancelled() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 @contextmanager
@@ -123,11 +155,10 @@ def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return deserialize
 
 
-async def _abort(context: Any, error: ServiceError, call: Call) -> NoReturn:
+async def _abort(context: _Context, error: ServiceError, call: Call) -> NoReturn:
     call.error = error
     message, trailers = error.to_status(call.request_id)
     await context.abort(error.code, message, tuple(trailers))
-    raise AssertionError("abort always raises")
 
 
 def _expiry(context: Any) -> Callable[[], bool]:
@@ -135,10 +166,10 @@ def _expiry(context: Any) -> Callable[[], bool]:
 
     A caller's own timer ends the call a moment before the server's: gRPC rounds the timeout up by about 1% on the wire.
     """
-    remaining, begun = context.time_remaining(), asyncio.get_running_loop().time()
-    if remaining is None:
+    granted = context.time_remaining()
+    if granted is None:
         return lambda: False
-    return lambda: asyncio.get_running_loop().time() >= begun + remaining - 0.02 * remaining - 0.02
+    return lambda: bool(context.time_remaining() <= 0.02 * granted + 0.02)
 
 
 def _status_name(code: Any) -> str:

@@ -163,8 +163,8 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
 
 def _deadline(context: Any) -> float | None:
     """The call's deadline by the loop's clock; None if the caller waits for ever."""
-    remaining = context.time_remaining()
-    return None if remaining is None else asyncio.get_running_loop().time() + remaining
+    now, remaining = asyncio.get_running_loop().time(), context.time_remaining()
+    return None if remaining is None else now + remaining
 
 
 def _facts(params: GenerationParams, *, streaming: bool) -> dict[str, Fact]:
