@@ -135,10 +135,12 @@ def _alone(results: Results) -> Iterator[str]:
         return
     yield from ("", "## The service by itself", "")
     if starts:
-        start, read = _seconds(starts, "start_seconds"), _seconds(starts, "read_seconds")
+        names = ("first_start_seconds", "later_start_seconds", "read_seconds")
+        first, later, read = (_seconds(starts, name) for name in names)
         yield (
-            f"- {starts[0]['model'].upper()}: from exec to SERVING {start}; reading the files of the weights once "
-            f"takes {read}, from the system's cache like the start itself."
+            f"- {starts[0]['model'].upper()}: from exec to SERVING {first} for the first time and {later} later, when "
+            f"transformers need not be asked what the configuration says; reading the files of the weights once takes "
+            f"{read}, from the system's cache like the start itself."
         )
     if chats:
         warm, cold = _seconds(chats, "warm_seconds"), _seconds(chats, "cold_seconds")

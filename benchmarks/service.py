@@ -22,16 +22,21 @@ MOST_REUSED = 8  # tokens that prompts have in common by chance
 
 
 class Service:
-    """A server on a checkpoint, under the 7B card with other limits; `address` is where it serves."""
+    """A server on a checkpoint, under the 7B card with other limits; `address` is where it serves.
 
-    def __init__(self, checkpoint: Path, *, context_length: int, slots: int) -> None:
+    What it keeps from one start to the next is in `data_directory`, by default in one that ends with it.
+    """
+
+    def __init__(
+        self, checkpoint: Path, *, context_length: int, slots: int, data_directory: Path | None = None
+    ) -> None:
         """Start it, and wait until it serves; `start_seconds` is how long that took."""
         self._slots = slots
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         card = _write_card(folder / "card.yaml", checkpoint, context_length, slots)
         command = [sys.executable, "-m", "llama2_server", "--listen", "127.0.0.1:0", "--card", str(card)]
-        command += ["--weights", str(checkpoint), "--data-directory", str(folder / "data")]
+        command += ["--weights", str(checkpoint), "--data-directory", str(data_directory or folder / "data")]
         begun = time.perf_counter()
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         line = self._process.stdout.readline() if self._process.stdout else ""

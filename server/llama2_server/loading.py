@@ -15,10 +15,11 @@ from tqdm import tqdm
 from llama2_server.accounts import Accounts
 from llama2_server.card import ModelCard
 from llama2_server.engine.cuda.building import steps_for
+from llama2_server.engine.description import describe
 from llama2_server.engine.model import Model
 from llama2_server.engine.steps import Steps
 from llama2_server.engine.tokenizer import Tokenizer
-from llama2_server.engine.weights import fetch_checkpoint, load_model, read_eos_ids
+from llama2_server.engine.weights import fetch_checkpoint, load_model
 from llama2_server.preflight import StartError
 from llama2_server.settings import Settings
 
@@ -52,6 +53,7 @@ def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
     begun = time.monotonic()
     checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
+    description = describe(checkpoint, settings.data_directory / "checkpoint.json")
     with LoadingProgress(on_terminal=sys.stderr.isatty()) as progress:
         model = load_model(
             checkpoint,
@@ -59,12 +61,13 @@ def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
             dtype=getattr(torch, settings.dtype or card.generation_config.dtype),
             context_length=card.context_length_limit,
             slots=card.max_concurrent_requests,
+            config=description.config,
             progress=progress.show,
             cpu_kernels=settings.cpu_kernels,
         )
     logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, time.monotonic() - begun)
     steps = steps_for(model, compiled=settings.compile, cache_directory=settings.data_directory / "cuda")
-    return Loaded(card, accounts, tokenizer, model, read_eos_ids(checkpoint), model.weights.fingerprint(), steps)
+    return Loaded(card, accounts, tokenizer, model, description.eos_ids, model.weights.fingerprint(), steps)
 
 
 class LoadingProgress:

@@ -33,7 +33,8 @@ def test_goals() -> None:
         "service's prefill of 512 tokens to llama.cpp F16's": ("1.40 x", False),
         "engine: 8 requests at once to one after another": ("8.00 x", True),
         "service: 8 requests at once to one after another": ("8.00 x", True),
-        "start-up, from exec to SERVING": ("4.5 s", False),
+        "first start-up, from exec to SERVING": ("4.5 s", False),
+        "later start-up, from exec to SERVING": ("3.5 s", True),
         "second turn of a chat of 1,500 tokens: time to first token to the cold one": ("10.0%", True),
     }
 

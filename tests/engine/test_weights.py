@@ -18,10 +18,11 @@ from tools.make_checkpoint import Shape, make_checkpoint, make_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from llama2_server.engine.checkpoint import read_config, read_eos_ids
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model import LlamaModel
 from llama2_server.engine.parameters import LlamaWeights
-from llama2_server.engine.weights import fetch_checkpoint, load_model, read_config, read_eos_ids
+from llama2_server.engine.weights import fetch_checkpoint, load_model
 
 MakeCheckpoint = Callable[..., Path]
 Damage = Callable[[Path], object]
@@ -432,7 +433,7 @@ def test_only_what_is_needed_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from llama2_server.engine.weights import load_model, read_config
+from llama2_server.engine.weights import load_model
 def status(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024

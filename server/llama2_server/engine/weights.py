@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama2_server.engine.checkpoint import StoredTensor, read_config, read_eos_ids, read_tensor_table
+from llama2_server.engine.checkpoint import StoredTensor, read_config, read_tensor_table
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.hub import fetch_checkpoint
 from llama2_server.engine.kv_cache import KVCache
@@ -18,7 +18,7 @@ from llama2_server.engine.parameters import LayerWeights, LlamaConfig, LlamaWeig
 from llama2_server.engine.staging import Staging
 from llama2_server.engine.tokenizer import Tokenizer
 
-__all__ = ["fetch_checkpoint", "load_model", "read_config", "read_eos_ids"]
+__all__ = ["fetch_checkpoint", "load_model"]
 
 # Checkpoints from before transformers 4.31 carry the rotary frequencies, which follow from the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -35,15 +35,18 @@ def load_model(
     dtype: torch.dtype,
     context_length: int,
     slots: int,
+    config: LlamaConfig | None = None,
     progress: Progress | None = None,
     cpu_kernels: CpuKernels = "auto",
 ) -> LlamaModel:
     """The checkpoint as a model with room for `slots` sequences of `context_length` tokens.
 
+    `config` is what `read_config` says, where that is known.
+
     Raises WeightsError, before any memory is taken where the headers tell, if the checkpoint is incomplete, of another
     architecture, does not fit its tokenizer, or holds values that are not finite in `dtype`.
     """
-    config = read_config(directory)
+    config = config or read_config(directory)
     _check_context(directory, config, context_length)
     _check_tokenizer(directory, config)
     stored = {name: tensor for name, tensor in read_tensor_table(directory).items() if not IGNORED.fullmatch(name)}

@@ -1,10 +1,10 @@
 """Which way of computing each product of one row is the fastest on this device: measured once, then kept in a file."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama2_server.engine.cuda.product_kernels import Tile
 from llama2_server.engine.cuda.products import WAYS, Products, Way, name_of
+from llama2_server.engine.kept import keep, recall
 from llama2_server.engine.model import LlamaModel
 
 logger = logging.getLogger(__name__)
@@ -28,12 +29,11 @@ Timer = Callable[[Callable[[], Tensor]], float]
 def tuned_ways(model: LlamaModel, file: Path | None) -> dict[str, Way]:
     """The fastest way of each product of the model, by its name; from the file if it is of this device and software."""
     found = f"{torch.cuda.get_device_name(model.device)}, torch {torch.__version__}, triton {triton.__version__}"
-    known = _read(file, found) if file else {}
+    known = _ways(recall(file, found))
     works = dict(_works(model))
     if known.keys() != works.keys():
         known = {name: fastest(work, model.config.rms_norm_eps, name) for name, work in works.items()}
-        if file:
-            _write(file, found, known)
+        keep(file, found, {name: astuple(way) if way else None for name, way in known.items()})
     return known
 
 
@@ -99,20 +99,8 @@ def _works(model: LlamaModel) -> Iterator[tuple[str, Work]]:
     yield name_of("logits", weights.head), lambda products: products.logits(x, weights.norm, weights.head)
 
 
-def _read(file: Path, found: str) -> dict[str, Way]:
+def _ways(kept: Any) -> dict[str, Way]:
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        if document["found"] != found:
-            return {}
-        return {name: Tile(*way) if way else None for name, way in document["ways"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # it is measured anew
-
-
-def _write(file: Path, found: str, ways: dict[str, Way]) -> None:
-    document = {"found": found, "ways": {name: astuple(way) if way else None for name, way in ways.items()}}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        logger.warning("the next start has to measure the device again: %s", error)
+        return {name: Tile(*way) if way else None for name, way in kept.items()}
+    except (TypeError, AttributeError):  # nothing was kept, or no ways
+        return {}
