@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     data_directory: Annotated[
         Path,
         Field(
-            description="Where the usage ledger, its journal and compiled kernels are kept.",
+            description="Where the usage ledger and its journal are, and what makes later starts quicker.",
             default_factory=default_data_directory,
         ),
     ]
