@@ -92,7 +92,7 @@ def test_what_has_changed_is_read_anew(
     assert len(reads) == 6
 
 
-@pytest.mark.parametrize("broken", ["", "{", "[]", "null", '{"found": 1}', None])
+@pytest.mark.parametrize("broken", ["", "{", "[]", "null", '{"key": 1}', None])
 def test_a_broken_file_is_read_anew(directory: Path, tmp_path: Path, reads: list[Path], broken: str | None) -> None:
     """Whatever became of the file, the answer is the same; None stands for one that misses a part."""
     file = tmp_path / "checkpoint.json"

@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from llama2_server.engine import checkpoint
 from llama2_server.engine.kept import keep, recall
@@ -21,27 +22,31 @@ class Description:
     eos_ids: frozenset[int]
 
 
-def describe(directory: Path, file: Path | None = None) -> Description:
+def describe(directory: Path, file: Path) -> Description:
     """Read config.json and generation_config.json; `file` keeps the answer for the next start.
 
-    It is asked anew when the files, transformers or our own reading of its answer have changed. What is refused is
-    never kept.
+    They are read anew when they, transformers, or our own reading of its answer have changed. What is refused is never
+    kept.
 
     Raises:
         WeightsError: the model is none that can be served.
     """
-    found = _found(directory)
-    kept = recall(file, found)
+    key = _key(directory)
+    description = _kept(recall(file, key))
+    if description is None:
+        description = Description(checkpoint.read_config(directory), checkpoint.read_eos_ids(directory))
+        keep(file, key, {"config": asdict(description.config), "eos_ids": sorted(description.eos_ids)})
+    return description
+
+
+def _kept(kept: Any) -> Description | None:
     try:
         return Description(LlamaConfig(**kept["config"]), frozenset(kept["eos_ids"]))
     except (TypeError, KeyError):  # nothing was kept, or no description
-        description = Description(checkpoint.read_config(directory), checkpoint.read_eos_ids(directory))
-        keep(file, found, {"config": asdict(description.config), "eos_ids": sorted(description.eos_ids)})
-        return description
+        return None
 
 
-def _found(directory: Path) -> str:
-    """Tells apart all that the answer depends on."""
+def _key(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in (directory / "config.json", directory / "generation_config.json", Path(checkpoint.__file__)):
         content = path.read_bytes() if path.is_file() else b""

@@ -28,12 +28,12 @@ Timer = Callable[[Callable[[], Tensor]], float]
 
 def tuned_ways(model: LlamaModel, file: Path | None) -> dict[str, Way]:
     """The fastest way of each product of the model, by its name; from the file if it is of this device and software."""
-    found = f"{torch.cuda.get_device_name(model.device)}, torch {torch.__version__}, triton {triton.__version__}"
-    known = _ways(recall(file, found))
+    key = f"{torch.cuda.get_device_name(model.device)}, torch {torch.__version__}, triton {triton.__version__}"
+    known = _ways(recall(file, key))
     works = dict(_works(model))
     if known.keys() != works.keys():
         known = {name: fastest(work, model.config.rms_norm_eps, name) for name, work in works.items()}
-        keep(file, found, {name: astuple(way) if way else None for name, way in known.items()})
+        keep(file, key, {name: astuple(way) if way else None for name, way in known.items()})
     return known
 
 
