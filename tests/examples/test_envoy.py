@@ -482,8 +482,9 @@ async def test_a_dead_server_is_routed_around(serve_scripted: ServiceMaker, tmp_
             )
             assert {reply.status_code for reply in replies} == {200}
 
-        await all_succeed()
-        assert all(prefills([first, second]))
+        async with asyncio.timeout(20):
+            while not all(prefills([first, second])):  # among idle servers Envoy picks at random
+                await all_succeed()
         await life.aclose()
         await all_succeed()
         await until_health_checks_fail(envoy)
