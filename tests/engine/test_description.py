@@ -59,6 +59,7 @@ def test_the_second_start_says_the_same(directory: Path, tmp_path: Path, reads: 
     assert first == plain(directory)
 
 
+@pytest.mark.timeout(300)  # processes of their own import torch and transformers: long on a machine with other work
 def test_the_second_start_needs_no_transformers(directory: Path, tmp_path: Path) -> None:
     """Its import takes seconds: a process that finds everything kept never does it."""
     file = tmp_path / "checkpoint.json"
