@@ -36,7 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_import_rules.py
+	$(BIN)/lint-imports
 	$(BIN)/python -m tools.settings_reference --check
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m tools.container.lock --check

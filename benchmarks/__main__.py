@@ -25,7 +25,7 @@ from benchmarks.measuring import MOST_ATTEMPTS, Figures
 from benchmarks.peers import Peer, chosen, groups, interpreter
 from benchmarks.rounds import Case, Ground, Rounds
 from benchmarks.service import Service
-from llama2_server.engine.checkpoint import read_config
+from llama2_server.engine.checkpoint.files import read_config
 
 FOLDER = Path("build/benchmarks")
 

@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama2_server.engine.detokenizer import Detokenizer
-from llama2_server.engine.tokenizer import Tokenizer
+from llama2_server.engine.text.detokenizer import Detokenizer
+from llama2_server.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

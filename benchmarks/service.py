@@ -15,7 +15,7 @@ import yaml
 from benchmarks.contenders import NotRun, Run
 from benchmarks.prompts import Prompt
 from llama2_client import Client, Message, ReplyStream
-from llama2_server.engine.checkpoint import read_config
+from llama2_server.engine.checkpoint.files import read_config
 
 NO_DEADLINE = 3600.0
 MOST_REUSED = 8  # tokens that prompts have in common by chance

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from tests.certificates import Authority
-from tests.postgres_server import PostgresCluster, running_postgres
-from tests.scripted_model import ScriptedModel
-from tests.service import Service, ServiceMaker, until, with_config
+from tests.support.certificates import Authority
+from tests.support.postgres_server import PostgresCluster, running_postgres
+from tests.support.scripted_model import ScriptedModel
+from tests.support.service import Service, ServiceMaker, until, with_config
 
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
-from llama2_server import probe
-from llama2_server.accounts import Accounts, OpenAccounts
+from llama2_server.admission.accounts import Accounts, OpenAccounts
+from llama2_server.api.health import HealthServicer
 from llama2_server.app import grounded, running
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
-from llama2_server.engine.tokenizer import Tokenizer
-from llama2_server.health import HealthServicer
-from llama2_server.loading import Loaded
-from llama2_server.settings import Settings
+from llama2_server.config.settings import Settings
+from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.lifecycle import probe
+from llama2_server.lifecycle.model_loading import Loaded
 from llama2_server.telemetry.telemetry import Telemetry
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama2_server.settings import Settings
+from llama2_server.config.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 CHART = ROOT / "helm/llama2"

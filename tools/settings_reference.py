@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama2_server.settings import ENV_PREFIX, Settings
+from llama2_server.config.settings import ENV_PREFIX, Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = f"""\
 # Settings
 
-<!-- Written by `make docs` from server/llama2_server/settings.py; `make check` fails when it is stale. -->
+<!-- Written by `make docs` from server/llama2_server/config/settings.py; `make check` fails when it is stale. -->
 
 Every setting is a key of the YAML file that `--config` names, a variable in the environment and a flag; the
 environment wins over the file, and flags win over both: `line_limit: 64` in the file, `{ENV_PREFIX}LINE_LIMIT=64`,

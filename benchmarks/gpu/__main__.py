@@ -27,14 +27,14 @@ from benchmarks.gpu.models import SHAPES, random_model
 from benchmarks.gpu.peer import TransformersGenerate
 from benchmarks.gpu.picture import picture
 from benchmarks.gpu.report import report
-from llama2_server.engine.cuda.building import steps_for
+from llama2_server.engine.cuda.build import steps_for
 from llama2_server.engine.engine import Engine
 
 CONTEXT_LENGTH = 3072
 RESULTS = Path(__file__).parent.parent / "results"
 # What the service needs beyond the engine; where one is missing it is not run, and the report says so.
 SERVICE_NEEDS = ("grpc_health", "grpc_reflection", "pydantic_settings", "structlog", "sqlalchemy", "jsonschema")
-TESTS = ("-m", "pytest", "-c", "benchmarks/gpu/pytest.ini", "--rootdir", ".", "--confcutdir", "tests/engine")
+TESTS = ("-m", "pytest", "-c", "benchmarks/gpu/pytest.ini", "--rootdir", ".", "--confcutdir", "tests/unit/engine")
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def about(shape: str, device: str) -> dict[str, Any]:
 
 def tests() -> str:
     """The last line of what the tests that need a GPU say."""
-    command = [sys.executable, *TESTS, "--import-mode=importlib", "-q", "tests/engine/cuda", "-m", "gpu"]
+    command = [sys.executable, *TESTS, "--import-mode=importlib", "-q", "tests/unit/engine/cuda", "-m", "gpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout, file=sys.stderr)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequences import Finish, FinishReason
+from llama2_server.engine.sequence import Finish, FinishReason
 
 ROUNDS = 5
 

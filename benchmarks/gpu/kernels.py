@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llama2_server.engine.cuda.steps import CudaSteps
+from llama2_server.engine.cuda.step_runner import CudaSteps
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequences import Finish, Sequence
+from llama2_server.engine.sequence import Finish, Sequence
 
 STEPS = 8
 

@@ -9,7 +9,7 @@ import torch
 from tools.make_checkpoint import Shape, make_checkpoint
 
 from benchmarks.gpu.ceilings import synchronize
-from llama2_server.engine.weights import load_model
+from llama2_server.engine.checkpoint.loader import load_model
 
 # Llama-2-7B with 6 of its 32 layers: enough to tell, and made in half a minute.
 SHAPES = {

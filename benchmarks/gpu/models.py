@@ -2,8 +2,8 @@
 
 import torch
 
-from llama2_server.engine.model import LlamaModel
-from llama2_server.engine.parameters import LlamaConfig, LlamaWeights
+from llama2_server.engine.model.llama import LlamaModel
+from llama2_server.engine.model.weights import LlamaConfig, LlamaWeights
 
 SPREAD = 0.02  # transformers' initializer_range
 SHAPES = {

@@ -11,8 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.gpu.bare import ROUNDS
 from benchmarks.gpu.ceilings import synchronize
-from llama2_server.engine.model import LlamaModel
-from llama2_server.engine.weights import places
+from llama2_server.engine.checkpoint.loader import places
+from llama2_server.engine.model.llama import LlamaModel
 
 
 class TransformersGenerate:

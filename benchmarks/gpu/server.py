@@ -9,13 +9,13 @@ from tools.make_checkpoint import make_tokenizer
 
 from benchmarks.gpu.models import SHAPES, random_model
 from llama2_server import app
-from llama2_server.__main__ import main
-from llama2_server.accounts import Accounts
+from llama2_server.admission.accounts import Accounts
 from llama2_server.card import ModelCard
-from llama2_server.engine.cuda.building import steps_for
-from llama2_server.engine.tokenizer import Tokenizer
-from llama2_server.loading import Loaded
-from llama2_server.settings import Settings
+from llama2_server.cli.main import main
+from llama2_server.config.settings import Settings
+from llama2_server.engine.cuda.build import steps_for
+from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.lifecycle.model_loading import Loaded
 
 
 def random_load(shape: str, device: str, settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:

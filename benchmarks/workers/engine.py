@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.workers.protocol import Generated, Setup, serve
+from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.engine import Engine
-from llama2_server.engine.native import NativeUnavailable, read_bandwidth, use_huge_pages
+from llama2_server.engine.native.library import NativeUnavailable, read_bandwidth, use_huge_pages
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequences import Finish, FinishReason
-from llama2_server.engine.weights import load_model
+from llama2_server.engine.sequence import Finish, FinishReason
 
 BANDWIDTH_BYTES = 2**30  # far beyond any cache
 BANDWIDTH_READS = 5

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama2_client.chat import Chat
-    from llama2_client.client import Client, GenerationOptions, HealthStatus, TokenCount
+    from llama2_client.client import Client, HealthStatus, TokenCount
     from llama2_client.errors import (
         DeadlineExceeded,
         InvalidRequest,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Violation,
     )
     from llama2_client.replies import FinishReason, Message, Reply, ReplyStream
+    from llama2_client.request import GenerationOptions
 
 __all__ = [
     "Chat",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Unpack
+from collections.abc import Callable
+from typing import Unpack
 
 from llama2_client.replies import Message, Reply, ReplyStream
-
-if TYPE_CHECKING:
-    from llama2_client.client import Client, GenerationOptions
+from llama2_client.request import GenerationOptions
 
 
 class Chat:
@@ -25,14 +24,16 @@ class Chat:
     other: to begin one while another is open raises RuntimeError.
 
     Args:
-        client: whom to ask.
+        stream: starts a reply; `Client.stream`.
         system: how the model shall behave; None for the card's default.
         defaults: generation options of every turn; a turn's own go before them.
     """
 
-    def __init__(self, client: Client, system: str | None = None, **defaults: Unpack[GenerationOptions]) -> None:
+    def __init__(
+        self, stream: Callable[..., ReplyStream], system: str | None = None, **defaults: Unpack[GenerationOptions]
+    ) -> None:
         self.system = system
-        self._client = client
+        self._stream = stream
         self._defaults = defaults
         self._turns: tuple[Message, ...] = ()
         self._open: weakref.ref[ReplyStream] | None = None
@@ -58,7 +59,7 @@ class Chat:
 
         question = Message("user", text)
         merged: GenerationOptions = {**self._defaults, **options}
-        stream = self._client.stream(messages=(*self.history, question), **merged)
+        stream = self._stream(messages=(*self.history, question), **merged)
 
         def keep(reply: Reply) -> None:
             self._turns += (question, Message("assistant", reply.text))

@@ -3,14 +3,13 @@
 # ruff: noqa: ASYNC109 - a call's deadline goes with it to the server, which `asyncio.timeout` does not.
 from __future__ import annotations
 
-import contextlib
 import enum
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from types import TracebackType
-from typing import Self, TypedDict, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message as ProtobufMessage
@@ -26,8 +25,9 @@ from llama2.v1 import (
 )
 from llama2_client.channel import DEFAULT_PORT, credentials_of, grpc_target, open_channel
 from llama2_client.chat import Chat
-from llama2_client.errors import InvalidRequest, Llama2Error, Violation, mapped
+from llama2_client.errors import Llama2Error, mapped
 from llama2_client.replies import Message, Reply, ReplyStream, reply_of
+from llama2_client.request import GenerationOptions, build_request
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
 # Three years: far beyond, gRPC's clock overflows and a call would fail at once.
@@ -35,7 +35,6 @@ LONGEST_TIMEOUT_SECONDS = 1e8
 
 _Request = TypeVar("_Request", bound=ProtobufMessage)
 _Response = TypeVar("_Response", bound=ProtobufMessage)
-_PromptRequest = TypeVar("_PromptRequest", text_generation_pb2.GenerateRequest, text_generation_pb2.CountTokensRequest)
 
 
 class HealthStatus(enum.StrEnum):
@@ -53,22 +52,6 @@ class TokenCount:
 
     input_tokens: int
     max_output_tokens: int
-
-
-class GenerationOptions(TypedDict, total=False):
-    """How to generate. What is left out, or None, is not sent: the card's default is in force."""
-
-    max_tokens: int | None  # the most tokens to generate
-    temperature: float | None  # 0 is greedy
-    top_p: float | None
-    top_k: int | None  # 0 is all
-    seed: int | None  # any 64-bit value; an equal request with an equal seed gets an equal reply
-    repetition_penalty: float | None  # 1 is off
-    frequency_penalty: float | None  # 0 is off
-    presence_penalty: float | None  # 0 is off
-    stop: str | Iterable[str] | None  # a text that ends the reply, or several
-    no_cache: bool | None  # True: neither read nor write the response cache
-    timeout: float | None  # the call's deadline in seconds, waiting and retries included; None: the client's
 
 
 class Client:
@@ -137,7 +120,7 @@ class Client:
     ) -> Reply:
         """Generate a whole reply to `prompt` or `messages`; `raw`: continue the prompt, with no chat template."""
         timeout = options.pop("timeout", None)
-        request = _filled(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
+        request = build_request(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
         generate = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).Generate
         response = await self._unary(generate, request, timeout)
         return reply_of(response.response, response.completion)
@@ -152,13 +135,13 @@ class Client:
     ) -> ReplyStream:
         """Start a reply and return its text as it comes. Takes what `generate` takes; needs a running event loop."""
         timeout = options.pop("timeout", None)
-        request = _filled(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
+        request = build_request(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
         generate_stream = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).GenerateStream
         return ReplyStream(generate_stream(request, timeout=self._seconds(timeout), metadata=self._metadata))
 
     def chat(self, system: str | None = None, **defaults: Unpack[GenerationOptions]) -> Chat:
         """Start a conversation; `defaults` hold for each of its turns."""
-        return Chat(self, system, **defaults)
+        return Chat(self.stream, system, **defaults)
 
     async def count_tokens(
         self,
@@ -169,7 +152,7 @@ class Client:
         timeout: float | None = None,
     ) -> TokenCount:
         """Count the input tokens of a request without generating."""
-        request = _filled(text_generation_pb2.CountTokensRequest(), prompt, messages, raw, {})
+        request = build_request(text_generation_pb2.CountTokensRequest(), prompt, messages, raw, {})
         count_tokens = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).CountTokens
         response = await self._unary(count_tokens, request, timeout)
         return TokenCount(input_tokens=response.input_tokens, max_output_tokens=response.max_output_tokens)
@@ -225,39 +208,3 @@ class Client:
         if self._open_channel is None:
             self._open_channel = open_channel(self.target, self._credentials)
         return self._open_channel
-
-
-def _filled(
-    request: _PromptRequest,
-    prompt: str | None,
-    messages: Iterable[Message | Mapping[str, str]] | None,
-    raw: bool | None,
-    options: GenerationOptions,
-) -> _PromptRequest:
-    """Fill a request with what is set; InvalidRequest names what the wire cannot carry: a lone surrogate, 2**64."""
-    if unknown := options.keys() - GenerationOptions.__annotations__.keys():
-        raise TypeError(f"unknown generation options: {', '.join(sorted(unknown))}")
-    violations: list[Violation] = []
-
-    @contextlib.contextmanager
-    def field(path: str) -> Iterator[None]:
-        try:
-            yield
-        except UnicodeEncodeError:
-            violations.append(Violation(path, "must be Unicode text, without lone surrogates"))
-        except ValueError as error:
-            violations.append(Violation(path, str(error)))
-
-    for name, value in {"prompt": prompt, "raw": raw, **options}.items():
-        with field(name):
-            if name == "stop":
-                getattr(request, name).extend([value] if isinstance(value, str) else value or ())
-            elif value is not None:
-                setattr(request, name, value)
-    for index, message in enumerate(messages or ()):
-        with field(f"messages[{index}]"):
-            fields = {"role": message.role, "content": message.content} if isinstance(message, Message) else message
-            request.messages.add(**fields)
-    if violations:
-        raise InvalidRequest("the request cannot be sent", violations=tuple(violations))
-    return request

@@ -14,26 +14,27 @@ from typing import TypeVar
 
 import grpc.aio
 
-from llama2_server.accounts import Accounts, KeyAccounts
+from llama2_server.admission.accounts import Accounts, KeyAccounts
+from llama2_server.admission.request_queue import Slots
+from llama2_server.api.health import HealthServicer
+from llama2_server.api.interceptor import CallInterceptor
+from llama2_server.api.server import add_port, health_port, make_server
+from llama2_server.api.text_generation import Parts, TextGenerationServicer
 from llama2_server.card import ModelCard
+from llama2_server.config.settings import Settings
+from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.engine import Engine
-from llama2_server.health import HealthServicer
-from llama2_server.interceptor import CallInterceptor
-from llama2_server.listening import add_port, health_port, make_server
-from llama2_server.loading import Loaded, load
-from llama2_server.preflight import StartError, read_card_and_accounts
-from llama2_server.probe import probe
-from llama2_server.readiness import Readiness
-from llama2_server.readings import show
-from llama2_server.servicer import Parts, TextGenerationServicer
-from llama2_server.settings import Settings
-from llama2_server.slots import Slots
-from llama2_server.speed import warn_of_slowness
-from llama2_server.stores import Stores, open_stores
-from llama2_server.telemetry.logs import on_loop_exception
+from llama2_server.generation.supervised_engine import WatchedEngine
+from llama2_server.lifecycle.gauges import show
+from llama2_server.lifecycle.model_loading import Loaded, load
+from llama2_server.lifecycle.preflight import read_card_and_accounts
+from llama2_server.lifecycle.probe import probe
+from llama2_server.lifecycle.readiness import Readiness
+from llama2_server.lifecycle.stores import Stores, open_stores
+from llama2_server.lifecycle.timeout_checks import warn_of_slowness
+from llama2_server.telemetry.logging import on_loop_exception
 from llama2_server.telemetry.metrics import Metrics
 from llama2_server.telemetry.telemetry import Telemetry, opened
-from llama2_server.watchdog import WatchedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,7 @@ async def serve(settings: Settings, load: Load = load) -> int:
         The exit code: 0, or ENGINE_LOST.
 
     Raises:
-        CardError, KeysFileError, CertificateError, LedgerError, TelemetryError, WeightsError, StartError: it cannot be
-            served.
+        ConfigurationError: it cannot be served.
     """
     ending: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     _on_signals(ending)
@@ -103,7 +103,7 @@ async def grounded(settings: Settings, card: ModelCard, telemetry: Telemetry | N
     Raises:
         LedgerError: the ledger cannot be opened as it is configured.
         TelemetryError: metrics or traces cannot be had as they are configured.
-        StartError: the health port cannot be listened on, or there is no Redis by that URL.
+        ConfigurationError: the health port cannot be listened on, or there is no Redis by that URL.
     """
     async with AsyncExitStack() as stack:
         if telemetry is None:
@@ -123,7 +123,7 @@ async def running(
 
     Raises:
         _EndedEarly: it was.
-        StartError: the warm-up failed, or the address cannot be listened on.
+        ConfigurationError: the warm-up failed, or the address cannot be listened on.
         CertificateError: the certificate's files cannot be used.
     """
     metrics, health = ground.telemetry.metrics, ground.health
@@ -183,7 +183,7 @@ async def _warm_up(settings: Settings, parts: Parts, chunk_tokens: int) -> None:
     for _ in range(2):  # the first pays for what is used for the first time, and tells nothing of the speed
         generation = await probe(parts.engine, parts.tokenizer, max_tokens=2)
         if generation.failed:
-            raise StartError("the model cannot generate; the log above says why")
+            raise ConfigurationError("the model cannot generate; the log above says why")
     prefill_seconds = (generation.first_token_at - generation.slot_at) / generation.counts.input_tokens
     decode_seconds = generation.finished_at - generation.first_token_at
     warn_of_slowness(

@@ -13,8 +13,10 @@ import jsonschema
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from llama2_server.configuration_error import ConfigurationError
 
-class CardError(Exception):
+
+class CardError(ConfigurationError):
     """The card cannot be served; the message is one line that names the card and the key."""
 
 

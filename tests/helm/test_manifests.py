@@ -25,8 +25,8 @@ from tools.chart import CHART
 
 from llama2_server.app import LAST_STEP_SECONDS
 from llama2_server.card import ModelCard, load_card, parse_card
-from llama2_server.ledger.ledger import CLOSE_SECONDS
-from llama2_server.settings import Settings
+from llama2_server.config.settings import Settings
+from llama2_server.usage.ledger import CLOSE_SECONDS
 
 # The oldest that Chart.yaml allows, the newest that there is, and one between.
 KUBERNETES = ("1.30", "1.34", "1.37")

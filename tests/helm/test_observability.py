@@ -10,7 +10,7 @@ import grpc
 import promql_parser
 import pytest
 from tests.helm.chart import VALUE_SETS, Manifest, render, rendered, values_of
-from tests.processes import free_port, server
+from tests.support.processes import free_port, server
 from tools.chart import CHART
 
 from llama2.v1 import text_generation_pb2 as pb

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from tests.helm.chart import Manifest, Rendered, Values, environment_of, render, rendered
-from tests.processes import command, environment
+from tests.support.processes import command, environment
 
-from llama2_server.accounts import new_key
-from llama2_server.admin import admin
-from llama2_server.settings import Settings
+from llama2_server.admission.accounts import new_key
+from llama2_server.cli.admin import admin
+from llama2_server.config.settings import Settings
 
 WITH_KEYS: Values = {"demo": True, "keys": {"secret": "keys"}, "test": {"apiKey": {"secret": "key"}}}
 

@@ -11,7 +11,7 @@ import yaml
 from tests.helm.chart import NAMESPACE, VALUE_SETS, Values, chart, values_of
 from tools.chart import CHART, SCHEMA, cards, values_schema
 
-from llama2_server.settings import Settings
+from llama2_server.config.settings import Settings
 
 ELSEWHERE: Values = {"weights": {"existingClaim": "c"}, "allowOpen": True}
 STORES: Values = {"redis": {"secret": "r"}, "ledger": {"secret": "l"}}

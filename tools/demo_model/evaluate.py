@@ -14,8 +14,8 @@ from random import Random
 import sentencepiece
 import torch
 
+from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.sampling import GenerationParams, Sampler
-from llama2_server.engine.weights import load_model
 from tools.demo_model.templates import with_article
 from tools.demo_model.tokenizer import BOS, EOS, prompt_text
 from tools.demo_model.train import CONTEXT_LENGTH, DEMO

@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as SequenceOf
 
-from llama2_server.engine.errors import EngineFault
-from llama2_server.engine.model import Model
-from llama2_server.engine.prefixes import FreeSlots
+from llama2_server.engine.errors import EngineError
+from llama2_server.engine.model.llama import Model
+from llama2_server.engine.prefix_cache import FreeSlots
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequences import Finish, FinishReason, Listener, Sequence
-from llama2_server.engine.steps import HostSteps, Steps, Token
+from llama2_server.engine.sequence import Finish, FinishReason, Listener, Sequence
+from llama2_server.engine.step_runner import HostSteps, Steps, Token
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +79,14 @@ class Engine:
 
         Raises:
             ValueError: the prompt is empty, or prompt and `max_tokens` do not fit the context.
-            EngineFault: the engine has stopped.
+            EngineError: the engine has stopped.
         """
         if not prompt_ids or len(prompt_ids) + params.max_tokens > self._model.context_length:
             raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens in {self._model.context_length}")
         sequence = Sequence(list(prompt_ids), params, listener, owner)
         with self._wake:
             if not self.alive:
-                raise EngineFault("the engine has stopped")
+                raise EngineError("the engine has stopped")
             self._submitted.append(sequence)
             self._wake.notify()
         return sequence

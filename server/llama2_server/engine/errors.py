@@ -1,13 +1,11 @@
-"""What can go wrong below the step loop. The seam above maps these onto the service's own errors."""
+"""Errors of the engine; generation/supervised_engine.py maps them onto the service's own errors."""
+
+from llama2_server.configuration_error import ConfigurationError
 
 
-class EngineError(Exception):
-    """The engine cannot do what it was asked; the message is one line for the operator."""
-
-
-class WeightsError(EngineError):
+class WeightsError(ConfigurationError):
     """The checkpoint cannot be served as it is; the message names the file or tensor and the remedy."""
 
 
-class EngineFault(EngineError):
+class EngineError(Exception):
     """A broken invariant in the middle of a generation, such as logits that are not finite."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama2_server.engine.errors import EngineFault
+from llama2_server.engine.errors import EngineError
 
 # A full sort of 32,000 probabilities costs twenty times as much as finding the few that nearly always hold the nucleus.
 NUCLEUS_GUESS = 256
@@ -47,12 +47,12 @@ class Sampler:
         """The next token's id.
 
         The order is that of transformers' generate: repetition penalty, frequency and presence penalty, temperature,
-        top_k, top_p. Raises EngineFault where a logit is not finite.
+        top_k, top_p. Raises EngineError where a logit is not finite.
         """
         logits = logits.float()
         # A sum is finite only if each term is: one cheap reduction looks at all of them.
         if not math.isfinite(logits.sum().item()):
-            raise EngineFault("the model's logits are not finite")
+            raise EngineError("the model's logits are not finite")
         logits = self._penalised(logits)
         token_id = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits)
         self._remember(token_id)

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from llama2_server.errors import QuotaExceeded
-from llama2_server.telemetry.calls import Call, Usage
+from llama2_server.telemetry.call import Call, Usage
 
 UNKNOWN_METHOD = "unknown"
 LOOP_PATIENCE_SECONDS = 1.0

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
 
-from llama2_server.telemetry.calls import Call, Metadata, Usage
-from llama2_server.telemetry.exposition import scraped
-from llama2_server.telemetry.failures import TelemetryError
+from llama2_server.telemetry.call import Call, Metadata, Usage
+from llama2_server.telemetry.errors import TelemetryError
 from llama2_server.telemetry.metrics import Metrics
+from llama2_server.telemetry.metrics_server import scraped
 
 logger = logging.getLogger(__name__)
 requests = logging.getLogger("llama2_server.requests")

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from llama2_server.telemetry.calls import Call, Fact, Metadata
+from llama2_server.telemetry.call import Call, Fact, Metadata
 
 # By the conventions for gRPC's server spans, the other codes are the caller's affair and no error of the server.
 ERROR_CODES = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})

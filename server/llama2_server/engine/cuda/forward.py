@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from llama2_server.engine.cuda.attention_kernels import attend, rotate_and_store
-from llama2_server.engine.cuda.products import Products
-from llama2_server.engine.model import LlamaModel
+from llama2_server.engine.cuda.matmul import Products
+from llama2_server.engine.model.llama import LlamaModel
 
 
 class Forward:

@@ -4,7 +4,7 @@
 // Decoding reads every weight once a token, so the memory is the limit and everything is about keeping it busy:
 // weights are streamed as they lie there with what comes next prefetched, all sequences of a step share the one pass over
 // them, and the threads take the work in small chunks, so that one that loses its core delays nobody. A prompt's tokens
-// share that pass too; with so many rows the arithmetic is the limit, and products.hpp keeps that busy.
+// share that pass too; with so many rows the arithmetic is the limit, and matmul.hpp keeps that busy.
 //
 // Every number is the same bit for bit whatever the number of threads, the rows beside it and the instruction set: each
 // sum has 16 lanes that are added up in one fixed order, and sums are never split between threads.
@@ -12,7 +12,7 @@
 // The model is that of Touvron et al. 2023 (arXiv:2307.09288), with transformers' conventions; `model.py` has the same
 // step in torch. Plain C at the border: Python calls it through ctypes, and nothing of torch is needed to build it.
 //
-// This file is the border; decoder.hpp has the stages of a step, team.hpp the threads, and kernels.hpp what computes: it
+// This file is the border; decoder.hpp has the stages of a step, thread_pool.hpp the threads, and kernels.hpp what computes: it
 // is compiled once for each instruction set, and the processor decides at run time (as Google's Highway does it).
 
 #include <algorithm>

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "model.hpp"
-#include "team.hpp"
+#include "thread_pool.hpp"
 
 namespace {
 

@@ -4,9 +4,9 @@
 namespace {
 namespace LLAMA2_INSTRUCTIONS {
 
-#include "vectors.hpp"
+#include "simd.hpp"
 
-#include "products.hpp"
+#include "matmul.hpp"
 
 void widen(const Half *from, int count, float *to) {
     int i = 0;

@@ -1,0 +1,1 @@
+"""Admission: may this request run, and when: accounts, quota, request queue."""

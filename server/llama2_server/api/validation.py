@@ -1,0 +1,223 @@
+"""A request's message -> Prompt and GenerationParams, or InvalidRequest with every violation at once.
+
+The card's own JSON Schema runs on the message's JSON form, so that the verdict is the schema's by construction. The
+rules that it cannot say are `_form_rules`; the comments of text_generation.proto list them with their reasons.
+"""
+
+import json
+import math
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jsonschema
+from google.protobuf.json_format import MessageToDict
+
+from llama2.v1 import text_generation_pb2 as pb
+from llama2_server.card import SAMPLING_RANGES, ModelCard
+from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.text.tokenizer import CONTROL_TAGS, ChatMessage, Tokenizer
+from llama2_server.errors import InvalidRequest, Violation
+from llama2_server.generation.prompt import Prompt
+
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 256
+ROLES = ("system", "user", "assistant")
+
+AnyRequest = pb.GenerateRequest | pb.CountTokensRequest
+
+
+class RequestValidator:
+    """Holds requests to one card, with one tokenizer."""
+
+    def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
+        self._card = card
+        self._tokenizer = tokenizer
+        self._schema = jsonschema.Draft202012Validator(json.loads(card.input_schema))
+
+    def generation(self, request: pb.GenerateRequest, *, streaming: bool) -> tuple[Prompt, GenerationParams]:
+        """Validate a request of Generate (or, `streaming`, of GenerateStream).
+
+        Raises:
+            InvalidRequest: with every violation of the schema and the rules, or else those of the token limits.
+        """
+        violations = [*self._form_violations(request), *self._parameter_violations(request, streaming)]
+        if violations:
+            raise InvalidRequest(violations)
+        prompt = self._encode(request)
+        return prompt, self._params(request, self._max_tokens(request, prompt))
+
+    def token_count(self, request: pb.CountTokensRequest) -> tuple[int, int]:
+        """Input tokens, and the largest `max_tokens` that they leave.
+
+        Raises:
+            InvalidRequest: as `generation`, but for a prompt that is too long, unless its mere size tells that it is.
+        """
+        if violations := list(self._form_violations(request)):
+            raise InvalidRequest(violations)
+        input_tokens = len(self._encode(request).token_ids)
+        room = self._card.context_length_limit - input_tokens
+        return input_tokens, max(0, min(room, self._card.sequence_length_limit))
+
+    def _form_violations(self, request: AnyRequest) -> Iterator[Violation]:
+        if len(request.messages) > self._card.context_length_limit:
+            # Each takes a token at least. To look at hundreds of thousands, and to list what is wrong with each, would
+            # keep the event loop from everybody else for half a minute.
+            raise InvalidRequest([Violation("messages", self._too_long(f"at least {len(request.messages)}"))])
+        form = MessageToDict(request, preserving_proto_field_name=True)
+        found = [*_schema_violations(self._schema.iter_errors(form)), *_form_rules(request)]
+        yield from dict.fromkeys(found)  # each once, in order
+
+    def _parameter_violations(self, request: pb.GenerateRequest, streaming: bool) -> Iterator[Violation]:
+        if request.HasField("stream") and request.stream != streaming:
+            right = "GenerateStream" if request.stream else "Generate"
+            yield Violation("stream", f"is {str(request.stream).lower()}: call {right} instead, or leave it unset")
+        limit = self._card.sequence_length_limit
+        if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limit:
+            yield Violation("max_tokens", f"must be in [1, {limit}], got {request.max_tokens}")
+        for name, allowed in SAMPLING_RANGES.items():
+            if request.HasField(name) and getattr(request, name) not in allowed:
+                yield Violation(name, f"must be {allowed}, got {getattr(request, name):g}")
+        if len(request.stop) > MAX_STOPS:
+            yield Violation("stop", f"must have at most {MAX_STOPS} entries, got {len(request.stop)}")
+        for index, stop in enumerate(request.stop[:MAX_STOPS]):
+            if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
+                yield Violation(f"stop[{index}]", f"must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(stop)}")
+
+    def _encode(self, request: AnyRequest) -> Prompt:
+        field = "messages" if request.messages else "prompt"
+        characters = sum(len(message.content) for message in request.messages) + len(request.prompt)
+        at_least = math.ceil(characters / self._tokenizer.longest_piece)
+        if at_least > self._card.context_length_limit:
+            # Not worth encoding: the time that it takes is everybody's.
+            raise InvalidRequest([Violation(field, self._too_long(f"at least {at_least}"))])
+        if request.raw:
+            return Prompt(tuple(self._tokenizer.encode_raw(request.prompt)), raw=True)
+        return Prompt(tuple(self._tokenizer.encode_chat(self._conversation(request))), raw=False)
+
+    def _conversation(self, request: AnyRequest) -> list[ChatMessage]:
+        if request.messages:
+            return [ChatMessage(message.role, message.content) for message in request.messages]
+        system_prompt = self._card.generation_config.system_prompt
+        system = [ChatMessage("system", system_prompt)] if system_prompt is not None else []
+        return [*system, ChatMessage("user", request.prompt)]
+
+    def _max_tokens(self, request: pb.GenerateRequest, prompt: Prompt) -> int:
+        input_tokens = len(prompt.token_ids)
+        room = self._card.context_length_limit - input_tokens
+        if room < 1:
+            field = "messages" if request.messages else "prompt"
+            raise InvalidRequest([Violation(field, self._too_long(str(input_tokens)))])
+        if not request.HasField("max_tokens"):
+            return min(self._card.default_max_tokens, self._card.sequence_length_limit, room)
+        if request.max_tokens > room:
+            allowed = f"must be at most {room}, got {request.max_tokens}: "
+            reason = f"the prompt has {input_tokens} of the {self._card.context_length_limit} tokens of the context"
+            raise InvalidRequest([Violation("max_tokens", allowed + reason)])
+        return request.max_tokens
+
+    def _too_long(self, tokens: str) -> str:
+        limit = self._card.context_length_limit
+        return f"has {tokens} tokens, and the context holds {limit}, prompt and reply together: shorten it"
+
+    def _params(self, request: pb.GenerateRequest, max_tokens: int) -> GenerationParams:
+        sources = {
+            name: request if request.HasField(name) else self._card.generation_config for name in SAMPLING_RANGES
+        }
+        return GenerationParams(
+            max_tokens=max_tokens,
+            seed=request.seed if request.HasField("seed") else secrets.randbits(64),
+            stop=tuple(request.stop),
+            **{name: getattr(source, name) for name, source in sources.items()},
+        )
+
+
+def _schema_violations(errors: Iterable[jsonschema.ValidationError]) -> Iterator[Violation]:
+    for error in errors:
+        if error.validator == "oneOf":
+            yield from _alternatives_violations(error)
+        else:
+            yield _plain(error)
+
+
+def _alternatives_violations(error: jsonschema.ValidationError) -> Iterator[Violation]:
+    """What is wrong with the alternative that the caller meant: the one whose required fields are there."""
+    alternatives: list[dict[str, Any]] = error.validator_value  # type: ignore[assignment]
+    required = [", ".join(branch.get("required", ())) for branch in alternatives]
+    branches: dict[Any, list[jsonschema.ValidationError]] = {}
+    for inner in error.context or ():
+        branches.setdefault(inner.schema_path[0], []).append(inner)
+    meant = [inner for inner in branches.values() if not any(_misses_field(one) for one in inner)]
+    if not branches:
+        yield Violation(required[0], f"only one of {' and '.join(required)} may be given")
+    elif not meant:
+        yield Violation(required[0], f"either {' or '.join(required)} is required")
+    for errors in meant:
+        yield from _schema_violations(errors)
+
+
+def _misses_field(error: jsonschema.ValidationError) -> bool:
+    return error.validator == "required" and not error.relative_path
+
+
+def _plain(error: jsonschema.ValidationError) -> Violation:
+    """One schema error in plain words; never with the value itself, which is the caller's text."""
+    path = _field_path(error.absolute_path)
+    instance: Any = error.instance
+    allowed: Any = error.validator_value
+    match error.validator:
+        case "required":
+            missing = next(name for name in allowed if error.message.startswith(f"{name!r} "))
+            return Violation(f"{path}.{missing}" if path else missing, "is required")
+        case "maxLength":
+            return Violation(path, f"must have at most {allowed} characters, got {len(instance)}")
+        case "type":
+            return Violation(path, f"must be of type {allowed}")
+        case _:
+            return Violation(path, f"breaks the card's schema: {error.validator} {json.dumps(allowed)}")
+
+
+def _field_path(parts: Iterable[str | int]) -> str:
+    """`messages[1].content` for ("messages", 1, "content")."""
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def _form_rules(request: AnyRequest) -> Iterator[Violation]:
+    """The rules on prompt and messages that a JSON Schema cannot say, or that this one leaves open."""
+    if request.HasField("prompt") and request.messages:
+        yield Violation("prompt", "only one of prompt and messages may be given")
+    if request.raw and request.messages:
+        yield Violation("raw", "cannot be true with messages: raw text has no roles")
+    if not request.raw and _has_control_tag(request.prompt):
+        yield Violation("prompt", _NO_TAGS)
+    for index, message in enumerate(request.messages):
+        if _has_control_tag(message.content):
+            yield Violation(f"messages[{index}].content", _NO_TAGS)
+        if message.HasField("role") and message.role not in ROLES:
+            yield Violation(f"messages[{index}].role", "must be system, user or assistant")
+    if all(message.role in ROLES for message in request.messages):
+        yield from _order_violations([message.role for message in request.messages])
+
+
+_NO_TAGS = f"must not hold the chat template's control tags ({', '.join(CONTROL_TAGS)}) unless raw is true"
+
+
+def _has_control_tag(text: str) -> bool:
+    return any(tag in text for tag in CONTROL_TAGS)
+
+
+def _order_violations(roles: list[str]) -> Iterator[Violation]:
+    """The first message out of turn: Llama-2's template has an optional system text, then users and assistants."""
+    if not roles:
+        return
+    start = 1 if roles[0] == "system" else 0
+    for index, role in enumerate(roles[start:], start):
+        expected = "user" if (index - start) % 2 == 0 else "assistant"
+        if role != expected:
+            yield Violation(f"messages[{index}].role", f"must be {expected} here: user and assistant take turns")
+            return
+    if roles[-1] != "user":
+        yield Violation(f"messages[{len(roles) - 1}].role", "must be user in the last message: it is replied to")

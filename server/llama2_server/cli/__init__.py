@@ -1,0 +1,1 @@
+"""The `llama2-server` command line."""

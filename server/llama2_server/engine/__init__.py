@@ -1,0 +1,1 @@
+"""Run the model: torch and token ids; no gRPC, no asyncio, no settings."""

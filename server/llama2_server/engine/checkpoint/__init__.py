@@ -1,0 +1,1 @@
+"""Find, read and load a Hugging Face Llama checkpoint."""

@@ -1,0 +1,54 @@
+"""What a checkpoint's configuration says, which transformers is asked only once.
+
+Importing transformers takes longer than all the rest of a small model's start.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llama2_server.engine.checkpoint import files as checkpoint
+from llama2_server.engine.disk_cache import keep, recall
+from llama2_server.engine.model.weights import LlamaConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A model's shape, and the token ids that end a generation."""
+
+    config: LlamaConfig
+    eos_ids: frozenset[int]
+
+
+def describe(directory: Path, file: Path) -> Description:
+    """Read config.json and generation_config.json; `file` keeps the answer for the next start.
+
+    They are read anew when they, transformers, or our own reading of its answer have changed. What is refused is never
+    kept.
+
+    Raises:
+        WeightsError: the model is none that can be served.
+    """
+    key = _key(directory)
+    description = _kept(recall(file, key))
+    if description is None:
+        description = Description(checkpoint.read_config(directory), checkpoint.read_eos_ids(directory))
+        keep(file, key, {"config": asdict(description.config), "eos_ids": sorted(description.eos_ids)})
+    return description
+
+
+def _kept(kept: Any) -> Description | None:
+    try:
+        return Description(LlamaConfig(**kept["config"]), frozenset(kept["eos_ids"]))
+    except (TypeError, KeyError):  # nothing was kept, or no description
+        return None
+
+
+def _key(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for path in (directory / "config.json", directory / "generation_config.json", Path(checkpoint.__file__)):
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(len(content).to_bytes(8) + content)
+    return f"{digest.hexdigest()}, transformers {version('transformers')}"

@@ -1,0 +1,200 @@
+"""A Hugging Face Llama checkpoint on disk: its configuration and where its tensors lie. Nothing big is read here."""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llama2_server.engine.errors import WeightsError
+from llama2_server.engine.model.weights import LlamaConfig
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig as HFConfig
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pth", "*.pt")
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_config(directory: Path) -> LlamaConfig:
+    """The model's shape; raises WeightsError if config.json is unreadable or asks for more than a plain Llama."""
+    path = directory / "config.json"
+    raw = _read_json(path)
+    _check_architecture(path, raw)
+    config = _parse_config(path, raw)
+    _check_config(path, config)
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        rms_norm_eps=float(config.rms_norm_eps),
+        rope_theta=_rope(config)["rope_theta"],
+        max_positions=config.max_position_embeddings,
+        tied_embeddings=config.tie_word_embeddings,
+    )
+
+
+def read_eos_ids(directory: Path) -> frozenset[int]:
+    """The ids that end a generation: generation_config.json's, else config.json's; raises WeightsError without any."""
+    from transformers import GenerationConfig  # takes seconds to import
+
+    ids = None
+    if (directory / "generation_config.json").is_file():
+        _read_json(directory / "generation_config.json")
+        ids = GenerationConfig.from_pretrained(directory).eos_token_id
+    if ids is None:
+        ids = _read_json(directory / "config.json").get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    if not ids or not all(type(token_id) is int for token_id in ids):
+        raise WeightsError(f"{directory}: eos_token_id is {ids}, expected token ids; without one no reply would end")
+    return frozenset(ids)
+
+
+def read_tensor_table(directory: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of the checkpoint lies.
+
+    Raises WeightsError for files that are missing, cut off or not safetensors. Pickles are never opened: loading one
+    runs whatever code is in it.
+    """
+    table: dict[str, StoredTensor] = {}
+    for path in _shards(directory):
+        for name, tensor in _read_header(path):
+            if name in table:
+                raise WeightsError(f"{path}: holds {name}, which {table[name].path.name} holds already")
+            table[name] = tensor
+    return table
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such file; expected a Hugging Face Llama checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
+    if raw.get("architectures") != ["LlamaForCausalLM"] or raw.get("model_type") != "llama":
+        found = f"{raw.get('architectures')} of model_type {raw.get('model_type')!r}"
+        raise WeightsError(f"{path}: architectures is {found}, expected ['LlamaForCausalLM'] of model_type 'llama'")
+    if raw.get("quantization_config") is not None:
+        raise WeightsError(f"{path}: has a quantization_config; expected unquantized weights")
+
+
+def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig as HFConfig  # takes seconds to import
+
+    try:
+        config = HFConfig.from_dict(raw)
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise WeightsError(f"{path}: {' '.join(str(error).split())}") from error
+    for name in SIZES:
+        size = getattr(config, name)
+        if type(size) is not int or size < 1:
+            raise WeightsError(f"{path}: {name} is {size!r}, expected a positive integer")
+    return config
+
+
+def _check_config(path: Path, config: "HFConfig") -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    for name, found, expected in (
+        ("rope_scaling", _rope(config).get("rope_type"), "default"),
+        ("attention_bias", config.attention_bias, False),
+        ("mlp_bias", config.mlp_bias, False),
+        ("hidden_act", config.hidden_act, "silu"),
+        ("num_attention_heads modulo num_key_value_heads", heads % kv_heads, 0),
+    ):
+        if found != expected:
+            raise WeightsError(f"{path}: {name} is {found!r}, expected {expected!r}")
+
+
+def _rope(config: "HFConfig") -> dict[str, Any]:
+    return dict(config.rope_parameters or {})
+
+
+def _shards(directory: Path) -> list[Path]:
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return _indexed_shards(index)
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise WeightsError(
+            f"{directory}: has only pickles ({pickles[0]}), which can run code when loaded; fetch the checkpoint's "
+            "safetensors, or convert it with transformers' save_pretrained"
+        )
+    raise WeightsError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _indexed_shards(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index}: has no weight_map of tensor names to files")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name:
+            raise WeightsError(f"{index}: names {name!r}, expected a file beside it")
+        if not (index.parent / name).is_file():
+            raise WeightsError(f"{index.parent / name}: no such file, but {index.name} names it; fetch it again")
+    return [index.parent / name for name in names]
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The file's tensors, by https://github.com/huggingface/safetensors#format."""
+    try:
+        # The library checks the header against itself and against the file's size; only offsets are left to be read.
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a complete safetensors file: {error}; fetch it again") from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise WeightsError(f"{path}: {name} is of dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        start = 8 + length + entry["data_offsets"][0]
+        yield name, StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)

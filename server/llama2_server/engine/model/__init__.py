@@ -1,0 +1,1 @@
+"""The Llama forward pass: weights, KV cache and layers."""

@@ -1,0 +1,28 @@
+"""Keys and values of the tokens so far."""
+
+import torch
+from torch import Tensor
+
+from llama2_server.engine.model.weights import LlamaConfig
+
+Slot = tuple[Tensor, Tensor]  # one layer's keys and values of one slot, each (1, kv_heads, context_length, head_dim)
+
+
+class KVCache:
+    """Keys and values of all slots, allocated once: (slots, kv_heads, context_length, head_dim) for each layer."""
+
+    def __init__(self, config: LlamaConfig, slots: int, context_length: int, like: Tensor) -> None:
+        shape = (slots, config.kv_heads, context_length, config.head_dim)
+        self.keys = [like.new_empty(shape) for _ in range(config.layers)]
+        self.values = [like.new_empty(shape) for _ in range(config.layers)]
+        self.nbytes = self.size_bytes(config, slots, context_length, like.dtype)
+        # Views of each slot, ready made: slicing anew in each layer of each step costs as much as a small kernel.
+        self.layers: list[list[Slot]] = [
+            [(keys[slot : slot + 1], values[slot : slot + 1]) for slot in range(slots)]
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
+
+    @staticmethod
+    def size_bytes(config: LlamaConfig, slots: int, context_length: int, dtype: torch.dtype) -> int:
+        """Memory that one of this size takes."""
+        return 2 * config.layers * slots * context_length * config.kv_size * dtype.itemsize

@@ -1,0 +1,1 @@
+"""One reply in progress: task, text stream, coalescing, response cache, usage accounting."""

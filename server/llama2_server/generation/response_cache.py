@@ -1,0 +1,217 @@
+"""The response cache: complete replies, by everything that can change them, for one account at a time."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cachetools import TTLCache
+
+from llama2_server.redis_client import RedisDown, RedisLink
+
+# What the cache's own tables take for one entry, measured, and rounded up.
+ENTRY_OVERHEAD_BYTES = 600
+ALLOCATION_BYTES = 16  # Python allocates memory in multiples of that
+# Generating is slower than that: a store that is, is not waited for.
+STORE_TIMEOUT_SECONDS = 0.25
+# Thirty years; Redis refuses what it cannot add to its clock.
+LONGEST_TTL_SECONDS = 1e9
+
+Value = str | int | float | None | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKey:
+    """Everything that can change a reply; keys of two accounts are never equal."""
+
+    account: str
+    model: str
+    """The card's name and the fingerprint of its weights: a store outlives a change of either."""
+    prompt_ids: tuple[int, ...]
+    raw: bool
+    params: tuple[tuple[str, Value], ...]
+    """Every generation parameter by name; the seed is None where the caller left it to the server."""
+
+    @classmethod
+    def of(
+        cls, account: str, model: str, prompt_ids: tuple[int, ...], *, raw: bool, params: Any, seeded: bool
+    ) -> "CacheKey":
+        """The key of a request; `params` is a dataclass, of which no field is left out, later ones included."""
+        values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+        if not seeded:
+            values["seed"] = None
+        return cls(account, model, prompt_ids, raw, tuple(sorted(values.items())))
+
+
+@dataclass(frozen=True, slots=True)
+class CachedReply:
+    """A complete reply; the tokens are what it once cost."""
+
+    text: str
+    finish_reason: str
+    input_tokens: int
+    output_tokens: int
+    seed: int
+
+
+class ResponseCache(Protocol):
+    """Where complete replies are kept for a while; to lose one is never an error."""
+
+    hits: int
+    misses: int
+
+    @property
+    def bytes_used(self) -> int:
+        """What it takes of this process' memory."""
+
+    async def get(self, key: CacheKey) -> CachedReply | None:
+        """The reply of an equal request, if it is still there."""
+
+    async def put(self, key: CacheKey, reply: CachedReply) -> None:
+        """Keep a complete reply, if it fits."""
+
+    async def close(self) -> None:
+        """Let go of the store."""
+
+
+class MemoryResponseCache:
+    """In this process, at most `max_bytes`, keys included; those go first that were not asked for the longest."""
+
+    def __init__(self, *, max_bytes: int, ttl_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_bytes = max_bytes
+        self._entries: TTLCache[CacheKey, _Entry] = TTLCache(max_bytes, ttl_seconds, clock, lambda entry: entry.size)
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def bytes_used(self) -> int:
+        """Keys and replies, and the tables that hold them."""
+        self._entries.expire()
+        return int(self._entries.currsize)
+
+    async def get(self, key: CacheKey) -> CachedReply | None:
+        """The reply of an equal request, if it is still there."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        return entry.reply
+
+    async def put(self, key: CacheKey, reply: CachedReply) -> None:
+        """Keep a complete reply; one that is larger than the whole cache is not kept."""
+        size = ENTRY_OVERHEAD_BYTES + _bytes_of(key) + _bytes_of(reply)
+        if size <= self._max_bytes:
+            self._entries[key] = _Entry(reply, size)
+
+    async def close(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+
+
+class RedisResponseCache:
+    """In one Redis for all replicas, `ttl_seconds` each; a Redis that is gone is a miss, and comes back by itself.
+
+    The key's hash only finds an entry; the full key beside the reply decides. Whoever may read this Redis can read
+    prompts (as token ids) and replies, as in the server's own memory; API keys never get there.
+
+    Raises:
+        ValueError: this is no Redis URL.
+        ImportError: the `redis` extra is not installed.
+    """
+
+    def __init__(self, redis_url: str, *, ttl_seconds: float, max_entry_bytes: int) -> None:
+        self._link = RedisLink(redis_url, subject="response cache", timeout_seconds=STORE_TIMEOUT_SECONDS)
+        self._ttl_milliseconds = max(1, round(min(ttl_seconds, LONGEST_TTL_SECONDS) * 1000))
+        self._max_entry_bytes = max_entry_bytes
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def store_up(self) -> bool:
+        """Whether Redis answered when it was last asked."""
+        return self._link.up
+
+    @property
+    def bytes_used(self) -> int:
+        """Nothing of this process' memory."""
+        return 0
+
+    async def get(self, key: CacheKey) -> CachedReply | None:
+        """The reply of an equal request, if it is still there and Redis answers."""
+        canonical = _canonical(key)
+        stored = await self._ask("GET", _redis_key(canonical))
+        reply = None if stored is None else _parse(stored, canonical)
+        if reply is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return reply
+
+    async def put(self, key: CacheKey, reply: CachedReply) -> None:
+        """Keep a complete reply, if it is small enough and Redis answers."""
+        canonical = _canonical(key)
+        entry = canonical + b"\n" + json.dumps(dataclasses.asdict(reply)).encode()
+        if len(entry) <= self._max_entry_bytes:
+            await self._ask("SET", _redis_key(canonical), entry, "PX", self._ttl_milliseconds)
+
+    async def close(self) -> None:
+        """Leave Redis; what is there stays for the other replicas."""
+        await self._link.close()
+
+    async def _ask(self, *command: str | bytes | int) -> bytes | None:
+        """Redis' answer; None if there is none."""
+        try:
+            answer: bytes | None = await self._link.ask(lambda: self._link.client.execute_command(*command))
+        except RedisDown:
+            return None
+        return answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    reply: CachedReply
+    size: int
+
+
+def _bytes_of(value: object) -> int:
+    """What a key or a reply takes, each part counted in full."""
+    size = math.ceil(sys.getsizeof(value) / ALLOCATION_BYTES) * ALLOCATION_BYTES
+    if dataclasses.is_dataclass(value):
+        return size + sum(map(_bytes_of, _fields(value)))
+    if isinstance(value, tuple):
+        return size + sum(map(_bytes_of, value))
+    return size
+
+
+def _fields(value: Any) -> list[object]:
+    return [getattr(value, field.name) for field in dataclasses.fields(value)]
+
+
+def _canonical(key: CacheKey) -> bytes:
+    """The full key on one line; equal only for equal keys."""
+    return json.dumps(_fields(key)).encode()
+
+
+def _redis_key(canonical: bytes) -> str:
+    return f"llama2:response:{_digest(canonical)}"
+
+
+def _digest(canonical: bytes) -> str:
+    return hashlib.sha256(canonical).hexdigest()
+
+
+def _parse(entry: bytes, canonical: bytes) -> CachedReply | None:
+    """The reply of an entry; None if it is another key's, or not an entry of ours."""
+    stored_key, _, reply = entry.partition(b"\n")
+    if stored_key != canonical:
+        return None
+    try:
+        return CachedReply(**json.loads(reply))
+    except (ValueError, TypeError):
+        return None

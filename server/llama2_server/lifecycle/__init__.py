@@ -1,0 +1,1 @@
+"""Start and stop: preflight, stores, model loading, warm-up, probes, readiness, drain."""

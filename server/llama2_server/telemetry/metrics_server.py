@@ -1,0 +1,73 @@
+"""The HTTP port that Prometheus scrapes, in a thread of its own."""
+
+import logging
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from llama2_server.telemetry.errors import TelemetryError
+
+logger = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 10.0
+POLL_SECONDS = 0.1  # the longest that closing waits for the thread to look up
+
+
+@contextmanager
+def scraped(registry: CollectorRegistry, listen: str) -> Iterator[str]:
+    """Serve the registry's metrics at HOST:PORT for the body of the `with`, which gets the address.
+
+    Raises:
+        TelemetryError: the address cannot be listened on.
+    """
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
+        server = _Server.of_family(family)((host, int(port)), _Handler)
+    except OSError as error:
+        raise TelemetryError(f"metrics_listen: cannot listen on {listen}: {error.strerror}") from error
+    server.set_app(make_wsgi_app(registry))
+    thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield f"{listen.rpartition(':')[0]}:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(WSGIRequestHandler):
+    """Answers one scrape."""
+
+    timeout = SILENCE_SECONDS  # of a peer who sends nothing, and would keep a thread
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the library's name
+        """A line a scrape would drown the others."""
+
+
+class _Server(ThreadingWSGIServer):
+    """prometheus_client's server, but without its questions to the DNS and its tracebacks."""
+
+    @classmethod
+    def of_family(cls, family: socket.AddressFamily) -> type["_Server"]:
+        """The class for IPv4 or IPv6: the library takes the family from the class."""
+        return type("_Server", (cls,), {"address_family": family})
+
+    def server_bind(self) -> None:
+        """Bind, and take the address as the server's name."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that hangs up is no news."""
+        logger.debug("a scrape failed", exc_info=True)

@@ -1,0 +1,1 @@
+"""Tokens to neurons to durable usage records."""

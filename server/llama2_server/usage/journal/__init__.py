@@ -1,0 +1,1 @@
+"""The local write-ahead journal of usage records."""

@@ -1,0 +1,91 @@
+"""The journal's lines: a checksum, a space, a JSON list, a newline."""
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from llama2_server.usage.pricing import TokenCounts, decimal_text
+from llama2_server.usage.records import RunningRequest, UsageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What has been computed so far for a request that runs."""
+
+    request_id: str
+    counts: TokenCounts
+
+
+Entry = RunningRequest | Progress | UsageRecord
+
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def encode(entry: Entry) -> bytes:
+    """The entry's line."""
+    body = _dumps(_fields(entry)).encode("ascii")
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def decode(line: bytes) -> Entry:
+    """The line's entry.
+
+    Raises:
+        ValueError: the line is torn or damaged.
+    """
+    checksum, _, body = line.removesuffix(b"\n").partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(body):
+        raise ValueError("the checksum does not match")
+    try:
+        kind, *fields = json.loads(body)
+        entry: Entry = _READERS[kind](*fields)
+    except (KeyError, TypeError, InvalidOperation) as error:
+        raise ValueError("not an entry that this version knows") from error
+    return entry
+
+
+def decode_all(data: bytes) -> Iterator[Entry | None]:
+    """The entries of a file's content; None stands for a line that a crash tore or that is damaged."""
+    for line in data.splitlines(keepends=True):
+        try:
+            yield decode(line) if line.endswith(b"\n") else None
+        except ValueError:
+            yield None
+
+
+def _fields(entry: Entry) -> list[object]:
+    if isinstance(entry, Progress):
+        return ["progress", entry.request_id, entry.counts.input_tokens, entry.counts.output_tokens]
+    who = [entry.request_id, entry.account, entry.model, entry.started_at.isoformat()]
+    if isinstance(entry, RunningRequest):
+        costs = {metric: str(cost) for metric, cost in entry.neuron_costs.items()}
+        return ["running", *who, costs, entry.counts.input_tokens, entry.counts.output_tokens]
+    tokens = [entry.input_tokens, entry.output_tokens, entry.served_from_cache, decimal_text(entry.neurons)]
+    return ["ended", *who, entry.ended_at.isoformat(), *tokens, entry.outcome]
+
+
+def _running(
+    request_id: str, account: str, model: str, started_at: str, costs: dict[str, str], inputs: int, outputs: int
+) -> RunningRequest:
+    neuron_costs = {metric: Decimal(cost) for metric, cost in costs.items()}
+    counts = TokenCounts(inputs, outputs)
+    return RunningRequest(request_id, account, model, datetime.fromisoformat(started_at), neuron_costs, counts)
+
+
+def _progress(request_id: str, inputs: int, outputs: int) -> Progress:
+    return Progress(request_id, TokenCounts(inputs, outputs))
+
+
+def _ended(request_id: str, account: str, model: str, started_at: str, ended_at: str, *rest: Any) -> UsageRecord:
+    inputs, outputs, served_from_cache, neurons, outcome = rest
+    times = datetime.fromisoformat(started_at), datetime.fromisoformat(ended_at)
+    return UsageRecord(
+        request_id, account, model, *times, inputs, outputs, served_from_cache, Decimal(neurons), outcome
+    )
+
+
+_READERS: dict[str, Any] = {"running": _running, "progress": _progress, "ended": _ended}

@@ -1,0 +1,158 @@
+"""The ledger's store: a table on SQLite or PostgreSQL, through SQLAlchemy's asyncio engines."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, date
+from importlib import resources
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from llama2_server.usage.database import READ_ONLY, STATEMENT_SECONDS, create_engine
+from llama2_server.usage.errors import LedgerError, StoreDown
+from llama2_server.usage.records import DailyUsage, UsageRecord
+from llama2_server.usage.schema import usage_records
+
+VERSION_TABLE = "llama2_ledger_version"
+# Any number of our own: servers that start together migrate one after the other.
+ADVISORY_LOCK = 0x11A3A2
+OPERATION_SECONDS = STATEMENT_SECONDS + 5
+# Alembic keeps its context in module globals: one migration at a time on an event loop.
+_alembic_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+class Store:
+    """Where records stay; every method but `close` raises StoreDown when the store does not do its work."""
+
+    def __init__(self, url: str) -> None:
+        """Connects to nothing yet.
+
+        Raises:
+            LedgerError: the URL is none that is supported, or its driver is not installed.
+        """
+        self._engine = create_engine(url)
+        insert = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
+        self._insert = insert(usage_records).on_conflict_do_nothing(index_elements=["request_id"])
+
+    async def migrate(self) -> None:
+        """Bring the schema up to date; nothing happens where it is.
+
+        Raises:
+            LedgerError: a newer version of this service has migrated the store.
+        """
+        try:
+            async with self._connection() as connection, _alembic_lock(), connection.begin():
+                await connection.run_sync(_upgrade)
+        except CommandError as error:
+            raise LedgerError("ledger_url: a newer version of llama2-server has migrated the store; use it") from error
+
+    async def insert(self, records: Sequence[UsageRecord]) -> None:
+        """Add records, all or none; those that are there already stay as they are."""
+        rows = [_row(record) for record in records]
+        async with self._connection() as connection, connection.begin():
+            await connection.execute(self._insert, rows)
+
+    async def totals(self, account: str | None, since: date | None, until: date | None) -> list[DailyUsage]:
+        """Usage by account, day in UTC and model, in this order; both days included, None is no limit."""
+        query = _totals(account, since, until)
+        async with self._connection() as connection:
+            result = await (await connection.execution_options(**{READ_ONLY: True})).execute(query)
+            return [DailyUsage(**{**row._mapping, **_whole_numbers(row._mapping)}) for row in result]
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+        """A connection for one operation: the seam where foreign exceptions become StoreDown."""
+        try:
+            async with asyncio.timeout(OPERATION_SECONDS), self._engine.connect() as connection:
+                yield connection
+        except CommandError:
+            raise
+        except Exception as error:  # drivers raise errors without a common base
+            cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+            raise StoreDown(_reason(cause), temporary=_is_temporary(cause)) from error
+
+
+def _alembic_lock() -> asyncio.Lock:
+    return _alembic_locks.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    if connection.dialect.name == "postgresql":  # SQLite's transaction has locked the file already
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
+    config = Config()
+    scripts = str(resources.files("llama2_server") / "usage" / "migrations")
+    config.set_main_option("script_location", scripts.replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _row(record: UsageRecord) -> dict[str, Any]:
+    return {
+        "request_id": record.request_id,
+        "account": record.account,
+        "model": record.model,
+        "day": record.started_at.astimezone(UTC).date(),
+        "started_at": record.started_at,
+        "ended_at": record.ended_at,
+        "input_tokens": record.input_tokens,
+        "output_tokens": record.output_tokens,
+        "served_from_cache": record.served_from_cache,
+        "nanoneurons": record.neurons,
+        "outcome": record.outcome,
+    }
+
+
+def _totals(account: str | None, since: date | None, until: date | None) -> sa.Select[Any]:
+    table = usage_records.c
+    keys = (table.account, table.day, table.model)
+    query = sa.select(
+        *keys,
+        sa.func.count().label("requests"),
+        _sum_where(table.served_from_cache, sa.literal(1)).label("cached_requests"),
+        _sum_where(~table.served_from_cache, table.input_tokens).label("input_tokens"),
+        _sum_where(~table.served_from_cache, table.output_tokens).label("output_tokens"),
+        _sum_where(table.served_from_cache, table.input_tokens).label("cached_input_tokens"),
+        _sum_where(table.served_from_cache, table.output_tokens).label("cached_output_tokens"),
+        sa.func.sum(table.nanoneurons).label("neurons"),
+    )
+    for condition in (
+        account is None or table.account == account,
+        since is None or table.day >= since,
+        until is None or table.day <= until,
+    ):
+        query = query.where(condition) if condition is not True else query
+    return query.group_by(*keys).order_by(*keys)
+
+
+def _sum_where(condition: sa.ColumnElement[bool], value: sa.ColumnElement[int]) -> sa.ColumnElement[int]:
+    return sa.func.sum(sa.case((condition, value), else_=0))
+
+
+def _whole_numbers(row: Any) -> dict[str, int]:
+    """PostgreSQL's sums of big integers are decimals."""
+    return {name: int(value) for name, value in row.items() if name.endswith(("_tokens", "requests"))}
+
+
+def _reason(cause: BaseException) -> str:
+    """One line for the log; drivers name hosts and users in it, never passwords."""
+    text = str(cause).partition("\n")[0]
+    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+
+
+def _is_temporary(cause: BaseException) -> bool:
+    if isinstance(cause, OSError | TimeoutError | sa.exc.TimeoutError) or "database is locked" in str(cause):
+        return True
+    # PostgreSQL: connection failures, too many connections, starting up or shutting down.
+    return str(getattr(cause, "sqlstate", "")).startswith(("08", "53", "57"))

@@ -1,0 +1,252 @@
+"""Log lines: for people, for machines, one for each request, and never an exception's message."""
+
+import asyncio
+import io
+import json
+import logging
+import re
+import threading
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2
+from tests.integration.telemetry.conftest import Watched
+from tests.support.service import ServiceMaker, hang_up, health_stub, hold_the_slot, until
+
+from llama2.v1 import text_generation_pb2 as pb
+from llama2_server import app
+from llama2_server.config.settings import Settings
+from llama2_server.configuration_error import ConfigurationError
+from llama2_server.lifecycle.model_loading import Loaded
+from llama2_server.telemetry import logging as logs
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
+REPLY = "Once upon a time, a fox lived by the sea."
+GENERATE = "llama2.v1.TextGenerationService/Generate"
+logger = logging.getLogger("llama2_server.test")
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def lines_of(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def requests_of(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [line for line in lines_of(stream) if line["event"] == "request"]
+
+
+def a_chain() -> Exception:
+    """An exception with a cause, a note and a group inside, each with a secret."""
+    try:
+        try:
+            raise KeyError("secret one")
+        except KeyError as error:
+            inner = ExceptionGroup("secret two", [ValueError("secret three"), OSError("secret four")])
+            inner.add_note("secret five")
+            raise inner from error
+    except ExceptionGroup as error:
+        return error
+
+
+def test_machines_read_json() -> None:
+    """Where nobody looks, a record is a JSON object with time, level, logger and what was said beside the event."""
+    stream = io.StringIO()
+    logs.configure("info", "auto", stream)
+    logger.warning("the %s is %s", "sea", "blue", extra={"depth": 7})
+    (line,) = lines_of(stream)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line.pop("timestamp"))
+    assert line == {"event": "the sea is blue", "level": "warning", "logger": "llama2_server.test", "depth": 7}
+
+
+@pytest.mark.parametrize(("log_format", "stream"), [("auto", Terminal()), ("console", io.StringIO())])
+def test_people_read_lines(log_format: Any, stream: io.StringIO) -> None:
+    """On a terminal, or where it is asked for, a record is a line for people; colours are for terminals only."""
+    logs.configure("info", log_format, stream)
+    logger.info("the sea is blue", extra={"depth": 7})
+    text = stream.getvalue()
+    assert ("\x1b[" in text) == stream.isatty()
+    plain = re.sub(r"\x1b\[\d*m", "", text)
+    assert re.match(r"\d\d:\d\d:\d\d \[info +\] the sea is blue +\[llama2_server\.test\] depth=7\n", plain)
+
+
+def test_level_is_for_our_own_lines() -> None:
+    """`debug` shows our own debug lines and no library's: those may quote what they are given."""
+    stream = io.StringIO()
+    logs.configure("debug", "json", stream)
+    logger.debug("ours")
+    logging.getLogger("aiosqlite").debug("theirs")
+    logging.getLogger("aiosqlite").info("their news", extra={"request": "quoted"})
+    assert [line["event"] for line in lines_of(stream)] == ["ours", "their news"]
+    assert "quoted" not in stream.getvalue()
+    logs.configure("warning", "json", again := io.StringIO())
+    logger.info("ours")
+    assert again.getvalue() == ""
+
+
+def test_python_warnings_are_lines() -> None:
+    """What Python warns of is in the log."""
+    stream = io.StringIO()
+    logs.configure("info", "json", stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)
+        warnings.warn("the sea is rising", UserWarning, stacklevel=1)
+    (line,) = lines_of(stream)
+    assert (line["logger"], line["level"]) == ("py.warnings", "warning")
+    assert "the sea is rising" in line["event"]
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_exception_is_told_by_type_and_place(log_format: Any) -> None:
+    """An exception is logged with its chain, by types, files, lines and functions, without any of its words."""
+    stream = io.StringIO()
+    logs.configure("debug", log_format, stream)
+    try:
+        raise a_chain()
+    except Exception:
+        logger.exception("it failed")
+    text = stream.getvalue()
+    assert "secret" not in text
+    for told in ("KeyError", "ExceptionGroup", "  | ValueError", "  | OSError", "which led to", "in a_chain"):
+        assert told in text
+    assert re.search(r"test_logging\.py:\d+ in a_chain", text)
+
+
+async def test_what_nobody_catches_is_told_so_too(capfd: pytest.CaptureFixture[str]) -> None:
+    """Exceptions in callbacks, forgotten tasks, threads and destructors are logged by type and place as well."""
+    stream = io.StringIO()
+    logs.configure("debug", "json", stream)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(logs.on_loop_exception)
+
+    def fail(text: str) -> None:
+        raise ValueError(text)
+
+    class Fails:
+        def __del__(self) -> None:
+            fail("secret")
+
+    async def forgotten() -> None:
+        fail("secret")
+
+    loop.call_soon(fail, "secret")
+    task = asyncio.create_task(forgotten())
+    await asyncio.wait([task])
+    del task
+    thread = threading.Thread(target=fail, args=("secret",), name="worker")
+    thread.start()
+    await asyncio.to_thread(thread.join)
+    Fails()
+    assert [line["event"] for line in lines_of(stream)] == [
+        "a callback failed",
+        "Task exception was never retrieved",
+        "thread worker died",
+        "an exception could not be raised",
+    ]
+    assert all("ValueError" in line["exception"] for line in lines_of(stream))
+    assert "secret" not in stream.getvalue() + "".join(capfd.readouterr())
+
+
+async def test_server_takes_the_loops_exceptions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A server that runs has its event loop's exceptions logged so."""
+    handlers: list[object] = []
+
+    @asynccontextmanager
+    async def running(*_: object) -> AsyncIterator[str]:
+        handlers.append(asyncio.get_running_loop().get_exception_handler())
+        raise ConfigurationError
+        yield ""
+
+    monkeypatch.setattr(app, "running", running)
+    settings = Settings.model_validate({"data_directory": tmp_path})
+    with pytest.raises(ConfigurationError):
+        await app.serve(settings, lambda *_: cast(Loaded, None))
+    assert handlers == [logs.on_loop_exception]
+
+
+async def test_request_is_one_line(serve_scripted: ServiceMaker, watched: Watched) -> None:
+    """A request's line has its id, account, method, code, tokens, price, times and trace."""
+    stream = io.StringIO()
+    logs.configure("info", "json", stream)
+    async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
+        completion = (await service.text.Generate(pb.GenerateRequest(prompt="x"))).completion
+        await until(lambda: len(requests_of(stream)) == 1)
+        spans = await watched.trace("OK")
+    (line,) = requests_of(stream)
+    times = {name for name in line if name.endswith("_seconds")}
+    assert times == {f"{name}_seconds" for name in ("total", "validation", "queue_time", "prefill", "decode")}
+    assert {name: fact for name, fact in line.items() if name not in times} == {
+        "event": "request",
+        "level": "info",
+        "logger": "llama2_server.requests",
+        "timestamp": line["timestamp"],
+        "request_id": completion.request_id,
+        "method": GENERATE,
+        "code": "OK",
+        "account": "anonymous",
+        "finish_reason": "END_OF_SEQUENCE",
+        "cached": False,
+        "input_tokens": completion.usage.input_tokens,
+        "output_tokens": completion.usage.output_tokens,
+        "neurons": line["neurons"],
+        "trace_id": f"{spans[0].context.trace_id:032x}",
+        "span_id": next(f"{span.context.span_id:016x}" for span in spans if span.parent is None),
+    }
+    assert float(line["neurons"]) == float(completion.usage.neurons)
+
+
+async def test_refused_and_cancelled_requests_are_lines_too(serve_scripted: ServiceMaker, watched: Watched) -> None:
+    """A refusal's line has its reason; a cancelled request's line comes once it is known what it had cost."""
+    stream = io.StringIO()
+    logs.configure("info", "json", stream)
+    async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await service.text.Generate(pb.GenerateRequest(prompt="x", top_p=2))
+        await hang_up(service, await hold_the_slot(service))
+        assert len(requests_of(stream)) == 1
+        service.model.open_gate()
+        await until(lambda: len(requests_of(stream)) == 2)
+    refused, cancelled = requests_of(stream)
+    assert (refused["code"], refused["reason"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+    assert (cancelled["code"], cancelled["output_tokens"]) == ("CANCELLED", 2)
+    assert "finish_reason" not in cancelled
+
+
+async def test_lines_of_a_request_share_its_ids(serve_scripted: ServiceMaker, watched: Watched) -> None:
+    """What is logged during a request has the request's id and trace: here why it failed."""
+    stream = io.StringIO()
+    logs.configure("info", "json", stream)
+    async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
+        service.model.failure = RuntimeError("broken")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await service.text.Generate(pb.GenerateRequest(prompt="x"))
+        await until(lambda: len(requests_of(stream)) == 1)
+    # The probes that follow the fault fail as well.
+    engine_line = next(line for line in lines_of(stream) if line["logger"] == "llama2_server.engine.engine")
+    assert "RuntimeError" in engine_line["exception"]
+    assert "scripted_model.py" in engine_line["exception"]
+    for name in ("request_id", "trace_id", "span_id"):
+        assert engine_line[name] == requests_of(stream)[0][name]
+
+
+@pytest.mark.parametrize(("level", "lines"), [("info", 0), ("debug", 1)])
+async def test_probes_are_lines_at_debug_only(serve_scripted: ServiceMaker, level: str, lines: int) -> None:
+    """A probe every few seconds does not fill the log, unless it is asked to."""
+    stream = io.StringIO()
+    logs.configure(level, "json", stream)
+    async with serve_scripted(REPLY) as service:
+        await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
+    assert len(requests_of(stream)) == lines

@@ -1,0 +1,212 @@
+"""TLS, mutual TLS, and certificates that are renewed while the server runs."""
+
+import asyncio
+import os
+import ssl
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+import trustme
+from pydantic import ValidationError
+from tests.support.certificates import Authority
+from tests.support.service import ServiceMaker
+
+from llama2.v1 import text_generation_pb2 as pb
+from llama2.v1 import text_generation_pb2_grpc
+from llama2_server.api.tls import CertificateError, CertificateFiles
+from llama2_server.config.settings import Settings
+
+
+async def count_tokens(address: str, credentials: grpc.ChannelCredentials) -> int:
+    """A call on a connection of its own."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.secure_channel(address, credentials, options) as channel:
+        stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+        return (await stub.CountTokens(pb.CountTokensRequest(prompt="Hi"), timeout=10)).input_tokens
+
+
+async def presented(address: str) -> bytes:
+    """The certificate that the server shows to a new connection."""
+    host, _, port = address.rpartition(":")
+    return (await asyncio.to_thread(ssl.get_server_certificate, (host, int(port)))).encode()
+
+
+def leaf(certificate: Path) -> bytes:
+    """The first certificate of a file."""
+    first, end, _ = certificate.read_bytes().partition(b"-----END CERTIFICATE-----\n")
+    return first + end
+
+
+async def test_speaks_tls_only(serve_scripted: ServiceMaker, authority: Authority) -> None:
+    """With certificate and key the port takes a caller who trusts the authority, and nobody else."""
+    certificate, key = authority.pair()
+    async with serve_scripted(tls_certificate=certificate, tls_key=key) as service:
+        assert await count_tokens(service.address, grpc.ssl_channel_credentials(authority.root)) > 0
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await count_tokens(service.address, grpc.ssl_channel_credentials(Authority(authority.folder).root))
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.aio.AioRpcError) as plain:  # the service's own channel speaks no TLS
+            await service.text.CountTokens(pb.CountTokensRequest(prompt="Hi"), timeout=10)
+        assert plain.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_mutual_tls_takes_certificates_of_the_client_ca_only(
+    serve_scripted: ServiceMaker, authority: Authority, tmp_path: Path
+) -> None:
+    """With a client CA, a caller without a certificate, or with a stranger's, gets no connection."""
+    certificate, key = authority.pair()
+    stranger = Authority(tmp_path).issue("stranger.test")
+    files = {"tls_certificate": certificate, "tls_key": key, "tls_client_ca": authority.root_file()}
+
+    def shows(client: trustme.LeafCert) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(
+            authority.root,
+            client.private_key_pem.bytes(),
+            client.cert_chain_pems[0].bytes(),
+        )
+
+    async with serve_scripted(**files) as service:
+        assert await count_tokens(service.address, shows(authority.issue("client.test"))) > 0
+        for credentials in (shows(stranger), grpc.ssl_channel_credentials(authority.root)):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await count_tokens(service.address, credentials)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def swap(link: Path, target: Path) -> None:
+    """What Kubernetes does when a Secret changes: the link to the whole directory is replaced at once."""
+    new = link.with_name("..tmp")
+    new.symlink_to(target.name)
+    os.replace(new, link)
+
+
+async def test_a_renewed_certificate_is_served_and_no_call_fails(
+    serve_scripted: ServiceMaker, authority: Authority
+) -> None:
+    """While connections come and go and one call runs, certificates are swapped as Kubernetes does it."""
+    mounted = authority.folder / "mounted"
+    mounted.mkdir()
+    data = mounted / "..data"
+
+    def renew(name: str) -> None:
+        (mounted / name).mkdir()
+        authority.write(authority.issue(), mounted / name)
+        swap(data, mounted / name)
+
+    renew("first")
+    for name in ("tls.crt", "tls.key"):
+        (mounted / name).symlink_to(Path("..data") / name)
+    files = {"tls_certificate": mounted / "tls.crt", "tls_key": mounted / "tls.key"}
+    trusting = grpc.ssl_channel_credentials(authority.root)
+    async with serve_scripted(**files) as service, grpc.aio.secure_channel(service.address, trusting) as channel:
+        service.model.gate()
+        stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+        running = stub.Generate(pb.GenerateRequest(prompt="Hi"), timeout=60)
+        for name in ("second", "third"):
+            calls = [asyncio.create_task(count_tokens(service.address, trusting)) for _ in range(10)]
+            renew(name)
+            calls += [asyncio.create_task(count_tokens(service.address, trusting)) for _ in range(10)]
+            assert all(await asyncio.gather(*calls))
+            assert await presented(service.address) == leaf(mounted / name / "tls.crt")
+        service.model.open_gate()
+        assert (await running).response
+
+
+async def test_files_that_do_not_fit_leave_the_old_certificate(
+    serve_scripted: ServiceMaker, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A half-written file and a certificate whose key is still the old one change nothing but the log; both heal."""
+    certificate, key = authority.pair()
+    first = leaf(certificate)
+    trusting = grpc.ssl_channel_credentials(authority.root)
+    async with serve_scripted(tls_certificate=certificate, tls_key=key) as service:
+        new = authority.issue()
+        chain = b"".join(blob.bytes() for blob in new.cert_chain_pems)
+        for content, words in (
+            (chain[: len(chain) // 3], "no certificate that can be read"),
+            (chain, "is not the key of the first certificate"),
+            (b"", "is not PEM"),
+        ):
+            certificate.write_bytes(content)
+            assert await presented(service.address) == first
+            assert await count_tokens(service.address, trusting) > 0
+            assert words in caplog.messages[-1]
+        certificate.unlink()
+        assert await presented(service.address) == first
+        authority.write(new, authority.folder)
+        assert await presented(service.address) == leaf(certificate) != first
+
+
+def _expired(authority: Authority, files: CertificateFiles) -> None:
+    authority.write(authority.issue(not_after=datetime.now(UTC) - timedelta(days=1)), authority.folder)
+
+
+def _not_yet(authority: Authority, files: CertificateFiles) -> None:
+    authority.write(authority.issue(not_before=datetime.now(UTC) + timedelta(days=1)), authority.folder)
+
+
+def _of_another(authority: Authority, files: CertificateFiles) -> None:
+    files.key.write_bytes(authority.issue().private_key_pem.bytes())
+
+
+def _encrypted(authority: Authority, files: CertificateFiles) -> None:
+    files.key.write_bytes(files.key.read_bytes().replace(b" PRIVATE", b" ENCRYPTED PRIVATE"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda authority, files: files.certificate.unlink(), "tls_certificate: {certificate}: No such file"),
+        (lambda authority, files: files.key.unlink(), "tls_key: {key}: No such file"),
+        (lambda authority, files: files.certificate.write_text("junk"), "tls_certificate: {certificate} is not PEM"),
+        (lambda authority, files: files.key.write_bytes(b"\0\xff"), "tls_key: {key} is not PEM"),
+        (
+            lambda authority, files: files.certificate.write_text("-----BEGIN CERTIFICATE-----\njunk"),
+            "tls_certificate: {certificate} holds no certificate",
+        ),
+        (
+            lambda authority, files: files.key.write_text("-----BEGIN PRIVATE KEY-----\njunk"),
+            "tls_key: {key} holds no private key",
+        ),
+        (_encrypted, "tls_key: {key} holds no private key without a passphrase"),
+        (_of_another, "tls_key: {key} is not the key of the first certificate in {certificate}"),
+        (_expired, "tls_certificate: {certificate} has expired"),
+        (_not_yet, "tls_certificate: {certificate} is not valid yet"),
+        (lambda authority, files: authority.root_file().write_text("junk"), "tls_client_ca: {client_ca} is not PEM"),
+        (
+            lambda authority, files: authority.root_file().write_text("-----BEGIN CERTIFICATE-----\njunk"),
+            "tls_client_ca: {client_ca} holds no certificate",
+        ),
+    ],
+)
+def test_junk_files_are_refused_by_name(
+    authority: Authority, spoil: Callable[[Authority, CertificateFiles], object], words: str
+) -> None:
+    """A file that cannot be served with is named, with its setting and what is wrong."""
+    certificate, key = authority.pair()
+    files = CertificateFiles(certificate, key, authority.root_file())
+    files.read()
+    spoil(authority, files)
+    with pytest.raises(CertificateError) as refused:
+        files.read()
+    expected = words.format(certificate=files.certificate, key=files.key, client_ca=files.client_ca)
+    assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tls_certificate": "a"}, "tls_key: TLS needs both"),
+        ({"tls_key": "a"}, "tls_certificate: TLS needs both"),
+        ({"tls_client_ca": "a"}, "tls_client_ca: mutual TLS needs"),
+        ({"connection_age_grace_seconds": 300}, "connection_age_grace_seconds: must be more than"),
+    ],
+)
+def test_impossible_settings_of_the_wire_are_refused(settings: dict[str, object], words: str) -> None:
+    """Files that mean nothing without each other, and a grace that cuts off who has only waited."""
+    with pytest.raises(ValidationError, match=words):
+        Settings.model_validate(settings)

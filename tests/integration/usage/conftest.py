@@ -1,0 +1,80 @@
+"""Ledgers on real stores: SQLite files, and databases of a private PostgreSQL cluster."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from tests.support.postgres_server import PostgresCluster
+
+from llama2_server.usage.database import READ_ONLY, create_engine
+from llama2_server.usage.ledger import Ledger
+from llama2_server.usage.records import UsageRecord
+from llama2_server.usage.schema import usage_records
+
+COSTS = {"input_tokens": Decimal("0.3672"), "output_tokens": Decimal("0.000000001")}
+LedgerOpener = Callable[..., Awaitable[Ledger]]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'usage.db'}"
+    cluster: PostgresCluster = request.getfixturevalue("postgres")
+    return cluster.new_database()
+
+
+@pytest.fixture
+async def open_ledger(tmp_path: Path) -> AsyncIterator[LedgerOpener]:
+    """Opens ledgers in `tmp_path` unless told otherwise; those that are left open are crashed at the end."""
+    ledgers = []
+
+    async def open_one(**options: object) -> Ledger:
+        given: dict[str, object] = {"data_directory": tmp_path, "neuron_costs": COSTS, **options}
+        ledger = await Ledger.open(**given)  # type: ignore[arg-type]
+        ledgers.append(ledger)
+        return ledger
+
+    yield open_one
+    for ledger in ledgers:
+        if ledger._tasks:
+            await crash(ledger)
+
+
+async def crash(ledger: Ledger) -> None:
+    """What SIGKILL leaves: files as they are, locks free, nothing flushed."""
+    for task in ledger._tasks:
+        task.cancel()
+    await asyncio.gather(*ledger._tasks, return_exceptions=True)
+    ledger._tasks.clear()
+    ledger._journal._segments.release(remove=False)
+    await ledger._store.close()
+
+
+async def stored(url: str) -> list[UsageRecord]:
+    """All records of a store."""
+    engine = create_engine(url)
+    columns = [column for column in usage_records.c if column.name != "day"]
+    async with engine.connect() as connection:
+        await connection.execution_options(**{READ_ONLY: True})
+        rows = (await connection.execute(sa.select(*columns))).mappings().all()
+    await engine.dispose()
+    return [
+        UsageRecord(**{"neurons" if name == "nanoneurons" else name: value for name, value in row.items()})
+        for row in rows
+    ]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A SQLite file that nobody else can write to."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    yield
+    connection.execute("ROLLBACK")
+    connection.close()

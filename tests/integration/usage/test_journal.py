@@ -1,0 +1,286 @@
+"""The journal outlives its process, stays within its limit, and believes no damaged line."""
+
+import errno
+import os
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+
+import pytest
+from tests.integration.usage.conftest import COSTS
+
+from llama2_server.errors import LedgerFull
+from llama2_server.usage.journal.encoding import Progress, decode, encode
+from llama2_server.usage.journal.journal import PROGRESS_TOKENS, Journal
+from llama2_server.usage.pricing import TokenCounts, neurons
+from llama2_server.usage.records import INTERRUPTED, RunningRequest, UsageRecord
+
+START = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+LIMIT = 64 * 1024
+
+
+def running(request_id: str, account: str = "acme") -> RunningRequest:
+    return RunningRequest(request_id, account, "model", START, COSTS)
+
+
+def end(journal: Journal, request_id: str, outcome: str = "MAX_TOKENS") -> None:
+    journal.end(request_id, outcome, TokenCounts(3, 5), START + timedelta(seconds=1), served_from_cache=False)
+
+
+def crash_and_reopen(journal: Journal, directory: Path, limit_bytes: int = LIMIT) -> Journal:
+    journal._segments.release(remove=False)
+    return Journal.open(directory, limit_bytes)
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.suffix for path in directory.iterdir())
+
+
+def admit_until_full(journal: Journal, run_at_once: int) -> int:
+    """Admits and ends 0, 1, 2, ... in turn; the last `run_at_once` are left running."""
+    for number in count():
+        try:
+            journal.admit(running(f"{number}"))
+        except LedgerFull:
+            return number
+        if number >= run_at_once:
+            end(journal, f"{number - run_at_once}")
+    raise AssertionError
+
+
+def ids(journal: Journal) -> list[str]:
+    return [record.request_id for record in journal.oldest(1000)]
+
+
+@pytest.mark.parametrize("account", ["acme", 'quote " and \n break', "münchen 🦙"])
+def test_entries_survive_their_lines(account: str) -> None:
+    """Every kind of entry reads back as it was written, on one line."""
+    request = running("one", account)
+    record = request.ended("CANCELLED", TokenCounts(7, 11), START, served_from_cache=False)
+    for entry in (request, Progress("one", TokenCounts(7, 3)), record):
+        line = encode(entry)
+        assert line.count(b"\n") == 1
+        assert decode(line) == entry
+
+
+def test_killed_server_leaves_records_and_interrupted_requests(tmp_path: Path) -> None:
+    """Ended requests keep their records; running ones are INTERRUPTED, with the prices that they began with."""
+    journal = Journal.open(tmp_path, LIMIT)
+    for name in ("ended", "runs", "waits"):
+        journal.admit(running(name))
+    journal.progress("runs", TokenCounts(9, 1))
+    journal.progress("runs", TokenCounts(9, 40))
+    end(journal, "ended")
+    journal = crash_and_reopen(journal, tmp_path)
+    records = {record.request_id: record for record in journal.oldest(10)}
+    assert journal.pending == len(records) == 3
+    assert records["ended"].outcome == "MAX_TOKENS"
+    assert (records["runs"].outcome, records["waits"].outcome) == (INTERRUPTED, INTERRUPTED)
+    assert (records["runs"].input_tokens, records["runs"].output_tokens) == (9, 40)
+    assert records["runs"].neurons == neurons(TokenCounts(9, 40), COSTS)
+    assert records["runs"].ended_at > records["runs"].started_at
+    assert records["waits"].neurons == records["waits"].output_tokens == 0
+    journal.release()
+
+
+def test_loss_is_bounded(tmp_path: Path) -> None:
+    """However often progress is told, a crash loses fewer than PROGRESS_TOKENS tokens, and no input token."""
+    for told in range(1, 3 * PROGRESS_TOKENS):
+        journal = Journal.open(tmp_path, LIMIT)
+        journal.admit(running("one"))
+        for token in range(1, told + 1):
+            journal.progress("one", TokenCounts(100, token))
+        journal = crash_and_reopen(journal, tmp_path)
+        [record] = journal.oldest(2)
+        assert record.input_tokens == 100
+        assert told - PROGRESS_TOKENS < record.output_tokens <= told
+        journal.settle(1)
+        journal.release()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9, 30])
+def test_torn_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
+    """A line that the crash cut short counts for nothing; all before it counts."""
+    journal = Journal.open(tmp_path, LIMIT)
+    for name in ("one", "two"):
+        journal.admit(running(name))
+        end(journal, name)
+    path = journal._segments.current.path
+    os.truncate(path, path.stat().st_size - cut)
+    journal = crash_and_reopen(journal, tmp_path)
+    assert [(record.request_id, record.outcome) for record in journal.oldest(10)] == [
+        ("one", "MAX_TOKENS"),
+        ("two", INTERRUPTED),
+    ]
+    journal.release()
+
+
+def test_damaged_byte_costs_one_line(tmp_path: Path) -> None:
+    """A flipped bit in the middle is found by the line's checksum, and the lines around it count."""
+    journal = Journal.open(tmp_path, LIMIT)
+    for name in ("one", "two", "three"):
+        journal.admit(running(name))
+        end(journal, name)
+    path = journal._segments.current.path
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3].replace(b"MAX_TOKENS", b"MAX_TOKEMS")
+    path.write_bytes(b"".join(lines))
+    journal = crash_and_reopen(journal, tmp_path)
+    assert {record.request_id: record.outcome for record in journal.oldest(10)} == {
+        "one": "MAX_TOKENS",
+        "two": INTERRUPTED,
+        "three": "MAX_TOKENS",
+    }
+    journal.release()
+
+
+def test_full_journal_refuses_and_recovers(tmp_path: Path) -> None:
+    """The limit holds, every admitted request still gets its record, and a settled journal admits again."""
+    journal = Journal.open(tmp_path, LIMIT)
+    admitted = admit_until_full(journal, run_at_once=5)
+    for number in range(admitted - 5, admitted):
+        journal.progress(f"{number}", TokenCounts(1, 2500))
+        end(journal, f"{number}")
+    assert admitted > 50
+    assert journal.size <= LIMIT
+    assert journal.size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert ids(journal) == [f"{number}" for number in range(admitted)]
+    journal.settle(admitted)
+    for number in range(50):
+        journal.admit(running(f"again {number}"))
+        end(journal, f"again {number}")
+    journal.release()
+
+
+def test_files_go_when_nothing_in_them_is_needed(tmp_path: Path) -> None:
+    """A long-running request does not keep the files of all that ended meanwhile; nor do a release's leftovers."""
+    journal = Journal.open(tmp_path, LIMIT)
+    journal.admit(running("long"))
+    for number in range(2000):
+        journal.admit(running(f"{number}"))
+        end(journal, f"{number}")
+        journal.settle(1)
+        if number % 400 == 0:
+            journal.progress("long", TokenCounts(7, number + 16))
+    assert journal.size < LIMIT / 8
+    journal = crash_and_reopen(journal, tmp_path)
+    records = {record.request_id: record for record in journal.oldest(1000)}
+    assert (records["long"].input_tokens, records["long"].output_tokens) == (7, 1616)
+    journal.settle(journal.pending)
+    journal.release()
+    assert files(tmp_path) == []
+
+
+def test_crash_after_recovery_loses_nothing(tmp_path: Path) -> None:
+    """What one server recovered and could not settle is recovered by the next, once."""
+    journal = Journal.open(tmp_path, LIMIT)
+    journal.admit(running("one"))
+    for number in range(3):
+        journal = crash_and_reopen(journal, tmp_path)
+        journal.admit(running(f"life {number}"))
+        end(journal, f"life {number}")
+    everything = sorted(ids(journal))
+    settled = ids(journal)[0]
+    journal.settle(1)
+    journal = crash_and_reopen(journal, tmp_path)
+    assert everything == ["life 0", "life 1", "life 2", "one"]
+    assert sorted({*ids(journal), settled}) == everything
+    assert journal.pending == len(set(ids(journal)))
+    journal.settle(journal.pending)
+    journal.release()
+    assert files(tmp_path) == []
+
+
+def test_live_journal_is_left_alone(tmp_path: Path) -> None:
+    """A second server on the directory recovers nothing of one that lives."""
+    first = Journal.open(tmp_path, LIMIT)
+    first.admit(running("of the first"))
+    second = Journal.open(tmp_path, LIMIT)
+    assert second.pending == 0
+    second.release()
+    end(first, "of the first")
+    assert ids(first) == ["of the first"]
+    first.settle(1)
+    first.release()
+    assert files(tmp_path) == []
+
+
+def test_disk_that_takes_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed write refuses a new request, keeps an ended one in memory, and spoils no later line."""
+    journal = Journal.open(tmp_path, LIMIT)
+    journal.admit(running("one"))
+    journal.admit(running("two"))
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "llama2_server.usage.journal.segments.os.write", lambda file, data: write(file, data[: len(data) // 2])
+        )
+        with pytest.raises(LedgerFull):
+            journal.admit(running("three"))
+        end(journal, "one")
+    assert ids(journal) == ["one"]
+    end(journal, "two")
+    journal = crash_and_reopen(journal, tmp_path)
+    assert {record.request_id: record.outcome for record in journal.oldest(10)} == {
+        "one": INTERRUPTED,
+        "two": "MAX_TOKENS",
+    }
+    journal.release()
+
+
+def test_disk_that_refuses_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there can be no new file, the old one goes on."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal = Journal.open(tmp_path, LIMIT)
+    with monkeypatch.context() as patch:
+        patch.setattr("llama2_server.usage.journal.segments.os.open", refuse)
+        for number in range(50):
+            journal.admit(running(f"{number}"))
+            end(journal, f"{number}")
+    journal = crash_and_reopen(journal, tmp_path)
+    assert ids(journal) == [f"{number}" for number in range(50)]
+    journal.release()
+
+
+def test_sync_reaches_every_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync brings each file to the disk once: those that are full as well as the one in use."""
+    synced: list[int] = []
+    monkeypatch.setattr(
+        "llama2_server.usage.journal.segments.os.fsync", lambda file: synced.append(os.fstat(file).st_ino)
+    )
+    journal = Journal.open(tmp_path, LIMIT)
+    for number in range(50):
+        journal.admit(running(f"{number}"))
+        end(journal, f"{number}")
+    journal.sync()
+    assert set(synced) == {path.stat().st_ino for path in tmp_path.glob("*.journal")}
+    assert len(synced) == len(set(synced)) > 2
+    journal.sync()
+    assert len(synced) == len(set(synced))
+    journal.release()
+
+
+def test_second_end_is_ignored(tmp_path: Path) -> None:
+    """One record a request, though it were ended twice or told to progress after its end."""
+    journal = Journal.open(tmp_path, LIMIT)
+    journal.admit(running("one"))
+    end(journal, "one", "MAX_TOKENS")
+    end(journal, "one", "CANCELLED")
+    journal.progress("one", TokenCounts(3, 500))
+    [record] = journal.oldest(10)
+    assert record == UsageRecord(
+        "one",
+        "acme",
+        "model",
+        START,
+        START + timedelta(seconds=1),
+        3,
+        5,
+        False,
+        neurons(TokenCounts(3, 5), COSTS),
+        "MAX_TOKENS",
+    )
+    journal.release()

@@ -1,0 +1,219 @@
+"""SQLite and PostgreSQL keep the same records, add them up exactly, and migrate by themselves."""
+
+import asyncio
+import random
+import sqlite3
+import subprocess
+import sys
+from collections import defaultdict
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from tests.integration.usage.conftest import stored
+
+from llama2_server.usage.database import create_engine
+from llama2_server.usage.errors import LedgerError, StoreDown
+from llama2_server.usage.records import DailyUsage, UsageRecord
+from llama2_server.usage.schema import METADATA
+from llama2_server.usage.store import VERSION_TABLE, Store
+
+MIDNIGHT = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def record(request_id: str, **changes: object) -> UsageRecord:
+    values: dict[str, object] = {
+        "account": "acme",
+        "model": "model",
+        "started_at": MIDNIGHT,
+        "ended_at": MIDNIGHT + timedelta(seconds=2, microseconds=3),
+        "input_tokens": 7,
+        "output_tokens": 11,
+        "served_from_cache": False,
+        "neurons": Decimal("6.6096"),
+        "outcome": "MAX_TOKENS",
+        **changes,
+    }
+    return UsageRecord(request_id=request_id, **values)  # type: ignore[arg-type]
+
+
+def expected_totals(records: list[UsageRecord], account: str) -> list[DailyUsage]:
+    groups: dict[tuple[date, str], list[UsageRecord]] = defaultdict(list)
+    for one in records:
+        if one.account == account:
+            groups[one.started_at.date(), one.model].append(one)
+    return [
+        DailyUsage(
+            account,
+            day,
+            model,
+            len(group),
+            sum(one.served_from_cache for one in group),
+            sum(one.input_tokens for one in group if not one.served_from_cache),
+            sum(one.output_tokens for one in group if not one.served_from_cache),
+            sum(one.input_tokens for one in group if one.served_from_cache),
+            sum(one.output_tokens for one in group if one.served_from_cache),
+            sum((one.neurons for one in group), Decimal(0)),
+        )
+        for (day, model), group in sorted(groups.items())
+    ]
+
+
+async def test_records_read_back_as_they_were_written(url: str) -> None:
+    """Times to the microsecond, neurons to the last digit, text of any script; a second writing changes nothing."""
+    store = Store(url)
+    await store.migrate()
+    records = [
+        record("plain"),
+        record("cached", served_from_cache=True, neurons=Decimal(0), account="münchen 🦙"),
+        record("large", input_tokens=2**40, neurons=Decimal("9000000000.000000001")),
+    ]
+    await store.insert(records)
+    await store.insert([record("plain", outcome="INTERRUPTED"), record("later")])
+    await store.close()
+    kept = {one.request_id: one for one in await stored(url)}
+    assert kept == {one.request_id: one for one in [*records, record("later")]}
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_totals_are_exact(url: str, seed: int) -> None:
+    """Sums by day in UTC and model agree to the last digit with exact arithmetic, whatever the prices."""
+    draw = random.Random(seed)
+    records = [
+        record(
+            f"{number}",
+            account=draw.choice(["acme", "other"]),
+            model=draw.choice(["a", "b"]),
+            started_at=MIDNIGHT + timedelta(microseconds=draw.choice([-1, 0, 1]) + draw.randrange(3) * 86_400_000_000),
+            ended_at=MIDNIGHT + timedelta(days=9),
+            input_tokens=draw.randrange(3000),
+            output_tokens=draw.randrange(2500),
+            served_from_cache=(cached := draw.random() < 0.2),
+            neurons=Decimal(0) if cached else Decimal(draw.randrange(10**15)).scaleb(-9),
+        )
+        for number in range(500)
+    ]
+    store = Store(url)
+    await store.migrate()
+    await store.insert(records)
+    expected = expected_totals(records, "acme")
+    assert len(expected) == 8
+    assert await store.totals("acme", None, None) == expected
+    since, until = expected[2].day, expected[-3].day
+    assert await store.totals("acme", since, until) == [total for total in expected if since <= total.day <= until]
+    assert await store.totals(None, None, None) == [*expected, *expected_totals(records, "other")]
+    assert await store.totals("nobody", None, None) == []
+    await store.close()
+
+
+async def test_a_batch_is_written_whole_or_not_at_all(url: str) -> None:
+    """A record that the store refuses takes its batch with it, and the reason is StoreDown."""
+    store = Store(url)
+    await store.migrate()
+    with pytest.raises(StoreDown):
+        await store.insert([record("good"), record("bad", outcome=None)])
+    await store.close()
+    assert await stored(url) == []
+
+
+async def test_migrations_make_the_schema(url: str) -> None:
+    """What the migrations make is what the code declares, and a second start changes nothing."""
+    for _ in range(2):
+        store = Store(url)
+        await store.migrate()
+        await store.migrate()
+        async with store._engine.connect() as connection:
+            assert await connection.run_sync(_differences) == []
+        await store.close()
+
+
+def _differences(connection: sa.Connection) -> list[object]:
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "compare_type": True})
+    return list(compare_metadata(context, METADATA))
+
+
+async def test_newer_schema_is_refused(url: str) -> None:
+    """A store that a newer version has migrated is not written to."""
+    store = Store(url)
+    await store.migrate()
+    async with store._engine.begin() as connection:
+        await connection.execute(sa.table(VERSION_TABLE, sa.column("version_num")).update().values(version_num="9999"))
+    with pytest.raises(LedgerError, match="newer version"):
+        await store.migrate()
+    await store.close()
+
+
+def test_servers_that_start_together_migrate_once(url: str) -> None:
+    """Several processes on one empty store: all of them find the schema."""
+    program = (
+        "import asyncio, sys\n"
+        "from llama2_server.usage.ledger import read_totals\n"
+        "sys.stdin.readline()\n"
+        "asyncio.run(read_totals(sys.argv[1]))\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", program, url], stdin=subprocess.PIPE) for _ in range(3)]
+    for process in processes:
+        assert process.stdin
+        process.stdin.close()
+    assert [process.wait() for process in processes] == [0, 0, 0]
+
+
+async def test_stores_migrate_together(tmp_path: Path) -> None:
+    """Several stores of one process may migrate at the same time."""
+    stores = [Store(f"sqlite:///{tmp_path / f'{number}.db'}") for number in range(4)]
+    await asyncio.gather(*(store.migrate() for store in stores))
+    for store in stores:
+        assert await store.totals(None, None, None) == []
+        await store.close()
+
+
+async def test_sqlite_is_durable_and_shared(tmp_path: Path) -> None:
+    """Write-ahead logging, and a sync with every commit."""
+    store = Store(f"sqlite:///{tmp_path / 'usage.db'}")
+    await store.migrate()
+    async with store._engine.connect() as connection:
+        assert (await connection.exec_driver_sql("PRAGMA synchronous")).scalar_one() == 2  # FULL
+    with sqlite3.connect(tmp_path / "usage.db") as other:
+        assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other.close()
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("usage.db", "it is not a URL"),
+        ("mysql://root:s3cret@host/db", "mysql is none of them"),
+        ("postgresql://u:s3cret@host:port/db", "it is not a URL"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+    ],
+)
+def test_impossible_url_is_named(wrong: str, message: str) -> None:
+    """One line that names the setting and what is wrong, without the password."""
+    with pytest.raises(LedgerError, match=f"^ledger_url: .*{message}") as caught:
+        create_engine(wrong)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_postgresql_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the extra to install."""
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    with pytest.raises(LedgerError, match=r"llama2-grpc\[postgresql\]"):
+        create_engine("postgres://host/db")
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql"])
+async def test_postgresql_that_does_not_answer_is_down(scheme: str) -> None:
+    """A refused connection is of the moment, and its reason holds no password."""
+    store = Store(f"{scheme}://user:s3cret@127.0.0.1:1/db?sslmode=prefer")
+    with pytest.raises(StoreDown) as caught:
+        await store.migrate()
+    assert caught.value.temporary
+    assert "s3cret" not in str(caught.value)
+    await store.close()

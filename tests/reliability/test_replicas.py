@@ -1,0 +1,136 @@
+"""Two servers, one Redis, one PostgreSQL: one quota and one ledger; and the same on the embedded default with one."""
+
+import asyncio
+import random
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from tests.integration.usage.conftest import stored
+from tests.support.postgres_server import PostgresCluster
+from tests.support.processes import card_file, command, server
+from tests.support.redis_server import running_redis
+from tests.support.repository import ROOT
+
+from llama2.v1 import text_generation_pb2 as pb
+from llama2.v1 import text_generation_pb2_grpc
+from llama2_server.admission.accounts import new_key
+
+ACCOUNTS = ("alpha", "beta", "gamma", "delta", "32118455")
+QUOTA = 20  # what the clients exceed
+CLIENTS = 50
+CALLS_EACH = 4
+
+
+@dataclass
+class Seen:
+    """What the clients saw."""
+
+    completions: list[pb.Completion] = field(default_factory=list)
+    refused: int = 0
+    cancelled: int = 0
+
+
+@asynccontextmanager
+async def servers(folder: Path, keys: dict[str, str], count: int, *flags: str) -> AsyncIterator[list[str]]:
+    """Addresses of servers that know the keys; they drain at the end."""
+    (folder / "keys.yaml").write_text("keys:\n" + "".join(f"  {line}\n" for line in keys.values()))
+    demo = ROOT / "server/llama2_server/demo"
+    card = card_file(folder, max_requests_per_min={"default": QUOTA, "accounts": {32118455: QUOTA}})
+    common = ["--card", str(card), "--weights", str(demo), "--keys-file", str(folder / "keys.yaml")]
+    async with AsyncExitStack() as stack:
+        processes, addresses = [], []
+        for index in range(count):
+            data = folder / f"server{index}"
+            data.mkdir()
+            process, address = stack.enter_context(server(data, *common, "--line-limit", "300", *flags))
+            processes.append(process)
+            addresses.append(address)
+        yield addresses
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            assert await asyncio.to_thread(process.wait, 60) == 0
+
+
+async def client(address: str, key: str, seen: Seen, chance: random.Random) -> None:
+    """Some calls one after another; one in ten is given up after its first delta."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+        for _ in range(CALLS_EACH):
+            gives_up = chance.random() < 0.1
+            request = pb.GenerateRequest(prompt=chance.choice(["hi", "hello"]), seed=chance.randrange(9), max_tokens=8)
+            call = stub.GenerateStream(request, metadata=(("authorization", f"Bearer {key}"),))
+            try:
+                while isinstance(message := await call.read(), pb.GenerateStreamResponse):
+                    if gives_up:
+                        call.cancel()
+                        seen.cancelled += 1
+                        break
+                    if message.HasField("completion"):
+                        seen.completions.append(message.completion)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise
+                seen.refused += 1
+
+
+async def load_is_exact(addresses: list[str], keys: dict[str, str]) -> Seen:
+    chance, seen = random.Random(3), Seen()
+    owners = list(keys)
+    clients = [
+        client(addresses[index % len(addresses)], owners[index % len(owners)], seen, random.Random(chance.random()))
+        for index in range(CLIENTS)
+    ]
+    await asyncio.gather(*clients)
+    assert seen.refused == CLIENTS * CALLS_EACH - QUOTA * len(ACCOUNTS)
+    return seen
+
+
+async def check_ledger(url: str, seen: Seen) -> None:
+    """Quota kept exactly, one record a request, and neurons equal to the last digit."""
+    records = {record.request_id: record for record in await stored(url)}
+    assert Counter(record.account for record in records.values()) == dict.fromkeys(ACCOUNTS, QUOTA)
+    assert len(records) == len(seen.completions) + seen.cancelled
+    for completion in seen.completions:
+        record = records[completion.request_id]
+        usage = completion.usage
+        assert (record.input_tokens, record.output_tokens) == (usage.input_tokens, usage.output_tokens)
+        assert (record.neurons, record.served_from_cache) == (Decimal(usage.neurons), completion.cached)
+    total = sum((record.neurons for record in records.values() if not record.served_from_cache), Decimal(0))
+    tokens = sum(
+        record.input_tokens + record.output_tokens for record in records.values() if not record.served_from_cache
+    )
+    assert total == tokens * Decimal("0.3672")
+
+
+@pytest.mark.timeout(300)
+async def test_two_servers_share_one_quota_and_one_ledger(tmp_path: Path, postgres: PostgresCluster) -> None:
+    """50 clients of 5 accounts on two servers, a tenth cancelling: the quota is one, and so is each record."""
+    keys = dict(new_key(account) for account in ACCOUNTS)
+    ledger_url = postgres.new_database()
+    with running_redis(tmp_path) as redis:
+        flags = ["--redis-url", redis.url, "--ledger-url", ledger_url]
+        async with servers(tmp_path, keys, 2, *flags) as addresses:
+            seen = await load_is_exact(addresses, keys)
+    await check_ledger(ledger_url, seen)
+
+
+@pytest.mark.timeout(300)
+async def test_one_server_on_the_embedded_default_is_as_exact(tmp_path: Path) -> None:
+    """The same load on one server with nothing but its data directory."""
+    keys = dict(new_key(account) for account in ACCOUNTS)
+    async with servers(tmp_path, keys, 1) as addresses:
+        seen = await load_is_exact(addresses, keys)
+    await check_ledger(f"sqlite:///{tmp_path / 'server0' / 'usage.db'}", seen)
+    data = ["--data-directory", str(tmp_path / "server0")]
+    printed = subprocess.run(command("usage", *data, "--account", "alpha"), capture_output=True, text=True, check=True)
+    header, line = (row.split("\t") for row in printed.stdout.splitlines())
+    assert dict(zip(header, line, strict=True))["requests"] == str(QUOTA)

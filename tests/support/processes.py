@@ -1,0 +1,72 @@
+"""Servers as processes of their own."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import yaml
+from tests.support.repository import ROOT
+
+
+def command(*flags: str, module: str = "llama2_server") -> list[str]:
+    """How a server is started."""
+    return [sys.executable, "-m", module, *flags]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without settings of the developer's own."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA2_")} | extra
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of the loopback that nobody listened on a moment ago."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+def free_port() -> int:
+    """One of them."""
+    return free_ports(1)[0]
+
+
+def card_file(folder: Path, **config: object) -> Path:
+    """The demo card as a file, with these entries in its constellation_config; None takes one out."""
+    shipped = ROOT / "server/llama2_server/cards/demo.yaml"
+    document = next(yaml.safe_load_all(shipped.read_text()))
+    (entry,) = (one for one in document["model"]["properties"] if one["property_id"] == "constellation_config")
+    merged = yaml.safe_load(entry["value"]) | config
+    entry["value"] = yaml.safe_dump({key: value for key, value in merged.items() if value is not None})
+    path = folder / "card.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@contextmanager
+def server(
+    data_directory: Path, *flags: str, listen: str = "127.0.0.1:0"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process, on a free port unless told otherwise, and its address."""
+    log = data_directory / "server.log"
+    with (
+        log.open("a") as errors,
+        subprocess.Popen(
+            command("--listen", listen, "--data-directory", str(data_directory), *flags),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment(),
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
+            assert serving, log.read_text()
+            yield process, serving[1]
+        finally:
+            process.kill()

@@ -1,0 +1,130 @@
+"""What is kept of a checkpoint's configuration: it must say what transformers would, and nothing that was refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.unit.engine.conftest import MakeCheckpoint
+
+from llama2_server.engine.checkpoint import config_cache as description_module
+from llama2_server.engine.checkpoint import files as checkpoint_module
+from llama2_server.engine.checkpoint.config_cache import Description, describe
+from llama2_server.engine.errors import WeightsError
+
+
+@pytest.fixture
+def directory(checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """The configuration of a checkpoint, which a test may change."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(checkpoint() / name, copy)
+    return copy
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Each time that the configuration was read by transformers."""
+    made: list[Path] = []
+    read_config = checkpoint_module.read_config
+
+    def counted(directory: Path) -> object:
+        made.append(directory)
+        return read_config(directory)
+
+    monkeypatch.setattr(checkpoint_module, "read_config", counted)
+    return made
+
+
+def edit(directory: Path, name: str, **changes: object) -> None:
+    path = directory / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def plain(directory: Path) -> Description:
+    return Description(checkpoint_module.read_config(directory), checkpoint_module.read_eos_ids(directory))
+
+
+def test_the_second_start_says_the_same(directory: Path, tmp_path: Path, reads: list[Path]) -> None:
+    """What was kept is what was read, to the last digit, and is not read again."""
+    edit(directory, "config.json", rms_norm_eps=1.2345678901234567e-06)
+    edit(directory, "generation_config.json", eos_token_id=[2, 5])
+    file = tmp_path / "there" / "checkpoint.json"
+    first = describe(directory, file)
+    assert describe(directory, file) == first
+    assert len(reads) == 1
+    assert first == plain(directory)
+
+
+@pytest.mark.timeout(300)  # processes of their own import torch and transformers: long on a machine with other work
+def test_the_second_start_needs_no_transformers(directory: Path, tmp_path: Path) -> None:
+    """Its import takes seconds: a process that finds everything kept never does it."""
+    file = tmp_path / "checkpoint.json"
+    script = (
+        "import sys; from pathlib import Path; from llama2_server.engine.checkpoint.config_cache import describe\n"
+        "import llama2_server.lifecycle.model_loading\n"
+        "describe(*map(Path, sys.argv[1:])); print('transformers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(directory), str(file)]
+    said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    assert said == ["True\n", "False\n"]
+
+
+def test_what_has_changed_is_read_anew(
+    directory: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either file, the version of transformers, and our own code, which says what of its answer is used."""
+    file = tmp_path / "checkpoint.json"
+    describe(directory, file)
+    edit(directory, "config.json", rope_theta=5e5)
+    assert describe(directory, file).config.rope_theta == 5e5
+    edit(directory, "generation_config.json", eos_token_id=7)
+    assert describe(directory, file).eos_ids == {7}
+    (directory / "generation_config.json").unlink()
+    describe(directory, file)
+    assert len(reads) == 4
+    monkeypatch.setattr(description_module, "version", lambda package: "another")
+    describe(directory, file)
+    monkeypatch.setattr(checkpoint_module, "__file__", str(Path(__file__)))
+    describe(directory, file)
+    assert len(reads) == 6
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", "null", '{"key": 1}', None])
+def test_a_broken_file_is_read_anew(directory: Path, tmp_path: Path, reads: list[Path], broken: str | None) -> None:
+    """Whatever became of the file, the answer is the same; None stands for one that misses a part."""
+    file = tmp_path / "checkpoint.json"
+    first = describe(directory, file)
+    if broken is None:
+        document = json.loads(file.read_text())
+        del document["kept"]["config"]["layers"]
+        broken = json.dumps(document)
+    file.write_text(broken)
+    assert describe(directory, file) == first
+    assert describe(directory, file) == first
+    assert len(reads) == 2
+
+
+def test_nowhere_to_keep_it_is_no_harm(
+    directory: Path, tmp_path: Path, reads: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A data directory that cannot be written to costs time at the next start, and a line in the log."""
+    (tmp_path / "file").write_text("")
+    for _ in range(2):
+        assert describe(directory, tmp_path / "file" / "checkpoint.json") == plain(directory)
+    assert len(reads) == 2 + 2
+    assert caplog.text.count("the next start has to find out again what takes time") == 2
+
+
+def test_what_is_refused_is_not_kept(directory: Path, tmp_path: Path) -> None:
+    """A model that cannot be served is refused at each start, for the same reason."""
+    edit(directory, "generation_config.json", eos_token_id=[])
+    for _ in range(2):
+        with pytest.raises(WeightsError, match="eos_token_id is"):
+            describe(directory, tmp_path / "checkpoint.json")
+    assert not (tmp_path / "checkpoint.json").exists()
+    with pytest.raises(WeightsError, match="no such file"):
+        describe(tmp_path / "nowhere", tmp_path / "checkpoint.json")

@@ -1,0 +1,224 @@
+"""What only a GPU can show: graphs, its own arithmetic, its memory. `make bench-gpu` runs these before it measures."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from tests.unit.engine.cuda.sinks import Reader
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from llama2_server.engine.checkpoint.loader import load_model
+from llama2_server.engine.cuda.build import proven_error, steps_for
+from llama2_server.engine.cuda.step_runner import CudaSteps
+from llama2_server.engine.engine import Engine
+from llama2_server.engine.errors import EngineError
+from llama2_server.engine.model.llama import LlamaModel
+from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequence import Finish, FinishReason
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: no NVIDIA GPU here"),
+    pytest.mark.timeout(300),  # kernels are compiled
+]
+
+CONTEXT = 512
+SLOTS = 16
+NO_EOS: frozenset[int] = frozenset()
+NEAR_TIE = 0.02  # of the logits' standard deviation: float16 decides such a pair by chance
+SHAPES: dict[str, dict[str, Any]] = {
+    "multi-head": {"hidden": 256, "heads": 4, "kv_heads": 4, "ffn": 704, "context": CONTEXT},
+    "grouped": {"hidden": 512, "heads": 8, "kv_heads": 2, "ffn": 1024, "context": CONTEXT},
+    "heads of 128, tied": {"hidden": 512, "heads": 4, "kv_heads": 4, "ffn": 1408, "tied": True, "context": CONTEXT},
+    "sharded": {"shards": 3, "layers": 3, "context": CONTEXT},
+}
+MakeCheckpoint = Callable[..., Path]
+
+
+def load(directory: Path, device: str = "cuda", dtype: torch.dtype = torch.float16, slots: int = SLOTS) -> LlamaModel:
+    return load_model(directory, device=device, dtype=dtype, context_length=CONTEXT, slots=slots, cpu_kernels="torch")
+
+
+@contextmanager
+def running(model: LlamaModel) -> Iterator[Engine]:
+    """An engine whose steps are graphs."""
+    steps = steps_for(model, compiled=True, cache_directory=None)
+    assert isinstance(steps, CudaSteps)
+    engine = Engine(model, NO_EOS, steps=steps)
+    yield engine
+    assert engine.close(timeout_seconds=60)
+
+
+def some_ids(count: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 600), k=count)
+
+
+def reference(directory: Path, dtype: torch.dtype) -> Any:
+    model: Any = LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
+    model.to("cuda")
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def assert_same_but_for_ties(model: Any, prompt: list[int], found: list[int], expected: list[int]) -> None:
+    """Where the two part, the reference itself hardly prefers its own token; after that they may say anything."""
+    parted = next((at for at in range(len(expected)) if found[at] != expected[at]), None)
+    if parted is None:
+        return
+    ids = torch.tensor([prompt + expected[:parted]], device="cuda")
+    logits = model(ids).logits[0, -1].double()
+    gap = logits[expected[parted]] - logits[found[parted]]
+    assert gap <= NEAR_TIE * logits.std(), f"parted at token {parted}"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_greedy_tokens_are_those_of_transformers(
+    checkpoint: MakeCheckpoint, shape: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """On the device, alone and sixteen at once, for prompts from one token to nearly the full context."""
+    directory = checkpoint(dtype=dtype, **shape)
+    model = reference(directory, dtype)
+    prompts = [some_ids(count, count) for count in (1, 2, 17, 64, 127, 129, 300, CONTEXT - 24)] * 2
+    with running(load(directory, dtype=dtype)) as engine, torch.inference_mode():
+        readers = [Reader() for _ in prompts]
+        for prompt, reader in zip(prompts, readers, strict=True):
+            engine.submit(prompt, GenerationParams(24, temperature=0), reader)
+        for prompt, reader in zip(prompts, readers, strict=True):
+            assert reader.result().reason is FinishReason.MAX_TOKENS
+            ids = torch.tensor([prompt], device="cuda")
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+            assert_same_but_for_ties(model, prompt, reader.token_ids, output[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_float16_logits_are_near_those_of_float32_on_the_cpu(checkpoint: MakeCheckpoint, shape: dict[str, Any]) -> None:
+    """Half a percent in the relative Euclidean norm, for the prefill and for the step from our kernels."""
+    from llama2_server.engine.cuda.forward import Forward
+    from llama2_server.engine.cuda.matmul import Products
+
+    directory = checkpoint(dtype=torch.float16, **shape)
+    model, exact = load(directory), load(directory, "cpu", torch.float32)
+    prompt = some_ids(200, 1)
+    found, expected = model.prefill(3, prompt, 0), exact.prefill(3, prompt, 0)
+    assert distance(found, expected) < 0.005
+    rows = [torch.tensor([number], device="cuda") for number in (7, 3, 200)]
+    with torch.inference_mode():
+        step = Forward(model, Products(model.config.rms_norm_eps))(*rows)
+    assert distance(step, exact.decode([3], [7], [200])) < 0.005
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.cpu() - expected).norm() / expected.norm())
+
+
+def test_a_seed_repeats_alone_and_among_others(checkpoint: MakeCheckpoint) -> None:
+    """The same device and the same number of rows: the same tokens. Another seed: others."""
+    with running(load(checkpoint(dtype=torch.float16, **SHAPES["grouped"]))) as engine:
+        results = []
+        for seed in (1, 1, 2):
+            reader = Reader()
+            engine.submit(some_ids(20, 0), GenerationParams(60, temperature=1.0, seed=seed), reader)
+            reader.result()
+            results.append(reader.token_ids)
+    assert results[0] == results[1] != results[2]
+
+
+def test_draws_follow_the_distribution(checkpoint: MakeCheckpoint) -> None:
+    """The second token of 3,200 replies, sixteen at a time through the graph, against its exact probabilities."""
+    directory = checkpoint(dtype=torch.float32, **SHAPES["multi-head"])
+    model = load(directory, dtype=torch.float32)
+    prompt, params = some_ids(8, 0), GenerationParams(2, temperature=1.3, top_k=6, top_p=0.95)
+    exact = load(directory, "cpu", torch.float32)
+    exact.prefill(0, prompt, 0)
+    drawn: dict[int, list[int]] = {}
+    with running(model) as engine:
+        seeds = random.Random(0)
+        for _ in range(200):
+            readers = [Reader() for _ in range(SLOTS)]
+            for reader in readers:
+                engine.submit(prompt, replace(params, seed=seeds.getrandbits(64)), reader)
+            for reader in readers:
+                reader.result()
+                drawn.setdefault(reader.token_ids[0], []).append(reader.token_ids[1])
+    first, seconds = max(drawn.items(), key=lambda item: len(item[1]))
+    logits = exact.decode([0], [first], [len(prompt)])[0].double() / 1.3
+    kept = logits.topk(6)
+    weights = kept.values.softmax(0)
+    weights = weights * (weights.cumsum(0) - weights < 0.95)
+    counts = torch.tensor([seconds.count(int(token_id)) for token_id in kept.indices])
+    assert counts.sum() == len(seconds)
+    used = weights > 0
+    assert counts[~used].sum() == 0
+    assert chisquare(counts[used], (weights / weights.sum() * len(seconds))[used]).pvalue > 1e-3
+
+
+def test_graphs_compute_what_the_step_computes(checkpoint: MakeCheckpoint) -> None:
+    """Recorded or not, the same tokens; and its logits are the plain step's but for rounding."""
+    from llama2_server.engine.cuda.forward import Forward
+    from llama2_server.engine.cuda.matmul import Products
+
+    model = load(checkpoint(dtype=torch.float16, **SHAPES["grouped"]))
+    forward = Forward(model, Products(model.config.rms_norm_eps))
+    with torch.inference_mode():
+        assert proven_error(model, forward) < 0.01
+    results = []
+    for recorded in (False, True):
+        steps = CudaSteps(model, forward)
+        if recorded:
+            assert steps.capture() == 10  # 1, 2, 4, 8, 16 rows, greedy and sampled
+        engine, readers = Engine(model, NO_EOS, steps=steps), [Reader() for _ in range(5)]
+        for seed, reader in enumerate(readers):
+            params = GenerationParams(40, temperature=0.9 * (seed % 2), seed=seed, repetition_penalty=1.0 + seed / 10)
+            engine.submit(some_ids(9, seed), params, reader)
+            reader.result()
+        results.append([reader.token_ids for reader in readers])
+        assert engine.close(timeout_seconds=60)
+    assert results[0] == results[1]
+
+
+def test_logits_that_are_no_numbers_end_their_sequence(checkpoint: MakeCheckpoint) -> None:
+    """One broken embedding row breaks the reply that it is part of, and no other."""
+    model = load(checkpoint(dtype=torch.float16, **SHAPES["multi-head"]))
+    with running(model) as engine:
+        model.weights.embedding[599] = float("nan")
+        broken, whole = Reader(), Reader()
+        engine.submit([5, 599, 6], GenerationParams(9, temperature=0), broken)
+        engine.submit([5, 7, 6], GenerationParams(9, temperature=0), whole)
+        assert broken.result() == Finish(FinishReason.FAILED, 3, 0)
+        assert whole.result().reason is FinishReason.MAX_TOKENS
+
+
+def test_a_prefill_that_does_not_fit_gives_its_memory_back(checkpoint: MakeCheckpoint) -> None:
+    """It fails in words, what it held is free again, and the next prompt runs."""
+    model = load(checkpoint(dtype=torch.float16, **SHAPES["multi-head"]), slots=1)
+    model.prefill(0, some_ids(8, 0), 0)
+    torch.cuda.empty_cache()
+    baseline = torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction((baseline + 2**21) / torch.cuda.mem_get_info()[1])
+    try:
+        with pytest.raises(EngineError, match="out of memory in a prefill of 500 tokens"):
+            model.prefill(0, some_ids(500, 0), 0)
+        assert torch.cuda.memory_allocated() == baseline
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    model.prefill(0, some_ids(500, 0), 0)
+
+
+def test_weights_arrive_as_they_are_stored(checkpoint: MakeCheckpoint) -> None:
+    """Through pinned memory, block by block, converted on the device where the card asks for another precision."""
+    for stored, dtype in ((torch.float16, torch.float16), (torch.float32, torch.float16)):
+        directory = checkpoint(dtype=stored, **SHAPES["sharded"])
+        found, expected = load(directory, dtype=dtype).weights, load(directory, "cpu", dtype).weights
+        assert torch.equal(found.embedding.cpu(), expected.embedding)
+        for mine, theirs in zip(found.layers, expected.layers, strict=True):
+            for name in ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down"):
+                assert torch.equal(getattr(mine, name).cpu(), getattr(theirs, name))

@@ -1,0 +1,230 @@
+"""The step that runs on the device, without its graph: tokens against the plain engine, and the loop around it."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.engine.cuda.sinks import Reader
+from torch import Tensor
+
+from llama2_server.engine.checkpoint.loader import load_model
+from llama2_server.engine.cuda.step_runner import CudaSteps, _sizes
+from llama2_server.engine.engine import Engine
+from llama2_server.engine.model.llama import LlamaModel
+from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequence import Finish, FinishReason, Sequence
+
+CONTEXT = 64
+SLOTS = 3
+NO_EOS: frozenset[int] = frozenset()
+MakeCheckpoint = Callable[..., Path]
+
+
+def load(directory: Path) -> LlamaModel:
+    return load_model(
+        directory, device="cpu", dtype=torch.float32, context_length=CONTEXT, slots=SLOTS, cpu_kernels="torch"
+    )
+
+
+@pytest.fixture
+def model(checkpoint: MakeCheckpoint) -> LlamaModel:
+    return load(checkpoint(heads=4, kv_heads=2))
+
+
+class PlainForward:
+    """The model's own decode step, by the interface of the fast one; counts steps, and can be made to go wrong."""
+
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+        self.rows: list[int] = []
+        self.sizes: list[int] = []
+        self.broken_slot: int | None = None
+        self.entered = threading.Semaphore(0)
+        self.gate: threading.Semaphore | None = None
+
+    def __call__(self, token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:  # (rows, vocab_size)
+        self.entered.release()
+        if self.gate:
+            self.gate.acquire()
+        used = positions >= 0
+        self.sizes.append(len(slots))
+        self.rows.append(int(used.sum()))
+        logits = torch.zeros(len(slots), self._model.vocab_size)
+        if self.rows[-1]:
+            rows = (slots[used].tolist(), token_ids[used].tolist(), positions[used].tolist())
+            logits[used] = self._model.decode(*rows)
+        logits[slots == self.broken_slot] = float("nan")
+        return logits
+
+
+@pytest.fixture
+def forward(model: LlamaModel) -> PlainForward:
+    return PlainForward(model)
+
+
+@pytest.fixture
+def engine(model: LlamaModel, forward: PlainForward) -> Iterator[Engine]:
+    engine = Engine(model, NO_EOS, steps=CudaSteps(model, forward))
+    yield engine
+    if forward.gate:
+        forward.gate.release(1000)
+    assert engine.close(timeout_seconds=60)
+
+
+def some_ids(count: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 600), k=count)
+
+
+def submit(engine: Engine, reader: Reader, prompt_tokens: int = 5, seed: int = 0, **params: Any) -> Sequence:
+    fields = {"max_tokens": 8, "temperature": 0, "seed": seed} | params
+    return engine.submit(some_ids(prompt_tokens, seed), GenerationParams(**fields), reader)
+
+
+def plain_tokens(model: LlamaModel, prompt_tokens: int = 5, seed: int = 0, **params: Any) -> list[int]:
+    """What the engine generates when the host samples."""
+    engine, reader = Engine(model, NO_EOS), Reader()
+    submit(engine, reader, prompt_tokens, seed, **params)
+    reader.result()
+    engine.close()
+    return reader.token_ids
+
+
+# With top_p the tokens stand in the same order on device and host, so that the same numbers draw the same tokens.
+CASES: list[dict[str, Any]] = [
+    {},
+    {"max_tokens": 1},
+    {"max_tokens": 2, "prompt_tokens": 1},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"repetition_penalty": 1.8, "max_tokens": 20},
+    {"temperature": 1.5, "top_p": 0.5, "top_k": 50, "frequency_penalty": 1.0, "presence_penalty": 0.5},
+]
+
+
+def test_tokens_are_those_of_the_plain_engine(checkpoint: MakeCheckpoint, engine: Engine) -> None:
+    """Greedy or sampled, penalised or not, alone or with neighbours that come and go: the same tokens."""
+    chance = random.Random(0)
+    requests = [(case, seed) for case in CASES for seed in range(3)]
+    chance.shuffle(requests)
+    readers = []
+    for case, seed in requests:
+        readers.append(Reader())
+        submit(engine, readers[-1], seed=seed, **case)
+        if chance.random() < 0.5:
+            readers[chance.randrange(len(readers))].result()
+    for (case, seed), reader in zip(requests, readers, strict=True):
+        expected = plain_tokens(load(checkpoint(heads=4, kv_heads=2)), seed=seed, **case)
+        assert reader.result() == Finish(FinishReason.MAX_TOKENS, case.get("prompt_tokens", 5), len(expected))
+        assert reader.token_ids == expected
+
+
+def test_a_seed_repeats(engine: Engine) -> None:
+    """The same seed gives the same tokens, whoever shares the steps; another seed gives others."""
+    alone, shared, neighbour, other = Reader(), Reader(), Reader(), Reader()
+    engine.submit(some_ids(5, 0), GenerationParams(20, temperature=1.0, seed=1), alone)
+    alone.result()
+    for reader, seed in ((neighbour, 9), (shared, 1), (other, 2)):
+        engine.submit(some_ids(5, 0), GenerationParams(20, temperature=1.0, seed=seed), reader)
+    assert [reader.result().output_tokens for reader in (shared, neighbour, other)] == [20, 20, 20]
+    assert shared.token_ids == alone.token_ids != other.token_ids
+
+
+def test_the_next_step_is_under_way_before_a_token_is_read(engine: Engine, forward: PlainForward) -> None:
+    """The device is asked for step N+1 first; a stop at token N costs one step that is thrown away and not counted."""
+    reader = Reader(stop_at=3)
+    submit(engine, reader, max_tokens=20)
+    assert reader.result() == Finish(FinishReason.STOP_SEQUENCE, 5, 3)
+    assert forward.rows == [1, 1, 1]  # for tokens 2, 3 and 4; the prefill gave the first
+
+
+def test_no_step_goes_beyond_max_tokens(engine: Engine, forward: PlainForward) -> None:
+    """Up to the last token of a full context: nothing is asked for that cannot be used."""
+    reader = Reader()
+    submit(engine, reader, prompt_tokens=CONTEXT - 4, max_tokens=4)
+    assert reader.result() == Finish(FinishReason.MAX_TOKENS, CONTEXT - 4, 4)
+    assert forward.rows == [1, 1, 1]
+
+
+def test_a_cancelled_row_leaves_before_the_next_step(engine: Engine, forward: PlainForward) -> None:
+    """After a cancel at most the step under way is computed, its token is dropped, and the slot serves the next one."""
+    forward.gate = threading.Semaphore(0)
+    reader, others = Reader(), [Reader() for _ in range(SLOTS)]
+    sequence = submit(engine, reader, max_tokens=50)
+    assert forward.entered.acquire(timeout=60)
+    sequence.cancel()
+    forward.gate.release(1)
+    assert reader.result() == Finish(FinishReason.CANCELLED, 5, 1)
+    assert forward.rows == [1]
+    forward.gate.release(1000)
+    for other in others:
+        submit(engine, other)
+    assert [other.result().reason for other in others] == [FinishReason.MAX_TOKENS] * SLOTS
+
+
+def test_a_row_without_a_token_fails_alone(engine: Engine, forward: PlainForward, model: LlamaModel) -> None:
+    """Logits that are no numbers end their sequence; the neighbour's tokens are untouched, and the slot works again."""
+    forward.broken_slot = 0
+    forward.gate = threading.Semaphore(0)
+    broken, whole, after = Reader(), Reader(), Reader()
+    submit(engine, broken)
+    submit(engine, whole, seed=1)
+    forward.gate.release(1000)
+    assert broken.result() == Finish(FinishReason.FAILED, 5, 1)
+    assert whole.result().reason is FinishReason.MAX_TOKENS
+    forward.broken_slot = None
+    submit(engine, after, seed=1)
+    assert after.result().reason is FinishReason.MAX_TOKENS
+    assert after.token_ids == whole.token_ids
+
+
+def test_a_prompt_that_is_no_number_fails(engine: Engine, model: LlamaModel) -> None:
+    """The first token is looked at like every other."""
+    model.weights.norm.fill_(float("nan"))
+    reader = Reader()
+    submit(engine, reader)
+    assert reader.result() == Finish(FinishReason.FAILED, 5, 0)
+
+
+def test_steps_are_filled_up_to_the_next_size(engine: Engine, forward: PlainForward) -> None:
+    """Three rows run in the step for four; the row that fills it up changes nobody's tokens."""
+    forward.gate = threading.Semaphore(0)
+    readers = [Reader() for _ in range(SLOTS)]
+    for seed, reader in enumerate(readers):
+        submit(engine, reader, seed=seed, max_tokens=6)
+    forward.gate.release(1000)
+    assert all(reader.result().reason is FinishReason.MAX_TOKENS for reader in readers)
+    assert (3, 4) in set(zip(forward.rows, forward.sizes, strict=True))
+
+
+def test_sizes_hold_every_number_of_rows() -> None:
+    """One graph for one slot, and for 16 those of the powers of two."""
+    assert [_sizes(slots) for slots in (1, 2, 3, 16)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8, 16]]
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["torch's products", "our products"])
+def test_the_whole_fast_step_has_the_plain_steps_tokens(
+    checkpoint: MakeCheckpoint, device: torch.device, tiles: bool
+) -> None:
+    """From the embedding to the sampled token through our kernels, in float32: token for token the plain engine."""
+    from llama2_server.engine.cuda.forward import Forward
+    from llama2_server.engine.cuda.matmul import Products, name_of
+    from llama2_server.engine.cuda.matmul_kernels import Tile
+
+    if device.type == "cuda":
+        pytest.skip("NOT TESTED HERE: test_on_gpu.py does this with graphs")
+    model = load(checkpoint(heads=4, kv_heads=2))
+    layer, tile = model.weights.layers[0], Tile(16, 64, 4)
+    weights = {"normed": [layer.qkv], "added": [layer.output, layer.down], "gated": [layer.gate_up]}
+    weights["logits"] = [model.weights.head]
+    names = [name_of(kind, weight) for kind, found in weights.items() for weight in found]
+    forward = Forward(model, Products(model.config.rms_norm_eps, dict.fromkeys(names, tile) if tiles else {}))
+    engine, readers = Engine(model, NO_EOS, steps=CudaSteps(model, forward)), [Reader() for _ in range(2)]
+    for seed, reader in enumerate(readers):
+        submit(engine, reader, seed=seed, max_tokens=4)
+    for seed, reader in enumerate(readers):
+        reader.result()
+        assert reader.token_ids == plain_tokens(load(checkpoint(heads=4, kv_heads=2)), seed=seed, max_tokens=4)
+    engine.close()

@@ -1,0 +1,205 @@
+"""Prefix reuse: the same tokens, the same logits bit for bit, less to compute, and never another account's."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.unit.engine.test_engine import Reader
+from torch import Tensor
+
+from llama2_server.engine.checkpoint.loader import load_model
+from llama2_server.engine.engine import Engine
+from llama2_server.engine.model.llama import LlamaModel, Model
+from llama2_server.engine.prefix_cache import FreeSlots
+from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequence import Finish, FinishReason
+
+CHUNK = 8
+CONTEXT = 128
+
+
+class Recorder:
+    """A model that keeps what it was asked to prefill, and all its logits; fails at prefill number `fail_at`."""
+
+    def __init__(self, model: LlamaModel) -> None:
+        self.model = model
+        self.vocab_size, self.context_length, self.slots = model.vocab_size, model.context_length, model.slots
+        self.device, self.dtype, self.memory_bytes = model.device, model.dtype, model.memory_bytes
+        self.prefill_chunk_tokens, self.any_pieces = CHUNK, False
+        self.prefilled: list[int] = []
+        self.logits: list[Tensor] = []
+        self.fail_at: int | None = None
+        self.before_prefill: Callable[[], None] = lambda: None
+
+    def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
+        self.before_prefill()
+        if self.fail_at == len(self.prefilled):
+            raise RuntimeError("as the test wants")
+        self.prefilled.append(len(token_ids))
+        self.logits.append(self.model.prefill(slot, token_ids, position).clone())
+        return self.logits[-1]
+
+    def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
+        self.logits.append(self.model.decode(slots, token_ids, positions).clone())
+        return self.logits[-1]
+
+
+@pytest.fixture
+def directory(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(heads=4, kv_heads=2)
+
+
+def load(directory: Path, slots: int, dtype: torch.dtype = torch.float16) -> Recorder:
+    return Recorder(load_model(directory, device="cpu", dtype=dtype, context_length=CONTEXT, slots=slots))
+
+
+@contextmanager
+def running(model: Model) -> Iterator[Engine]:
+    engine = Engine(model, frozenset(), prefill_chunk_tokens=CHUNK)
+    yield engine
+    assert engine.close(timeout_seconds=10)
+
+
+def generate(engine: Engine, prompt_ids: list[int], owner: str | None, max_tokens: int = 5) -> tuple[list[int], Finish]:
+    reader = Reader()
+    engine.submit(prompt_ids, GenerationParams(max_tokens, temperature=0), reader, owner)
+    finish = reader.result()
+    return reader.token_ids, finish
+
+
+def some_ids(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(3, 600), k=count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_second_turn_computes_only_the_rest(directory: Path, dtype: torch.dtype) -> None:
+    """Tokens, and logits bit for bit, are those of a prefill from the start; the chunks of the first turn are kept."""
+    first = some_ids(21)
+    warm, cold = load(directory, 1, dtype), load(directory, 1, dtype)
+    with running(warm) as engine:
+        reply, finish = generate(engine, first, "a")
+        assert finish.reused_input_tokens == 0
+        second = first + reply + some_ids(10, seed=1)
+        warm.prefilled.clear()
+        warm.logits.clear()
+        warm_ids, finish = generate(engine, second, "a")
+    assert finish == Finish(FinishReason.MAX_TOKENS, len(second), 5, reused_input_tokens=16)
+    assert warm.prefilled == [8, 8, 4]
+    with running(cold) as engine:
+        cold_ids, _ = generate(engine, second, "a")
+    assert warm_ids == cold_ids
+    kept = len(cold.logits) - len(warm.logits)
+    assert kept == 2
+    assert all(map(torch.equal, warm.logits, cold.logits[kept:]))
+
+
+def test_replies_are_reused_where_pieces_change_no_bits(directory: Path) -> None:
+    """On the native path the next turn computes only what is new: not the reply, which was computed token by token."""
+    warm, cold = load(directory, 1), load(directory, 1)
+    if not warm.model.any_pieces:
+        pytest.skip("NOT TESTED NATIVELY: the native step was not built, or does not run on this processor")
+    warm.any_pieces = True
+    with running(warm) as engine:
+        first = some_ids(21)
+        reply, _ = generate(engine, first, "a", max_tokens=15)
+        second = first + reply + some_ids(10, seed=1)
+        warm.logits.clear()
+        warm_ids, finish = generate(engine, second, "a")
+    assert finish.reused_input_tokens == 21 + 14  # the last token of a reply is never computed on
+    with running(cold) as engine:
+        cold_ids, _ = generate(engine, second, "a")
+    assert warm_ids == cold_ids
+    assert all(map(torch.equal, warm.logits[-5:], cold.logits[-5:]))
+
+
+def test_never_anothers_prefix(directory: Path) -> None:
+    """Another account, and a call that owns nothing, compute the whole prompt."""
+    model = load(directory, 1)
+    prompt = some_ids(40)
+    with running(model) as engine:
+        for owner in ("a", "b", None, None, "a"):
+            assert generate(engine, prompt, owner)[1].reused_input_tokens == 0
+        assert generate(engine, prompt, "a")[1].reused_input_tokens == 32
+
+
+def test_whole_prompt_again_computes_its_last_chunk(directory: Path) -> None:
+    """The logits after the last token are not kept: its chunk is computed again, even a whole one."""
+    model = load(directory, 1)
+    with running(model) as engine:
+        once = generate(engine, some_ids(24), "a")
+        again = generate(engine, some_ids(24), "a")
+    assert once[0] == again[0]
+    assert again[1].reused_input_tokens == 16
+
+
+def test_slot_with_the_longest_prefix_is_taken(directory: Path) -> None:
+    """Two conversations of one account each go back to their own slot; a stranger takes the one unused the longest."""
+    model = load(directory, 2)
+    one, other = some_ids(30, seed=1), some_ids(30, seed=2)
+    with running(model) as engine:
+        reused = [generate(engine, prompt, "a")[1].reused_input_tokens for prompt in (one, other, one, other)]
+        assert reused == [0, 0, 24, 24]
+        generate(engine, some_ids(30, seed=3), "b")  # in the slot of `one`
+        assert generate(engine, other, "a")[1].reused_input_tokens == 24
+        assert generate(engine, one, "a")[1].reused_input_tokens == 0
+
+
+def test_cancelled_prefill_keeps_its_whole_chunks(directory: Path) -> None:
+    """What was prefilled before a cancel is reused, and what was not is not."""
+    model = load(directory, 1)
+    prompt = some_ids(40)
+    reader = Reader()
+    with running(model) as engine:
+
+        def cancel_in_the_third_chunk() -> None:
+            if len(model.prefilled) == 2:
+                sequence.cancel()
+
+        model.before_prefill = cancel_in_the_third_chunk
+        sequence = engine.submit(prompt, GenerationParams(5, temperature=0), reader, "a")
+        assert reader.result() == Finish(FinishReason.CANCELLED, 24, 0)
+        model.before_prefill = lambda: None
+        _, finish = generate(engine, prompt, "a")
+    assert finish.reused_input_tokens == 24
+
+
+def test_cancel_before_the_first_chunk_counts_nothing(directory: Path) -> None:
+    """A sequence that would have reused tokens and was cancelled before it computed any has used none."""
+    model = load(directory, 1)
+    with running(model) as engine:
+        generate(engine, some_ids(40), "a")
+        blocker, reader = Reader(), Reader()
+        engine.submit(some_ids(40, seed=9), GenerationParams(50, temperature=0), blocker, "b")
+        engine.submit(some_ids(40), GenerationParams(5, temperature=0), reader, "a").cancel()
+        assert reader.result() == Finish(FinishReason.CANCELLED, 0, 0)
+
+
+def test_failed_sequence_leaves_nothing_to_reuse(directory: Path) -> None:
+    """After a fault nothing of the slot is trusted."""
+    model = load(directory, 1)
+    with running(model) as engine:
+        model.fail_at = 3
+        assert generate(engine, some_ids(40), "a")[1].reason is FinishReason.FAILED
+        model.fail_at = None
+        assert generate(engine, some_ids(40), "a")[1].reused_input_tokens == 0
+
+
+@given(
+    st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(1, 5)
+)
+def test_reused_tokens_are_a_common_beginning(held: list[int], prompt: list[int], chunk: int) -> None:
+    """Whole chunks, equal token for token, never the whole prompt, and no less than there could be."""
+    free = FreeSlots(1, chunk)
+    slot, _ = free.take("a", held)
+    free.give_back(slot, "a", held)
+    _, reused = free.take("a", prompt)
+    assert held[:reused] == prompt[:reused]
+    assert reused % chunk == 0
+    assert reused < len(prompt)
+    longer = reused + chunk
+    assert longer >= len(prompt) or longer > len(held) or held[:longer] != prompt[:longer]

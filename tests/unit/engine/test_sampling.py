@@ -1,0 +1,184 @@
+"""The sampler against transformers' logits processors, and its draws against exact probabilities."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from tests.support.transformers_oracle import HISTORY, PROMPT, expected_probabilities, processors
+from torch import Tensor
+
+from llama2_server.engine.errors import EngineError
+from llama2_server.engine.sampling import NUCLEUS_GUESS, GenerationParams, Sampler
+
+PLAIN = GenerationParams(max_tokens=1, temperature=1.0, top_p=1.0)
+DRAWS = 1000
+
+
+def logits_of(vocab_size: int, seed: int = 0) -> Tensor:
+    return torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def sampler_with_history(params: GenerationParams, vocab_size: int, history: list[int]) -> Sampler:
+    """A sampler that has generated `history` after PROMPT: each token is forced by its logit."""
+    sampler = Sampler(params, PROMPT, vocab_size, "cpu")
+    for token_id in history:
+        forced = torch.full((vocab_size,), -1e4)
+        forced[token_id] = 1e4
+        assert sampler.sample(forced) == token_id
+    return sampler
+
+
+def probabilities(params: GenerationParams, logits: Tensor, history: list[int]) -> Tensor:
+    sampler = sampler_with_history(params, len(logits), history)
+    token_ids, weights = sampler._distribution(sampler._penalised(logits))
+    found = torch.zeros(len(logits), dtype=torch.float64)
+    found[torch.arange(len(logits)) if token_ids is None else token_ids] = weights / weights.sum()
+    return found
+
+
+PARAMS = {
+    "temperature": replace(PLAIN, temperature=0.6),
+    "hot": replace(PLAIN, temperature=2.0),
+    "top_k": replace(PLAIN, top_k=5),
+    "top_k of one": replace(PLAIN, top_k=1),
+    "top_p": replace(PLAIN, top_p=0.8),
+    "small top_p": replace(PLAIN, top_p=0.01),
+    "repetition": replace(PLAIN, repetition_penalty=1.7),
+    "repetition rewarded": replace(PLAIN, repetition_penalty=0.6),
+    "frequency": replace(PLAIN, frequency_penalty=1.2),
+    "presence": replace(PLAIN, presence_penalty=1.5),
+    "presence rewarded": replace(PLAIN, presence_penalty=-1.5, frequency_penalty=-0.3),
+    "everything": GenerationParams(1, 0.7, 0.9, 20, 0, 1.2, 0.4, 0.3),
+}
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+@pytest.mark.parametrize("vocab_size", [12, 4000])
+def test_the_distribution_is_that_of_transformers(params: GenerationParams, vocab_size: int) -> None:
+    """The same tokens may come next, each with the same probability."""
+    for seed in range(10):
+        logits = logits_of(vocab_size, seed)
+        found = probabilities(params, logits, HISTORY)
+        expected = expected_probabilities(params, logits, HISTORY)
+        assert torch.equal(found > 0, expected > 0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99, 0.9999])
+def test_a_nucleus_beyond_the_first_guess_is_found(top_p: float) -> None:
+    """Flat logits need more tokens than the quick look at the largest ones takes."""
+    params, logits = replace(PLAIN, top_p=top_p), logits_of(8 * NUCLEUS_GUESS) / 100
+    found, expected = probabilities(params, logits, []), expected_probabilities(params, logits, [])
+    assert torch.equal(found > 0, expected > 0)
+
+
+@given(values=st.lists(st.integers(-3, 3), min_size=1, max_size=30), top_k=st.integers(1, 30))
+def test_ties_at_top_k_all_stay(values: list[int], top_k: int) -> None:
+    """float16 logits are often equal: all that equal the last one kept stay, as in transformers."""
+    params, logits = replace(PLAIN, top_k=top_k), torch.tensor(values, dtype=torch.float32)
+    sampler = Sampler(params, [], len(values), "cpu")
+    token_ids, _ = sampler._distribution(logits)
+    expected = processors(params)(torch.LongTensor([[0]]), logits[None])[0].isfinite().nonzero()[:, 0]
+    assert torch.equal(torch.arange(len(values)) if token_ids is None else token_ids, expected)
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+def test_draws_follow_the_distribution(params: GenerationParams) -> None:
+    """Tokens drawn with many seeds come as often as their exact probability says (chi-square)."""
+    logits = logits_of(12)
+    seeds = random.Random(0)
+    samplers = (sampler_with_history(replace(params, seed=seeds.getrandbits(64)), 12, HISTORY) for _ in range(DRAWS))
+    drawn = torch.bincount(torch.tensor([sampler.sample(logits) for sampler in samplers]), minlength=12)
+    expected = expected_probabilities(params, logits, HISTORY) * DRAWS
+    assert drawn[expected == 0].sum() == 0
+    likely = expected > 0
+    assert not likely.sum() > 1 or chisquare(drawn[likely], expected[likely]).pvalue > 1e-3
+
+
+def test_one_stream_of_draws_follows_the_distribution() -> None:
+    """The tokens of one long sequence are independent draws."""
+    logits, sampler = logits_of(12), Sampler(replace(PLAIN, seed=2**64 - 1), [], 12, "cpu")
+    drawn = torch.bincount(torch.tensor([sampler.sample(logits) for _ in range(5000)]), minlength=12)
+    assert chisquare(drawn, logits.double().softmax(0) * 5000).pvalue > 1e-3
+
+
+def test_the_uniforms_of_a_seed_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draw inverts the cumulative distribution, so the smallest and largest uniform give the ends of it."""
+    # Shares of 0, 0.09, 0.24, 0.67 and 0: what weighs nothing is never drawn, at neither end.
+    logits = torch.tensor([-1e4, 0.0, 1.0, 2.0, -1e4])
+    for uniform, expected in ((0.0, 1), (math.nextafter(1, 0), 3), (0.5, 3), (0.1, 2)):
+        sampler = Sampler(PLAIN, [], 5, "cpu")
+        monkeypatch.setattr(sampler, "_uniform", lambda uniform=uniform: uniform)
+        assert sampler.sample(logits) == expected
+
+
+def test_a_seed_repeats_exactly() -> None:
+    """The same seed gives the same tokens, another seed others."""
+
+    def tokens(seed: int) -> list[int]:
+        sampler = Sampler(replace(PLAIN, seed=seed), [], 100, "cpu")
+        return [sampler.sample(logits_of(100, step)) for step in range(30)]
+
+    assert tokens(7) == tokens(7)
+    assert len({tuple(tokens(seed)) for seed in (0, 1, 2, 2**32, 2**63, 2**64 - 1)}) == 6
+
+
+@pytest.mark.parametrize("penalties", [PLAIN, PARAMS["everything"]], ids=["none", "all"])
+def test_temperature_zero_takes_the_largest(penalties: GenerationParams) -> None:
+    """Greedy decoding is the most likely token after the penalties, whatever top_k, top_p and seed are."""
+    params = replace(penalties, temperature=0.0, top_p=0.5, top_k=2, seed=99)
+    sampler = Sampler(params, PROMPT, 50, "cpu")
+    history: list[int] = []
+    for step in range(40):
+        logits = logits_of(50, seed=step // 20) / 4
+        expected = int(expected_probabilities(replace(params, top_k=0, top_p=1), logits, history).argmax())
+        history.append(sampler.sample(logits))
+        assert history[-1] == expected
+
+
+def test_greedy_without_penalties_does_no_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn, and no state as wide as the vocabulary is kept."""
+    monkeypatch.setattr(Sampler, "_draw", None)
+    sampler, logits = Sampler(replace(PLAIN, temperature=0.0), PROMPT, 8, "cpu"), logits_of(8)
+    assert sampler._penalised(logits) is logits
+    assert sampler.sample(logits) == logits.argmax()
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-30, 1e-3])
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
+def test_a_tiny_temperature_is_greedy(temperature: float, scale: float) -> None:
+    """However close to zero a temperature is and however large the logits are, nothing overflows."""
+    logits = logits_of(50) * scale
+    assert Sampler(replace(PLAIN, temperature=temperature, top_p=0.9), [], 50, "cpu").sample(logits) == logits.argmax()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_a_fault(temperature: float, bad: float) -> None:
+    """One bad logit anywhere is a fault of the engine, and never a token."""
+    logits = logits_of(1000)
+    logits[500] = bad
+    with pytest.raises(EngineError, match="not finite"):
+        Sampler(replace(PLAIN, temperature=temperature), [], 1000, "cpu").sample(logits)
+
+
+def test_the_models_logits_stay_as_they_are() -> None:
+    """Sampling does not write into the tensor it is given."""
+    logits = logits_of(50)
+    before = logits.clone()
+    sampler = sampler_with_history(PARAMS["everything"], 50, HISTORY)
+    sampler.sample(logits)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_logits_are_widened(dtype: torch.dtype) -> None:
+    """16-bit logits are sampled as their float32 values."""
+    logits = logits_of(200).to(dtype)
+    wide, narrow = Sampler(PARAMS["everything"], [], 200, "cpu"), Sampler(PARAMS["everything"], [], 200, "cpu")
+    assert [narrow.sample(logits) for _ in range(20)] == [wide.sample(logits.float()) for _ in range(20)]
