@@ -60,7 +60,7 @@ COPY --from=build /opt/llama2 /opt/llama2
 COPY --from=build /package /
 
 # Every address is listened on, as a container's own loopback is no use to others: without keys the service therefore
-# refuses to start, unless LLAMA2_ALLOW_OPEN=true says that this is meant.
+# refuses to start, unless LLAMA2_ALLOW_UNAUTHENTICATED=true says that this is meant.
 ENV PATH=/opt/llama2/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/data \

@@ -81,7 +81,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         eos_ids = frozenset({demo_tokenizer.eos_id})
         loaded = Loaded(card, accounts or OpenAccounts(), demo_tokenizer, model, eos_ids, fingerprint)
         options = Settings.model_validate(
-            {"listen": "127.0.0.1:0", "data_directory": tmp_path, "grace_seconds": 5, **settings}
+            {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 5, **settings}
         )
         # The channel outlives the server, so that calls see how the server drains.
         async with (

@@ -15,16 +15,16 @@ CARDS = ROOT / "server/llama2_server/cards"
 SCHEMA = CHART / "values.schema.json"
 # What the chart decides itself, from its other values.
 CHART_SETTINGS = {
-    "allow_open",
+    "allow_unauthenticated",
     "card",
     "config",
-    "connection_age_grace_seconds",
+    "max_connection_age_grace_seconds",
     "data_directory",
     "device",
-    "grace_seconds",
+    "shutdown_grace_seconds",
     "health_listen",
-    "keys_file",
-    "ledger_url",
+    "api_keys_file",
+    "usage_url",
     "listen",
     "metrics_listen",
     "redis_url",

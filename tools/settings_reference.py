@@ -14,8 +14,10 @@ HEAD = f"""\
 <!-- Written by `make docs` from server/llama2_server/config/settings.py; `make check` fails when it is stale. -->
 
 Every setting is a key of the YAML file that `--config` names, a variable in the environment and a flag; the
-environment wins over the file, and flags win over both: `line_limit: 64` in the file, `{ENV_PREFIX}LINE_LIMIT=64`,
-`--line-limit 64`. As flags, true and false are `--reflection` and `--no-reflection`. An empty variable counts as unset.
+environment wins over the file, and flags win over both: `max_queue_size: 64` in the file,
+`{ENV_PREFIX}MAX_QUEUE_SIZE=64`, `--max-queue-size 64`. As flags, true and false are `--reflection` and
+`--no-reflection`. An empty variable counts as
+unset.
 
 A key that does not exist, a wrong value and an impossible pair are refused before anything is loaded, in one line
 each. `llama2-server settings`, with the same flags and environment, prints the values in force with their sources,

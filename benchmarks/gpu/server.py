@@ -25,7 +25,7 @@ def random_load(shape: str, device: str, settings: Settings, card: ModelCard, ac
         make_tokenizer(path, SHAPES[shape].vocab_size)
         tokenizer = Tokenizer(path)
     model = random_model(shape, device, slots=card.max_concurrent_requests, context_length=card.context_length_limit)
-    steps = steps_for(model, compiled=settings.compile, cache_directory=settings.data_directory / "cuda")
+    steps = steps_for(model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda")
     return Loaded(card, accounts, tokenizer, model, frozenset(), "random", steps)
 
 

@@ -6,10 +6,10 @@
     ├── PermissionDenied         PERMISSION_DENIED: the account may not call this service
     ├── ResourceExhausted        RESOURCE_EXHAUSTED
     │   ├── QuotaExceeded          the account's quota; `retry_after` is the exact next time
-    │   └── LineFull               the server has too many calls waiting
+    │   └── QueueFull               the server has too many calls waiting
     ├── Unavailable              UNAVAILABLE: not reachable, loading or draining
     ├── DeadlineExceeded         DEADLINE_EXCEEDED: the call's deadline passed first
-    ├── ServerFault              INTERNAL: a fault of the server; `request_id` finds it in the server's logs
+    ├── InternalError              INTERNAL: a fault of the server; `request_id` finds it in the server's logs
     └── Unimplemented            UNIMPLEMENTED: the server does not know the method
 
 Any other code raises Llama2Error itself.
@@ -91,7 +91,7 @@ class QuotaExceeded(ResourceExhausted):
     """The account has used up its requests per minute; `retry_after` is the exact next time."""
 
 
-class LineFull(ResourceExhausted):
+class QueueFull(ResourceExhausted):
     """The waiting line is full, or longer than the call's deadline; retry later."""
 
 
@@ -107,7 +107,7 @@ class DeadlineExceeded(Llama2Error):
     default_code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-class ServerFault(Llama2Error):
+class InternalError(Llama2Error):
     """The server failed; `request_id` finds the cause in its logs."""
 
     default_code = grpc.StatusCode.INTERNAL
@@ -128,7 +128,7 @@ _BY_CODE: dict[grpc.StatusCode, type[Llama2Error]] = {
         ResourceExhausted,
         Unavailable,
         DeadlineExceeded,
-        ServerFault,
+        InternalError,
         Unimplemented,
     )
 }
@@ -156,7 +156,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> Llama2Error:
         if _detail(status, error_details_pb2.QuotaFailure) is not None:
             kind = QuotaExceeded
         elif retry is not None:
-            kind = LineFull
+            kind = QueueFull
     return kind(
         error.details() or error.code().name,
         code=error.code(),

@@ -29,11 +29,11 @@ _HEADLINES: tuple[tuple[type[errors.Llama2Error], str], ...] = (
     (errors.InvalidRequest, "the request is not valid"),
     (errors.Unauthenticated, "not authenticated"),
     (errors.PermissionDenied, "not permitted"),
-    (errors.LineFull, "the server is busy"),
+    (errors.QueueFull, "the server is busy"),
     (errors.ResourceExhausted, "too much was asked for"),
     (errors.Unavailable, "the server is not available"),
     (errors.DeadlineExceeded, "no reply in time"),
-    (errors.ServerFault, "the server failed"),
+    (errors.InternalError, "the server failed"),
     (errors.Unimplemented, "the server does not know this call; is it another service, or an older one"),
 )
 
@@ -223,7 +223,7 @@ def _error_lines(error: errors.Llama2Error, address: str) -> list[str]:
     lines = [f"{headline}: {error.message}"]
     if isinstance(error, errors.Unauthenticated):
         lines.append("Give a key with --api-key or LLAMA2_API_KEY.")
-    if isinstance(error, errors.ServerFault) and error.request_id is not None:
+    if isinstance(error, errors.InternalError) and error.request_id is not None:
         lines.append(f"The server's logs tell more, under request {error.request_id}.")
     return lines
 

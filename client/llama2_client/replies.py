@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from llama2.v1 import text_generation_pb2
-from llama2_client.errors import ServerFault, mapped
+from llama2_client.errors import InternalError, mapped
 
 
 class FinishReason(enum.StrEnum):
@@ -142,7 +142,7 @@ class ReplyStream:
     def _finish(self) -> None:
         self._closed = True
         if self._completion is None:
-            raise ServerFault("the server ended the stream without saying how the reply ended")
+            raise InternalError("the server ended the stream without saying how the reply ended")
         self._reply = reply_of(self.text, self._completion)
         if self._when_complete is not None:
             self._when_complete(self._reply)

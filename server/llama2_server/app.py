@@ -91,7 +91,7 @@ async def serve(settings: Settings, load: Load = load) -> int:
                 _say_serving(settings, address)
                 await ending
                 again = "Ctrl-C or SIGTERM once more ends at once"
-                logger.info("draining for up to %.0f s; %s", settings.grace_seconds, again)
+                logger.info("draining for up to %.0f s; %s", settings.shutdown_grace_seconds, again)
     logger.info("stopped")
     return ending.result()
 
@@ -133,7 +133,7 @@ async def running(
             await stack.enter_async_context(_beside(loaded.accounts.watch()))
         engine = WatchedEngine(
             Engine(loaded.model, loaded.eos_ids, on_step=metrics.on_step, steps=loaded.steps),
-            step_timeout_seconds=settings.step_timeout_seconds,
+            engine_step_timeout_seconds=settings.engine_step_timeout_seconds,
             on_outcome=lambda worked: readiness.heard(worked),  # noqa: PLW0108 - it is made below
         )
         parts = _parts(settings, loaded, ground.stores, engine, metrics)
@@ -141,7 +141,7 @@ async def running(
             health.set_serving,
             lambda: probe(engine, loaded.tokenizer),
             idle=lambda: parts.slots.running == 0,
-            interval_seconds=settings.probe_interval_seconds,
+            interval_seconds=settings.readiness_probe_interval_seconds,
         )
         servicer, interceptor = TextGenerationServicer(parts), CallInterceptor(ground.telemetry)
         server = make_server(settings, parts, servicer, health, interceptor)
@@ -161,7 +161,7 @@ async def running(
 def _parts(settings: Settings, loaded: Loaded, stores: Stores, engine: WatchedEngine, metrics: Metrics) -> Parts:
     slots = Slots(
         loaded.card.max_concurrent_requests,
-        line_limit=settings.line_limit,
+        max_queue_size=settings.max_queue_size,
         queue_timeout_seconds=settings.queue_timeout_seconds,
         on_waited=metrics.queue_time.observe,
     )
@@ -213,9 +213,9 @@ async def _drain(
     parts.slots.close()
     await _quiet(interceptor)
     # Say GOAWAY, and let running calls finish.
-    grace_seconds = 0.0 if parts.engine.lost else settings.grace_seconds
-    stopping = asyncio.create_task(server.stop(grace_seconds + LAST_STEP_SECONDS + LAST_WORDS_SECONDS))
-    await asyncio.wait([stopping], timeout=grace_seconds)
+    shutdown_grace_seconds = 0.0 if parts.engine.lost else settings.shutdown_grace_seconds
+    stopping = asyncio.create_task(server.stop(shutdown_grace_seconds + LAST_STEP_SECONDS + LAST_WORDS_SECONDS))
+    await asyncio.wait([stopping], timeout=shutdown_grace_seconds)
     # End those who took too long with a status that says so; what was computed is recorded.
     await parts.engine.close(LAST_STEP_SECONDS)
     await asyncio.wait([stopping], timeout=LAST_WORDS_SECONDS)

@@ -6,16 +6,16 @@
     |-- AccountDisabled     PERMISSION_DENIED     the key is good, and its account may not call
     |-- ResourceExhausted   RESOURCE_EXHAUSTED
     |   |-- QuotaExceeded                         the account's requests per minute are used up
-    |   |-- LineFull                              no place in the waiting line
-    |   `-- WaitTooLong                           the wait would outlast the deadline or the line's limit
+    |   |-- QueueFull                              no place in the waiting line
+    |   `-- QueueWaitTooLong                           the wait would outlast the deadline or the line's limit
     |-- Unavailable         UNAVAILABLE
-    |   |-- Draining                              the server is shutting down
-    |   |-- QuotaStoreDown                        quotas cannot be counted
-    |   |-- LedgerFull                            usage cannot be recorded
-    |   |-- LedgerDown                            usage cannot be read
-    |   `-- EngineDown                            the engine has stopped
+    |   |-- ShuttingDown                              the server is shutting down
+    |   |-- QuotaStoreUnavailable                        quotas cannot be counted
+    |   |-- UsageJournalFull                            usage cannot be recorded
+    |   |-- UsageUnavailable                            usage cannot be read
+    |   `-- EngineUnavailable                            the engine has stopped
     |-- DeadlineExceeded    DEADLINE_EXCEEDED     the call's deadline passed in the line
-    `-- InternalFault       INTERNAL              a fault of the server
+    `-- InternalError       INTERNAL              a fault of the server
 
 `ServiceError.to_status` makes the status and the trailers that go on the wire; `interceptor.py` is the one place that
 sends it.
@@ -141,16 +141,16 @@ class QuotaExceeded(ResourceExhausted):
         return [error_details_pb2.QuotaFailure(violations=[violation])]
 
 
-class LineFull(ResourceExhausted):
+class QueueFull(ResourceExhausted):
     """The waiting line is full; retry later."""
 
-    reason = "LINE_FULL"
+    reason = "QUEUE_FULL"
 
 
-class WaitTooLong(ResourceExhausted):
+class QueueWaitTooLong(ResourceExhausted):
     """The wait for a slot would outlast the call's deadline or the line's limit."""
 
-    reason = "WAIT_TOO_LONG"
+    reason = "QUEUE_WAIT_TOO_LONG"
 
 
 class Unavailable(ServiceError):
@@ -160,37 +160,37 @@ class Unavailable(ServiceError):
     retry_after_seconds = 1.0
 
 
-class Draining(Unavailable):
+class ShuttingDown(Unavailable):
     """The server is shutting down."""
 
-    reason = "DRAINING"
+    reason = "SHUTTING_DOWN"
 
 
-class QuotaStoreDown(Unavailable):
+class QuotaStoreUnavailable(Unavailable):
     """The store of the quotas does not answer, and the operator chose to refuse rather than to guess."""
 
-    reason = "QUOTA_STORE_DOWN"
+    reason = "QUOTA_STORE_UNAVAILABLE"
 
 
-class LedgerFull(Unavailable):
+class UsageJournalFull(Unavailable):
     """The ledger's store is down and its journal is full: work would go unrecorded."""
 
-    reason = "LEDGER_FULL"
+    reason = "USAGE_JOURNAL_FULL"
 
 
-class LedgerDown(Unavailable):
+class UsageUnavailable(Unavailable):
     """The ledger's store does not answer, so that usage cannot be read now."""
 
-    reason = "LEDGER_DOWN"
+    reason = "USAGE_UNAVAILABLE"
 
     def __init__(self) -> None:
         super().__init__("usage cannot be read now; try again")
 
 
-class EngineDown(Unavailable):
+class EngineUnavailable(Unavailable):
     """The engine has stopped; nothing can be generated here."""
 
-    reason = "ENGINE_DOWN"
+    reason = "ENGINE_UNAVAILABLE"
 
 
 class DeadlineExceeded(ServiceError):
@@ -200,11 +200,11 @@ class DeadlineExceeded(ServiceError):
     reason = "DEADLINE_EXCEEDED"
 
 
-class InternalFault(ServiceError):
+class InternalError(ServiceError):
     """A fault of the server; the cause is in its log under the request id, and never in the message."""
 
     code = grpc.StatusCode.INTERNAL
-    reason = "INTERNAL_FAULT"
+    reason = "INTERNAL"
 
     def __init__(self) -> None:
         super().__init__("the server failed; report the request id to its operator")

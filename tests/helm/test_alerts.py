@@ -27,10 +27,10 @@ class Case(NamedTuple):
 
 
 FIRES = [
-    Case("Llama2NotServing", {"llama2_serving": "1x5 0x30"}, 10),
-    Case("Llama2NotServing", {"llama2_slots": "1x30"}, 10),  # no pod shows whether it serves
-    Case("Llama2ReplicaNotReady", {"llama2_serving": "0x60"}, 25),
-    Case("Llama2QueueGrowing", {"llama2_waiting_requests": "1+1x60"}, 30),
+    Case("Llama2NotServing", {"llama2_ready": "1x5 0x30"}, 10),
+    Case("Llama2NotServing", {"llama2_max_concurrent_requests": "1x30"}, 10),  # no pod shows whether it serves
+    Case("Llama2ReplicaNotReady", {"llama2_ready": "0x60"}, 25),
+    Case("Llama2QueueGrowing", {"llama2_requests_queued": "1+1x60"}, 30),
     Case("Llama2SlowFirstToken", {
         'llama2_time_to_first_token_seconds_bucket{le="5"}': "0+9x60",
         'llama2_time_to_first_token_seconds_bucket{le="20"}': "0+10x60",
@@ -41,16 +41,16 @@ FIRES = [
         'llama2_requests_total{code="INTERNAL",method="Generate"}': "0+2x60",
         'llama2_requests_total{code="UNAVAILABLE",method="GenerateStream"}': "0+1x60",
     }, 30),
-    Case("Llama2LedgerLag", {"llama2_ledger_lag_seconds": "0+60x60"}, 30),
-    Case("Llama2JournalFilling", {"llama2_ledger_journal_bytes": "0+2000000x60"}, 30),
+    Case("Llama2LedgerLag", {"llama2_usage_lag_seconds": "0+60x60"}, 30),
+    Case("Llama2JournalFilling", {"llama2_usage_journal_bytes": "0+2000000x60"}, 30),
     Case("Llama2QuotaStoreDown", {"llama2_quota_store_up": "0x60"}, 10),
 ]  # fmt: skip
 QUIET = [
-    Case("Llama2NotServing", {"llama2_serving": "1x60"}, 30),
-    Case("Llama2NotServing", {"llama2_serving": "1x20 0 1x60"}, 22),  # for a moment only
-    Case("Llama2ReplicaNotReady", {"llama2_serving": "0x15 1x60"}, 30),  # it loaded
-    Case("Llama2QueueGrowing", {"llama2_waiting_requests": "0 5 0 7 0 8x60"}, 4),
-    Case("Llama2QueueGrowing", {"llama2_waiting_requests": "30-1x30"}, 25),  # it shrinks
+    Case("Llama2NotServing", {"llama2_ready": "1x60"}, 30),
+    Case("Llama2NotServing", {"llama2_ready": "1x20 0 1x60"}, 22),  # for a moment only
+    Case("Llama2ReplicaNotReady", {"llama2_ready": "0x15 1x60"}, 30),  # it loaded
+    Case("Llama2QueueGrowing", {"llama2_requests_queued": "0 5 0 7 0 8x60"}, 4),
+    Case("Llama2QueueGrowing", {"llama2_requests_queued": "30-1x30"}, 25),  # it shrinks
     Case("Llama2SlowFirstToken", {
         'llama2_time_to_first_token_seconds_bucket{le="5"}': "0+10x60",
         'llama2_time_to_first_token_seconds_bucket{le="+Inf"}': "0+10x60",
@@ -61,8 +61,8 @@ QUIET = [
         'llama2_requests_total{code="INVALID_ARGUMENT",method="Generate"}': "0+50x60",
     }, 30),  # the caller's fault
     Case("Llama2Errors", {'llama2_requests_total{code="OK",method="Generate"}': "0x60"}, 30),  # nobody calls
-    Case("Llama2LedgerLag", {"llama2_ledger_lag_seconds": "60x60"}, 30),
-    Case("Llama2JournalFilling", {"llama2_ledger_journal_bytes": "1000000x60"}, 30),
+    Case("Llama2LedgerLag", {"llama2_usage_lag_seconds": "60x60"}, 30),
+    Case("Llama2JournalFilling", {"llama2_usage_journal_bytes": "1000000x60"}, 30),
     Case("Llama2QuotaStoreDown", {"llama2_quota_store_up": "1x60"}, 30),
 ]  # fmt: skip
 

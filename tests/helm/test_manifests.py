@@ -159,7 +159,7 @@ def test_the_longest_generation_ends_before_the_pod_does(release: Rendered) -> N
     """SIGTERM's grace covers the card's longest generation; Kubernetes waits for that, preStop and the ledger."""
     values, spec = release.values, release.pod["spec"]
     longest = card_in_force(release).context_length_limit * values["slowestTokenSeconds"]
-    grace = float(release.env["LLAMA2_GRACE_SECONDS"])
+    grace = float(release.env["LLAMA2_SHUTDOWN_GRACE_SECONDS"])
     assert longest <= grace < longest + 1
     before = release.server.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     assert before == values["drain"]["preStopSeconds"]
@@ -172,7 +172,7 @@ def test_a_connection_that_ends_lets_its_calls_end(release: Rendered) -> None:
     """A call that comes last on an aged connection may wait in line and then generate as long as any."""
     settings = settings_of(release, {})
     longest = card_in_force(release).context_length_limit * release.values["slowestTokenSeconds"]
-    assert settings.connection_age_grace_seconds > settings.queue_timeout_seconds + longest
+    assert settings.max_connection_age_grace_seconds > settings.queue_timeout_seconds + longest
     for pod in release.test_pods:
         (timeout,) = (argument for argument in containers_of(pod)[0]["args"] if argument.startswith("--timeout="))
         assert float(timeout.removeprefix("--timeout=")) > settings.queue_timeout_seconds + longest
@@ -227,16 +227,16 @@ def settings_of(release: Rendered, secrets: dict[str, str]) -> Settings:
 
 def test_the_server_takes_its_environment(release: Rendered) -> None:
     """Each LLAMA2_ variable is a setting's name with a value that it takes, and together they are possible."""
-    urls = {"LLAMA2_REDIS_URL": "redis://r", "LLAMA2_LEDGER_URL": "postgresql://u:p@h/d"}
+    urls = {"LLAMA2_REDIS_URL": "redis://r", "LLAMA2_USAGE_URL": "postgresql://u:p@h/d"}
     settings = settings_of(release, urls)
     given = {name.removeprefix("LLAMA2_").lower() for name in release.env if name.startswith("LLAMA2_")}
     assert given <= set(Settings.model_fields)
     assert given == settings.model_fields_set
     for name, value in release.values["settings"].items():
         assert getattr(settings, name) == value
-    assert settings.allow_open is (not release.values["keys"]["secret"])
+    assert settings.allow_unauthenticated is (not release.values["keys"]["secret"])
     assert (settings.redis_url is not None) is bool(release.values["redis"]["secret"])
-    assert (settings.ledger_url is not None) is bool(release.values["ledger"]["secret"])
+    assert (settings.usage_url is not None) is bool(release.values["ledger"]["secret"])
     assert (settings.device == "cuda") is any(
         release.values["gpu"]["resource"] in limits for limits in [release.server["resources"]["limits"]]
     )

@@ -66,9 +66,9 @@ def test_with_keys_the_test_needs_its_key(tmp_path: Path) -> None:
     """With the keys Secret mounted the server asks for keys, and the test pod brings the one of its own Secret."""
     release = render(WITH_KEYS)
     key, line = new_key("tests")
-    keys_file = tmp_path / "keys.yaml"
-    keys_file.write_text(f"keys:\n  {line}\n")
-    with container_of(release, {"/data": tmp_path, "/etc/llama2/keys/keys.yaml": keys_file}) as port:
+    api_keys_file = tmp_path / "keys.yaml"
+    api_keys_file.write_text(f"keys:\n  {line}\n")
+    with container_of(release, {"/data": tmp_path, "/etc/llama2/keys/keys.yaml": api_keys_file}) as port:
         done = helm_test(release.test_pods[0], port, {"key": key})
         assert done.returncode == 0, done.stderr
         done = helm_test(release.test_pods[0], port, {"key": "l2_wrong"})

@@ -30,9 +30,18 @@ def refusal(values: Values) -> str:
         # What the schema says: where, and what is allowed.
         ({"demo": True, "replica": 2}, "at '': additional properties 'replica' not allowed"),
         ({"demo": True, "image": {"name": "x"}}, "at '/image': additional properties 'name' not allowed"),
-        ({"demo": True, "settings": {"line_limits": 3}}, "at '/settings': additional properties 'line_limits' not"),
-        ({"demo": True, "settings": {"grace_seconds": 3}}, "at '/settings': additional properties 'grace_seconds' not"),
-        ({"demo": True, "settings": {"line_limit": "many"}}, "at '/settings/line_limit': got string, want integer"),
+        (
+            {"demo": True, "settings": {"max_queue_sizes": 3}},
+            "at '/settings': additional properties 'max_queue_sizes' not",
+        ),
+        (
+            {"demo": True, "settings": {"shutdown_grace_seconds": 3}},
+            "at '/settings': additional properties 'shutdown_grace_seconds' not",
+        ),
+        (
+            {"demo": True, "settings": {"max_queue_size": "many"}},
+            "at '/settings/max_queue_size': got string, want integer",
+        ),
         ({"demo": True, "settings": {"log_level": "loud"}}, "must be one of 'debug', 'info', 'warning', 'error'"),
         ({"demo": "yes"}, "at '/demo': got string, want boolean"),
         ({"demo": True, "gpu": {"count": 2}}, "at '/gpu/count': value must be one of"),

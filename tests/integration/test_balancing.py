@@ -58,7 +58,9 @@ async def test_without_round_robin_one_server_gets_all_calls(serve_scripted: Ser
 async def test_new_servers_are_found_when_a_connection_ends(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
     """A server that is added to the name gets no calls at first; when a connection ends, DNS is asked again."""
     async with AsyncExitStack() as stack, AsyncExitStack() as old_life:
-        old = await old_life.enter_async_context(serve_scripted(data_directory=tmp_path / "old", grace_seconds=0))
+        old = await old_life.enter_async_context(
+            serve_scripted(data_directory=tmp_path / "old", shutdown_grace_seconds=0)
+        )
         port = old.port
         names = stack.enter_context(running_name_server("127.0.0.1"))
         client = await stack.enter_async_context(Client(names.target(port)))

@@ -75,22 +75,22 @@ class TestWarmUp:
         assert not caplog.messages
         warn_of_slowness(settings, demo_card, prefill_seconds=0.2, decode_seconds=10.0, chunk_tokens=512)
         assert [message.partition(":")[0] for message in caplog.messages] == [
-            "connection_age_grace_seconds",
-            "step_timeout_seconds",
+            "max_connection_age_grace_seconds",
+            "engine_step_timeout_seconds",
         ]
 
 
 class TestReadiness:
     async def test_an_idle_server_proves_itself(self, serve_scripted: ServiceMaker) -> None:
         """A server that nobody calls generates now and then; nobody pays, and callers' quotas are untouched."""
-        async with serve_scripted(probe_interval_seconds=0.05) as service:
+        async with serve_scripted(readiness_probe_interval_seconds=0.05) as service:
             await until(lambda: service.model.probes >= 3)
             told = await usage(service)
             assert (told.quota.requests_left, list(told.days)) == (told.quota.max_requests_per_min, [])
 
     async def test_a_probe_takes_no_place_in_line(self, serve_scripted: ServiceMaker) -> None:
         """A caller who comes during a probe to a server without a line is served."""
-        async with serve_scripted(probe_interval_seconds=0.05, line_limit=0) as service:
+        async with serve_scripted(readiness_probe_interval_seconds=0.05, max_queue_size=0) as service:
             service.model.gate()
             await asyncio.to_thread(service.model.in_step.wait, 10)  # the probe
             call = asyncio.create_task(_generate(service))
@@ -169,10 +169,10 @@ class TestWatchdog:
         self, serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path
     ) -> None:
         """UNAVAILABLE with RetryInfo for both, NOT_SERVING, still alive; what was computed is recorded."""
-        async with serve_scripted(step_timeout_seconds=0.5, card=limited(demo_card, 10)) as service:
+        async with serve_scripted(engine_step_timeout_seconds=0.5, card=limited(demo_card, 10)) as service:
             running = await hold_the_slot(service)
             waiting = asyncio.create_task(_generate(service))
-            for call, reason in ((running.read(), "ENGINE_DOWN"), (waiting, "DRAINING")):
+            for call, reason in ((running.read(), "ENGINE_UNAVAILABLE"), (waiting, "SHUTTING_DOWN")):
                 with pytest.raises(grpc.aio.AioRpcError) as failed:
                     await call
                 assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -199,7 +199,7 @@ class TestWatchdog:
         """Its call gets UNAVAILABLE when the grace is over, what was computed is recorded, and the drain ends."""
         monkeypatch.setattr(app, "LAST_STEP_SECONDS", 0.1)
         try:
-            async with asyncio.timeout(30), serve_scripted(grace_seconds=0) as service:
+            async with asyncio.timeout(30), serve_scripted(shutdown_grace_seconds=0) as service:
                 monkeypatch.setattr(service.model, "open_gate", lambda: None)  # nor does it end with the drain
                 reading = asyncio.create_task((await hold_the_slot(service)).read())
             with pytest.raises(grpc.aio.AioRpcError) as cut:
@@ -217,7 +217,7 @@ class TestWatchdog:
             clock = asyncio.get_running_loop().time
             monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=clock))
             engine = SimpleNamespace(alive=True, step_began_at=None)
-            watched = WatchedEngine(cast(Engine, engine), step_timeout_seconds=0.5)
+            watched = WatchedEngine(cast(Engine, engine), engine_step_timeout_seconds=0.5)
             watching = asyncio.create_task(watched.watch())
             for _ in range(20):
                 engine.step_began_at = clock()
@@ -233,8 +233,8 @@ class TestQuota:
     async def test_what_the_ledger_refuses_costs_no_quota(
         self, serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path
     ) -> None:
-        """A call that cannot be recorded is LEDGER_FULL, as often as it is tried, and costs nothing of the quota."""
-        async with serve_scripted(card=limited(demo_card, 10**4), journal_max_bytes=64 * 1024) as service:
+        """A call that cannot be recorded is USAGE_JOURNAL_FULL, each time it is tried, and costs no quota."""
+        async with serve_scripted(card=limited(demo_card, 10**4), usage_journal_max_bytes=64 * 1024) as service:
             with locked(tmp_path / "usage.db"):
                 admitted, refusals = 0, 0
                 while refusals < 4:
@@ -244,7 +244,7 @@ class TestQuota:
                     except grpc.aio.AioRpcError as error:
                         info = details(error)["ErrorInfo"]
                         assert isinstance(info, error_details_pb2.ErrorInfo)
-                        assert info.reason == "LEDGER_FULL"
+                        assert info.reason == "USAGE_JOURNAL_FULL"
                         refusals += 1
             assert (await usage(service)).quota.requests_left == 10**4 - admitted
 

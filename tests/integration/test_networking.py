@@ -85,8 +85,8 @@ async def test_connections_have_a_limit(serve_scripted: ServiceMaker) -> None:
 
 
 async def test_streams_have_a_limit(serve_scripted: ServiceMaker) -> None:
-    """A connection has at most max_streams_per_connection calls at once, told to the peer and held against it."""
-    async with serve_scripted(max_streams_per_connection=3) as service, Http2Peer.connected(service.address) as peer:
+    """A connection has at most max_concurrent_streams calls at once, told to the peer and held against it."""
+    async with serve_scripted(max_concurrent_streams=3) as service, Http2Peer.connected(service.address) as peer:
         assert peer.setting(h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS) == 3
         peer.http2.remote_settings.update({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 1000})
         peer.http2.remote_settings.acknowledge()  # the peer forgets what it was told
@@ -98,14 +98,14 @@ async def test_streams_have_a_limit(serve_scripted: ServiceMaker) -> None:
 
 async def test_streams_have_room_for_slots_and_line_by_default(serve_scripted: ServiceMaker) -> None:
     """All calls that the service can take fit into one connection, such as a proxy's."""
-    async with serve_scripted(line_limit=300) as service, Http2Peer.connected(service.address) as peer:
+    async with serve_scripted(max_queue_size=300) as service, Http2Peer.connected(service.address) as peer:
         assert peer.setting(h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS) == 300 + 1 + 100
 
 
 async def test_an_idle_connection_is_closed(serve_scripted: ServiceMaker) -> None:
     """A connection without calls is said goodbye to; with a call it stays."""
     async with (
-        serve_scripted(connection_idle_seconds=0.5) as service,
+        serve_scripted(max_connection_idle_seconds=0.5) as service,
         Http2Peer.connected(service.address) as busy,
         Http2Peer.connected(service.address) as idle,
     ):
@@ -119,8 +119,8 @@ async def test_an_idle_connection_is_closed(serve_scripted: ServiceMaker) -> Non
 
 
 async def test_an_old_connection_ends_and_its_calls_may_finish(serve_scripted: ServiceMaker) -> None:
-    """After connection_age_seconds the peer is asked to go elsewhere; its call goes on within the grace."""
-    async with serve_scripted(connection_age_seconds=0.5) as service:
+    """After max_connection_age_seconds the peer is asked to go elsewhere; its call goes on within the grace."""
+    async with serve_scripted(max_connection_age_seconds=0.5) as service:
         service.model.gate()
         service.model.allow(1)
         call = service.text.GenerateStream(pb.GenerateRequest(prompt="a story"))
@@ -133,7 +133,7 @@ async def test_an_old_connection_ends_and_its_calls_may_finish(serve_scripted: S
 
 async def test_the_grace_of_an_old_connection_ends(serve_scripted: ServiceMaker) -> None:
     """A call that goes on after the grace is cut off, so that no connection lives for ever."""
-    ages = {"connection_age_seconds": 0.3, "connection_age_grace_seconds": 0.3, "queue_timeout_seconds": 0.1}
+    ages = {"max_connection_age_seconds": 0.3, "max_connection_age_grace_seconds": 0.3, "queue_timeout_seconds": 0.1}
     async with serve_scripted(**ages) as service:
         service.model.gate()
         with pytest.raises(grpc.aio.AioRpcError) as cut:
@@ -144,7 +144,7 @@ async def test_the_grace_of_an_old_connection_ends(serve_scripted: ServiceMaker)
 async def test_a_peer_that_went_away_is_noticed(serve_scripted: ServiceMaker) -> None:
     """A connection whose peer answers no ping is closed; one whose peer does goes on."""
     async with (
-        serve_scripted(keepalive_seconds=1, keepalive_timeout_seconds=0.5) as service,
+        serve_scripted(keepalive_time_seconds=1, keepalive_timeout_seconds=0.5) as service,
         Http2Peer.connected(service.address) as gone,
         Http2Peer.connected(service.address) as there,
     ):
@@ -222,7 +222,7 @@ async def test_probes_speak_no_tls(serve_scripted: ServiceMaker, authority: Auth
 
 def test_a_time_without_end_is_grpcs_longest() -> None:
     """`inf` in a setting of the wire means never, as gRPC's largest number does."""
-    settings = Settings.model_validate({"connection_age_seconds": "inf", "connection_idle_seconds": 1e300})
+    settings = Settings.model_validate({"max_connection_age_seconds": "inf", "max_connection_idle_seconds": 1e300})
     options = dict(connection_options(settings, streams=1, message_bytes=1))
     assert options["grpc.max_connection_age_ms"] == options["grpc.max_connection_idle_ms"] == 2**31 - 1
 

@@ -150,14 +150,14 @@ def taken_port() -> Iterator[int]:
         (["--card", "no-such-card", "--weights", "."], {}, "card no-such-card: cannot be read"),
         (["--weights", "/no/such/directory"], {}, "/no/such/directory: no such directory"),
         (["--weights", "."], {}, "tokenizer.model: no such file"),
-        (["--grace-seconds", "-1"], {}, "grace_seconds (--grace-seconds): "),
-        (["--keys-file", "/no/such/keys"], {}, "keys file /no/such/keys: cannot be read"),
-        (["--ledger-url", "mysql://here"], {}, "ledger_url: "),
+        (["--shutdown-grace-seconds", "-1"], {}, "shutdown_grace_seconds (--shutdown-grace-seconds): "),
+        (["--api-keys-file", "/no/such/keys"], {}, "keys file /no/such/keys: cannot be read"),
+        (["--usage-url", "mysql://here"], {}, "usage_url: "),
         (["--redis-url", "http://here"], {}, "redis_url: "),
         (["--lisen", "x"], {}, "--lisen: there is no such flag; did you mean --listen?"),
         # Before the weights, which take minutes.
         (["--redis-url", "http://here", "--weights", "/no/such/directory"], {}, "redis_url: "),
-        (["--ledger-url", "mysql://here", "--weights", "/no/such/directory"], {}, "ledger_url: "),
+        (["--usage-url", "mysql://here", "--weights", "/no/such/directory"], {}, "usage_url: "),
         (["--tls-certificate", "/no/such", "--tls-key", "/no/such"], {}, "tls_certificate: /no/such: No such file"),
         (["--tls-key", "/no/such"], {}, "tls_certificate: TLS needs both"),
         (["--metrics-listen", "192.0.2.1:1"], {}, "metrics_listen: cannot listen on 192.0.2.1:1"),
@@ -244,7 +244,7 @@ def test_a_signal_ends_a_warm_up(tmp_path: Path) -> None:
 
 def test_an_engine_that_hangs_ends_the_process_for_a_restart(tmp_path: Path) -> None:
     """The call gets UNAVAILABLE, its record is in the ledger, and the exit code says that a restart will help."""
-    flags = ["--listen", "127.0.0.1:0", "--step-timeout-seconds", "1"]
+    flags = ["--listen", "127.0.0.1:0", "--engine-step-timeout-seconds", "1"]
     with started(tmp_path, "hangs", *flags) as process:
         assert process.stdout is not None
         serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
@@ -262,7 +262,10 @@ def test_an_engine_that_hangs_ends_the_process_for_a_restart(tmp_path: Path) -> 
 
 def test_a_call_that_outlasts_the_grace_is_told_so(tmp_path: Path) -> None:
     """It ends with UNAVAILABLE and RetryInfo instead of a cut connection; its tokens are recorded; exit code 0."""
-    with server(tmp_path, "--grace-seconds", "0.1") as (process, address), grpc.insecure_channel(address) as channel:
+    with (
+        server(tmp_path, "--shutdown-grace-seconds", "0.1") as (process, address),
+        grpc.insecure_channel(address) as channel,
+    ):
         call = text_generation_pb2_grpc.TextGenerationServiceStub(channel).GenerateStream(ENDLESS)
         next(call)
         process.send_signal(signal.SIGTERM)
@@ -279,7 +282,10 @@ def test_a_call_that_outlasts_the_grace_is_told_so(tmp_path: Path) -> None:
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     """While a call would still run for its grace, the second SIGTERM ends the process; the journal has the call."""
-    with server(tmp_path, "--grace-seconds", "600") as (process, address), grpc.insecure_channel(address) as channel:
+    with (
+        server(tmp_path, "--shutdown-grace-seconds", "600") as (process, address),
+        grpc.insecure_channel(address) as channel,
+    ):
         stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
         watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING

@@ -19,7 +19,7 @@ from tests.support.virtual_time import run_virtual
 from llama2_server.admission import quota as quota_module
 from llama2_server.admission.quota import Quota, QuotaStatus
 from llama2_server.card import RequestsPerMinute
-from llama2_server.errors import QuotaExceeded, QuotaStoreDown
+from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable
 from llama2_server.redis_client import RedisLink
 
 FIVE = RequestsPerMinute(default=5, accounts={"32118455": 60, "small": 1})
@@ -37,9 +37,9 @@ def redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServ
 
 @asynccontextmanager
 async def on_redis(
-    redis: RedisServer, window_seconds: float = 60.0, when_store_down: Literal["refuse", "local"] = "refuse"
+    redis: RedisServer, window_seconds: float = 60.0, fallback: Literal["reject", "local"] = "reject"
 ) -> AsyncIterator[Quota]:
-    quota = Quota(FIVE, redis_url=redis.url, when_store_down=when_store_down, window_seconds=window_seconds)
+    quota = Quota(FIVE, redis_url=redis.url, fallback=fallback, window_seconds=window_seconds)
     try:
         yield quota
     finally:
@@ -302,7 +302,7 @@ async def test_without_redis_requests_are_refused(
         await quota.take("a")
         redis.kill()
         for _ in range(3):
-            with pytest.raises(QuotaStoreDown):
+            with pytest.raises(QuotaStoreUnavailable):
                 await quota.take("a")
             await rests_no_more(quota, monkeypatch)
         assert (quota.store_up, quota.store_failures) == (False, 3)
@@ -316,10 +316,10 @@ async def test_without_redis_requests_are_refused(
 
 
 async def test_recovery_needs_no_more_than_the_told_wait(redis: RedisServer) -> None:
-    """Who waits for the time that QuotaStoreDown tells is let in, once Redis is back."""
+    """Who waits for the time that QuotaStoreUnavailable tells is let in, once Redis is back."""
     async with on_redis(redis) as quota:
         redis.kill()
-        with pytest.raises(QuotaStoreDown) as refused:
+        with pytest.raises(QuotaStoreUnavailable) as refused:
             await quota.take("a")
         redis.start()
         await asyncio.sleep(refused.value.retry_after_seconds or 0)
@@ -340,7 +340,7 @@ async def test_without_redis_a_replica_holds_the_limits_by_itself(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other policy: what this replica let in before counts, and the limit holds; then Redis counts again."""
-    async with on_redis(redis, when_store_down="local") as quota:
+    async with on_redis(redis, fallback="local") as quota:
         assert await admitted(quota, "a", 3) == 3
         redis.kill()
         assert await admitted(quota, "a", 100) == 2
@@ -360,7 +360,7 @@ async def test_frozen_redis_costs_one_timeout_only(redis: RedisServer, monkeypat
         monkeypatch.setattr(link_of(quota), "timeout_seconds", 0.2)
         begun = time.monotonic()
         for _ in range(20):
-            with pytest.raises(QuotaStoreDown):
+            with pytest.raises(QuotaStoreUnavailable):
                 await quota.take("a")
         assert time.monotonic() - begun < 2
         redis.thaw()
@@ -376,12 +376,12 @@ async def test_password_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureF
         async with on_redis(redis) as quota:
             await quota.take("a")
             redis.kill()
-            with pytest.raises(QuotaStoreDown):
+            with pytest.raises(QuotaStoreUnavailable):
                 await quota.take("a")
             redis.start()
         wrong_url = redis.url.replace("s3cret", "wr0ng")
         wrong = Quota(FIVE, redis_url=wrong_url)
-        with pytest.raises(QuotaStoreDown) as refused:
+        with pytest.raises(QuotaStoreUnavailable) as refused:
             await wrong.take("a")
         await wrong.close()
     broken_url = "redis://:s3cret/wr0ng@127.0.0.1"

@@ -357,7 +357,7 @@ async def test_never_more_at_once_than_the_card_says(
     """Under 200 concurrent calls the model never steps more sequences than max_concurrent_requests."""
     quota = RequestsPerMinute(default=1000)
     card = with_config(demo_card, max_concurrent_requests=slots, infer_response_cache=None, max_requests_per_min=quota)
-    async with serve_scripted(REPLY, card=card, line_limit=200) as service:
+    async with serve_scripted(REPLY, card=card, max_queue_size=200) as service:
         replies = await asyncio.gather(*(_generate(service, f"call {index}", 8) for index in range(200)))
         assert {reply.completion.usage.output_tokens for reply in replies} == {8}
         assert service.model.prefills == 200

@@ -276,7 +276,7 @@ async def test_every_admitted_request_has_one_record(
     serve_scripted: ServiceMaker, sharing_card: ModelCard, tmp_path: Path
 ) -> None:
     """Finished, cancelled in line, cancelled while generating, expired, failed, full line: one record each."""
-    async with serve_scripted(REPLY, card=sharing_card, line_limit=1) as service:
+    async with serve_scripted(REPLY, card=sharing_card, max_queue_size=1) as service:
         await service.text.Generate(pb.GenerateRequest(prompt="finished"))
         holder = await hold_the_slot(service)
         with pytest.raises(grpc.aio.AioRpcError):

@@ -109,7 +109,7 @@ async def quota_used_up(scene: Scene) -> grpc.aio.AioRpcError:
 
 
 async def line_full(scene: Scene) -> grpc.aio.AioRpcError:
-    async with scene.serve(line_limit=0) as service:
+    async with scene.serve(max_queue_size=0) as service:
         await hold_the_slot(service)
         return await refused(service.text.Generate(REQUEST))
 
@@ -137,7 +137,7 @@ async def quota_store_down(scene: Scene) -> grpc.aio.AioRpcError:
 def on_a_store_that_is_down(scene: Scene) -> Any:
     pytest.importorskip("asyncpg", reason="NOT TESTED WITH POSTGRESQL: the postgresql extra is not installed")
     url = f"postgresql://user:{SECRET}@127.0.0.1:{free_port()}/usage"
-    return scene.serve("Hi.", ledger_url=url, journal_max_bytes=64 * 1024)
+    return scene.serve("Hi.", usage_url=url, usage_journal_max_bytes=64 * 1024)
 
 
 async def ledger_full(scene: Scene) -> grpc.aio.AioRpcError:
@@ -172,7 +172,7 @@ async def engine_fault(scene: Scene) -> grpc.aio.AioRpcError:
 
 
 async def engine_hung(scene: Scene) -> grpc.aio.AioRpcError:
-    async with scene.serve(step_timeout_seconds=0.5) as service:
+    async with scene.serve(engine_step_timeout_seconds=0.5) as service:
         held = await hold_the_slot(service)
         return await refused(text_of(held))
 
@@ -196,15 +196,15 @@ REFUSALS = [
         {"QuotaFailure", "RetryInfo"},
         client_errors.QuotaExceeded,
     ),
-    Refusal(line_full, CODE.RESOURCE_EXHAUSTED, "LINE_FULL", AGAIN, client_errors.LineFull),
-    Refusal(wait_too_long, CODE.RESOURCE_EXHAUSTED, "WAIT_TOO_LONG", AGAIN, client_errors.LineFull),
-    Refusal(draining, CODE.UNAVAILABLE, "DRAINING", AGAIN, client_errors.Unavailable),
-    Refusal(quota_store_down, CODE.UNAVAILABLE, "QUOTA_STORE_DOWN", AGAIN, client_errors.Unavailable),
-    Refusal(ledger_full, CODE.UNAVAILABLE, "LEDGER_FULL", AGAIN, client_errors.Unavailable),
-    Refusal(ledger_down, CODE.UNAVAILABLE, "LEDGER_DOWN", AGAIN, client_errors.Unavailable),
+    Refusal(line_full, CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", AGAIN, client_errors.QueueFull),
+    Refusal(wait_too_long, CODE.RESOURCE_EXHAUSTED, "QUEUE_WAIT_TOO_LONG", AGAIN, client_errors.QueueFull),
+    Refusal(draining, CODE.UNAVAILABLE, "SHUTTING_DOWN", AGAIN, client_errors.Unavailable),
+    Refusal(quota_store_down, CODE.UNAVAILABLE, "QUOTA_STORE_UNAVAILABLE", AGAIN, client_errors.Unavailable),
+    Refusal(ledger_full, CODE.UNAVAILABLE, "USAGE_JOURNAL_FULL", AGAIN, client_errors.Unavailable),
+    Refusal(ledger_down, CODE.UNAVAILABLE, "USAGE_UNAVAILABLE", AGAIN, client_errors.Unavailable),
     Refusal(deadline_in_line, CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", set(), client_errors.DeadlineExceeded),
-    Refusal(engine_hung, CODE.UNAVAILABLE, "ENGINE_DOWN", AGAIN, client_errors.Unavailable),
-    Refusal(engine_fault, CODE.INTERNAL, "INTERNAL_FAULT", set(), client_errors.ServerFault),
+    Refusal(engine_hung, CODE.UNAVAILABLE, "ENGINE_UNAVAILABLE", AGAIN, client_errors.Unavailable),
+    Refusal(engine_fault, CODE.INTERNAL, "INTERNAL", set(), client_errors.InternalError),
 ]
 
 

@@ -203,7 +203,7 @@ def test_junk_files_are_refused_by_name(
         ({"tls_certificate": "a"}, "tls_key: TLS needs both"),
         ({"tls_key": "a"}, "tls_certificate: TLS needs both"),
         ({"tls_client_ca": "a"}, "tls_client_ca: mutual TLS needs"),
-        ({"connection_age_grace_seconds": 300}, "connection_age_grace_seconds: must be more than"),
+        ({"max_connection_age_grace_seconds": 300}, "max_connection_age_grace_seconds: must be more than"),
     ],
 )
 def test_impossible_settings_of_the_wire_are_refused(settings: dict[str, object], words: str) -> None:

@@ -44,13 +44,13 @@ async def servers(folder: Path, keys: dict[str, str], count: int, *flags: str) -
     (folder / "keys.yaml").write_text("keys:\n" + "".join(f"  {line}\n" for line in keys.values()))
     demo = ROOT / "server/llama2_server/demo"
     card = card_file(folder, max_requests_per_min={"default": QUOTA, "accounts": {32118455: QUOTA}})
-    common = ["--card", str(card), "--weights", str(demo), "--keys-file", str(folder / "keys.yaml")]
+    common = ["--card", str(card), "--weights", str(demo), "--api-keys-file", str(folder / "keys.yaml")]
     async with AsyncExitStack() as stack:
         processes, addresses = [], []
         for index in range(count):
             data = folder / f"server{index}"
             data.mkdir()
-            process, address = stack.enter_context(server(data, *common, "--line-limit", "300", *flags))
+            process, address = stack.enter_context(server(data, *common, "--max-queue-size", "300", *flags))
             processes.append(process)
             addresses.append(address)
         yield addresses
@@ -115,12 +115,12 @@ async def check_ledger(url: str, seen: Seen) -> None:
 async def test_two_servers_share_one_quota_and_one_ledger(tmp_path: Path, postgres: PostgresCluster) -> None:
     """50 clients of 5 accounts on two servers, a tenth cancelling: the quota is one, and so is each record."""
     keys = dict(new_key(account) for account in ACCOUNTS)
-    ledger_url = postgres.new_database()
+    usage_url = postgres.new_database()
     with running_redis(tmp_path) as redis:
-        flags = ["--redis-url", redis.url, "--ledger-url", ledger_url]
+        flags = ["--redis-url", redis.url, "--usage-url", usage_url]
         async with servers(tmp_path, keys, 2, *flags) as addresses:
             seen = await load_is_exact(addresses, keys)
-    await check_ledger(ledger_url, seen)
+    await check_ledger(usage_url, seen)
 
 
 @pytest.mark.timeout(300)

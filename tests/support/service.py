@@ -46,7 +46,7 @@ class Service:
 
     async def in_line(self, calls: int) -> None:
         """Wait until this many calls wait for a slot: one that was begun may still be on its way."""
-        await until(lambda: self.metrics.registry.get_sample_value("llama2_waiting_requests") == calls)
+        await until(lambda: self.metrics.registry.get_sample_value("llama2_requests_queued") == calls)
 
 
 UnaryStream = Any  # grpc.aio's call classes take no type arguments at run time

@@ -152,11 +152,11 @@ tests: {{ and $v.test.enabled (or (not $v.keys.secret) (not (empty $v.test.apiKe
   "CARD" (ternary "demo" "/etc/llama2/card/card.yaml" $v.demo)
   "DEVICE" (ternary "cuda" "cpu" (gt (int $d.gpus) 0))
   "DATA_DIRECTORY" "/data"
-  "GRACE_SECONDS" (toString $d.longestGenerationSeconds)
-  "CONNECTION_AGE_GRACE_SECONDS" (toString $d.connectionAgeGraceSeconds) -}}
+  "SHUTDOWN_GRACE_SECONDS" (toString $d.longestGenerationSeconds)
+  "MAX_CONNECTION_AGE_GRACE_SECONDS" (toString $d.connectionAgeGraceSeconds) -}}
 {{- if $d.weights -}}{{- $_ := set $env "WEIGHTS" $d.weights -}}{{- end -}}
-{{- if $d.open -}}{{- $_ := set $env "ALLOW_OPEN" "true" -}}{{- end -}}
-{{- if $v.keys.secret -}}{{- $_ := set $env "KEYS_FILE" (printf "/etc/llama2/keys/%s" $v.keys.key) -}}{{- end -}}
+{{- if $d.open -}}{{- $_ := set $env "ALLOW_UNAUTHENTICATED" "true" -}}{{- end -}}
+{{- if $v.keys.secret -}}{{- $_ := set $env "API_KEYS_FILE" (printf "/etc/llama2/keys/%s" $v.keys.key) -}}{{- end -}}
 {{- if $v.tls.secret -}}
 {{- $_ := set $env "TLS_CERTIFICATE" "/etc/llama2/tls/tls.crt" -}}
 {{- $_ := set $env "TLS_KEY" "/etc/llama2/tls/tls.key" -}}
@@ -174,7 +174,7 @@ tests: {{ and $v.test.enabled (or (not $v.keys.secret) (not (empty $v.test.apiKe
   valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.redis.key }}}}
 {{- end }}
 {{- with $v.ledger.secret }}
-- name: LLAMA2_LEDGER_URL
+- name: LLAMA2_USAGE_URL
   valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.ledger.key }}}}
 {{- end }}
 {{- with $v.extraEnv }}

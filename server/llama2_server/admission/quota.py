@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from llama2_server.card import RequestsPerMinute
-from llama2_server.errors import QuotaExceeded, QuotaStoreDown
+from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable
 from llama2_server.redis_client import RedisDown, RedisLink
 
 STORE_TIMEOUT_SECONDS = 1.0
@@ -71,7 +71,7 @@ class Quota:
     Args:
         limits: the card's.
         redis_url: counts for all replicas in this Redis; None counts in this process.
-        when_store_down: while Redis is gone, `refuse` every request, or hold the limits per replica (`local`).
+        fallback: while Redis is gone, `refuse` every request, or hold the limits per replica (`local`).
         model: what the limits belong to: services of different models may share a Redis.
         window_seconds: a minute; tests take less.
 
@@ -85,12 +85,12 @@ class Quota:
         limits: RequestsPerMinute,
         *,
         redis_url: str | None = None,
-        when_store_down: Literal["refuse", "local"] = "refuse",
+        fallback: Literal["reject", "local"] = "reject",
         model: str = "",
         window_seconds: float = 60.0,
     ) -> None:
         self._limits = limits
-        self._when_store_down = when_store_down
+        self._fallback = fallback
         window = round(window_seconds * 1e6)
         self._local = _LocalWindows(window)
         self._shared = None if redis_url is None else _RedisWindows(redis_url, window, model)
@@ -107,7 +107,7 @@ class Quota:
 
         Raises:
             QuotaExceeded: the account has used up its requests; nothing was counted.
-            QuotaStoreDown: Redis does not answer, and the policy is to refuse.
+            QuotaStoreUnavailable: Redis does not answer, and the fallback is to reject.
         """
         limit = self._limit(account)
         window = await self._use(account, limit, take=True)
@@ -118,7 +118,7 @@ class Quota:
         """How the account stands; counts nothing.
 
         Raises:
-            QuotaStoreDown: as `take`.
+            QuotaStoreUnavailable: as `take`.
         """
         limit = self._limit(account)
         window = await self._use(account, limit, take=False)
@@ -139,8 +139,8 @@ class Quota:
             window = await self._shared.use(account, limit, take=take)
         except RedisDown:
             self.store_failures += 1
-            if self._when_store_down == "refuse":
-                raise QuotaStoreDown("requests cannot be counted now; try again") from None
+            if self._fallback == "reject":
+                raise QuotaStoreUnavailable("requests cannot be counted now; try again") from None
             return self._local.use(account, limit, take=take)
         if window.taken:
             # Should Redis go, this replica starts from what it let in itself, not from nothing.

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from llama2_server.errors import DeadlineExceeded, Draining, LineFull, WaitTooLong
+from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
 # How much the newest holding time counts in the running mean: a change of load shows after a handful of requests.
 NEWEST_WEIGHT = 0.3
@@ -28,7 +28,7 @@ class Turn:
 
 
 class Slots:
-    """`limit` slots behind a line of at most `line_limit` calls, each waiting at most `queue_timeout_seconds`.
+    """`limit` slots behind a line of at most `max_queue_size` calls, each waiting at most `queue_timeout_seconds`.
 
     `on_waited` hears how long each call waited for its slot, or until it left the line without one.
     """
@@ -37,13 +37,13 @@ class Slots:
         self,
         limit: int,
         *,
-        line_limit: int,
+        max_queue_size: int,
         queue_timeout_seconds: float,
         on_waited: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._limit = limit
         self._on_waited = on_waited
-        self._line_limit = line_limit
+        self._max_queue_size = max_queue_size
         self._queue_timeout_seconds = queue_timeout_seconds
         self._granted = 0  # slots that are held, or on their way to a waiter who has not run yet
         self._turns: set[Turn] = set()
@@ -70,10 +70,10 @@ class Slots:
             deadline: by the loop's clock, or None.
 
         Raises:
-            LineFull: there is no place in line.
-            WaitTooLong: the wait would outlast, or has outlasted, the deadline or the line's limit.
+            QueueFull: there is no place in line.
+            QueueWaitTooLong: the wait would outlast, or has outlasted, the deadline or the line's limit.
             DeadlineExceeded: the deadline passed in line.
-            Draining: the server is shutting down.
+            ShuttingDown: the server is shutting down.
         """
         arrived = _now()
         self.refuse_when_closed()
@@ -96,7 +96,7 @@ class Slots:
             self._hand_over()
 
     def close(self) -> None:
-        """Refuse all who wait and all who come with Draining; slots that are held are left to finish."""
+        """Refuse all who wait and all who come with ShuttingDown; slots that are held are left to finish."""
         self._closed = True
         for waiters in self._line.values():
             for waiter in waiters:
@@ -108,7 +108,7 @@ class Slots:
         """Refuse a call before anything is counted for it.
 
         Raises:
-            Draining: the server is shutting down.
+            ShuttingDown: the server is shutting down.
         """
         if self._closed:
             raise _draining()
@@ -127,12 +127,14 @@ class Slots:
         """Refuse a call of this account that has no place in line, or that would wait in vain.
 
         Raises:
-            LineFull, WaitTooLong: as `acquire`.
+            QueueFull, QueueWaitTooLong: as `acquire`.
         """
         if self._granted < self._limit:
             return
-        if self.waiting >= self._line_limit:
-            raise LineFull(f"all {self._line_limit} places in the waiting line are taken", self._free_in_seconds()[0])
+        if self.waiting >= self._max_queue_size:
+            raise QueueFull(
+                f"all {self._max_queue_size} places in the waiting line are taken", self._free_in_seconds()[0]
+            )
         patience = self._queue_timeout_seconds
         if deadline is not None:
             patience = min(patience, deadline - _now())
@@ -156,9 +158,9 @@ class Slots:
             self._give_up(account, waiter)
             raise
 
-    def _too_long(self, patience: float, estimate: float) -> WaitTooLong:
+    def _too_long(self, patience: float, estimate: float) -> QueueWaitTooLong:
         message = f"the estimated wait is {estimate:.1f} s, and this call can wait {max(0.0, patience):.1f} s"
-        return WaitTooLong(message, max(estimate - patience, 0.0))
+        return QueueWaitTooLong(message, max(estimate - patience, 0.0))
 
     def _give_up(self, account: str, waiter: asyncio.Future[None]) -> None:
         """Take a waiter out of line; a slot that reached it too late goes on to the next one."""
@@ -207,5 +209,5 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _draining() -> Draining:
-    return Draining("the server is shutting down; try another one, or this one again when it is back")
+def _draining() -> ShuttingDown:
+    return ShuttingDown("the server is shutting down; try another one, or this one again when it is back")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 import grpc
 import grpc.aio
 
-from llama2_server.errors import InternalFault, InvalidRequest, ServiceError, Violation
+from llama2_server.errors import InternalError, InvalidRequest, ServiceError, Violation
 from llama2_server.telemetry.call import CALL, Call
 from llama2_server.telemetry.telemetry import Telemetry
 
@@ -80,7 +80,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 except Exception as error:
                     # The log tells where it happened, and not the exception's message: that may quote the request.
                     logger.error("request %s failed", call.request_id, exc_info=error)  # noqa: TRY400
-                    await _abort(context, InternalFault(), call)
+                    await _abort(context, InternalError(), call)
 
         return guarded
 

@@ -61,10 +61,10 @@ def connection_options(settings: Settings, *, streams: int, message_bytes: int) 
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         # gRPC advertises no limit by default: one connection could open any number of calls.
         ("grpc.max_concurrent_streams", streams),
-        ("grpc.max_connection_idle_ms", _milliseconds(settings.connection_idle_seconds)),
-        ("grpc.max_connection_age_ms", _milliseconds(settings.connection_age_seconds)),
-        ("grpc.max_connection_age_grace_ms", _milliseconds(settings.connection_age_grace_seconds)),
-        ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_seconds)),
+        ("grpc.max_connection_idle_ms", _milliseconds(settings.max_connection_idle_seconds)),
+        ("grpc.max_connection_age_ms", _milliseconds(settings.max_connection_age_seconds)),
+        ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_connection_age_grace_seconds)),
+        ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time_seconds)),
         ("grpc.keepalive_timeout_ms", _milliseconds(settings.keepalive_timeout_seconds)),
         # Without it a peer that answers no ping is noticed after a minute, whatever the line above says (1.85.1).
         ("grpc.http2.ping_timeout_ms", _milliseconds(settings.keepalive_timeout_seconds)),
@@ -83,10 +83,10 @@ def make_server(
     interceptor: CallInterceptor,
 ) -> grpc.aio.Server:
     """The server of all services; it has no port yet."""
-    streams = settings.line_limit + parts.card.max_concurrent_requests + SPARE_STREAMS
+    streams = settings.max_queue_size + parts.card.max_concurrent_requests + SPARE_STREAMS
     options = connection_options(
         settings,
-        streams=settings.max_streams_per_connection or streams,
+        streams=settings.max_concurrent_streams or streams,
         message_bytes=settings.max_message_bytes,
     )
     server = grpc.aio.server(interceptors=[interceptor], options=options)
@@ -109,7 +109,7 @@ def add_port(server: grpc.aio.Server, settings: Settings) -> str:
         ConfigurationError: the address cannot be listened on.
     """
     if settings.tls_certificate is None or settings.tls_key is None:
-        if settings.keys_file is not None and not is_loopback(settings.listen):
+        if settings.api_keys_file is not None and not is_loopback(settings.listen):
             logger.warning(
                 "API keys cross the network in the clear: give tls_certificate and tls_key, or see to TLS before"
             )

@@ -38,7 +38,7 @@ def keys() -> None:
 def new(account: str, name: str) -> None:
     """Print a new key for ACCOUNT, once, and the line that makes it valid.
 
-    The key goes to its owner; the line goes under `keys:` in the file that --keys-file names. The key cannot be had
+    The key goes to its owner; the line goes under `keys:` in the file that --api-keys-file names. The key cannot be had
     again from the line. To revoke it, delete the line; to disable it, set `enabled: false`.
     """
     key, line = new_key(account, name)
@@ -50,7 +50,7 @@ def new(account: str, name: str) -> None:
 @click.option("--since", type=DAY, metavar="YYYY-MM-DD", help="The first day, in UTC.")
 @click.option("--until", type=DAY, metavar="YYYY-MM-DD", help="The last day, in UTC.")
 @click.option("--config", metavar="FILE", help="The servers' settings file; their environment counts too.")
-@click.option("--ledger-url", metavar="URL", help="The ledger's store; else the servers' setting.")
+@click.option("--usage-url", metavar="URL", help="The ledger's store; else the servers' setting.")
 @click.option("--data-directory", metavar="DIRECTORY", help="Where the ledger's file is; else the servers' setting.")
 def usage(account: str | None, since: datetime | None, until: datetime | None, **settings: str | None) -> None:
     """Print the ledger's totals by account, day and model, as tab-separated values."""
@@ -66,8 +66,8 @@ def _ledger_url(flags: Mapping[str, str | None]) -> str:
         settings = read_settings(given).settings
     except BadSettings as error:
         refuse(str(error))
-    if settings.ledger_url is not None:
-        return settings.ledger_url.get_secret_value()
+    if settings.usage_url is not None:
+        return settings.usage_url.get_secret_value()
     # To open one that is not there would make it, with an owner that may not be the server's.
     if not default_file(settings.data_directory).exists():
         refuse(f"data_directory: {settings.data_directory} holds no ledger; no server has kept usage there yet")

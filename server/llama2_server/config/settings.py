@@ -24,7 +24,7 @@ MIN_JOURNAL_BYTES = 64 * 1024
 
 
 HELP = """\
-Serve one model over gRPC. Each flag is a key of --config's file and a variable too: --line-limit is LLAMA2_LINE_LIMIT.
+Serve one model over gRPC. Each flag is also a key of the --config file and a variable: LLAMA2_LISTEN is --listen.
 
 Besides:
   llama2-server settings …                   print the settings in force, and where each comes from
@@ -91,15 +91,15 @@ class Settings(BaseSettings):
         Literal["auto", "torch"],
         Field(description="What decodes float16 on a CPU: the native step where there is one (auto), or torch."),
     ] = "auto"
-    compile: Annotated[
-        bool,
-        Field(description="Compile and measure the GPU's kernels at start; without, it starts at once and is slower."),
-    ] = True
-    line_limit: Annotated[NonNegativeInt, Field(description="The most calls that may wait for a slot.")] = 64
+    gpu_kernels: Annotated[
+        Literal["auto", "torch"],
+        Field(description="What decodes on a GPU: Triton kernels, compiled and tuned at start (auto), or plain torch."),
+    ] = "auto"
+    max_queue_size: Annotated[NonNegativeInt, Field(description="The most calls that may wait for a slot.")] = 64
     queue_timeout_seconds: Annotated[
         PositiveFloat, Field(description="The longest that a call may wait for a slot.")
     ] = 300.0
-    grace_seconds: Annotated[
+    shutdown_grace_seconds: Annotated[
         NonNegativeFloat, Field(description="How long calls that run may go on after SIGTERM or Ctrl-C.")
     ] = 30.0
     data_directory: Annotated[
@@ -109,11 +109,11 @@ class Settings(BaseSettings):
             default_factory=default_data_directory,
         ),
     ]
-    ledger_url: Annotated[
+    usage_url: Annotated[
         SecretStr | None,
         Field(description="The ledger's store: postgresql://USER:PASSWORD@HOST/DB; else a file in the data directory."),
     ] = None
-    journal_max_bytes: Annotated[
+    usage_journal_max_bytes: Annotated[
         int,
         Field(
             ge=MIN_JOURNAL_BYTES,
@@ -124,17 +124,19 @@ class Settings(BaseSettings):
         SecretStr | None,
         Field(description="Counts quotas and keeps responses for all replicas: redis://[:PASSWORD@]HOST[:PORT][/DB]."),
     ] = None
-    when_quota_store_down: Annotated[
-        Literal["refuse", "local"],
-        Field(description="While Redis is gone: refuse requests, or hold the quotas per replica."),
-    ] = "refuse"
-    cache_ttl_seconds: Annotated[PositiveFloat, Field(description="How long a response is kept in the cache.")] = 3600.0
-    cache_max_bytes: Annotated[
+    quota_fallback: Annotated[
+        Literal["reject", "local"],
+        Field(description="While Redis is unavailable: reject requests, or count quotas per replica (local)."),
+    ] = "reject"
+    response_cache_ttl_seconds: Annotated[
+        PositiveFloat, Field(description="How long a response is kept in the cache.")
+    ] = 3600.0
+    response_cache_max_bytes: Annotated[
         PositiveInt, Field(description="The most that the response cache may take in memory.")
     ] = 64 * 1024 * 1024
-    cache_max_entry_bytes: Annotated[PositiveInt, Field(description="The largest response that is kept in Redis.")] = (
-        256 * 1024
-    )
+    response_cache_max_entry_bytes: Annotated[
+        PositiveInt, Field(description="The largest response that is kept in Redis.")
+    ] = 256 * 1024
     tls_certificate: Annotated[
         Path | None,
         Field(description="The server's certificate chain, PEM; with it and the key the port speaks TLS only."),
@@ -165,11 +167,11 @@ class Settings(BaseSettings):
         Literal["auto", "console", "json"],
         Field(description="Log lines for people or for machines; auto is console on a terminal, else json."),
     ] = "auto"
-    step_timeout_seconds: Annotated[
+    engine_step_timeout_seconds: Annotated[
         PositiveFloat,
         Field(description="A step of the engine that takes longer has hung: the process ends, to be restarted."),
     ] = 120.0
-    probe_interval_seconds: Annotated[
+    readiness_probe_interval_seconds: Annotated[
         PositiveFloat,
         Field(description="A server on which nothing succeeded for so long generates a token, to know that it can."),
     ] = 300.0
@@ -180,24 +182,24 @@ class Settings(BaseSettings):
     max_connections: Annotated[PositiveInt, Field(description="Connections at once; more are closed as they come.")] = (
         1000
     )
-    max_streams_per_connection: Annotated[
+    max_concurrent_streams: Annotated[
         PositiveInt | None,
         Field(description="Calls at once on one connection; by default all that fit slots and line, and 100 more."),
     ] = None
-    connection_idle_seconds: Annotated[
+    max_connection_idle_seconds: Annotated[
         PositiveFloat, Field(description="A connection without calls is closed after so long.")
     ] = 900.0
-    connection_age_seconds: Annotated[
+    max_connection_age_seconds: Annotated[
         PositiveFloat,
         Field(description="A connection is asked to end after so long, so that clients look for new replicas."),
     ] = 1800.0
-    connection_age_grace_seconds: Annotated[
+    max_connection_age_grace_seconds: Annotated[
         PositiveFloat,
         Field(description="What calls on a connection that was asked to end may still take."),
     ] = 3600.0
-    keepalive_seconds: Annotated[PositiveFloat, Field(description="A silent connection is pinged after so long.")] = (
-        60.0
-    )
+    keepalive_time_seconds: Annotated[
+        PositiveFloat, Field(description="A silent connection is pinged after so long.")
+    ] = 60.0
     keepalive_timeout_seconds: Annotated[
         PositiveFloat, Field(description="A ping that is not answered for so long ends the connection.")
     ] = 20.0
@@ -208,13 +210,13 @@ class Settings(BaseSettings):
         PositiveFloat, Field(description="What a peer has for the handshake of a new connection, TLS included.")
     ] = 10.0
     reflection: Annotated[bool, Field(description="Serve reflection, which grpcurl and buf curl ask for.")] = True
-    keys_file: Annotated[
+    api_keys_file: Annotated[
         Path | None,
         Field(
             description="API keys and their accounts, as `llama2-server keys new` prints them; read anew on changes."
         ),
     ] = None
-    allow_open: Annotated[
+    allow_unauthenticated: Annotated[
         bool,
         Field(description="Serve without keys on an address other than loopback: anybody who reaches it may call."),
     ] = False
@@ -226,10 +228,10 @@ class Settings(BaseSettings):
                 "weights: this card needs them; give a checkpoint directory or a Hub id, "
                 "such as --weights meta-llama/Llama-2-7b-chat-hf"
             )
-        if self.keys_file is None and not self.allow_open and not is_loopback(self.listen):
+        if self.api_keys_file is None and not self.allow_unauthenticated and not is_loopback(self.listen):
             raise ValueError(
                 f"listen: {self.listen} is not loopback and there are no keys: anybody who reaches it could call; "
-                "give a --keys-file, listen on 127.0.0.1, or say --allow-open"
+                "give a --api-keys-file, listen on 127.0.0.1, or say --allow-unauthenticated"
             )
         ports = [listen for listen in (self.listen, self.health_listen, self.metrics_listen) if listen is not None]
         taken = [listen for listen in ports if not listen.endswith(":0")]
@@ -244,9 +246,9 @@ class Settings(BaseSettings):
             raise ValueError(f"{missing}: TLS needs both tls_certificate and tls_key")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca: mutual TLS needs tls_certificate and tls_key as well")
-        if self.connection_age_grace_seconds <= self.queue_timeout_seconds:
+        if self.max_connection_age_grace_seconds <= self.queue_timeout_seconds:
             raise ValueError(
-                f"connection_age_grace_seconds: must be more than queue_timeout_seconds "
+                f"max_connection_age_grace_seconds: must be more than queue_timeout_seconds "
                 f"({self.queue_timeout_seconds:g}): calls would be cut off that have waited for their turn"
             )
         return self

@@ -27,7 +27,7 @@ class Admissions:
         """Admit a request for the body of the `with`; the record says how the body ended.
 
         Raises:
-            LedgerFull: usage cannot be recorded, so that nothing may be used.
+            UsageJournalFull: usage cannot be recorded, so that nothing may be used.
         """
         self._ledger.admit(call.request_id, account, self._model)
         call.admitted()

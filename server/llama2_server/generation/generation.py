@@ -17,7 +17,7 @@ from llama2_server.engine.sequence import Finish, FinishReason, Sequence
 from llama2_server.engine.text.detokenizer import Detokenizer
 from llama2_server.engine.text.stop_sequences import StopMatcher
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.errors import Draining, EngineDown, InternalFault, ServiceError
+from llama2_server.errors import EngineUnavailable, InternalError, ServiceError, ShuttingDown
 from llama2_server.generation.prompt import Prompt
 from llama2_server.generation.supervised_engine import WatchedEngine
 from llama2_server.telemetry.call import Moments
@@ -144,11 +144,11 @@ class Generation:
         except ServiceError as error:
             self._error = error
         except asyncio.CancelledError:
-            self._error = Draining("the call was given up")
+            self._error = ShuttingDown("the call was given up")
             raise
         except Exception:  # or its readers would wait for ever
             logger.exception("a generation failed")
-            self._error = InternalFault()
+            self._error = InternalError()
         finally:
             self._announce()
 
@@ -156,7 +156,7 @@ class Generation:
         sequence = self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner)
         try:
             return await engine.outcome(self._finished)
-        except EngineDown:
+        except EngineUnavailable:
             # What was computed is paid for; nobody can tell any more than this.
             self.counts = TokenCounts(sequence.input_tokens, len(sequence.output_ids))
             raise
@@ -165,9 +165,9 @@ class Generation:
         self.counts = TokenCounts(finish.input_tokens, finish.output_tokens)
         self.reused_input_tokens = finish.reused_input_tokens
         if finish.reason is FinishReason.FAILED:
-            self._error = InternalFault()
+            self._error = InternalError()
         elif finish.reason is FinishReason.CANCELLED:
-            self._error = Draining("the server shut down before the reply was complete; try again")
+            self._error = ShuttingDown("the server shut down before the reply was complete; try again")
         else:
             self.finish_reason = FinishReason.STOP_SEQUENCE if self._text.stopped else finish.reason
 

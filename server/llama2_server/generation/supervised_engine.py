@@ -10,7 +10,7 @@ from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import Finish, FinishReason, Listener, Sequence
-from llama2_server.errors import EngineDown
+from llama2_server.errors import EngineUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +24,19 @@ class WatchedEngine:
 
     Args:
         engine: the one engine of this process.
-        step_timeout_seconds: a step that takes longer does not end any more.
+        engine_step_timeout_seconds: a step that takes longer does not end any more.
         on_outcome: hears of every sequence that ended by itself, True if it worked; called on the event loop.
     """
 
     def __init__(
-        self, engine: Engine, *, step_timeout_seconds: float, on_outcome: Callable[[bool], None] = lambda worked: None
+        self,
+        engine: Engine,
+        *,
+        engine_step_timeout_seconds: float,
+        on_outcome: Callable[[bool], None] = lambda worked: None,
     ) -> None:
         self._engine = engine
-        self._step_timeout_seconds = step_timeout_seconds
+        self._step_timeout_seconds = engine_step_timeout_seconds
         self._on_outcome = on_outcome
         self._lost = asyncio.Event()
 
@@ -47,7 +51,7 @@ class WatchedEngine:
         """Queue a sequence, as `Engine.submit` does.
 
         Raises:
-            EngineDown: the engine has stopped, or is lost.
+            EngineUnavailable: the engine has stopped, or is lost.
         """
         try:
             if self.lost:
@@ -60,7 +64,7 @@ class WatchedEngine:
         """Wait for the end of a sequence that was submitted, which sets `finished`.
 
         Raises:
-            EngineDown: the engine was lost before.
+            EngineUnavailable: the engine was lost before.
         """
         lost = asyncio.create_task(self._lost.wait())
         try:
@@ -75,7 +79,7 @@ class WatchedEngine:
         return finish
 
     async def watch(self) -> None:
-        """Return when the engine is lost; then every outcome that is waited for is EngineDown."""
+        """Return when the engine is lost; then every outcome that is waited for is EngineUnavailable."""
         while not self._is_lost():
             began = self._engine.step_began_at
             left = LOOK_SECONDS if began is None else began + self._step_timeout_seconds - time.monotonic()
@@ -92,7 +96,8 @@ class WatchedEngine:
         began = self._engine.step_began_at
         if began is not None and time.monotonic() - began >= self._step_timeout_seconds:
             logger.critical(
-                "a step of the engine has not ended within step_timeout_seconds (%.0f s)", self._step_timeout_seconds
+                "a step of the engine has not ended within engine_step_timeout_seconds (%.0f s)",
+                self._step_timeout_seconds,
             )
             return True
         if not self._engine.alive:
@@ -101,5 +106,5 @@ class WatchedEngine:
         return False
 
 
-def _down() -> EngineDown:
-    return EngineDown("the engine has stopped; try another server, or this one again when it is back")
+def _down() -> EngineUnavailable:
+    return EngineUnavailable("the engine has stopped; try another server, or this one again when it is back")

@@ -21,17 +21,17 @@ def show(metrics: Metrics, parts: Parts, model: Model, health: HealthServicer) -
 
 def _readings(parts: Parts, model: Model, health: HealthServicer) -> Readings:
     return Readings(
-        waiting_requests=parts.slots.waiting,
-        running_slots=parts.slots.running,
-        slots=parts.card.max_concurrent_requests,
-        serving=health.serving,
-        cache_hits=parts.cache.hits if parts.cache is not None else 0,
-        cache_misses=parts.cache.misses if parts.cache is not None else 0,
-        cache_bytes=parts.cache.bytes_used if parts.cache is not None else 0,
-        quota_store_failures=parts.quota.store_failures,
+        requests_queued=parts.slots.waiting,
+        requests_running=parts.slots.running,
+        max_concurrent_requests=parts.card.max_concurrent_requests,
+        ready=health.serving,
+        response_cache_hits=parts.cache.hits if parts.cache is not None else 0,
+        response_cache_misses=parts.cache.misses if parts.cache is not None else 0,
+        response_cache_bytes=parts.cache.bytes_used if parts.cache is not None else 0,
+        quota_store_errors=parts.quota.store_failures,
         quota_store_up=parts.quota.store_up,
-        ledger_lag_seconds=parts.ledger.lag_seconds,
-        ledger_pending_records=parts.ledger.pending,
-        ledger_journal_bytes=parts.ledger.journal_bytes,
+        usage_lag_seconds=parts.ledger.lag_seconds,
+        usage_pending_records=parts.ledger.pending,
+        usage_journal_bytes=parts.ledger.journal_bytes,
         device_memory_bytes=model.memory_bytes,
     )

@@ -66,7 +66,7 @@ def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
             cpu_kernels=settings.cpu_kernels,
         )
     logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, time.monotonic() - begun)
-    steps = steps_for(model, compiled=settings.compile, cache_directory=settings.data_directory / "cuda")
+    steps = steps_for(model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda")
     return Loaded(card, accounts, tokenizer, model, description.eos_ids, model.weights.fingerprint(), steps)
 
 

@@ -20,8 +20,8 @@ def check(settings: Settings) -> None:
     check_endpoint(settings.otlp_endpoint)
     if settings.tls_certificate is not None and settings.tls_key is not None:
         CertificateFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca).read()
-    if settings.ledger_url is not None:
-        create_engine(settings.ledger_url.get_secret_value())
+    if settings.usage_url is not None:
+        create_engine(settings.usage_url.get_secret_value())
     if settings.redis_url is not None:
         try:
             RedisLink(settings.redis_url.get_secret_value(), subject="store", timeout_seconds=1.0)
@@ -35,5 +35,5 @@ def read_card_and_accounts(settings: Settings) -> tuple[ModelCard, Accounts]:
     Raises:
         CardError, KeysFileError: each with one line for the operator.
     """
-    accounts = OpenAccounts() if settings.keys_file is None else KeyAccounts(settings.keys_file)
+    accounts = OpenAccounts() if settings.api_keys_file is None else KeyAccounts(settings.api_keys_file)
     return load_card(settings.card), accounts

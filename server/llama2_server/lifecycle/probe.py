@@ -18,7 +18,7 @@ async def probe(engine: WatchedEngine, tokenizer: Tokenizer, *, max_tokens: int 
     """
     prompt = Prompt(tuple(tokenizer.encode_chat(PROMPT)), raw=False)
     generation = Generation(prompt, GenerationParams(max_tokens=max_tokens), tokenizer, lambda counts: None)
-    generation.start(Slots(1, line_limit=0, queue_timeout_seconds=1), engine, None, None)
+    generation.start(Slots(1, max_queue_size=0, queue_timeout_seconds=1), engine, None, None)
     try:
         await generation.ended()
     finally:

@@ -30,8 +30,8 @@ async def open_stores(settings: Settings, card: ModelCard, stack: AsyncExitStack
     ledger = await Ledger.open(
         data_directory=settings.data_directory,
         neuron_costs=card.neuron_costs,
-        url=settings.ledger_url.get_secret_value() if settings.ledger_url else None,
-        journal_limit_bytes=settings.journal_max_bytes,
+        url=settings.usage_url.get_secret_value() if settings.usage_url else None,
+        journal_limit_bytes=settings.usage_journal_max_bytes,
     )
     stack.push_async_callback(ledger.close)
     quota = _quota(settings, card)
@@ -47,7 +47,7 @@ def _quota(settings: Settings, card: ModelCard) -> Quota:
         return Quota(
             card.constellation_config.max_requests_per_min,
             redis_url=settings.redis_url.get_secret_value() if settings.redis_url else None,
-            when_store_down=settings.when_quota_store_down,
+            fallback=settings.quota_fallback,
             model=card.name,
         )
     except (ValueError, ImportError) as error:
@@ -58,8 +58,8 @@ def _cache(settings: Settings, card: ModelCard) -> ResponseCache | None:
     """The response cache that the card asks for, if it does; in Redis where there is one to share."""
     if card.constellation_config.infer_response_cache is None:
         return None
-    ttl_seconds = settings.cache_ttl_seconds
+    ttl_seconds = settings.response_cache_ttl_seconds
     if settings.redis_url is None:
-        return MemoryResponseCache(max_bytes=settings.cache_max_bytes, ttl_seconds=ttl_seconds)
+        return MemoryResponseCache(max_bytes=settings.response_cache_max_bytes, ttl_seconds=ttl_seconds)
     url = settings.redis_url.get_secret_value()
-    return RedisResponseCache(url, ttl_seconds=ttl_seconds, max_entry_bytes=settings.cache_max_entry_bytes)
+    return RedisResponseCache(url, ttl_seconds=ttl_seconds, max_entry_bytes=settings.response_cache_max_entry_bytes)

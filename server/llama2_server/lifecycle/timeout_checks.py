@@ -17,17 +17,18 @@ def warn_of_slowness(
         + prefill_seconds * card.context_length_limit
         + decode_seconds * card.sequence_length_limit
     )
-    if longest > settings.connection_age_grace_seconds:
+    if longest > settings.max_connection_age_grace_seconds:
         logger.warning(
-            "connection_age_grace_seconds: the longest generation, with its wait, may take %.0f s here, and "
+            "max_connection_age_grace_seconds: the longest generation, with its wait, may take %.0f s here, and "
             "connections are closed after %.0f s of grace: raise it",
             longest,
-            settings.connection_age_grace_seconds,
+            settings.max_connection_age_grace_seconds,
         )
     step = max(prefill_seconds * min(chunk_tokens, card.context_length_limit), decode_seconds)
-    if 2 * step > settings.step_timeout_seconds:
+    if 2 * step > settings.engine_step_timeout_seconds:
         logger.warning(
-            "step_timeout_seconds: a step may take %.0f s here, and the engine counts as hung after %.0f s: raise it",
+            "engine_step_timeout_seconds: a step may take %.0f s here, and the engine counts as hung after %.0f s: "
+            "raise it",
             step,
-            settings.step_timeout_seconds,
+            settings.engine_step_timeout_seconds,
         )

@@ -32,37 +32,37 @@ STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.035, 0.05, 0.075, 0.
 class Readings:
     """What is read at each scrape instead of being counted; each field is the metric `llama2_` and its name."""
 
-    waiting_requests: int
-    running_slots: int
-    slots: int
-    serving: bool
-    cache_hits: int
-    cache_misses: int
-    cache_bytes: int
-    quota_store_failures: int
+    requests_queued: int
+    requests_running: int
+    max_concurrent_requests: int
+    ready: bool
+    response_cache_hits: int
+    response_cache_misses: int
+    response_cache_bytes: int
+    quota_store_errors: int
     quota_store_up: bool
-    ledger_lag_seconds: float
-    ledger_pending_records: int
-    ledger_journal_bytes: int
+    usage_lag_seconds: float
+    usage_pending_records: int
+    usage_journal_bytes: int
     device_memory_bytes: int
 
 
 GAUGES = {
-    "waiting_requests": "Requests that wait in line for a slot.",
-    "running_slots": "Slots in use.",
-    "slots": "Slots there are: the card's max_concurrent_requests.",
-    "serving": "1 while readiness says SERVING, else 0.",
-    "cache_bytes": "Memory that the response cache takes in this process; 0 where it is in Redis or off.",
+    "requests_queued": "Requests that wait in line for a slot.",
+    "requests_running": "Slots in use.",
+    "max_concurrent_requests": "Slots there are: the card's max_concurrent_requests.",
+    "ready": "1 while readiness says SERVING, else 0.",
+    "response_cache_bytes": "Memory that the response cache takes in this process; 0 where it is in Redis or off.",
     "quota_store_up": "1 if the store of the quotas answered when it was last asked, always so in memory; else 0.",
-    "ledger_lag_seconds": "Age of the oldest usage record that the ledger's store does not have yet; 0 if none waits.",
-    "ledger_pending_records": "Usage records that the ledger's store does not have yet.",
-    "ledger_journal_bytes": "Size of the usage journal on disk.",
+    "usage_lag_seconds": "Age of the oldest usage record that the ledger's store does not have yet; 0 if none waits.",
+    "usage_pending_records": "Usage records that the ledger's store does not have yet.",
+    "usage_journal_bytes": "Size of the usage journal on disk.",
     "device_memory_bytes": "On CUDA what torch has allocated on the device; on a CPU the weights and the KV cache.",
 }
 COUNTERS = {
-    "cache_hits": "Requests answered from the response cache.",
-    "cache_misses": "Requests that looked in the response cache in vain.",
-    "quota_store_failures": "Requests that could not be counted in the shared store of the quotas.",
+    "response_cache_hits": "Requests answered from the response cache.",
+    "response_cache_misses": "Requests that looked in the response cache in vain.",
+    "quota_store_errors": "Requests that could not be counted in the shared store of the quotas.",
 }
 
 
@@ -81,7 +81,7 @@ class Metrics:
             registry=registry,
         )
         self._request_seconds = Histogram(
-            "llama2_request_seconds",
+            "llama2_request_duration_seconds",
             "Time from a call's start to its status.",
             ("method",),
             buckets=REQUEST_BUCKETS,
@@ -112,10 +112,10 @@ class Metrics:
             registry=registry,
         )
         self._quota_refusals = Counter(
-            "llama2_quota_refusals", "Calls refused because their account's quota was used up.", registry=registry
+            "llama2_quota_rejections", "Calls refused because their account's quota was used up.", registry=registry
         )
         self._step = Histogram(
-            "llama2_engine_step_seconds",
+            "llama2_engine_step_duration_seconds",
             "Time of one step of the engine: a chunk of a prompt, or a token for every sequence that decodes.",
             ("phase",),
             buckets=STEP_BUCKETS,

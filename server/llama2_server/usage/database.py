@@ -41,12 +41,12 @@ def create_engine(url: str) -> AsyncEngine:
 
 
 def _expected(problem: str) -> str:
-    return f"ledger_url: must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE; {problem}"
+    return f"usage_url: must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE; {problem}"
 
 
 def _sqlite(url: URL) -> AsyncEngine:
     if url.database in (None, "", ":memory:"):
-        raise LedgerError("ledger_url: a ledger in memory would not be durable; name a file, as in sqlite:///usage.db")
+        raise LedgerError("usage_url: a ledger in memory would not be durable; name a file, as in sqlite:///usage.db")
     engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), **OPTIONS)
 
     @event.listens_for(engine.sync_engine, "connect")
@@ -72,7 +72,7 @@ def _postgresql(url: str) -> AsyncEngine:
     try:
         import asyncpg  # late: an optional extra
     except ImportError as error:
-        raise LedgerError("ledger_url: PostgreSQL needs an extra: pip install 'llama2-grpc[postgresql]'") from error
+        raise LedgerError("usage_url: PostgreSQL needs an extra: pip install 'llama2-grpc[postgresql]'") from error
 
     async def connect() -> Any:
         # The driver reads the whole URL by itself: sslmode, sockets and several hosts work as libpq's users expect.

@@ -1,4 +1,4 @@
-"""What the ledger raises, besides LedgerFull and LedgerDown of the service's error tree."""
+"""What the ledger raises, besides UsageJournalFull and UsageUnavailable of the service's error tree."""
 
 from llama2_server.configuration_error import ConfigurationError
 

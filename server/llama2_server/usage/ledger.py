@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Self
 
-from llama2_server.errors import LedgerDown
+from llama2_server.errors import UsageUnavailable
 from llama2_server.usage.errors import LedgerError, StoreDown
 from llama2_server.usage.journal.journal import Journal
 from llama2_server.usage.pricing import TokenCounts
@@ -57,7 +57,7 @@ async def read_totals(
         await store.migrate()
         return await store.totals(account, since, until)
     except StoreDown as error:
-        raise LedgerError(f"ledger_url: {error}") from error
+        raise LedgerError(f"usage_url: {error}") from error
     finally:
         await store.close()
 
@@ -134,7 +134,7 @@ class Ledger:
         """Look whether there is room to admit a request, before anything is counted for it.
 
         Raises:
-            LedgerFull: as `admit`, which may still raise it when others were quicker.
+            UsageJournalFull: as `admit`, which may still raise it when others were quicker.
         """
         self._journal.refuse_when_full(RunningRequest(request_id, account, model, self._now(), self._neuron_costs))
 
@@ -142,7 +142,7 @@ class Ledger:
         """From here on the request has exactly one record, and `finish` has to be called.
 
         Raises:
-            LedgerFull: the journal has no room: the store has been down for long.
+            UsageJournalFull: the journal has no room: the store has been down for long.
         """
         self._journal.admit(RunningRequest(request_id, account, model, self._now(), self._neuron_costs))
 
@@ -168,15 +168,15 @@ class Ledger:
         Requests that this server has finished before the call are in it.
 
         Raises:
-            LedgerDown: the store does not answer.
+            UsageUnavailable: the store does not answer.
         """
         try:
             if not await self.flush(FRESH_SECONDS):
-                raise LedgerDown
+                raise UsageUnavailable
             return await self._store.totals(account, since, until)
         except StoreDown as error:
             logger.warning("usage cannot be read: %s", error)
-            raise LedgerDown from error
+            raise UsageUnavailable from error
 
     async def flush(self, timeout_seconds: float) -> bool:
         """Wait until the store has every record of now; False if it did not come to that in time."""
@@ -206,7 +206,7 @@ class Ledger:
             await self._migrate()
         except StoreDown as error:
             if not error.temporary:
-                raise LedgerError(f"ledger_url: {error}") from error
+                raise LedgerError(f"usage_url: {error}") from error
             self._say_down(error)
         self._tasks = [asyncio.create_task(self._flush_for_ever()), asyncio.create_task(self._sync_for_ever())]
         self._news.set()

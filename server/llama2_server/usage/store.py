@@ -21,7 +21,7 @@ from llama2_server.usage.errors import LedgerError, StoreDown
 from llama2_server.usage.records import DailyUsage, UsageRecord
 from llama2_server.usage.schema import usage_records
 
-VERSION_TABLE = "llama2_ledger_version"
+VERSION_TABLE = "llama2_usage_version"
 # Any number of our own: servers that start together migrate one after the other.
 ADVISORY_LOCK = 0x11A3A2
 OPERATION_SECONDS = STATEMENT_SECONDS + 5
@@ -52,7 +52,7 @@ class Store:
             async with self._connection() as connection, _alembic_lock(), connection.begin():
                 await connection.run_sync(_upgrade)
         except CommandError as error:
-            raise LedgerError("ledger_url: a newer version of llama2-server has migrated the store; use it") from error
+            raise LedgerError("usage_url: a newer version of llama2-server has migrated the store; use it") from error
 
     async def insert(self, records: Sequence[UsageRecord]) -> None:
         """Add records, all or none; those that are there already stay as they are."""

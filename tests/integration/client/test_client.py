@@ -23,12 +23,12 @@ from llama2_client import (
     FinishReason,
     GenerationOptions,
     HealthStatus,
+    InternalError,
     InvalidRequest,
-    LineFull,
     Llama2Error,
     Message,
+    QueueFull,
     Reply,
-    ServerFault,
     TokenCount,
     Unavailable,
 )
@@ -224,14 +224,14 @@ class TestStream:
         server.refuses(grpc.StatusCode.INTERNAL, "engine down", after=("Once", " upon"))
         stream = client.stream("Hi")
         assert [await anext(stream), await anext(stream)] == ["Once", " upon"]
-        with pytest.raises(ServerFault, match="engine down"):
+        with pytest.raises(InternalError, match="engine down"):
             await anext(stream)
         assert stream.closed
 
     async def test_an_end_without_completion_is_a_fault(self, client: Client, server: ScriptedServer) -> None:
         """A stream that ends without its completion is no reply."""
         server.says("Once", completion=None)
-        with pytest.raises(ServerFault, match="without saying how"):
+        with pytest.raises(InternalError, match="without saying how"):
             async for _ in client.stream("Hi"):
                 pass
 
@@ -290,7 +290,7 @@ class TestRetries:
             error_details_pb2.RetryInfo(retry_delay=Duration(nanos=1_000_000)),
             pushback_ms=1,
         )
-        with pytest.raises(LineFull):
+        with pytest.raises(QueueFull):
             await client.generate("Hi")
         assert len(server.requests) == 1
 

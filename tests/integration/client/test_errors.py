@@ -28,11 +28,11 @@ QUOTA = error_details_pb2.QuotaFailure(
         (grpc.StatusCode.UNAUTHENTICATED, [], tree.Unauthenticated),
         (grpc.StatusCode.PERMISSION_DENIED, [], tree.PermissionDenied),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, [QUOTA, RETRY_IN_11_SECONDS], tree.QuotaExceeded),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, [RETRY_IN_11_SECONDS], tree.LineFull),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, [RETRY_IN_11_SECONDS], tree.QueueFull),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, [], tree.ResourceExhausted),
         (grpc.StatusCode.UNAVAILABLE, [RETRY_IN_11_SECONDS], tree.Unavailable),
         (grpc.StatusCode.DEADLINE_EXCEEDED, [], tree.DeadlineExceeded),
-        (grpc.StatusCode.INTERNAL, [], tree.ServerFault),
+        (grpc.StatusCode.INTERNAL, [], tree.InternalError),
         (grpc.StatusCode.UNIMPLEMENTED, [], tree.Unimplemented),
         (grpc.StatusCode.UNKNOWN, [], tree.Llama2Error),
         (grpc.StatusCode.CANCELLED, [], tree.Llama2Error),
@@ -88,7 +88,7 @@ async def test_every_detail_is_decoded(client: Client, server: ScriptedServer) -
 async def test_broken_details_are_none(client: Client, server: ScriptedServer) -> None:
     """Details that are not a google.rpc.Status do not hide the status itself."""
     server.refuses(grpc.StatusCode.INTERNAL, "engine down", raw_details=b"\xff\xff\xff")
-    with pytest.raises(tree.ServerFault, match="engine down") as caught:
+    with pytest.raises(tree.InternalError, match="engine down") as caught:
         await client.generate("Hi")
     assert caught.value.reason is None
 
@@ -97,7 +97,7 @@ async def test_a_detail_that_does_not_decode_is_passed_over(client: Client, serv
     """One broken detail does not hide the others."""
     broken = b"\x1a\x2e\n\x28type.googleapis.com/google.rpc.RetryInfo\x12\x02\xff\xff"
     server.refuses(grpc.StatusCode.INTERNAL, "engine down", raw_details=broken)
-    with pytest.raises(tree.ServerFault, match="engine down") as caught:
+    with pytest.raises(tree.InternalError, match="engine down") as caught:
         await client.generate("Hi")
     assert caught.value.retry_after is None
 

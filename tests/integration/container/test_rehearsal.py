@@ -48,7 +48,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory, image: Image) -> Path:
 @pytest.fixture(scope="module")
 def container(image: Image, volume: Path) -> Iterator[Container]:
     """A container that serves the demo model to everybody who reaches it."""
-    with running(image, volume, variables={"LLAMA2_ALLOW_OPEN": "true"}) as container:
+    with running(image, volume, variables={"LLAMA2_ALLOW_UNAUTHENTICATED": "true"}) as container:
         yield container
 
 
@@ -129,6 +129,6 @@ def test_root_is_read_only(container: Container, place: str) -> None:
 def test_drains_and_ends_on_its_stop_signal(image: Image, tmp_path: Path) -> None:
     """Process number 1 handles the image's STOPSIGNAL: it drains and ends with 0, where an unhandled one is ignored."""
     tmp_path.chmod(0o777)
-    with running(image, tmp_path, variables={"LLAMA2_ALLOW_OPEN": "true"}) as container:
+    with running(image, tmp_path, variables={"LLAMA2_ALLOW_UNAUTHENTICATED": "true"}) as container:
         os.kill(container.first, signal.Signals[image.stage.one("STOPSIGNAL").value])
         assert container.outer.wait(timeout=60) == 0

@@ -279,13 +279,13 @@ async def test_deadline_is_504(serve_behind_envoy: EnvoyMaker) -> None:
 
 async def test_a_full_line_is_429(serve_behind_envoy: EnvoyMaker) -> None:
     """A server whose line is full says so and when to come back; that is not tried again behind the caller's back."""
-    async with serve_behind_envoy(line_limit=0) as (service, envoy):
+    async with serve_behind_envoy(max_queue_size=0) as (service, envoy):
         service.model.gate()
         holder = asyncio.create_task(envoy.post({"prompt": "hold"}))
         await asyncio.to_thread(service.model.in_step.wait, 10)
         refused = await envoy.post({"prompt": "hi"})
         assert refused.status_code == 429
-        assert details(refused)["ErrorInfo"]["reason"] == "LINE_FULL"
+        assert details(refused)["ErrorInfo"]["reason"] == "QUEUE_FULL"
         assert int(refused.headers["retry-after"]) >= 1
         service.model.open_gate()
         assert (await holder).status_code == 200
@@ -294,7 +294,7 @@ async def test_a_full_line_is_429(serve_behind_envoy: EnvoyMaker) -> None:
 async def test_dead_or_draining_servers_are_503(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
     """Who waits on the only server when it drains gets 503 and Retry-After; so does who comes later; who ran, ran."""
     async with AsyncExitStack() as life:
-        service = await life.enter_async_context(serve_scripted(REPLY, line_limit=1))
+        service = await life.enter_async_context(serve_scripted(REPLY, max_queue_size=1))
         async with running_envoy(tmp_path, service.address) as envoy:
             service.model.gate()
             runs = asyncio.create_task(envoy.post({"prompt": "runs"}))
@@ -469,7 +469,9 @@ async def test_calls_go_to_the_server_with_the_fewest(serve_scripted: ServiceMak
 async def test_a_dead_server_is_routed_around(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
     """When one of two servers ends no call fails: at first by retries, then because health checks leave it out."""
     async with AsyncExitStack() as life, AsyncExitStack() as stack:
-        first = await life.enter_async_context(serve_scripted(data_directory=tmp_path / "first", grace_seconds=0))
+        first = await life.enter_async_context(
+            serve_scripted(data_directory=tmp_path / "first", shutdown_grace_seconds=0)
+        )
         host = ONE_PORT_HOSTS[1]
         started = serve_scripted(listen=f"{host}:{first.port}", data_directory=tmp_path / "second")
         second = await stack.enter_async_context(started)

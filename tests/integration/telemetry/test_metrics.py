@@ -131,7 +131,7 @@ async def test_calls_are_counted_by_method_and_code(serve_scripted: ServiceMaker
         with pytest.raises(grpc.aio.AioRpcError):
             await service.text.Generate(pb.GenerateRequest(prompt="x"), metadata=server_deadline(200))
         service.model.open_gate()
-        await until(lambda: watched.value("llama2_running_slots") == 0)
+        await until(lambda: watched.value("llama2_requests_running") == 0)
         await hang_up(service, await hold_the_slot(service))
         service.model.open_gate()
         await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
@@ -145,7 +145,7 @@ async def test_calls_are_counted_by_method_and_code(serve_scripted: ServiceMaker
             for one in family.samples
             if one.name == "llama2_requests_total" and one.value
         }
-        assert watched.value("llama2_request_seconds_count", method=GENERATE) == 4
+        assert watched.value("llama2_request_duration_seconds_count", method=GENERATE) == 4
     assert counted == {
         (GENERATE, "OK"): 1,
         (GENERATE, "INVALID_ARGUMENT"): 2,
@@ -183,7 +183,9 @@ async def test_times_of_a_generation(serve_scripted: ServiceMaker, watched: Watc
 
 
 def steps(watched: Watched) -> list[float]:
-    counts = [watched.value("llama2_engine_step_seconds_count", phase=phase) for phase in ("prefill", "decode")]
+    counts = [
+        watched.value("llama2_engine_step_duration_seconds_count", phase=phase) for phase in ("prefill", "decode")
+    ]
     return [count for count in counts if count is not None]
 
 
@@ -192,15 +194,15 @@ async def test_line_and_slots_are_seen(serve_scripted: ServiceMaker, watched: Wa
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         held = await hold_the_slot(service)
         waiting = service.text.Generate(pb.GenerateRequest(prompt="x"))
-        await until(lambda: watched.value("llama2_waiting_requests") == 1)
-        assert (watched.value("llama2_running_slots"), watched.value("llama2_slots")) == (1, 1)
+        await until(lambda: watched.value("llama2_requests_queued") == 1)
+        assert (watched.value("llama2_requests_running"), watched.value("llama2_max_concurrent_requests")) == (1, 1)
         assert watched.value("llama2_queue_time_seconds_count") == 1
         waiting.cancel()
         await until(lambda: watched.value("llama2_queue_time_seconds_count") == 2)
-        assert watched.value("llama2_waiting_requests") == 0
+        assert watched.value("llama2_requests_queued") == 0
         service.model.open_gate()
         await text_of(held)
-        await until(lambda: watched.value("llama2_running_slots") == 0)
+        await until(lambda: watched.value("llama2_requests_running") == 0)
 
 
 async def test_quota_and_cache_are_seen(serve_scripted: ServiceMaker, demo_card: ModelCard, watched: Watched) -> None:
@@ -212,9 +214,9 @@ async def test_quota_and_cache_are_seen(serve_scripted: ServiceMaker, demo_card:
         for _ in range(3):
             with pytest.raises(grpc.aio.AioRpcError):
                 await service.text.Generate(pb.GenerateRequest(prompt="x"))
-        assert watched.value("llama2_quota_refusals_total") == 3
-        assert [watched.value(f"llama2_cache_{what}_total") for what in ("hits", "misses")] == [1, 1]
-        assert (watched.value("llama2_cache_bytes") or 0) > len(REPLY)
+        assert watched.value("llama2_quota_rejections_total") == 3
+        assert [watched.value(f"llama2_response_cache_{what}_total") for what in ("hits", "misses")] == [1, 1]
+        assert (watched.value("llama2_response_cache_bytes") or 0) > len(REPLY)
         assert watched.value("llama2_quota_store_up") == 1
 
 
@@ -230,7 +232,7 @@ async def test_redis_that_is_gone_is_seen(serve_scripted: ServiceMaker, watched:
                 await service.text.Generate(request)
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
             assert watched.value("llama2_quota_store_up") == 0
-            assert watched.value("llama2_quota_store_failures_total") == 1
+            assert watched.value("llama2_quota_store_errors_total") == 1
             redis.start()
             async with asyncio.timeout(10):
                 while watched.value("llama2_quota_store_up") == 0:
@@ -242,9 +244,9 @@ async def test_ledger_and_build_are_seen(serve_scripted: ServiceMaker, watched: 
     """The journal's size, what waits for the store, the memory, and what is running."""
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         await service.text.Generate(pb.GenerateRequest(prompt="x"))
-        await until(lambda: watched.value("llama2_ledger_pending_records") == 0)
-        assert watched.value("llama2_ledger_lag_seconds") == 0
-        assert (watched.value("llama2_ledger_journal_bytes") or 0) > 0
+        await until(lambda: watched.value("llama2_usage_pending_records") == 0)
+        assert watched.value("llama2_usage_lag_seconds") == 0
+        assert (watched.value("llama2_usage_journal_bytes") or 0) > 0
         assert watched.value("llama2_device_memory_bytes") == service.model.memory_bytes
         assert (watched.value("process_resident_memory_bytes") or 0) > 10**7
         text = generate_latest(watched.telemetry.metrics.registry).decode()
@@ -260,14 +262,14 @@ async def test_metrics_are_served_until_the_drain_is_over(
     address = f"127.0.0.1:{free_port()}"
     async with AsyncExitStack() as stack:
         service: Service = await stack.enter_async_context(serve_scripted(REPLY, metrics_listen=address))
-        assert sample(await scrape(address), "llama2_serving") == 1
+        assert sample(await scrape(address), "llama2_ready") == 1
         held = await hold_the_slot(service)
         release = service.model.open_gate
         monkeypatch.setattr(service.model, "open_gate", lambda: None)  # the fixture's own end would release it
         ending = asyncio.create_task(stack.pop_all().aclose())
-        while sample(text := await scrape(address), "llama2_serving"):
+        while sample(text := await scrape(address), "llama2_ready"):
             assert not ending.done()
-        assert sample(text, "llama2_running_slots") == 1
+        assert sample(text, "llama2_requests_running") == 1
         release()
         await text_of(held)
         await ending
@@ -312,11 +314,11 @@ async def test_hanging_event_loop_costs_its_readings_only(monkeypatch: pytest.Mo
     metrics.read_from(lambda: Readings(1, 2, 3, True, 4, 5, 6, 7, True, 8.0, 9, 10, 11))
     metrics.on_step("decode", 0.02, 1)
     with scraped(metrics.registry, "127.0.0.1:0") as address:
-        assert sample(await scrape(address), "llama2_waiting_requests") == 1
+        assert sample(await scrape(address), "llama2_requests_queued") == 1
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:  # it blocks this very loop
             text = answer.read().decode()
     assert "\nllama2_waiting_requests" not in text
-    assert sample(text, 'llama2_engine_step_seconds_count{phase="decode"}') == 1
+    assert sample(text, 'llama2_engine_step_duration_seconds_count{phase="decode"}') == 1
 
 
 def test_nothing_is_on_the_global_registry() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.integration.usage.conftest import COSTS
 
-from llama2_server.errors import LedgerFull
+from llama2_server.errors import UsageJournalFull
 from llama2_server.usage.journal.encoding import Progress, decode, encode
 from llama2_server.usage.journal.journal import PROGRESS_TOKENS, Journal
 from llama2_server.usage.pricing import TokenCounts, neurons
@@ -41,7 +41,7 @@ def admit_until_full(journal: Journal, run_at_once: int) -> int:
     for number in count():
         try:
             journal.admit(running(f"{number}"))
-        except LedgerFull:
+        except UsageJournalFull:
             return number
         if number >= run_at_once:
             end(journal, f"{number - run_at_once}")
@@ -215,7 +215,7 @@ def test_disk_that_takes_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(
             "llama2_server.usage.journal.segments.os.write", lambda file, data: write(file, data[: len(data) // 2])
         )
-        with pytest.raises(LedgerFull):
+        with pytest.raises(UsageJournalFull):
             journal.admit(running("three"))
         end(journal, "one")
     assert ids(journal) == ["one"]

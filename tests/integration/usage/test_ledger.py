@@ -18,7 +18,7 @@ import pytest
 from tests.integration.usage.conftest import COSTS, LedgerOpener, crash, locked, stored
 from tests.support.postgres_server import PostgresCluster
 
-from llama2_server.errors import LedgerDown, LedgerFull
+from llama2_server.errors import UsageJournalFull, UsageUnavailable
 from llama2_server.usage.errors import LedgerError
 from llama2_server.usage.journal.journal import PROGRESS_TOKENS
 from llama2_server.usage.ledger import Ledger, default_url, read_totals
@@ -67,7 +67,7 @@ def end_until_full(ledger: Ledger) -> int:
     for number in count():
         try:
             request_of(ledger, f"{number}")
-        except LedgerFull:
+        except UsageJournalFull:
             return number
     raise AssertionError
 
@@ -307,7 +307,7 @@ async def test_store_that_fails_is_tried_again(
     with sqlite3.connect(tmp_path / "usage.db", isolation_level=None) as connection:
         connection.execute("ALTER TABLE usage_records RENAME TO mislaid")
         request_of(ledger, "one")
-        with pytest.raises(LedgerDown):
+        with pytest.raises(UsageUnavailable):
             await ledger.totals("acme")
         connection.execute("ALTER TABLE mislaid RENAME TO usage_records")
     connection.close()
@@ -330,7 +330,7 @@ async def test_postgresql_that_stops_and_comes_back(
     await asyncio.to_thread(postgres.stop)  # in the middle of writing them, or not
     for number in range(700, 1400):
         request_of(ledger, f"{number}")
-    with pytest.raises(LedgerDown):
+    with pytest.raises(UsageUnavailable):
         await ledger.totals("acme")
     killed = await open_ledger(url=url)
     request_of(killed, "of the killed")
@@ -387,9 +387,9 @@ async def test_price_beyond_the_ledger_is_refused(open_ledger: LedgerOpener) -> 
 
 async def test_store_that_cannot_be_stops_the_start(tmp_path: Path, open_ledger: LedgerOpener) -> None:
     """A file where no file can be, or a directory that is a file, is told in one line; nothing is left behind."""
-    with pytest.raises(LedgerError, match=r"^ledger_url: .*unable to open database file"):
+    with pytest.raises(LedgerError, match=r"^usage_url: .*unable to open database file"):
         await open_ledger(url=f"sqlite:///{tmp_path}/nowhere/usage.db")
-    with pytest.raises(LedgerError, match=r"^ledger_url: "):
+    with pytest.raises(LedgerError, match=r"^usage_url: "):
         await open_ledger(url="usage.db")
     assert list((tmp_path / "journal").iterdir()) == []
     (tmp_path / "file").touch()
@@ -399,5 +399,5 @@ async def test_store_that_cannot_be_stops_the_start(tmp_path: Path, open_ledger:
 
 async def test_unknown_database_stops_the_start(postgres: PostgresCluster, open_ledger: LedgerOpener) -> None:
     """What waiting does not mend is not waited for."""
-    with pytest.raises(LedgerError, match=r'^ledger_url: .*database "nowhere" does not exist$'):
+    with pytest.raises(LedgerError, match=r'^usage_url: .*database "nowhere" does not exist$'):
         await open_ledger(url=postgres.new_database().rpartition("/")[0] + "/nowhere")

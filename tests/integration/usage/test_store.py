@@ -195,7 +195,7 @@ async def test_sqlite_is_durable_and_shared(tmp_path: Path) -> None:
 )
 def test_impossible_url_is_named(wrong: str, message: str) -> None:
     """One line that names the setting and what is wrong, without the password."""
-    with pytest.raises(LedgerError, match=f"^ledger_url: .*{message}") as caught:
+    with pytest.raises(LedgerError, match=f"^usage_url: .*{message}") as caught:
         create_engine(wrong)
     assert "s3cret" not in str(caught.value)
     assert caught.value.__cause__ is None

@@ -20,7 +20,7 @@ from llama2_server.admission.accounts import ANONYMOUS, Account, KeyAccounts, Ke
 from llama2_server.errors import AccountDisabled, Unauthenticated
 
 
-def keys_file(path: Path, *lines: str) -> Path:
+def api_keys_file(path: Path, *lines: str) -> Path:
     """Write a keys file the way Kubernetes changes a secret: a new file takes the old one's place."""
     fresh = path.with_suffix(".new")
     fresh.write_text("keys:\n" + "".join(f"  {line}\n" for line in lines) if lines else "keys: {}\n")
@@ -35,7 +35,7 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 def test_valid_key_is_its_account(tmp_path: Path) -> None:
     """Each key is the account that its line names."""
     (first, first_line), (second, second_line) = new_key("32118455", "staging"), new_key("b")
-    accounts = KeyAccounts(keys_file(tmp_path / "keys.yaml", first_line, second_line))
+    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", first_line, second_line))
     assert accounts.authenticate(bearer(first)) == Account("32118455", "staging")
     assert accounts.authenticate(bearer(second)) == Account("b")
     assert accounts.authenticate((("authorization", f"bearer {first}"),)).id == "32118455"
@@ -44,7 +44,7 @@ def test_valid_key_is_its_account(tmp_path: Path) -> None:
 def test_numeric_account_id_is_the_cards(tmp_path: Path) -> None:
     """An account id that YAML reads as a number is the string that the card's overrides use."""
     key, line = new_key("32118455")
-    path = keys_file(tmp_path / "keys.yaml", line.replace("'32118455'", "32118455"))
+    path = api_keys_file(tmp_path / "keys.yaml", line.replace("'32118455'", "32118455"))
     assert yaml.safe_load(path.read_text())["keys"].popitem()[1]["account"] == 32118455
     assert KeyAccounts(path).authenticate(bearer(key)).id == "32118455"
 
@@ -52,7 +52,7 @@ def test_numeric_account_id_is_the_cards(tmp_path: Path) -> None:
 def test_every_bad_header_gets_one_and_the_same_answer(tmp_path: Path) -> None:
     """Missing, malformed, unknown, wrong, oversize and duplicated keys cannot be told apart."""
     key, line = new_key("a")
-    accounts = KeyAccounts(keys_file(tmp_path / "keys.yaml", line))
+    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", line))
     unknown, _ = new_key("a")
     wrong_secret = key[:-1] + ("A" if key[-1] != "A" else "B")
     bad: list[tuple[tuple[str, str | bytes], ...]] = [
@@ -79,7 +79,7 @@ def test_every_bad_header_gets_one_and_the_same_answer(tmp_path: Path) -> None:
 def test_disabled_account_is_told_so(tmp_path: Path) -> None:
     """A good key of a disabled account is answered differently: its owner should ask."""
     key, line = new_key("a")
-    accounts = KeyAccounts(keys_file(tmp_path / "keys.yaml", line.replace("enabled: true", "enabled: false")))
+    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", line.replace("enabled: true", "enabled: false")))
     with pytest.raises(AccountDisabled):
         accounts.authenticate(bearer(key))
 
@@ -95,14 +95,14 @@ def test_file_holds_no_key(tmp_path: Path) -> None:
 def test_changed_file_is_read_within_five_seconds(tmp_path: Path) -> None:
     """After a change the old key is dead and the new one works, within 5 s by the clock of the loop."""
     (old, old_line), (new, new_line) = new_key("a"), new_key("a")
-    path = keys_file(tmp_path / "keys.yaml", old_line)
+    path = api_keys_file(tmp_path / "keys.yaml", old_line)
 
     async def main() -> None:
         accounts = KeyAccounts(path)
         watching = asyncio.create_task(accounts.watch())
         patience = 4.9
         await asyncio.sleep(patience)
-        keys_file(path, new_line)
+        api_keys_file(path, new_line)
         await asyncio.sleep(patience)
         assert accounts.authenticate(bearer(new)).id == "a"
         with pytest.raises(Unauthenticated):
@@ -116,7 +116,7 @@ def test_changed_file_is_read_within_five_seconds(tmp_path: Path) -> None:
 def test_broken_file_leaves_the_keys_as_they_are(tmp_path: Path, ending: str | None) -> None:
     """A file that became unreadable, or is gone, neither locks everybody out nor lets anybody in."""
     key, line = new_key("a")
-    path = keys_file(tmp_path / "keys.yaml", line)
+    path = api_keys_file(tmp_path / "keys.yaml", line)
 
     async def main() -> None:
         accounts = KeyAccounts(path)
@@ -164,7 +164,7 @@ def test_open_service_is_anonymous() -> None:
 async def test_key_is_asked_for_on_the_wire(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
     """Generate and CountTokens need a key; health, reflection and the card do not."""
     key, line = new_key("a")
-    accounts = KeyAccounts(keys_file(tmp_path / "keys.yaml", line))
+    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", line))
     async with serve_scripted("Hello.", accounts=accounts) as service:
         request = pb.GenerateRequest(prompt="Hi")
         for refused_call in (
@@ -185,5 +185,5 @@ def test_command_prints_key_and_line(tmp_path: Path) -> None:
     printed = subprocess.run(call, capture_output=True, text=True, check=True, timeout=60).stdout
     key = re.search(r"^l2_\S+$", printed, re.MULTILINE)
     assert key
-    accounts = KeyAccounts(keys_file(tmp_path / "keys.yaml", printed.splitlines()[-1].strip()))
+    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", printed.splitlines()[-1].strip()))
     assert accounts.authenticate(bearer(key[0])) == Account("42", "Alice")

@@ -8,11 +8,11 @@ import pytest
 from tests.support.virtual_time import run_virtual
 
 from llama2_server.admission.request_queue import Slots
-from llama2_server.errors import DeadlineExceeded, Draining, LineFull, WaitTooLong
+from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
 
-def make_slots(limit: int = 1, line_limit: int = 100, queue_timeout_seconds: float = 1000) -> Slots:
-    return Slots(limit, line_limit=line_limit, queue_timeout_seconds=queue_timeout_seconds)
+def make_slots(limit: int = 1, max_queue_size: int = 100, queue_timeout_seconds: float = 1000) -> Slots:
+    return Slots(limit, max_queue_size=max_queue_size, queue_timeout_seconds=queue_timeout_seconds)
 
 
 async def hold(
@@ -40,10 +40,10 @@ def test_every_wait_is_told() -> None:
     waits: list[float] = []
 
     async def main() -> None:
-        slots = Slots(1, line_limit=2, queue_timeout_seconds=1000, on_waited=waits.append)
+        slots = Slots(1, max_queue_size=2, queue_timeout_seconds=1000, on_waited=waits.append)
         calls = [hold(slots, "a", 5), hold(slots, "a", 5), hold(slots, "b", 5, deadline=3)]
         tasks = await in_order(calls)
-        with pytest.raises(LineFull):
+        with pytest.raises(QueueFull):
             await hold(slots, "c", 5)
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -66,7 +66,7 @@ def test_never_more_than_the_limit_at_once() -> None:
     """Of 200 concurrent calls exactly `limit` run at any time, and all of them get their turn."""
 
     async def main() -> None:
-        slots, running, peak = make_slots(3, line_limit=200), 0, 0
+        slots, running, peak = make_slots(3, max_queue_size=200), 0, 0
 
         async def call(index: int) -> None:
             nonlocal running, peak
@@ -163,11 +163,11 @@ def test_full_line_refuses_with_the_time_of_the_next_place() -> None:
     """A full line refuses at once; a retry after the time that it names finds a place."""
 
     async def main() -> None:
-        slots = make_slots(line_limit=1)
+        slots = make_slots(max_queue_size=1)
         await hold(slots, "a", 10)  # the line learns that a turn takes 10 s
         tasks = await in_order([hold(slots, "a", 10), hold(slots, "a", 10)])
         await asyncio.sleep(3)
-        with pytest.raises(LineFull) as refused:
+        with pytest.raises(QueueFull) as refused:
             await hold(slots, "b", 1)
         assert refused.value.retry_after_seconds == pytest.approx(7)
         await asyncio.sleep(refused.value.retry_after_seconds or 0)
@@ -186,7 +186,7 @@ def test_wait_beyond_the_deadline_is_refused_at_once() -> None:
         await hold(slots, "a", 10)
         tasks = await in_order([hold(slots, "a", 10), hold(slots, "a", 10)])
         now = asyncio.get_running_loop().time()
-        with pytest.raises(WaitTooLong) as refused:
+        with pytest.raises(QueueWaitTooLong) as refused:
             await hold(slots, "b", 1, deadline=now + 4)
         assert asyncio.get_running_loop().time() == now
         assert refused.value.retry_after_seconds == pytest.approx(16)
@@ -219,7 +219,7 @@ def test_longest_wait_is_bounded() -> None:
     async def main() -> None:
         slots = make_slots(queue_timeout_seconds=5)
         holder, waiter = await in_order([hold(slots, "a", 100), hold(slots, "b", 1)])
-        with pytest.raises(WaitTooLong):
+        with pytest.raises(QueueWaitTooLong):
             await waiter
         assert asyncio.get_running_loop().time() == 5
         await holder
@@ -228,15 +228,15 @@ def test_longest_wait_is_bounded() -> None:
 
 
 def test_close_refuses_the_line_and_lets_the_running_finish() -> None:
-    """Draining: who waits and who comes is told so; who runs goes on."""
+    """ShuttingDown: who waits and who comes is told so; who runs goes on."""
 
     async def main() -> None:
         slots = make_slots()
         holder, waiter = await in_order([hold(slots, "a", 10), hold(slots, "b", 1)])
         slots.close()
-        with pytest.raises(Draining):
+        with pytest.raises(ShuttingDown):
             await waiter
-        with pytest.raises(Draining):
+        with pytest.raises(ShuttingDown):
             await hold(slots, "c", 1)
         assert await holder == 0
 

@@ -55,7 +55,7 @@ def test_usage_comes_from_where_the_servers_write(ledger_directory: Path, tmp_pa
     printed = run("usage", "--data-directory", str(ledger_directory))
     assert printed == run("usage", LLAMA2_DATA_DIRECTORY=str(ledger_directory))
     assert printed == run("usage", "--config", str(config))
-    assert printed == run("usage", "--ledger-url", f"sqlite:///{ledger_directory / 'usage.db'}")
+    assert printed == run("usage", "--usage-url", f"sqlite:///{ledger_directory / 'usage.db'}")
     header, *rows = printed.splitlines()
     assert header == HEADER
     assert [row.split("\t")[0] for row in rows] == ["42", "7"]
@@ -70,7 +70,7 @@ def test_usage_of_one_account(ledger_directory: Path) -> None:
 
 def test_unusable_settings_are_refused(tmp_path: Path) -> None:
     """A ledger that cannot be had ends with exit code 2 and a line on standard error."""
-    for arguments in (["--ledger-url", "mysql://here"], ["--config", str(tmp_path / "missing.yaml")]):
+    for arguments in (["--usage-url", "mysql://here"], ["--config", str(tmp_path / "missing.yaml")]):
         done = CliRunner().invoke(admin, ["usage", *arguments])
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.startswith("llama2-server: ")

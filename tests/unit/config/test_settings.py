@@ -23,16 +23,16 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "device": ("cpu", "cuda"),
     "cpu_kernels": ("auto", "torch"),
     "dtype": ("float32", "bfloat16"),
-    "line_limit": (0, 2),
+    "max_queue_size": (0, 2),
     "queue_timeout_seconds": (1.5, 2.5),
-    "grace_seconds": (0.0, 2.5),
+    "shutdown_grace_seconds": (0.0, 2.5),
     "data_directory": ("/one", "/two"),
-    "ledger_url": ("postgresql://one/db", "postgresql://two/db"),
-    "journal_max_bytes": (70000, 80000),
+    "usage_url": ("postgresql://one/db", "postgresql://two/db"),
+    "usage_journal_max_bytes": (70000, 80000),
     "redis_url": ("redis://one", "redis://two"),
-    "cache_ttl_seconds": (1.5, 2.5),
-    "cache_max_bytes": (1, 2),
-    "cache_max_entry_bytes": (1, 2),
+    "response_cache_ttl_seconds": (1.5, 2.5),
+    "response_cache_max_bytes": (1, 2),
+    "response_cache_max_entry_bytes": (1, 2),
     "tls_certificate": ("/one", "/two"),
     "tls_key": ("/one", "/two"),
     "tls_client_ca": ("/one", "/two"),
@@ -41,25 +41,25 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "otlp_endpoint": ("http://one:4317", "http://two:4317"),
     "log_level": ("debug", "error"),
     "log_format": ("console", "json"),
-    "step_timeout_seconds": (1.5, 2.5),
-    "probe_interval_seconds": (1.5, 2.5),
+    "engine_step_timeout_seconds": (1.5, 2.5),
+    "readiness_probe_interval_seconds": (1.5, 2.5),
     "max_message_bytes": (1, 2),
     "max_metadata_bytes": (1, 2),
     "max_connections": (1, 2),
-    "max_streams_per_connection": (1, 2),
-    "connection_idle_seconds": (1.5, 2.5),
-    "connection_age_seconds": (1.5, 2.5),
-    "connection_age_grace_seconds": (1500.5, 2500.5),
-    "keepalive_seconds": (1.5, 2.5),
+    "max_concurrent_streams": (1, 2),
+    "max_connection_idle_seconds": (1.5, 2.5),
+    "max_connection_age_seconds": (1.5, 2.5),
+    "max_connection_age_grace_seconds": (1500.5, 2500.5),
+    "keepalive_time_seconds": (1.5, 2.5),
     "keepalive_timeout_seconds": (1.5, 2.5),
     "min_ping_interval_seconds": (1.5, 2.5),
     "handshake_timeout_seconds": (1.5, 2.5),
-    "keys_file": ("/one", "/two"),
+    "api_keys_file": ("/one", "/two"),
     # These have two values only, one of which is the default: the file says it, and the environment the other.
-    "when_quota_store_down": ("refuse", "local"),
-    "compile": (True, False),
+    "quota_fallback": ("reject", "local"),
+    "gpu_kernels": ("auto", "torch"),
     "reflection": (True, False),
-    "allow_open": (False, True),
+    "allow_unauthenticated": (False, True),
 }
 # What else must be set for a setting to be possible.
 NEEDS: Mapping[str, list[str]] = {
@@ -136,10 +136,13 @@ def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None
     ("arguments", "words"),
     [
         (["--lisen", PASSWORD], "--lisen: there is no such flag; did you mean --listen?"),
-        (["--line-limit"], "--line-limit: expected one argument"),
-        (["--line-limit", "many"], "line_limit (--line-limit): Input should be a valid integer"),
+        (["--max-queue-size"], "--max-queue-size: expected one argument"),
+        (["--max-queue-size", "many"], "max_queue_size (--max-queue-size): Input should be a valid integer"),
         (["--device", "tpu"], "device (--device): Input should be 'auto', 'cpu' or 'cuda'"),
-        (["--journal-max-bytes", "1"], "journal_max_bytes (--journal-max-bytes): Input should be greater than"),
+        (
+            ["--usage-journal-max-bytes", "1"],
+            "usage_journal_max_bytes (--usage-journal-max-bytes): Input should be greater",
+        ),
         (["--health-listen", "127.0.0.1:50051"], "must be different addresses"),
         (["--listen", "0.0.0.0:1"], "is not loopback and there are no keys"),
         (["--card", "other.yaml"], "weights: this card needs them"),
@@ -154,12 +157,12 @@ def test_wrong_flag_is_refused_by_name(arguments: list[str], words: str) -> None
 
 def test_all_problems_come_at_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A typo in the environment, one in the file and a wrong value are three lines of one refusal."""
-    config.write_text("linelimit: 3\ngrace_seconds: soon\n")
+    config.write_text("maxqueuesize: 3\nshutdown_grace_seconds: soon\n")
     monkeypatch.setenv("LLAMA2_LISTN", "127.0.0.1:1")
     assert refusal("--config", str(config)).splitlines() == [
         "LLAMA2_LISTN: there is no such setting; did you mean LLAMA2_LISTEN?",
-        f"linelimit (in {config}): there is no such setting; did you mean line_limit?",
-        f"grace_seconds ({config}): Input should be a valid number, unable to parse string as a number",
+        f"maxqueuesize (in {config}): there is no such setting; did you mean max_queue_size?",
+        f"shutdown_grace_seconds ({config}): Input should be a valid number, unable to parse string as a number",
     ]
 
 
@@ -169,7 +172,7 @@ def test_all_problems_come_at_once(config: Path, monkeypatch: pytest.MonkeyPatch
         ("- a list", "must be a mapping of settings to values"),
         ("config: other.yaml", "a settings file cannot name another"),
         ("listen: 127.0.0.1:1\nlisten: 127.0.0.1:2", "line 2: listen stands twice"),
-        (f"line_limit: 3\nredis_url: '{PASSWORD}", "line 2: found unexpected end of stream"),
+        (f"max_queue_size: 3\nredis_url: '{PASSWORD}", "line 2: found unexpected end of stream"),
         ("redis_url: [1, 2]", "redis_url"),
     ],
 )
@@ -196,29 +199,31 @@ def test_client_variables_are_the_clients() -> None:
 def test_printed_settings_are_yaml_with_sources_and_no_secrets(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `settings` prints can be read as YAML, tells each source, and masks secrets."""
     monkeypatch.setenv("LLAMA2_REDIS_URL", f"redis://:{PASSWORD}@cache")
-    config.write_text(f"ledger_url: postgresql://u:{PASSWORD}@db/usage\nline_limit: 5\n")
+    config.write_text(f"usage_url: postgresql://u:{PASSWORD}@db/usage\nmax_queue_size: 5\n")
     printed = str(read_settings(["--config", str(config), "--no-reflection"]))
     assert PASSWORD not in printed
     values = yaml.safe_load(printed)
     assert set(values) == set(Settings.model_fields)
-    assert (values["line_limit"], values["reflection"], values["redis_url"]) == (5, False, "**********")
+    assert (values["max_queue_size"], values["reflection"], values["redis_url"]) == (5, False, "**********")
     sources = {line.split(":")[0]: line.rpartition("# ")[2] for line in printed.splitlines()}
-    assert sources["line_limit"] == sources["ledger_url"] == str(config)
+    assert sources["max_queue_size"] == sources["usage_url"] == str(config)
     assert (sources["redis_url"], sources["reflection"]) == ("LLAMA2_REDIS_URL", "--reflection")
     assert sources["device"] == "default"
 
 
 def test_settings_command_prints_and_ends() -> None:
     """`llama2-server settings` prints what a server with the same flags would run with."""
-    call = command("settings", "--line-limit", "9")
+    call = command("settings", "--max-queue-size", "9")
     done = subprocess.run(call, capture_output=True, text=True, timeout=60, env=environment(), check=True)
-    assert done.stdout.rstrip() == str(SourcedSettings(Settings(line_limit=9), {"line_limit": "--line-limit"}))
+    assert done.stdout.rstrip() == str(
+        SourcedSettings(Settings(max_queue_size=9), {"max_queue_size": "--max-queue-size"})
+    )
     assert done.stderr == ""
 
 
 def test_bad_settings_are_refused_before_torch_is_imported() -> None:
     """A refusal comes before the imports that take seconds, with exit code 2."""
-    call = command("--line-limit", "-1")
+    call = command("--max-queue-size", "-1")
     variables = environment(PYTHONPROFILEIMPORTTIME="1")
     done = subprocess.run(call, capture_output=True, text=True, timeout=60, env=variables, check=False)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

@@ -61,5 +61,5 @@ def test_the_worked_example_is_arithmetic() -> None:
     }
     eight = erlang_c(8, seconds) * seconds / (8 - seconds)
     assert f"Eight replicas behind one line would still wait only {eight:.2f} s" in text
-    assert f"`grace_seconds` of {math.ceil(longest)} or more" in text
+    assert f"`shutdown_grace_seconds` of {math.ceil(longest)} or more" in text
     assert f"200 accounts may by the card ask for {200 * quota:,} requests a minute" in text

@@ -11,7 +11,7 @@ import pytest
 from tests.support.virtual_time import run_virtual
 
 from llama2_server.admission.request_queue import Slots
-from llama2_server.errors import InternalFault, LineFull, ServiceError, WaitTooLong
+from llama2_server.errors import InternalError, QueueFull, QueueWaitTooLong, ServiceError
 from llama2_server.generation.coalescing import Flights
 
 WORDS = ["Once ", "upon ", "a ", "time"]
@@ -71,7 +71,7 @@ class TalkingGeneration:
         except ServiceError as error:
             self._result = error
         except asyncio.CancelledError:
-            self._result = InternalFault()
+            self._result = InternalError()
             self.stopped_at = now()
             raise
         finally:
@@ -86,7 +86,7 @@ class Service:
     """What the servicer does, without gRPC."""
 
     def __init__(self, keep: Callable[[], None] = lambda: None) -> None:
-        self.slots = Slots(1, line_limit=10, queue_timeout_seconds=1000)
+        self.slots = Slots(1, max_queue_size=10, queue_timeout_seconds=1000)
         self.made: list[TalkingGeneration] = []
         self.kept: dict[str, str] = {}
         self.error: ServiceError | None = None
@@ -165,7 +165,7 @@ def test_seat_tells_who_began() -> None:
 
     async def main() -> None:
         flights = Service().flights
-        slots = Slots(1, line_limit=1, queue_timeout_seconds=1)
+        slots = Slots(1, max_queue_size=1, queue_timeout_seconds=1)
         with (
             flights.join("key", lambda: TalkingGeneration(slots)) as first,
             flights.join("key", lambda: TalkingGeneration(slots)) as second,
@@ -251,10 +251,10 @@ def test_failure_reaches_all_readers_and_nobody_later() -> None:
 
     async def main() -> None:
         service = Service()
-        service.error = InternalFault()
+        service.error = InternalError()
 
         async def call_again_at_once() -> list[tuple[float, str]]:
-            with pytest.raises(InternalFault):
+            with pytest.raises(InternalError):
                 await service.call()
             service.error = None
             return await service.call()
@@ -345,9 +345,9 @@ def test_refusal_at_once_begins_nothing() -> None:
         service = Service()
 
         def refuse() -> TalkingGeneration:
-            raise LineFull("full", 1)
+            raise QueueFull("full", 1)
 
-        with pytest.raises(LineFull), service.flights.join("key", refuse):
+        with pytest.raises(QueueFull), service.flights.join("key", refuse):
             pass
         assert len(service.flights) == 0
         assert words(await service.call()) == WORDS
@@ -360,11 +360,11 @@ def test_refusal_in_line_reaches_all_readers() -> None:
 
     async def main() -> None:
         service = Service()
-        service.slots = Slots(1, line_limit=10, queue_timeout_seconds=2)
+        service.slots = Slots(1, max_queue_size=10, queue_timeout_seconds=2)
         other = asyncio.create_task(service.call("other"))
         await asyncio.sleep(0)
         results = await asyncio.gather(*(service.call() for _ in range(3)), return_exceptions=True)
-        assert [type(result) for result in results] == [WaitTooLong] * 3
+        assert [type(result) for result in results] == [QueueWaitTooLong] * 3
         assert now() == 2
         await other
 
@@ -414,8 +414,8 @@ def test_nothing_is_left_behind() -> None:
     async def main() -> None:
         service = Service()
         await service.call("whole")
-        service.error = InternalFault()
-        with pytest.raises(InternalFault):
+        service.error = InternalError()
+        with pytest.raises(InternalError):
             await service.call("failed")
         service.error = None
         with pytest.raises(TimeoutError):

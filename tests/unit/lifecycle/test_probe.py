@@ -19,14 +19,14 @@ async def test_probes_own_no_prefix(demo_tokenizer: Tokenizer) -> None:
     model = ScriptedModel([300], vocab_size=demo_tokenizer.vocab_size, probe_ids=prompt_ids, any_pieces=True)
     engine = Engine(model, frozenset())
     try:
-        watched = WatchedEngine(engine, step_timeout_seconds=60)
+        watched = WatchedEngine(engine, engine_step_timeout_seconds=60)
         probes = [await probe.probe(watched, demo_tokenizer, max_tokens=2) for _ in range(2)]
         assert [one.reused_input_tokens for one in probes] == [0, 0]
         assert model.probes == 2
         callers = Generation(
             Prompt(tuple(prompt_ids), raw=False), GenerationParams(max_tokens=2), demo_tokenizer, lambda counts: None
         )
-        callers.start(Slots(1, line_limit=0, queue_timeout_seconds=1), watched, Account("probe"), None)
+        callers.start(Slots(1, max_queue_size=0, queue_timeout_seconds=1), watched, Account("probe"), None)
         await callers.ended()
         assert callers.reused_input_tokens == 0
         assert model.probes == 3

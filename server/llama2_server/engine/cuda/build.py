@@ -27,7 +27,7 @@ def steps_for(model: LlamaModel, *, compiled: bool, cache_directory: Path | None
     if model.device.type != "cuda":
         return HostSteps(model)
     if not compiled:
-        logger.info("running in plain torch, which is slower: the settings ask for it (compile)")
+        logger.info("running in plain torch, which is slower: the settings ask for it (gpu_kernels)")
         return HostSteps(model)
     try:
         return _fast_steps(model, cache_directory)

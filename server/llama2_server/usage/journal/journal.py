@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Self
 
-from llama2_server.errors import LedgerFull
+from llama2_server.errors import UsageJournalFull
 from llama2_server.usage.journal.encoding import Progress, decode_all, encode
 from llama2_server.usage.journal.instance_lock import InstanceLock
 from llama2_server.usage.journal.segments import Segment, Segments, fsync_and_close
@@ -79,7 +79,7 @@ class Journal:
         """Look whether `admit` would have room; nothing is written.
 
         Raises:
-            LedgerFull: there is no room.
+            UsageJournalFull: there is no room.
         """
         line = encode(request)
         with self._lock:
@@ -89,7 +89,7 @@ class Journal:
         """Write down that a request runs, with room for its end.
 
         Raises:
-            LedgerFull: there is no room.
+            UsageJournalFull: there is no room.
         """
         line = encode(request)
         with self._lock:
@@ -98,7 +98,7 @@ class Journal:
                 self._append(line)
             except OSError as error:
                 logger.warning("the usage journal cannot be written: %s", error.strerror)
-                raise LedgerFull("usage cannot be recorded now; try again") from error
+                raise UsageJournalFull("usage cannot be recorded now; try again") from error
             self._running[request.request_id] = request
             self._reserved[request.request_id] = reserve
             self._reserved_bytes += reserve
@@ -163,7 +163,7 @@ class Journal:
         """The room that a request's end needs, if it and the line are there."""
         reserve = len(line) + ENDED_LINE_EXTRA_BYTES
         if self.size + self._reserved_bytes + len(line) + reserve > self._limit_bytes:
-            raise LedgerFull("usage cannot be recorded now; try again")
+            raise UsageJournalFull("usage cannot be recorded now; try again")
         return reserve
 
     def _append(self, line: bytes) -> None:

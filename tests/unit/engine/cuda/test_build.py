@@ -65,7 +65,7 @@ def test_compile_off_asks_the_device_for_nothing(model: LlamaModel, caplog: pyte
     """It starts at once, and says that it is slower."""
     with caplog.at_level(logging.INFO):
         assert isinstance(steps_for(on_cuda(model), compiled=False, cache_directory=None), HostSteps)
-    assert "the settings ask for it (compile)" in caplog.text
+    assert "the settings ask for it (gpu_kernels)" in caplog.text
 
 
 @pytest.mark.parametrize("unwritten", [0.0, float("nan")])
