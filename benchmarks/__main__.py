@@ -21,7 +21,7 @@ from tools.make_checkpoint import PRESETS, make_checkpoint
 
 from benchmarks import report, results, service_alone
 from benchmarks.figures import DECODE_PROMPT, PREFILL_PROMPT
-from benchmarks.measuring import MOST_ATTEMPTS, Figures
+from benchmarks.measuring import MAX_ATTEMPTS, Figures
 from benchmarks.peers import Peer, chosen, groups, interpreter
 from benchmarks.rounds import Case, Ground, Rounds
 from benchmarks.service import Service
@@ -163,7 +163,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint's directory instead")
     parser.add_argument("--peers", default="", help='words of their names, with commas, or "all", or "none"')
     parser.add_argument("--rounds", type=int, help="instead of each part's own number")
-    parser.add_argument("--attempts", type=int, default=MOST_ATTEMPTS, help="at what other processes disturb")
+    parser.add_argument("--attempts", type=int, default=MAX_ATTEMPTS, help="at what other processes disturb")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for weights and their conversions, which are kept")
     parser.add_argument("--results", type=Path, help="the file to add to; today's in benchmarks/results")
     parser.add_argument("--python", action="append", default=[], metavar="FAMILY=PATH", help="a peer family's Python")

@@ -6,8 +6,8 @@ from typing import Any
 
 from benchmarks.processor import others_share
 
-MOST_OTHERS = 0.03  # of all processors' time; the kernel's own threads take up to a hundredth
-MOST_ATTEMPTS = 5
+MAX_FOREIGN_CPU = 0.03  # of all processors' time; the kernel's own threads take up to a hundredth
+MAX_ATTEMPTS = 5
 PAUSE_SECONDS = 2.0  # times the attempts so far
 
 Figures = dict[str, Any]
@@ -16,7 +16,7 @@ Figures = dict[str, Any]
 def measured(
     measure: Callable[[], Figures],
     *,
-    attempts: int = MOST_ATTEMPTS,
+    attempts: int = MAX_ATTEMPTS,
     watch: Callable[[Callable[[], Figures]], tuple[Figures, float | None]] = others_share,
     pause: Callable[[float], None] = time.sleep,
 ) -> Figures:
@@ -27,7 +27,7 @@ def measured(
     discarded: list[float] = []
     while True:
         figures, others = watch(measure)
-        quiet = others is None or others <= MOST_OTHERS
+        quiet = others is None or others <= MAX_FOREIGN_CPU
         if quiet or len(discarded) == attempts - 1:
             return figures | {
                 "others": None if others is None else round(others, 4),

@@ -22,7 +22,7 @@ from benchmarks.figures import (
     where,
 )
 from benchmarks.goals import goals
-from benchmarks.measuring import MOST_OTHERS, Figures
+from benchmarks.measuring import MAX_FOREIGN_CPU, Figures
 from benchmarks.results import Results
 
 ORDER = ("service", "engine")  # ours first
@@ -158,8 +158,8 @@ def _foot(results: Results) -> Iterator[str]:
     yield from ("", "## How quiet it was", "")
     yield (
         f"{len(measurements)} measurements are kept. {discarded} more were discarded and repeated, because other "
-        f"processes took over {MOST_OTHERS:.0%} of the processors' time; {contended} stayed so at the last attempt and "
-        "are in the figures."
+        f"processes took over {MAX_FOREIGN_CPU:.0%} of the processors' time; {contended} stayed so at the last attempt "
+        "and are in the figures."
     )
     if unwatched:
         yield f"For {unwatched} of them the system did not tell what others took."

@@ -15,14 +15,14 @@ from tests.support.scripted_model import ScriptedModel
 from tests.support.service import Service, ServiceMaker, until, with_config
 
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
-from llama2_server.admission.accounts import Accounts, OpenAccounts
+from llama2_server.admission.accounts import AnonymousAuthenticator, Authenticator
 from llama2_server.api.health import HealthServicer
 from llama2_server.app import grounded, running
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.config.settings import Settings
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle import probe
-from llama2_server.lifecycle.model_loading import Loaded
+from llama2_server.lifecycle.model_loading import LoadedModel
 from llama2_server.telemetry.telemetry import Telemetry
 
 
@@ -62,7 +62,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         *,
         ends: bool = True,
         card: ModelCard | None = None,
-        accounts: Accounts | None = None,
+        accounts: Authenticator | None = None,
         failure: Exception | None = None,
         telemetry: Telemetry | None = None,
         fingerprint: str = "scripted",
@@ -79,7 +79,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         )
         model.failure = failure
         eos_ids = frozenset({demo_tokenizer.eos_id})
-        loaded = Loaded(card, accounts or OpenAccounts(), demo_tokenizer, model, eos_ids, fingerprint)
+        loaded = LoadedModel(card, accounts or AnonymousAuthenticator(), demo_tokenizer, model, eos_ids, fingerprint)
         options = Settings.model_validate(
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 5, **settings}
         )

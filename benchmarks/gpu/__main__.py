@@ -27,7 +27,7 @@ from benchmarks.gpu.models import SHAPES, random_model
 from benchmarks.gpu.peer import TransformersGenerate
 from benchmarks.gpu.picture import picture
 from benchmarks.gpu.report import report
-from llama2_server.engine.cuda.build import steps_for
+from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.engine import Engine
 
 CONTEXT_LENGTH = 3072
@@ -100,7 +100,7 @@ def in_process(shape: str, device: str, rows: int) -> Iterator[tuple[str, Any]]:
     """The bare engine, transformers over the same memory, and the profile."""
     model = random_model(shape, device, slots=rows, context_length=CONTEXT_LENGTH)
     begun = time.perf_counter()
-    steps = steps_for(model, compiled=True, cache_directory=None)
+    steps = build_step_runner(model, compiled=True, cache_directory=None)
     yield "building steps", {"seconds": time.perf_counter() - begun, "kind": type(steps).__name__}
     engine = Engine(model, frozenset(), steps=steps)
     bare = BareEngine(engine, model.vocab_size)
@@ -124,7 +124,7 @@ def _speed(bare: BareEngine, **options: Any) -> dict[str, Any]:
 
 
 def _profile(steps: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
-    if type(steps).__name__ == "CudaSteps":
+    if type(steps).__name__ == "CudaStepRunner":
         from benchmarks.gpu.kernels import step_profile  # needs CUDA
 
         seconds, shares = step_profile(steps, [3 + index % (vocab_size - 3) for index in range(128)])

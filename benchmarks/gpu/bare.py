@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason
+from llama2_server.engine.sequence import FinishReason, SequenceResult
 
 ROUNDS = 5
 
@@ -18,14 +18,14 @@ class Times:
 
     def __init__(self) -> None:
         self.first: float | None = None
-        self.ended: queue.Queue[tuple[float, Finish]] = queue.Queue()
+        self.ended: queue.Queue[tuple[float, SequenceResult]] = queue.Queue()
 
     def on_token(self, token_id: int) -> bool:
         """Note the first one."""
         self.first = self.first or time.perf_counter()
         return False
 
-    def on_finish(self, finish: Finish) -> None:
+    def on_finish(self, finish: SequenceResult) -> None:
         """Note the time."""
         self.ended.put((time.perf_counter(), finish))
 

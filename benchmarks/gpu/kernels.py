@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llama2_server.engine.cuda.step_runner import CudaSteps
+from llama2_server.engine.cuda.step_runner import CudaStepRunner
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, Sequence
+from llama2_server.engine.sequence import Sequence, SequenceResult
 
 STEPS = 8
 
@@ -27,11 +27,11 @@ class _Nobody:
     def on_token(self, token_id: int) -> bool:
         return False
 
-    def on_finish(self, finish: Finish) -> None:
+    def on_finish(self, finish: SequenceResult) -> None:
         pass
 
 
-def step_profile(steps: CudaSteps, prompt_ids: list[int]) -> tuple[float, list[Share]]:
+def step_profile(steps: CudaStepRunner, prompt_ids: list[int]) -> tuple[float, list[Share]]:
     """Seconds of a step from its first kernel to the next step's first, and its kernels, the longest first."""
     sequence = Sequence(prompt_ids, GenerationParams(4 * STEPS, temperature=0), _Nobody(), slot=0)
     list(steps.prefill(sequence, prompt_ids))

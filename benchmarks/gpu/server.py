@@ -9,24 +9,26 @@ from tools.make_checkpoint import make_tokenizer
 
 from benchmarks.gpu.models import SHAPES, random_model
 from llama2_server import app
-from llama2_server.admission.accounts import Accounts
+from llama2_server.admission.accounts import Authenticator
 from llama2_server.card import ModelCard
 from llama2_server.cli.main import main
 from llama2_server.config.settings import Settings
-from llama2_server.engine.cuda.build import steps_for
+from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.lifecycle.model_loading import Loaded
+from llama2_server.lifecycle.model_loading import LoadedModel
 
 
-def random_load(shape: str, device: str, settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
+def random_load(shape: str, device: str, settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
     """What `loading.load` does, without a checkpoint; no token ends a reply."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
         make_tokenizer(path, SHAPES[shape].vocab_size)
         tokenizer = Tokenizer(path)
     model = random_model(shape, device, slots=card.max_concurrent_requests, context_length=card.context_length_limit)
-    steps = steps_for(model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda")
-    return Loaded(card, accounts, tokenizer, model, frozenset(), "random", steps)
+    steps = build_step_runner(
+        model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
+    )
+    return LoadedModel(card, accounts, tokenizer, model, frozenset(), "random", steps)
 
 
 if __name__ == "__main__":

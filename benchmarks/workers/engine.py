@@ -11,7 +11,7 @@ from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.native.library import NativeUnavailable, read_bandwidth, use_huge_pages
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason
+from llama2_server.engine.sequence import FinishReason, SequenceResult
 
 BANDWIDTH_BYTES = 2**30  # far beyond any cache
 BANDWIDTH_READS = 5
@@ -23,7 +23,7 @@ class Times:
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.first = 0.0
-        self.ended: queue.Queue[tuple[float, Finish]] = queue.Queue()
+        self.ended: queue.Queue[tuple[float, SequenceResult]] = queue.Queue()
 
     def on_token(self, token_id: int) -> bool:
         """Keep it."""
@@ -31,7 +31,7 @@ class Times:
         self.token_ids.append(token_id)
         return False
 
-    def on_finish(self, finish: Finish) -> None:
+    def on_finish(self, finish: SequenceResult) -> None:
         """Note the time."""
         self.ended.put((time.perf_counter(), finish))
 

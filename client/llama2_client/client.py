@@ -31,7 +31,7 @@ from llama2_client.request import GenerationOptions, build_request
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
 # Three years: far beyond, gRPC's clock overflows and a call would fail at once.
-LONGEST_TIMEOUT_SECONDS = 1e8
+MAX_TIMEOUT_SECONDS = 1e8
 
 _Request = TypeVar("_Request", bound=ProtobufMessage)
 _Response = TypeVar("_Response", bound=ProtobufMessage)
@@ -200,7 +200,7 @@ class Client:
 
     def _seconds(self, timeout: float | None) -> float | None:
         seconds = self.timeout if timeout is None else timeout
-        return None if seconds is None or seconds > LONGEST_TIMEOUT_SECONDS else seconds
+        return None if seconds is None or seconds > MAX_TIMEOUT_SECONDS else seconds
 
     @property
     def _channel(self) -> grpc.aio.Channel:

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import grpc.aio
 
-from llama2_server.admission.accounts import Accounts, KeyAccounts
-from llama2_server.admission.request_queue import Slots
+from llama2_server.admission.accounts import ApiKeyAuthenticator, Authenticator
+from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.health import HealthServicer
 from llama2_server.api.interceptor import CallInterceptor
 from llama2_server.api.server import add_port, health_port, make_server
@@ -24,33 +24,33 @@ from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.engine import Engine
-from llama2_server.generation.supervised_engine import WatchedEngine
+from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.lifecycle.gauges import show
-from llama2_server.lifecycle.model_loading import Loaded, load
+from llama2_server.lifecycle.model_loading import LoadedModel, load
 from llama2_server.lifecycle.preflight import read_card_and_accounts
 from llama2_server.lifecycle.probe import probe
 from llama2_server.lifecycle.readiness import Readiness
 from llama2_server.lifecycle.stores import Stores, open_stores
-from llama2_server.lifecycle.timeout_checks import warn_of_slowness
+from llama2_server.lifecycle.timeout_checks import warn_if_timeouts_too_short
 from llama2_server.telemetry.logging import on_loop_exception
 from llama2_server.telemetry.metrics import Metrics
 from llama2_server.telemetry.telemetry import Telemetry, opened
 
 logger = logging.getLogger(__name__)
 
-ENGINE_LOST = 70
+EXIT_ENGINE_FAILED = 70
 """The exit code of a process whose engine hung or died: it has to be started anew."""
-SECOND_SIGNAL = 130
+EXIT_INTERRUPTED = 130
 # A step of a 7B model on a slow CPU takes seconds; one that takes longer than this is not waited for.
-LAST_STEP_SECONDS = 10.0
+ENGINE_STOP_TIMEOUT_SECONDS = 10.0
 # What calls have for their last words once nothing is computed for them any more.
-LAST_WORDS_SECONDS = 2.0
+STATUS_FLUSH_SECONDS = 2.0
 # Calls that are on their way when the drain begins are refused in words for so long: gRPC would just cut them off.
-QUIET_SECONDS = 0.05
-LONGEST_UNTIL_QUIET_SECONDS = 1.0
+IDLE_WINDOW_SECONDS = 0.05
+IDLE_TIMEOUT_SECONDS = 1.0
 
 Result = TypeVar("Result")
-Load = Callable[[Settings, ModelCard, Accounts], Loaded]
+Load = Callable[[Settings, ModelCard, Authenticator], LoadedModel]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Ground:
     stores: Stores
 
 
-class _EndedEarly(Exception):
+class _StartupCancelled(Exception):
     """The end was asked for before the server served."""
 
 
@@ -70,7 +70,7 @@ async def serve(settings: Settings, load: Load = load) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process at once.
 
     Returns:
-        The exit code: 0, or ENGINE_LOST.
+        The exit code: 0, or EXIT_ENGINE_FAILED.
 
     Raises:
         ConfigurationError: it cannot be served.
@@ -86,7 +86,7 @@ async def serve(settings: Settings, load: Load = load) -> int:
             logger.info("stopped while loading")
             return ending.result()
 
-        with suppress(_EndedEarly):
+        with suppress(_StartupCancelled):
             async with running(settings, loading.result(), ground, ending) as address:
                 _say_serving(settings, address)
                 await ending
@@ -115,23 +115,23 @@ async def grounded(settings: Settings, card: ModelCard, telemetry: Telemetry | N
 
 @asynccontextmanager
 async def running(
-    settings: Settings, loaded: Loaded, ground: Ground, ending: "asyncio.Future[int] | None" = None
+    settings: Settings, loaded: LoadedModel, ground: Ground, ending: "asyncio.Future[int] | None" = None
 ) -> AsyncIterator[str]:
     """Warm up, listen and be SERVING for the body of the `async with`, which gets the address; then drain.
 
     `ending` gets the exit code when the engine is lost; where it has one during the warm-up, that is given up.
 
     Raises:
-        _EndedEarly: it was.
+        _StartupCancelled: it was.
         ConfigurationError: the warm-up failed, or the address cannot be listened on.
         CertificateError: the certificate's files cannot be used.
     """
     metrics, health = ground.telemetry.metrics, ground.health
     ending = ending or asyncio.get_running_loop().create_future()
     async with AsyncExitStack() as stack:
-        if isinstance(loaded.accounts, KeyAccounts):
+        if isinstance(loaded.accounts, ApiKeyAuthenticator):
             await stack.enter_async_context(_beside(loaded.accounts.watch()))
-        engine = WatchedEngine(
+        engine = SupervisedEngine(
             Engine(loaded.model, loaded.eos_ids, on_step=metrics.on_step, steps=loaded.steps),
             engine_step_timeout_seconds=settings.engine_step_timeout_seconds,
             on_outcome=lambda worked: readiness.heard(worked),  # noqa: PLW0108 - it is made below
@@ -158,8 +158,10 @@ async def running(
             await servicer.close()
 
 
-def _parts(settings: Settings, loaded: Loaded, stores: Stores, engine: WatchedEngine, metrics: Metrics) -> Parts:
-    slots = Slots(
+def _parts(
+    settings: Settings, loaded: LoadedModel, stores: Stores, engine: SupervisedEngine, metrics: Metrics
+) -> Parts:
+    slots = RequestQueue(
         loaded.card.max_concurrent_requests,
         max_queue_size=settings.max_queue_size,
         queue_timeout_seconds=settings.queue_timeout_seconds,
@@ -186,7 +188,7 @@ async def _warm_up(settings: Settings, parts: Parts, chunk_tokens: int) -> None:
             raise ConfigurationError("the model cannot generate; the log above says why")
     prefill_seconds = (generation.first_token_at - generation.slot_at) / generation.counts.input_tokens
     decode_seconds = generation.finished_at - generation.first_token_at
-    warn_of_slowness(
+    warn_if_timeouts_too_short(
         settings,
         parts.card,
         prefill_seconds=prefill_seconds,
@@ -201,7 +203,7 @@ async def _watch(parts: Parts, health: HealthServicer, ending: "asyncio.Future[i
     health.close()
     parts.slots.close()
     if not ending.done():
-        ending.set_result(ENGINE_LOST)
+        ending.set_result(EXIT_ENGINE_FAILED)
 
 
 async def _drain(
@@ -214,11 +216,13 @@ async def _drain(
     await _quiet(interceptor)
     # Say GOAWAY, and let running calls finish.
     shutdown_grace_seconds = 0.0 if parts.engine.lost else settings.shutdown_grace_seconds
-    stopping = asyncio.create_task(server.stop(shutdown_grace_seconds + LAST_STEP_SECONDS + LAST_WORDS_SECONDS))
+    stopping = asyncio.create_task(
+        server.stop(shutdown_grace_seconds + ENGINE_STOP_TIMEOUT_SECONDS + STATUS_FLUSH_SECONDS)
+    )
     await asyncio.wait([stopping], timeout=shutdown_grace_seconds)
     # End those who took too long with a status that says so; what was computed is recorded.
-    await parts.engine.close(LAST_STEP_SECONDS)
-    await asyncio.wait([stopping], timeout=LAST_WORDS_SECONDS)
+    await parts.engine.close(ENGINE_STOP_TIMEOUT_SECONDS)
+    await asyncio.wait([stopping], timeout=STATUS_FLUSH_SECONDS)
     await server.stop(None)
     await stopping
 
@@ -226,19 +230,19 @@ async def _drain(
 async def _quiet(interceptor: CallInterceptor) -> None:
     """Wait until no calls come any more."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(LONGEST_UNTIL_QUIET_SECONDS):
+        async with asyncio.timeout(IDLE_TIMEOUT_SECONDS):
             seen = -1
             while seen != interceptor.calls:
                 seen = interceptor.calls
-                await asyncio.sleep(QUIET_SECONDS)
+                await asyncio.sleep(IDLE_WINDOW_SECONDS)
 
 
 async def _unless(ending: "asyncio.Future[int]", work: Awaitable[None]) -> None:
-    """Do the work; raises _EndedEarly, and gives the work up, if the end comes first."""
+    """Do the work; raises _StartupCancelled, and gives the work up, if the end comes first."""
     async with _beside(work) as task:
         await asyncio.wait((task, ending), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise _EndedEarly
+            raise _StartupCancelled
         task.result()
 
 
@@ -274,7 +278,7 @@ def _in_thread(name: str, work: Callable[[], Result]) -> "asyncio.Future[Result]
 def _on_signals(ending: "asyncio.Future[int]") -> None:
     def on_signal() -> None:
         if ending.done():
-            os._exit(SECOND_SIGNAL)
+            os._exit(EXIT_INTERRUPTED)
         ending.set_result(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):

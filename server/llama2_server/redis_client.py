@@ -10,17 +10,17 @@ from urllib.parse import urlsplit
 logger = logging.getLogger(__name__)
 
 # A store that swallows packets shall not cost every call the time-out.
-REST_SECONDS = 1.0
+BACKOFF_SECONDS = 1.0
 CONNECTIONS = 16
 
 Answer = TypeVar("Answer")
 
 
-class RedisDown(Exception):
+class RedisUnavailable(Exception):
     """Redis does not answer, or not with an answer."""
 
 
-class RedisLink:
+class RedisClient:
     """Connects at the first question, and again by itself.
 
     Args:
@@ -68,19 +68,19 @@ class RedisLink:
         """The answer to a question that uses `client`.
 
         Raises:
-            RedisDown: there is none, or there was none a moment ago.
+            RedisUnavailable: there is none, or there was none a moment ago.
         """
         if _now() < self._rests_until:
-            raise RedisDown
+            raise RedisUnavailable
         try:
             async with asyncio.timeout(self.timeout_seconds):
                 answer = await question()
         except self._failures as error:
-            self._rests_until = _now() + REST_SECONDS
+            self._rests_until = _now() + BACKOFF_SECONDS
             if self.up:
                 logger.warning("the %s does not answer (%s)", self._subject, type(error).__name__)
             self.up = False
-            raise RedisDown from error
+            raise RedisUnavailable from error
         if not self.up:
             logger.warning("the %s answers again", self._subject)
         self.up = True

@@ -23,7 +23,7 @@ from tests.helm.chart import (
 )
 from tools.chart import CHART
 
-from llama2_server.app import LAST_STEP_SECONDS
+from llama2_server.app import ENGINE_STOP_TIMEOUT_SECONDS
 from llama2_server.card import ModelCard, load_card, parse_card
 from llama2_server.config.settings import Settings
 from llama2_server.usage.ledger import CLOSE_SECONDS
@@ -165,7 +165,7 @@ def test_the_longest_generation_ends_before_the_pod_does(release: Rendered) -> N
     assert before == values["drain"]["preStopSeconds"]
     rest = spec["terminationGracePeriodSeconds"] - before - grace
     assert rest == values["drain"]["flushSeconds"]
-    assert rest >= LAST_STEP_SECONDS + CLOSE_SECONDS
+    assert rest >= ENGINE_STOP_TIMEOUT_SECONDS + CLOSE_SECONDS
 
 
 def test_a_connection_that_ends_lets_its_calls_end(release: Rendered) -> None:

@@ -26,10 +26,10 @@ from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.engine import Engine
 from llama2_server.generation import supervised_engine as watchdog
-from llama2_server.generation.supervised_engine import WatchedEngine
+from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.lifecycle.model_loading import LoadingProgress
 from llama2_server.lifecycle.readiness import Readiness
-from llama2_server.lifecycle.timeout_checks import warn_of_slowness
+from llama2_server.lifecycle.timeout_checks import warn_if_timeouts_too_short
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -71,9 +71,9 @@ class TestWarmUp:
     def test_slowness_is_warned_of(self, demo_card: ModelCard, caplog: pytest.LogCaptureFixture) -> None:
         """Where the longest generation outlasts the grace of a connection, or a step the watchdog, the log says so."""
         settings = Settings.model_validate({})
-        warn_of_slowness(settings, demo_card, prefill_seconds=0.001, decode_seconds=0.01, chunk_tokens=512)
+        warn_if_timeouts_too_short(settings, demo_card, prefill_seconds=0.001, decode_seconds=0.01, chunk_tokens=512)
         assert not caplog.messages
-        warn_of_slowness(settings, demo_card, prefill_seconds=0.2, decode_seconds=10.0, chunk_tokens=512)
+        warn_if_timeouts_too_short(settings, demo_card, prefill_seconds=0.2, decode_seconds=10.0, chunk_tokens=512)
         assert [message.partition(":")[0] for message in caplog.messages] == [
             "max_connection_age_grace_seconds",
             "engine_step_timeout_seconds",
@@ -197,7 +197,7 @@ class TestWatchdog:
         self, serve_scripted: ServiceMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its call gets UNAVAILABLE when the grace is over, what was computed is recorded, and the drain ends."""
-        monkeypatch.setattr(app, "LAST_STEP_SECONDS", 0.1)
+        monkeypatch.setattr(app, "ENGINE_STOP_TIMEOUT_SECONDS", 0.1)
         try:
             async with asyncio.timeout(30), serve_scripted(shutdown_grace_seconds=0) as service:
                 monkeypatch.setattr(service.model, "open_gate", lambda: None)  # nor does it end with the drain
@@ -217,7 +217,7 @@ class TestWatchdog:
             clock = asyncio.get_running_loop().time
             monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=clock))
             engine = SimpleNamespace(alive=True, step_began_at=None)
-            watched = WatchedEngine(cast(Engine, engine), engine_step_timeout_seconds=0.5)
+            watched = SupervisedEngine(cast(Engine, engine), engine_step_timeout_seconds=0.5)
             watching = asyncio.create_task(watched.watch())
             for _ in range(20):
                 engine.step_began_at = clock()

@@ -20,7 +20,7 @@ from llama2_server.admission import quota as quota_module
 from llama2_server.admission.quota import Quota, QuotaStatus
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable
-from llama2_server.redis_client import RedisLink
+from llama2_server.redis_client import RedisClient
 
 FIVE = RequestsPerMinute(default=5, accounts={"32118455": 60, "small": 1})
 HOURS = 3600.0
@@ -393,7 +393,7 @@ async def test_password_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "wr0ng" not in said
 
 
-def link_of(quota: Quota) -> RedisLink:
+def link_of(quota: Quota) -> RedisClient:
     """The quota's own connection to Redis."""
     assert quota._shared is not None
     return quota._shared._link

@@ -17,14 +17,14 @@ from tests.support.redis_server import RedisServer, running_redis
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.generation import response_cache as cache_module
 from llama2_server.generation.response_cache import (
-    CachedReply,
+    CacheEntry,
     CacheKey,
     MemoryResponseCache,
     RedisResponseCache,
     ResponseCache,
 )
 
-REPLY = CachedReply("Once upon a time ✨ there\nwas a fox.", "END_OF_SEQUENCE", 12, 9, 2**64 - 1)
+REPLY = CacheEntry("Once upon a time ✨ there\nwas a fox.", "END_OF_SEQUENCE", 12, 9, 2**64 - 1)
 PARAMS = GenerationParams(
     max_tokens=256, temperature=0.7, top_p=0.8, top_k=40, seed=7, repetition_penalty=1.1, stop=("a", "b")
 )

@@ -28,7 +28,7 @@ from llama2.v1 import account_pb2, account_pb2_grpc, model_pb2
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.accounts import Account, Metadata
 from llama2_server.card import ModelCard, RequestsPerMinute
-from llama2_server.usage.pricing import TokenCounts, neurons
+from llama2_server.usage.pricing import TokenUsage, neurons
 
 REPLY = "Once upon a time, a fox 🦊 lived by the sea."
 
@@ -250,7 +250,7 @@ async def test_usage_tells_the_callers_own_totals(serve_scripted: ServiceMaker, 
         assert day.input_tokens == sum(completion.usage.input_tokens for completion in computed)
         assert day.output_tokens == sum(completion.usage.output_tokens for completion in computed)
         assert Decimal(day.neurons) == sum(Decimal(reply.completion.usage.neurons) for reply in replies)
-        counts = TokenCounts(day.input_tokens, day.output_tokens)
+        counts = TokenUsage(day.input_tokens, day.output_tokens)
         assert Decimal(day.neurons) == neurons(counts, sharing_card.neuron_costs)
         assert day.cached_tokens > 0
 
@@ -316,5 +316,5 @@ async def test_prompt_that_begins_alike_is_reused_by_its_account_only(
     assert first.reused_input_tokens == 0
     assert first.input_tokens > second.reused_input_tokens > 0
     assert Decimal(second.neurons) == neurons(
-        TokenCounts(second.input_tokens, second.output_tokens), sharing_card.neuron_costs
+        TokenUsage(second.input_tokens, second.output_tokens), sharing_card.neuron_costs
     )

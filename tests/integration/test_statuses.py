@@ -15,7 +15,7 @@ from tests.support.service import ServiceMaker, details, hold_the_slot, server_d
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client import errors as client_errors
-from llama2_server.admission.accounts import KeyAccounts, new_key
+from llama2_server.admission.accounts import ApiKeyAuthenticator, new_key
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.errors import ServiceError
 
@@ -81,7 +81,7 @@ async def malformed_bytes(scene: Scene) -> grpc.aio.AioRpcError:
 async def wrong_key(scene: Scene, metadata: tuple[tuple[str, str], ...]) -> grpc.aio.AioRpcError:
     keys = scene.tmp_path / "keys.yaml"
     keys.write_text("keys: {}\n")
-    async with scene.serve(accounts=KeyAccounts(keys)) as service:
+    async with scene.serve(accounts=ApiKeyAuthenticator(keys)) as service:
         return await refused(service.text.Generate(REQUEST, metadata=metadata))
 
 
@@ -97,7 +97,7 @@ async def disabled_account(scene: Scene) -> grpc.aio.AioRpcError:
     key, line = new_key("42")
     keys = scene.tmp_path / "keys.yaml"
     keys.write_text(f"keys:\n  {line.replace('enabled: true', 'enabled: false')}\n")
-    async with scene.serve(accounts=KeyAccounts(keys)) as service:
+    async with scene.serve(accounts=ApiKeyAuthenticator(keys)) as service:
         return await refused(service.text.Generate(REQUEST, metadata=(("authorization", f"Bearer {key}"),)))
 
 

@@ -7,31 +7,31 @@ import threading
 from tests.support.scripted_model import ScriptedModel
 
 from llama2_server import app
-from llama2_server.admission.accounts import Accounts
+from llama2_server.admission.accounts import Authenticator
 from llama2_server.card import ModelCard
 from llama2_server.cli.main import main
 from llama2_server.config.settings import Settings
-from llama2_server.lifecycle.model_loading import Loaded, load
+from llama2_server.lifecycle.model_loading import LoadedModel, load
 
 HANGS_AFTER_STEPS = 8
 
 
-def never_loads(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
+def never_loads(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
     """Weights that never come."""
     threading.Event().wait()
     raise AssertionError
 
 
-def hangs(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
+def hangs(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
     """A model that does not come back from one of its steps, some time after the warm-up."""
     loaded = load(settings, card, accounts)
     model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
     model.gate()
     model.allow(HANGS_AFTER_STEPS)
-    return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
-def hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
+def hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
     """A model that does not come back from its first step, and says when it is in it."""
     loaded = load(settings, card, accounts)
     model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
@@ -42,7 +42,7 @@ def hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Accounts
         print("in the first step", flush=True)
 
     threading.Thread(target=tell, daemon=True).start()
-    return Loaded(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
 if __name__ == "__main__":

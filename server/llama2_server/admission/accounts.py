@@ -47,7 +47,7 @@ ANONYMOUS = Account("anonymous")
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
-class Accounts(Protocol):
+class Authenticator(Protocol):
     """Tells whose call it is."""
 
     def authenticate(self, metadata: Metadata) -> Account:
@@ -59,7 +59,7 @@ class Accounts(Protocol):
         """
 
 
-class OpenAccounts:
+class AnonymousAuthenticator:
     """Everybody is anonymous."""
 
     def authenticate(self, metadata: Metadata) -> Account:
@@ -85,7 +85,7 @@ class _KeysFile(BaseModel):
     keys: dict[Annotated[str, Field(pattern="^[0-9a-f]{12}$")], _Entry]
 
 
-class KeyAccounts:
+class ApiKeyAuthenticator:
     """Accounts by the keys of a file; `watch` keeps up with it."""
 
     def __init__(self, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable
-from llama2_server.redis_client import RedisDown, RedisLink
+from llama2_server.redis_client import RedisClient, RedisUnavailable
 
 STORE_TIMEOUT_SECONDS = 1.0
 
@@ -137,7 +137,7 @@ class Quota:
             return self._local.use(account, limit, take=take)
         try:
             window = await self._shared.use(account, limit, take=take)
-        except RedisDown:
+        except RedisUnavailable:
             self.store_failures += 1
             if self._fallback == "reject":
                 raise QuotaStoreUnavailable("requests cannot be counted now; try again") from None
@@ -171,7 +171,7 @@ class _RedisWindows:
     """The windows of all replicas, in Redis and by its clock; every call is one atomic script."""
 
     def __init__(self, url: str, window: int, model: str) -> None:
-        self._link = RedisLink(url, subject="quota store", timeout_seconds=STORE_TIMEOUT_SECONDS)
+        self._link = RedisClient(url, subject="quota store", timeout_seconds=STORE_TIMEOUT_SECONDS)
         self._script: Any = self._link.client.register_script(_WINDOW_SCRIPT)
         self._window = window
         self._prefix = f"llama2:quota:{model}:"
@@ -181,7 +181,7 @@ class _RedisWindows:
         return self._link.up
 
     async def use(self, account: str, limit: int, *, take: bool) -> _Window:
-        """Raises RedisDown."""
+        """Raises RedisUnavailable."""
         keys, arguments = [self._prefix + account], [limit, self._window, int(take)]
         taken, used, fits_in, empty_in = await self._link.ask(lambda: self._script(keys=keys, args=arguments))
         return _Window(bool(taken), used, fits_in, empty_in)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
 # How much the newest holding time counts in the running mean: a change of load shows after a handful of requests.
-NEWEST_WEIGHT = 0.3
+EMA_ALPHA = 0.3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Turn:
+class SlotLease:
     """A slot that is held."""
 
     queue_seconds: float
@@ -27,7 +27,7 @@ class Turn:
     """When it was got, by the loop's clock."""
 
 
-class Slots:
+class RequestQueue:
     """`limit` slots behind a line of at most `max_queue_size` calls, each waiting at most `queue_timeout_seconds`.
 
     `on_waited` hears how long each call waited for its slot, or until it left the line without one.
@@ -46,7 +46,7 @@ class Slots:
         self._max_queue_size = max_queue_size
         self._queue_timeout_seconds = queue_timeout_seconds
         self._granted = 0  # slots that are held, or on their way to a waiter who has not run yet
-        self._turns: set[Turn] = set()
+        self._turns: set[SlotLease] = set()
         self._line: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the first account is served next
         self._mean_hold_seconds: float | None = None
         self._closed = False
@@ -62,7 +62,7 @@ class Slots:
         return sum(len(waiters) for waiters in self._line.values())
 
     @asynccontextmanager
-    async def acquire(self, account: str, deadline: float | None) -> AsyncIterator[Turn]:
+    async def acquire(self, account: str, deadline: float | None) -> AsyncIterator[SlotLease]:
         """Wait in line and hold a slot for the body of the `async with`.
 
         Args:
@@ -76,24 +76,24 @@ class Slots:
             ShuttingDown: the server is shutting down.
         """
         arrived = _now()
-        self.refuse_when_closed()
+        self.check_open()
         if self._granted < self._limit:
             self._granted += 1
             self._on_waited(0.0)
         else:
-            self.refuse_hopeless(account, deadline)
+            self.check_wait(account, deadline)
             try:
-                await self._wait_in_line(account, deadline)
+                await self._wait_in_queue(account, deadline)
             finally:
                 self._on_waited(_now() - arrived)
-        turn = Turn(_now() - arrived, _now())
+        turn = SlotLease(_now() - arrived, _now())
         self._turns.add(turn)
         try:
             yield turn
         finally:
             self._turns.remove(turn)
-            self._learn(_now() - turn.begun)
-            self._hand_over()
+            self._update_mean_hold(_now() - turn.begun)
+            self._release()
 
     def close(self) -> None:
         """Refuse all who wait and all who come with ShuttingDown; slots that are held are left to finish."""
@@ -104,7 +104,7 @@ class Slots:
                     waiter.set_exception(_draining())
         self._line.clear()
 
-    def refuse_when_closed(self) -> None:
+    def check_open(self) -> None:
         """Refuse a call before anything is counted for it.
 
         Raises:
@@ -117,13 +117,13 @@ class Slots:
         """How long a call of this account that came now would wait; 0 while nothing is known yet."""
         if self._granted < self._limit:
             return 0.0
-        free_in = self._free_in_seconds()
+        free_in = self._slot_free_times()
         mean = self._mean_hold_seconds or 0.0
-        for _ in range(self._served_before(account)):
+        for _ in range(self._position(account)):
             heapq.heapreplace(free_in, free_in[0] + mean)
         return free_in[0]
 
-    def refuse_hopeless(self, account: str, deadline: float | None) -> None:
+    def check_wait(self, account: str, deadline: float | None) -> None:
         """Refuse a call of this account that has no place in line, or that would wait in vain.
 
         Raises:
@@ -133,7 +133,7 @@ class Slots:
             return
         if self.waiting >= self._max_queue_size:
             raise QueueFull(
-                f"all {self._max_queue_size} places in the waiting line are taken", self._free_in_seconds()[0]
+                f"all {self._max_queue_size} places in the waiting line are taken", self._slot_free_times()[0]
             )
         patience = self._queue_timeout_seconds
         if deadline is not None:
@@ -142,7 +142,7 @@ class Slots:
         if estimate > patience:
             raise self._too_long(patience, estimate)
 
-    async def _wait_in_line(self, account: str, deadline: float | None) -> None:
+    async def _wait_in_queue(self, account: str, deadline: float | None) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.setdefault(account, deque()).append(waiter)
         limit = _now() + self._queue_timeout_seconds
@@ -150,19 +150,19 @@ class Slots:
             async with asyncio.timeout_at(limit if deadline is None else min(limit, deadline)):
                 await waiter
         except TimeoutError:
-            self._give_up(account, waiter)
+            self._abandon(account, waiter)
             if deadline is not None and deadline <= limit:
                 raise DeadlineExceeded("the deadline passed in the waiting line") from None
             raise self._too_long(self._queue_timeout_seconds, self.estimated_wait_seconds(account)) from None
         except BaseException:
-            self._give_up(account, waiter)
+            self._abandon(account, waiter)
             raise
 
     def _too_long(self, patience: float, estimate: float) -> QueueWaitTooLong:
         message = f"the estimated wait is {estimate:.1f} s, and this call can wait {max(0.0, patience):.1f} s"
         return QueueWaitTooLong(message, max(estimate - patience, 0.0))
 
-    def _give_up(self, account: str, waiter: asyncio.Future[None]) -> None:
+    def _abandon(self, account: str, waiter: asyncio.Future[None]) -> None:
         """Take a waiter out of line; a slot that reached it too late goes on to the next one."""
         waiters = self._line.get(account)
         if waiters is not None and waiter in waiters:
@@ -170,9 +170,9 @@ class Slots:
             if not waiters:
                 del self._line[account]
         elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-            self._hand_over()
+            self._release()
 
-    def _hand_over(self) -> None:
+    def _release(self) -> None:
         """Pass a slot to the next in line; its account goes to the end of the round."""
         while self._line:
             account, waiters = self._line.popitem(last=False)
@@ -184,11 +184,11 @@ class Slots:
                 return
         self._granted -= 1
 
-    def _learn(self, hold_seconds: float) -> None:
+    def _update_mean_hold(self, hold_seconds: float) -> None:
         mean = hold_seconds if self._mean_hold_seconds is None else self._mean_hold_seconds
-        self._mean_hold_seconds = mean + NEWEST_WEIGHT * (hold_seconds - mean)
+        self._mean_hold_seconds = mean + EMA_ALPHA * (hold_seconds - mean)
 
-    def _free_in_seconds(self) -> list[float]:
+    def _slot_free_times(self) -> list[float]:
         """When each slot is expected to be free, as a heap."""
         mean = self._mean_hold_seconds or 0.0
         free_in = [max(0.0, turn.begun + mean - _now()) for turn in self._turns]
@@ -196,7 +196,7 @@ class Slots:
         heapq.heapify(free_in)
         return free_in
 
-    def _served_before(self, account: str) -> int:
+    def _position(self, account: str) -> int:
         """How many waiting calls would be served before a new one of this account."""
         own = len(self._line.get(account, ()))
         accounts = list(self._line)

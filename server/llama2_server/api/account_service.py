@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from llama2.v1 import account_pb2, account_pb2_grpc
-from llama2_server.admission.accounts import Accounts
+from llama2_server.admission.accounts import Authenticator
 from llama2_server.admission.quota import Quota
 from llama2_server.errors import InvalidRequest, Violation
 from llama2_server.telemetry.call import CALL
@@ -22,7 +22,7 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 class AccountServicer(account_pb2_grpc.AccountServiceServicer):
     """Tells callers about their own account."""
 
-    def __init__(self, accounts: Accounts, quota: Quota, ledger: Ledger) -> None:
+    def __init__(self, accounts: Authenticator, quota: Quota, ledger: Ledger) -> None:
         self._accounts = accounts
         self._quota = quota
         self._ledger = ledger

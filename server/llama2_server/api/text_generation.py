@@ -12,22 +12,22 @@ from google.protobuf.duration_pb2 import Duration
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
-from llama2_server.admission.accounts import Account, Accounts
+from llama2_server.admission.accounts import Account, Authenticator
 from llama2_server.admission.quota import Quota
-from llama2_server.admission.request_queue import Slots
+from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.validation import RequestValidator
 from llama2_server.card import ModelCard
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.generation.accounting import Admissions
-from llama2_server.generation.coalescing import Flights
+from llama2_server.generation.accounting import UsageRecorder
+from llama2_server.generation.coalescing import Coalescer
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.prompt import Prompt
-from llama2_server.generation.reply import Figures, LiveReply, Reply, StoredReply
-from llama2_server.generation.response_cache import CachedReply, CacheKey, ResponseCache
-from llama2_server.generation.supervised_engine import WatchedEngine
-from llama2_server.telemetry.call import CALL, Fact
+from llama2_server.generation.reply import CachedReply, Figures, GeneratedReply, Reply
+from llama2_server.generation.response_cache import CacheEntry, CacheKey, ResponseCache
+from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.telemetry.call import CALL, Attribute
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import decimal_text, neurons
 
@@ -43,13 +43,13 @@ class Parts:
     """What the servicers work with."""
 
     card: ModelCard
-    accounts: Accounts
+    accounts: Authenticator
     tokenizer: Tokenizer
     quota: Quota
     cache: ResponseCache | None
     ledger: Ledger
-    slots: Slots
-    engine: WatchedEngine
+    slots: RequestQueue
+    engine: SupervisedEngine
     fingerprint: str
     """Tells the weights from others."""
 
@@ -60,8 +60,8 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._validator = RequestValidator(parts.card, parts.tokenizer)
-        self._admissions = Admissions(parts.ledger, parts.card.name)
-        self._flights: Flights[CacheKey, Generation] = Flights(self._keep)
+        self._admissions = UsageRecorder(parts.ledger, parts.card.name)
+        self._flights: Coalescer[CacheKey, Generation] = Coalescer(self._keep)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """The whole reply in one message."""
@@ -100,13 +100,13 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
             prompt, params = self._validator.generation(request, streaming=streaming)
         call.request = _facts(params, streaming=streaming)
         # What cannot be served now costs no quota; what the quota refuses is not recorded.
-        parts.slots.refuse_when_closed()
-        parts.ledger.refuse_when_full(call.request_id, account.id, parts.card.name)
+        parts.slots.check_open()
+        parts.ledger.check_capacity(call.request_id, account.id, parts.card.name)
         await parts.quota.take(account.id)
         with self._admissions.admit(call, account.id) as admission:
             key = self._cache_key(request, account, prompt, params)
             if parts.cache is not None and key is not None and (cached := await parts.cache.get(key)) is not None:
-                stored = StoredReply(cached)
+                stored = CachedReply(cached)
                 admission.served_from_cache(stored.figures())
                 yield stored
                 return
@@ -114,14 +114,14 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
             def start() -> Generation:
                 on_progress = partial(parts.ledger.progress, call.request_id)
                 generation = Generation(prompt, params, parts.tokenizer, on_progress)
-                parts.slots.refuse_hopeless(account.id, deadline)
+                parts.slots.check_wait(account.id, deadline)
                 # Others may join a generation that has a key, and wait for it longer than this call would.
                 generation.start(parts.slots, parts.engine, account, deadline if key is None else None)
                 return generation
 
             with self._flights.join(key, start) as seat:
                 admission.served_by(seat.generation, shared=seat.shared)
-                yield LiveReply(seat.generation, shared=seat.shared, begun=call.begun)
+                yield GeneratedReply(seat.generation, shared=seat.shared, begun=call.begun)
 
     def _cache_key(
         self, request: pb.GenerateRequest, account: Account, prompt: Prompt, params: GenerationParams
@@ -138,7 +138,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         if self._parts.cache is not None and generation.finish_reason is not None:
             counts = generation.counts
             reason, seed = generation.finish_reason.name, generation.params.seed
-            reply = CachedReply(generation.text, reason, counts.input_tokens, counts.output_tokens, seed)
+            reply = CacheEntry(generation.text, reason, counts.input_tokens, counts.output_tokens, seed)
             await self._parts.cache.put(key, reply)
 
     def _completion(self, figures: Figures) -> pb.Completion:
@@ -168,7 +168,7 @@ def _deadline(context: Any) -> float | None:
     return None if remaining is None else now + remaining
 
 
-def _facts(params: GenerationParams, *, streaming: bool) -> dict[str, Fact]:
+def _facts(params: GenerationParams, *, streaming: bool) -> dict[str, Attribute]:
     """What telemetry may know of a request: numbers, by OpenTelemetry's names."""
     return {
         "gen_ai.request.stream": streaming,

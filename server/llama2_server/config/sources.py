@@ -26,7 +26,7 @@ class BadSettings(ConfigurationError):
 
 
 @dataclass(frozen=True, slots=True)
-class SourcedSettings:
+class ResolvedSettings:
     """Settings, and for each key that was set where its value comes from."""
 
     settings: Settings
@@ -42,7 +42,7 @@ class SourcedSettings:
         return self.sources.get(key, "default")
 
 
-def read_settings(arguments: Sequence[str]) -> SourcedSettings:
+def read_settings(arguments: Sequence[str]) -> ResolvedSettings:
     """The settings in force, given the command line's arguments; `--help` prints and exits.
 
     Raises:
@@ -63,7 +63,7 @@ def read_settings(arguments: Sequence[str]) -> SourcedSettings:
         raise BadSettings("\n".join([*problems, *_invalid(error, sources)])) from None
     if problems:
         raise BadSettings("\n".join(problems))
-    return SourcedSettings(settings, sources)
+    return ResolvedSettings(settings, sources)
 
 
 def _flags(arguments: Sequence[str]) -> Mapping[str, Any]:

@@ -16,10 +16,10 @@ from collections.abc import Sequence as SequenceOf
 
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import Model
-from llama2_server.engine.prefix_cache import FreeSlots
+from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason, Listener, Sequence
-from llama2_server.engine.step_runner import HostSteps, Steps, Token
+from llama2_server.engine.sequence import FinishReason, Sequence, SequenceListener, SequenceResult
+from llama2_server.engine.step_runner import HostStepRunner, StepRunner, Token
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +39,15 @@ class Engine:
         *,
         prefill_chunk_tokens: int | None = None,
         on_step: Callable[[str, float, int], None] = lambda *_: None,
-        steps: Steps | None = None,
+        steps: StepRunner | None = None,
     ) -> None:
         self._model = model
-        self._steps = steps or HostSteps(model)
+        self._steps = steps or HostStepRunner(model)
         self._under_way: deque[tuple[list[Sequence], Iterable[Token]]] = deque()
         self._on_step = on_step
         self._eos_ids = eos_ids
         self._prefill_chunk_tokens = prefill_chunk_tokens or model.prefill_chunk_tokens
-        self._free_slots = FreeSlots(model.slots, 1 if model.any_pieces else self._prefill_chunk_tokens)
+        self._free_slots = PrefixCache(model.slots, 1 if model.any_pieces else self._prefill_chunk_tokens)
         self._running: list[Sequence] = []
         self._submitted: deque[Sequence] = deque()
         self._wake = threading.Condition()
@@ -70,7 +70,7 @@ class Engine:
         self,
         prompt_ids: SequenceOf[int],
         params: GenerationParams,
-        listener: Listener,
+        listener: SequenceListener,
         owner: Hashable | None = None,
     ) -> Sequence:
         """Queue a sequence; its listener hears of it from the engine's thread.
@@ -214,7 +214,7 @@ class Engine:
             self._running.remove(sequence)
             self._free_slots.give_back(sequence.slot, sequence.owner, self._reusable(sequence, reason))
         reused = min(sequence.reused, sequence.input_tokens)
-        sequence.listener.on_finish(Finish(reason, sequence.input_tokens, len(sequence.output_ids), reused))
+        sequence.listener.on_finish(SequenceResult(reason, sequence.input_tokens, len(sequence.output_ids), reused))
 
     def _reusable(self, sequence: Sequence, reason: FinishReason) -> list[int]:
         """The tokens in the KV cache that a later prompt may build on."""

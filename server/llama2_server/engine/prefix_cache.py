@@ -9,17 +9,17 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 
-class _Held(NamedTuple):
+class _CachedPrefix(NamedTuple):
     owner: Hashable | None
     token_ids: Sequence[int]
 
 
-class FreeSlots:
+class PrefixCache:
     """The free slots, those first that have been free the longest, and the tokens in each, in multiples of a chunk."""
 
     def __init__(self, slots: int, chunk_tokens: int) -> None:
         self._chunk_tokens = chunk_tokens
-        self._held = {slot: _Held(None, ()) for slot in range(slots)}
+        self._held = {slot: _CachedPrefix(None, ()) for slot in range(slots)}
 
     def __bool__(self) -> bool:
         return bool(self._held)
@@ -34,7 +34,7 @@ class FreeSlots:
     def give_back(self, slot: int, owner: Hashable | None, held_ids: Sequence[int]) -> None:
         """Take a slot back, whose KV cache begins with these tokens of its owner's."""
         whole_chunks = len(held_ids) // self._chunk_tokens * self._chunk_tokens
-        self._held[slot] = _Held(owner, held_ids[:whole_chunks])
+        self._held[slot] = _CachedPrefix(owner, held_ids[:whole_chunks])
 
     def _reusable(self, slot: int, owner: Hashable | None, prompt_ids: Sequence[int]) -> int:
         held = self._held[slot]

@@ -20,7 +20,7 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
+class SequenceResult:
     """The end of a sequence, and what was computed for it; an end-of-sequence token counts."""
 
     reason: FinishReason
@@ -30,13 +30,13 @@ class Finish:
     """Those of the input tokens that were in the KV cache already."""
 
 
-class Listener(Protocol):
+class SequenceListener(Protocol):
     """Who gets a sequence's tokens; called on the engine's thread, so it must be quick and must not wait."""
 
     def on_token(self, token_id: int) -> bool:
         """Take one token (never an end-of-sequence one); True ends the sequence with STOP_SEQUENCE."""
 
-    def on_finish(self, finish: Finish) -> None:
+    def on_finish(self, finish: SequenceResult) -> None:
         """Called once, last."""
 
 
@@ -46,7 +46,7 @@ class Sequence:
 
     prompt_ids: list[int]
     params: GenerationParams
-    listener: Listener
+    listener: SequenceListener
     owner: Hashable | None = None
     slot: int = -1
     reused: int = 0  # tokens that the KV cache held already

@@ -17,7 +17,7 @@ Token = int | Exception
 """A row's next token, or what kept it from having one."""
 
 
-class Steps(Protocol):
+class StepRunner(Protocol):
     """A model and the sampling of its tokens."""
 
     @property
@@ -34,7 +34,7 @@ class Steps(Protocol):
         """Begin to append each row's last token; one token for each row follows, to be read once, as above."""
 
 
-class HostSteps:
+class HostStepRunner:
     """Steps whose tokens are sampled on the host."""
 
     ahead = 0  # the next step's input is known only when this one's tokens are

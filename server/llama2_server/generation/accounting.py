@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from llama2_server.errors import ServiceError
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.reply import Figures
-from llama2_server.telemetry.call import Call, Moments, Usage
+from llama2_server.telemetry.call import Call, GenerationTimes, Usage
 from llama2_server.usage.ledger import Ledger
-from llama2_server.usage.pricing import TokenCounts
+from llama2_server.usage.pricing import TokenUsage
 
-NOTHING = TokenCounts(0, 0)
+ZERO_TOKENS = TokenUsage(0, 0)
 
 
-class Admissions:
+class UsageRecorder:
     """Sees to it that every admitted request gets its record; `close` waits for the last ones."""
 
     def __init__(self, ledger: Ledger, model: str) -> None:
@@ -23,7 +23,7 @@ class Admissions:
         self._open: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def admit(self, call: Call, account: str) -> Iterator["Admission"]:
+    def admit(self, call: Call, account: str) -> Iterator["RecordedRequest"]:
         """Admit a request for the body of the `with`; the record says how the body ended.
 
         Raises:
@@ -31,7 +31,7 @@ class Admissions:
         """
         self._ledger.admit(call.request_id, account, self._model)
         call.admitted()
-        admission = Admission(self, call)
+        admission = RecordedRequest(self, call)
         status = "OK"
         try:
             yield admission
@@ -56,11 +56,11 @@ class Admissions:
         self,
         call: Call,
         status: str,
-        counts: TokenCounts,
+        counts: TokenUsage,
         *,
         finish_reason: str | None = None,
         served_from_cache: bool = False,
-        moments: Moments | None = None,
+        moments: GenerationTimes | None = None,
     ) -> None:
         """Write the record: a complete reply's outcome is its finish reason, any other's how its call ended."""
         outcome = finish_reason or status
@@ -83,10 +83,10 @@ class Admissions:
         task.add_done_callback(self._open.discard)
 
 
-class Admission:
+class RecordedRequest:
     """What serves an admitted request, by `served_from_cache` or `served_by`; without either nothing was computed."""
 
-    def __init__(self, admissions: Admissions, call: Call) -> None:
+    def __init__(self, admissions: UsageRecorder, call: Call) -> None:
         self._admissions = admissions
         self._call = call
         self._stored: Figures | None = None
@@ -109,7 +109,7 @@ class Admission:
             counts = self._stored.counts
             self._admissions.record(self._call, status, counts, finish_reason=reason, served_from_cache=True)
         elif self._generation is None:
-            self._admissions.record(self._call, status, NOTHING)
+            self._admissions.record(self._call, status, ZERO_TOKENS)
         elif self._shared:
             self._settle_shared(self._generation, status)
         else:
@@ -119,7 +119,7 @@ class Admission:
         self._admissions.record(
             self._call,
             status,
-            generation.counts if generation.complete else NOTHING,
+            generation.counts if generation.complete else ZERO_TOKENS,
             finish_reason=_finish_reason(generation),
             served_from_cache=True,
             moments=generation.moments,

@@ -37,7 +37,7 @@ Made = TypeVar("Made", bound=Shareable)
 
 
 @dataclass(frozen=True, slots=True)
-class Seat(Generic[Made]):
+class Subscription(Generic[Made]):
     """A reader's place in a flight."""
 
     generation: Made
@@ -46,24 +46,24 @@ class Seat(Generic[Made]):
 
 
 @dataclass(slots=True, eq=False)
-class _Flight(Generic[Made]):
+class _Shared(Generic[Made]):
     generation: Made
     readers: int = 0
 
 
-class Flights(Generic[Key, Made]):
+class Coalescer(Generic[Key, Made]):
     """The generations under way, by key; `on_complete` hears of each that came to a complete reply, once."""
 
     def __init__(self, on_complete: Callable[[Key, Made], Awaitable[None]]) -> None:
         self._on_complete = on_complete
-        self._flights: dict[Key, _Flight[Made]] = {}
-        self._watchers: dict[asyncio.Task[None], _Flight[Made]] = {}
+        self._flights: dict[Key, _Shared[Made]] = {}
+        self._watchers: dict[asyncio.Task[None], _Shared[Made]] = {}
 
     def __len__(self) -> int:
         return len(self._flights)
 
     @contextmanager
-    def join(self, key: Key | None, make: Callable[[], Made]) -> Iterator[Seat[Made]]:
+    def join(self, key: Key | None, make: Callable[[], Made]) -> Iterator[Subscription[Made]]:
         """Share the generation of an equal key, or make one; leaving the block leaves it.
 
         Args:
@@ -71,12 +71,12 @@ class Flights(Generic[Key, Made]):
             make: starts a generation; what it raises is raised here, and nothing was begun.
         """
         if key is None:
-            flight, shared = _Flight(make()), False
+            flight, shared = _Shared(make()), False
         else:
             flight, shared = self._board(key, make)
         flight.readers += 1
         try:
-            yield Seat(flight.generation, shared)
+            yield Subscription(flight.generation, shared)
         finally:
             flight.readers -= 1
             if flight.readers == 0 and not _has_ended(flight):
@@ -91,17 +91,17 @@ class Flights(Generic[Key, Made]):
                 watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
 
-    def _board(self, key: Key, make: Callable[[], Made]) -> tuple[_Flight[Made], bool]:
+    def _board(self, key: Key, make: Callable[[], Made]) -> tuple[_Shared[Made], bool]:
         flight = self._flights.get(key)
         if flight is not None and not flight.generation.failed:
             return flight, True
-        flight = self._flights[key] = _Flight(make())
+        flight = self._flights[key] = _Shared(make())
         watcher = asyncio.create_task(self._watch(key, flight))
         self._watchers[watcher] = flight
         watcher.add_done_callback(self._watchers.pop)
         return flight, False
 
-    async def _watch(self, key: Key, flight: _Flight[Made]) -> None:
+    async def _watch(self, key: Key, flight: _Shared[Made]) -> None:
         """See a flight to its end; it can be joined until its reply is kept, so that none is generated twice."""
         try:
             await flight.generation.ended()
@@ -112,11 +112,11 @@ class Flights(Generic[Key, Made]):
         finally:
             self._remove(key, flight)
 
-    def _remove(self, key: Key | None, flight: _Flight[Made]) -> None:
+    def _remove(self, key: Key | None, flight: _Shared[Made]) -> None:
         """Take a flight off the map, if its place was not taken by a later one."""
         if key is not None and self._flights.get(key) is flight:
             del self._flights[key]
 
 
-def _has_ended(flight: _Flight[Made]) -> bool:
+def _has_ended(flight: _Shared[Made]) -> bool:
     return flight.generation.complete or flight.generation.failed

@@ -11,21 +11,21 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from llama2_server.admission.accounts import Account
-from llama2_server.admission.request_queue import Slots
+from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason, Sequence
+from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
 from llama2_server.engine.text.detokenizer import Detokenizer
 from llama2_server.engine.text.stop_sequences import StopMatcher
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.errors import EngineUnavailable, InternalError, ServiceError, ShuttingDown
 from llama2_server.generation.prompt import Prompt
-from llama2_server.generation.supervised_engine import WatchedEngine
-from llama2_server.telemetry.call import Moments
-from llama2_server.usage.pricing import TokenCounts
+from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.telemetry.call import GenerationTimes
+from llama2_server.usage.pricing import TokenUsage
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[TokenCounts], None]
+Progress = Callable[[TokenUsage], None]
 
 
 class Generation:
@@ -39,18 +39,20 @@ class Generation:
         self.params = params
         self.finish_reason: FinishReason | None = None
         """Why the reply ended; None until it has, and for one that was refused, failed or was given up."""
-        self.counts = TokenCounts(0, 0)
+        self.counts = TokenUsage(0, 0)
         """What was computed, whatever the end."""
         self.reused_input_tokens = 0
         """Those of the input tokens that the engine still held."""
         self.started_at = 0.0
         self.slot_at = 0.0
         self._prompt = prompt
-        self._text = _Text(self, tokenizer, params, len(prompt.token_ids), on_progress, keep_leading_space=prompt.raw)
+        self._text = _TextStream(
+            self, tokenizer, params, len(prompt.token_ids), on_progress, keep_leading_space=prompt.raw
+        )
         self._deltas: list[str] = []
         self._news = asyncio.Event()
         self._error: ServiceError | None = None
-        self._finished: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
+        self._finished: asyncio.Future[SequenceResult] = asyncio.get_running_loop().create_future()
         self._sequence: Sequence | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -80,11 +82,13 @@ class Generation:
         return self._text.finished_at
 
     @property
-    def moments(self) -> Moments:
+    def moments(self) -> GenerationTimes:
         """When it got how far, for telemetry."""
-        return Moments(self.started_at, self.slot_at, self.first_token_at, self.finished_at)
+        return GenerationTimes(self.started_at, self.slot_at, self.first_token_at, self.finished_at)
 
-    def start(self, slots: Slots, engine: WatchedEngine, account: Account | None, deadline: float | None) -> None:
+    def start(
+        self, slots: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
+    ) -> None:
         """Begin to wait for a slot; deadline by the loop's clock, or None.
 
         Without an account nobody owns what it leaves in the KV cache, and it builds on nothing that is there.
@@ -129,12 +133,14 @@ class Generation:
         self._deltas.append(text)
         self._announce()
 
-    def finish(self, finish: Finish) -> None:
+    def finish(self, finish: SequenceResult) -> None:
         """Take the engine's last word; called on the event loop."""
         if not self._finished.done():
             self._finished.set_result(finish)
 
-    async def _run(self, slots: Slots, engine: WatchedEngine, account: Account | None, deadline: float | None) -> None:
+    async def _run(
+        self, slots: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
+    ) -> None:
         owner = None if account is None else account.id
         try:
             async with slots.acquire(owner or "", deadline):
@@ -152,17 +158,17 @@ class Generation:
         finally:
             self._announce()
 
-    async def _compute(self, engine: WatchedEngine, owner: str | None) -> Finish:
+    async def _compute(self, engine: SupervisedEngine, owner: str | None) -> SequenceResult:
         sequence = self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner)
         try:
             return await engine.outcome(self._finished)
         except EngineUnavailable:
             # What was computed is paid for; nobody can tell any more than this.
-            self.counts = TokenCounts(sequence.input_tokens, len(sequence.output_ids))
+            self.counts = TokenUsage(sequence.input_tokens, len(sequence.output_ids))
             raise
 
-    def _judge(self, finish: Finish) -> None:
-        self.counts = TokenCounts(finish.input_tokens, finish.output_tokens)
+    def _judge(self, finish: SequenceResult) -> None:
+        self.counts = TokenUsage(finish.input_tokens, finish.output_tokens)
         self.reused_input_tokens = finish.reused_input_tokens
         if finish.reason is FinishReason.FAILED:
             self._error = InternalError()
@@ -176,7 +182,7 @@ class Generation:
         self._news = asyncio.Event()
 
 
-class _Text:
+class _TextStream:
     """Turns tokens into text on the engine's thread, cuts it at stop sequences, and posts it to the event loop."""
 
     def __init__(
@@ -209,11 +215,11 @@ class _Text:
     def on_token(self, token_id: int) -> bool:
         self.first_token_at = self.first_token_at or time.monotonic()
         self._output_tokens += 1
-        self._on_progress(TokenCounts(self._input_tokens, self._output_tokens))
+        self._on_progress(TokenUsage(self._input_tokens, self._output_tokens))
         self._post(self._stops.push(self._detokenizer.decode(token_id)))
         return self._stops.matched
 
-    def on_finish(self, finish: Finish) -> None:
+    def on_finish(self, finish: SequenceResult) -> None:
         self.finished_at = time.monotonic()
         self.first_token_at = self.first_token_at or self.finished_at  # the first token was the end of the sequence
         if not self._stops.matched:

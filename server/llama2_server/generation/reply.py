@@ -6,8 +6,8 @@ from typing import Protocol
 
 from llama2_server.engine.sequence import FinishReason
 from llama2_server.generation.generation import Generation
-from llama2_server.generation.response_cache import CachedReply
-from llama2_server.usage.pricing import TokenCounts
+from llama2_server.generation.response_cache import CacheEntry
+from llama2_server.usage.pricing import TokenUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Figures:
     """How a reply ended and what it took; times are seconds since the call began."""
 
     finish_reason: FinishReason
-    counts: TokenCounts
+    counts: TokenUsage
     seed: int
     cached: bool
     """Whether it was computed for another call: then its tokens are free."""
@@ -36,7 +36,7 @@ class Reply(Protocol):
         """The figures, once `deltas` has ended."""
 
 
-class LiveReply:
+class GeneratedReply:
     """A generation's reply, begun by this call or `shared` with the one that began it.
 
     `begun` is when this call's request was read, by time.monotonic.
@@ -71,10 +71,10 @@ class LiveReply:
         return max(0.0, moment - self._begun)
 
 
-class StoredReply:
+class CachedReply:
     """A reply out of the response cache."""
 
-    def __init__(self, cached: CachedReply) -> None:
+    def __init__(self, cached: CacheEntry) -> None:
         self._cached = cached
 
     async def deltas(self) -> AsyncIterator[str]:
@@ -85,5 +85,5 @@ class StoredReply:
     def figures(self) -> Figures:
         """See Reply; it took no time worth telling."""
         cached = self._cached
-        counts = TokenCounts(cached.input_tokens, cached.output_tokens)
+        counts = TokenUsage(cached.input_tokens, cached.output_tokens)
         return Figures(FinishReason[cached.finish_reason], counts, cached.seed, True, 0.0, 0.0, 0.0)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cachetools import TTLCache
 
-from llama2_server.redis_client import RedisDown, RedisLink
+from llama2_server.redis_client import RedisClient, RedisUnavailable
 
 # What the cache's own tables take for one entry, measured, and rounded up.
 ENTRY_OVERHEAD_BYTES = 600
@@ -49,7 +49,7 @@ class CacheKey:
 
 
 @dataclass(frozen=True, slots=True)
-class CachedReply:
+class CacheEntry:
     """A complete reply; the tokens are what it once cost."""
 
     text: str
@@ -69,10 +69,10 @@ class ResponseCache(Protocol):
     def bytes_used(self) -> int:
         """What it takes of this process' memory."""
 
-    async def get(self, key: CacheKey) -> CachedReply | None:
+    async def get(self, key: CacheKey) -> CacheEntry | None:
         """The reply of an equal request, if it is still there."""
 
-    async def put(self, key: CacheKey, reply: CachedReply) -> None:
+    async def put(self, key: CacheKey, reply: CacheEntry) -> None:
         """Keep a complete reply, if it fits."""
 
     async def close(self) -> None:
@@ -94,7 +94,7 @@ class MemoryResponseCache:
         self._entries.expire()
         return int(self._entries.currsize)
 
-    async def get(self, key: CacheKey) -> CachedReply | None:
+    async def get(self, key: CacheKey) -> CacheEntry | None:
         """The reply of an equal request, if it is still there."""
         entry = self._entries.get(key)
         if entry is None:
@@ -103,7 +103,7 @@ class MemoryResponseCache:
         self.hits += 1
         return entry.reply
 
-    async def put(self, key: CacheKey, reply: CachedReply) -> None:
+    async def put(self, key: CacheKey, reply: CacheEntry) -> None:
         """Keep a complete reply; one that is larger than the whole cache is not kept."""
         size = ENTRY_OVERHEAD_BYTES + _bytes_of(key) + _bytes_of(reply)
         if size <= self._max_bytes:
@@ -126,7 +126,7 @@ class RedisResponseCache:
     """
 
     def __init__(self, redis_url: str, *, ttl_seconds: float, max_entry_bytes: int) -> None:
-        self._link = RedisLink(redis_url, subject="response cache", timeout_seconds=STORE_TIMEOUT_SECONDS)
+        self._link = RedisClient(redis_url, subject="response cache", timeout_seconds=STORE_TIMEOUT_SECONDS)
         self._ttl_milliseconds = max(1, round(min(ttl_seconds, LONGEST_TTL_SECONDS) * 1000))
         self._max_entry_bytes = max_entry_bytes
         self.hits = 0
@@ -142,7 +142,7 @@ class RedisResponseCache:
         """Nothing of this process' memory."""
         return 0
 
-    async def get(self, key: CacheKey) -> CachedReply | None:
+    async def get(self, key: CacheKey) -> CacheEntry | None:
         """The reply of an equal request, if it is still there and Redis answers."""
         canonical = _canonical(key)
         stored = await self._ask("GET", _redis_key(canonical))
@@ -153,7 +153,7 @@ class RedisResponseCache:
             self.hits += 1
         return reply
 
-    async def put(self, key: CacheKey, reply: CachedReply) -> None:
+    async def put(self, key: CacheKey, reply: CacheEntry) -> None:
         """Keep a complete reply, if it is small enough and Redis answers."""
         canonical = _canonical(key)
         entry = canonical + b"\n" + json.dumps(dataclasses.asdict(reply)).encode()
@@ -168,14 +168,14 @@ class RedisResponseCache:
         """Redis' answer; None if there is none."""
         try:
             answer: bytes | None = await self._link.ask(lambda: self._link.client.execute_command(*command))
-        except RedisDown:
+        except RedisUnavailable:
             return None
         return answer
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    reply: CachedReply
+    reply: CacheEntry
     size: int
 
 
@@ -206,12 +206,12 @@ def _digest(canonical: bytes) -> str:
     return hashlib.sha256(canonical).hexdigest()
 
 
-def _parse(entry: bytes, canonical: bytes) -> CachedReply | None:
+def _parse(entry: bytes, canonical: bytes) -> CacheEntry | None:
     """The reply of an entry; None if it is another key's, or not an entry of ours."""
     stored_key, _, reply = entry.partition(b"\n")
     if stored_key != canonical:
         return None
     try:
-        return CachedReply(**json.loads(reply))
+        return CacheEntry(**json.loads(reply))
     except (ValueError, TypeError):
         return None

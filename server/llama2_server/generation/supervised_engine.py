@@ -9,15 +9,15 @@ from collections.abc import Sequence as SequenceOf
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason, Listener, Sequence
+from llama2_server.engine.sequence import FinishReason, Sequence, SequenceListener, SequenceResult
 from llama2_server.errors import EngineUnavailable
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # how often an engine is looked at that is between steps
+POLL_INTERVAL_SECONDS = 1.0  # how often an engine is looked at that is between steps
 
 
-class WatchedEngine:
+class SupervisedEngine:
     """The engine as generations use it; lost is an engine that hangs in a step, or whose thread has died.
 
     A thread that hangs in a kernel or a driver cannot be stopped: only the end of the process ends it.
@@ -46,7 +46,7 @@ class WatchedEngine:
         return self._lost.is_set()
 
     def submit(
-        self, prompt_ids: SequenceOf[int], params: GenerationParams, listener: Listener, owner: Hashable | None
+        self, prompt_ids: SequenceOf[int], params: GenerationParams, listener: SequenceListener, owner: Hashable | None
     ) -> Sequence:
         """Queue a sequence, as `Engine.submit` does.
 
@@ -60,7 +60,7 @@ class WatchedEngine:
         except EngineError as fault:
             raise _down() from fault
 
-    async def outcome(self, finished: "asyncio.Future[Finish]") -> Finish:
+    async def outcome(self, finished: "asyncio.Future[SequenceResult]") -> SequenceResult:
         """Wait for the end of a sequence that was submitted, which sets `finished`.
 
         Raises:
@@ -82,8 +82,8 @@ class WatchedEngine:
         """Return when the engine is lost; then every outcome that is waited for is EngineUnavailable."""
         while not self._is_lost():
             began = self._engine.step_began_at
-            left = LOOK_SECONDS if began is None else began + self._step_timeout_seconds - time.monotonic()
-            await asyncio.sleep(min(max(left, 0.0), LOOK_SECONDS))
+            left = POLL_INTERVAL_SECONDS if began is None else began + self._step_timeout_seconds - time.monotonic()
+            await asyncio.sleep(min(max(left, 0.0), POLL_INTERVAL_SECONDS))
         self._lost.set()
 
     async def close(self, timeout_seconds: float) -> None:

@@ -7,7 +7,7 @@ from llama2_server.api.health import HealthServicer
 from llama2_server.api.server import METHODS
 from llama2_server.api.text_generation import Parts
 from llama2_server.engine.model.llama import Model
-from llama2_server.telemetry.metrics import Metrics, Readings
+from llama2_server.telemetry.metrics import GaugeSnapshot, Metrics
 
 
 def show(metrics: Metrics, parts: Parts, model: Model, health: HealthServicer) -> None:
@@ -19,8 +19,8 @@ def show(metrics: Metrics, parts: Parts, model: Model, health: HealthServicer) -
     metrics.read_from(partial(_readings, parts, model, health))
 
 
-def _readings(parts: Parts, model: Model, health: HealthServicer) -> Readings:
-    return Readings(
+def _readings(parts: Parts, model: Model, health: HealthServicer) -> GaugeSnapshot:
+    return GaugeSnapshot(
         requests_queued=parts.slots.waiting,
         requests_running=parts.slots.running,
         max_concurrent_requests=parts.card.max_concurrent_requests,

@@ -12,39 +12,39 @@ from typing import Self
 import torch
 from tqdm import tqdm
 
-from llama2_server.admission.accounts import Accounts
+from llama2_server.admission.accounts import Authenticator
 from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
-from llama2_server.engine.checkpoint.config_cache import describe
+from llama2_server.engine.checkpoint.config_cache import read_metadata
 from llama2_server.engine.checkpoint.loader import fetch_checkpoint, load_model
-from llama2_server.engine.cuda.build import steps_for
+from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.model.llama import Model
-from llama2_server.engine.step_runner import Steps
+from llama2_server.engine.step_runner import StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-SAY_SECONDS = 5.0
-SAY_PERCENT = 10
+PROGRESS_INTERVAL_SECONDS = 5.0
+PROGRESS_INTERVAL_PERCENT = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModel:
     """What has to be there before the port opens."""
 
     card: ModelCard
-    accounts: Accounts
+    accounts: Authenticator
     tokenizer: Tokenizer
     model: Model
     eos_ids: frozenset[int]
     fingerprint: str
     """Tells the weights from others."""
-    steps: Steps | None = None
+    steps: StepRunner | None = None
     """How the model's steps are computed, where it is not the engine's own way."""
 
 
-def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
+def load(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
     """Load the weights onto the device; takes up to minutes, and may be called on any thread.
 
     Raises:
@@ -53,7 +53,7 @@ def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
     begun = time.monotonic()
     checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
-    description = describe(checkpoint, settings.data_directory / "checkpoint.json")
+    description = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
     with LoadingProgress(on_terminal=sys.stderr.isatty()) as progress:
         model = load_model(
             checkpoint,
@@ -66,8 +66,10 @@ def load(settings: Settings, card: ModelCard, accounts: Accounts) -> Loaded:
             cpu_kernels=settings.cpu_kernels,
         )
     logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, time.monotonic() - begun)
-    steps = steps_for(model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda")
-    return Loaded(card, accounts, tokenizer, model, description.eos_ids, model.weights.fingerprint(), steps)
+    steps = build_step_runner(
+        model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
+    )
+    return LoadedModel(card, accounts, tokenizer, model, description.eos_ids, model.weights.fingerprint(), steps)
 
 
 class LoadingProgress:
@@ -95,9 +97,9 @@ class LoadingProgress:
             return
         percent = 100 * done // max(total, 1)
         now = time.monotonic()
-        if percent < self._said_percent + SAY_PERCENT and now < self._said_at + SAY_SECONDS:
+        if percent < self._said_percent + PROGRESS_INTERVAL_PERCENT and now < self._said_at + PROGRESS_INTERVAL_SECONDS:
             return
-        self._said_percent, self._said_at = percent - percent % SAY_PERCENT, now
+        self._said_percent, self._said_at = percent - percent % PROGRESS_INTERVAL_PERCENT, now
         figures = {"percent": percent, "bytes_loaded": done, "bytes_total": total}
         logger.info("loading weights: %d%% of %.1f GB", percent, total / 1e9, extra=figures)
 

@@ -1,11 +1,11 @@
 """What can be refused before torch is imported (seconds) and the weights are loaded (minutes)."""
 
-from llama2_server.admission.accounts import Accounts, KeyAccounts, OpenAccounts
+from llama2_server.admission.accounts import AnonymousAuthenticator, ApiKeyAuthenticator, Authenticator
 from llama2_server.api.tls import CertificateFiles
 from llama2_server.card import ModelCard, load_card
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
-from llama2_server.redis_client import RedisLink
+from llama2_server.redis_client import RedisClient
 from llama2_server.telemetry.telemetry import check_endpoint
 from llama2_server.usage.database import create_engine
 
@@ -24,16 +24,18 @@ def check(settings: Settings) -> None:
         create_engine(settings.usage_url.get_secret_value())
     if settings.redis_url is not None:
         try:
-            RedisLink(settings.redis_url.get_secret_value(), subject="store", timeout_seconds=1.0)
+            RedisClient(settings.redis_url.get_secret_value(), subject="store", timeout_seconds=1.0)
         except (ValueError, ImportError) as error:
             raise ConfigurationError(f"redis_url: {error}") from error
 
 
-def read_card_and_accounts(settings: Settings) -> tuple[ModelCard, Accounts]:
+def read_card_and_accounts(settings: Settings) -> tuple[ModelCard, Authenticator]:
     """Who may ask for what.
 
     Raises:
         CardError, KeysFileError: each with one line for the operator.
     """
-    accounts = OpenAccounts() if settings.api_keys_file is None else KeyAccounts(settings.api_keys_file)
+    accounts = (
+        AnonymousAuthenticator() if settings.api_keys_file is None else ApiKeyAuthenticator(settings.api_keys_file)
+    )
     return load_card(settings.card), accounts

@@ -8,7 +8,7 @@ from llama2_server.config.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def warn_of_slowness(
+def warn_if_timeouts_too_short(
     settings: Settings, card: ModelCard, *, prefill_seconds: float, decode_seconds: float, chunk_tokens: int
 ) -> None:
     """Warn of limits that would end work which only takes long; the seconds are for one token, as just measured."""

@@ -16,7 +16,7 @@ from llama2_server.errors import ServiceError
 
 OUR_PACKAGE = "llama2.v1."
 
-Fact = str | int | float | bool
+Attribute = str | int | float | bool
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
@@ -30,7 +30,7 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class GenerationTimes:
     """When a generation got how far, by time.monotonic; 0 for what has not come."""
 
     asked_for_slot: float
@@ -58,7 +58,7 @@ class Usage:
     """Whether the tokens were computed for another call."""
 
 
-class Observer(Protocol):
+class CallObserver(Protocol):
     """Who hears of calls; on the event loop."""
 
     def call_began(self, call: "Call", metadata: Metadata) -> None:
@@ -77,7 +77,7 @@ class Observer(Protocol):
 class Call:
     """The facts of one call; `expired` tells whether its deadline has passed."""
 
-    def __init__(self, observer: Observer, method: str, metadata: Metadata, expired: Callable[[], bool]) -> None:
+    def __init__(self, observer: CallObserver, method: str, metadata: Metadata, expired: Callable[[], bool]) -> None:
         self.method = method
         """Package, service and method: llama2.v1.TextGenerationService/Generate."""
         self.request_id = uuid.uuid4().hex
@@ -89,11 +89,11 @@ class Call:
         """The gRPC status code's name; empty until the call has ended."""
         self.error: ServiceError | None = None
         self.account: str | None = None
-        self.request: Mapping[str, Fact] = {}
+        self.request: Mapping[str, Attribute] = {}
         """Numbers of the request, by their OpenTelemetry names."""
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
-        self.moments: Moments | None = None
+        self.moments: GenerationTimes | None = None
         self.phases: list[Phase] = []
         self.trace_id: str | None = None
         self.span_id: str | None = None
@@ -119,7 +119,7 @@ class Call:
         """From here on the call has a record, and is not over before it is written."""
         self._awaits_record = True
 
-    def recorded(self, usage: Usage, moments: Moments | None, finish_reason: str | None) -> None:
+    def recorded(self, usage: Usage, moments: GenerationTimes | None, finish_reason: str | None) -> None:
         """The ledger has the record; `moments` are those of the generation that served the call, if one did."""
         self.usage, self.moments, self.finish_reason = usage, moments, finish_reason
         self._observer.usage_recorded(self, usage)

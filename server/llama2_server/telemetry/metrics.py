@@ -19,7 +19,7 @@ from llama2_server.errors import QuotaExceeded
 from llama2_server.telemetry.call import Call, Usage
 
 UNKNOWN_METHOD = "unknown"
-LOOP_PATIENCE_SECONDS = 1.0
+SNAPSHOT_TIMEOUT_SECONDS = 1.0
 
 # Seconds. A reply takes from a blink (out of the cache) to minutes; the last bounds are the line's limit and beyond.
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -29,7 +29,7 @@ STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.035, 0.05, 0.075, 0.
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
+class GaugeSnapshot:
     """What is read at each scrape instead of being counted; each field is the metric `llama2_` and its name."""
 
     requests_queued: int
@@ -49,7 +49,7 @@ class Readings:
 
 GAUGES = {
     "requests_queued": "Requests that wait in line for a slot.",
-    "requests_running": "Slots in use.",
+    "requests_running": "RequestQueue in use.",
     "max_concurrent_requests": "Slots there are: the card's max_concurrent_requests.",
     "ready": "1 while readiness says SERVING, else 0.",
     "response_cache_bytes": "Memory that the response cache takes in this process; 0 where it is in Redis or off.",
@@ -121,7 +121,7 @@ class Metrics:
             buckets=STEP_BUCKETS,
             registry=registry,
         )
-        self._readings = _ReadingsCollector()
+        self._readings = _SnapshotCollector()
         registry.register(self._readings)
         # Series that are there from the start: a rate over one that appears with its first event misses that event.
         self._input_tokens, self._output_tokens = (self._tokens.labels(kind) for kind in ("input", "output"))
@@ -138,7 +138,7 @@ class Metrics:
         build = Info("llama2_build", "Version of the server, and the model that it serves.", registry=self.registry)
         build.info({"version": version, "model": model, "device": device, "dtype": dtype})
 
-    def read_from(self, read: Callable[[], Readings]) -> None:
+    def read_from(self, read: Callable[[], GaugeSnapshot]) -> None:
         """From now on take readings by `read`, which is called on the running event loop only."""
         self._readings.read_from(read, asyncio.get_running_loop())
 
@@ -171,7 +171,7 @@ class Metrics:
         self._steps[phase].observe(seconds)
 
 
-class _ReadingsCollector(Collector):
+class _SnapshotCollector(Collector):
     """Takes the readings on the event loop, because the parts may only be looked at from there.
 
     A loop that does not answer in time costs the scrape those readings, and not the scrape.
@@ -180,11 +180,11 @@ class _ReadingsCollector(Collector):
     def __init__(self) -> None:
         self.neurons = Decimal(0)
         """Summed exactly, and rounded to a float but once, when it is shown."""
-        self._read: Callable[[], Readings] | None = None
+        self._read: Callable[[], GaugeSnapshot] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
 
-    def read_from(self, read: Callable[[], Readings], loop: asyncio.AbstractEventLoop) -> None:
+    def read_from(self, read: Callable[[], GaugeSnapshot], loop: asyncio.AbstractEventLoop) -> None:
         self._read, self._loop, self._thread = read, loop, threading.get_ident()
 
     def collect(self) -> Iterator[Metric]:
@@ -202,14 +202,14 @@ class _ReadingsCollector(Collector):
         neurons = "Neurons of recorded requests, as in the usage ledger: tokens at the card's prices."
         yield CounterMetricFamily("llama2_neurons", neurons, value=float(self.neurons))
 
-    def _take(self) -> Readings | None:
+    def _take(self) -> GaugeSnapshot | None:
         if self._read is None or self._loop is None:
             return None
         if threading.get_ident() == self._thread:
             return self._read()
-        taken: Future[Readings] = Future()
+        taken: Future[GaugeSnapshot] = Future()
         try:
             self._loop.call_soon_threadsafe(lambda read: taken.set_result(read()), self._read)
-            return taken.result(LOOP_PATIENCE_SECONDS)
+            return taken.result(SNAPSHOT_TIMEOUT_SECONDS)
         except (RuntimeError, TimeoutError):  # the loop is closed, or hangs
             return None

@@ -16,7 +16,7 @@ from llama2_server.telemetry.errors import TelemetryError
 
 logger = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 10.0
+IDLE_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 0.1  # the longest that closing waits for the thread to look up
 
 
@@ -48,7 +48,7 @@ def scraped(registry: CollectorRegistry, listen: str) -> Iterator[str]:
 class _Handler(WSGIRequestHandler):
     """Answers one scrape."""
 
-    timeout = SILENCE_SECONDS  # of a peer who sends nothing, and would keep a thread
+    timeout = IDLE_TIMEOUT_SECONDS  # of a peer who sends nothing, and would keep a thread
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the library's name
         """A line a scrape would drown the others."""

@@ -19,7 +19,7 @@ from llama2_server.telemetry.metrics_server import scraped
 logger = logging.getLogger(__name__)
 requests = logging.getLogger("llama2_server.requests")
 
-LAST_SPANS_SECONDS = 5.0
+SPAN_FLUSH_SECONDS = 5.0
 
 
 class Tracer(Protocol):
@@ -99,7 +99,7 @@ async def opened(metrics_listen: str | None, otlp_endpoint: str | None, *, model
             from llama2_server.telemetry.tracing import CallTracer, OtlpSpans  # needs an extra
 
             spans = OtlpSpans(otlp_endpoint, version=version("llama2-grpc"))
-            stack.push_async_callback(asyncio.to_thread, spans.close, LAST_SPANS_SECONDS)
+            stack.push_async_callback(asyncio.to_thread, spans.close, SPAN_FLUSH_SECONDS)
             tracer = CallTracer(spans.provider, model=model, version=version("llama2-grpc"))
         yield Telemetry(metrics, tracer)
 

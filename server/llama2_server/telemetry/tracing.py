@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from llama2_server.telemetry.call import Call, Fact, Metadata
+from llama2_server.telemetry.call import Attribute, Call, Metadata
 
 # By the conventions for gRPC's server spans, the other codes are the caller's affair and no error of the server.
 ERROR_CODES = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
@@ -37,7 +37,7 @@ class CallTracer:
         """Begin the call's span, in the caller's trace if its metadata names one."""
         carrier = {key: value for key, value in metadata if key in W3C_FIELDS and isinstance(value, str)}
         context = self._propagator.extract(carrier, Context())
-        facts: dict[str, Fact] = {"rpc.system.name": "grpc", "rpc.method": call.method}
+        facts: dict[str, Attribute] = {"rpc.system.name": "grpc", "rpc.method": call.method}
         span = self._tracer.start_span(call.method, context, SpanKind.SERVER, facts, start_time=call.begun_at_ns)
         identity = span.get_span_context()
         call.trace_id, call.span_id = f"{identity.trace_id:032x}", f"{identity.span_id:016x}"
@@ -58,8 +58,8 @@ class CallTracer:
             span.set_attribute("error.type", call.code)
         span.end(_nanoseconds(call, call.ended))
 
-    def _facts(self, call: Call) -> Mapping[str, Fact]:
-        facts: dict[str, Fact] = {"rpc.response.status_code": call.code, "llama2.request_id": call.request_id}
+    def _facts(self, call: Call) -> Mapping[str, Attribute]:
+        facts: dict[str, Attribute] = {"rpc.response.status_code": call.code, "llama2.request_id": call.request_id}
         if call.account is not None:
             facts["llama2.account"] = call.account
         if call.error is not None:

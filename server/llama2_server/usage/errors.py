@@ -7,7 +7,7 @@ class LedgerError(ConfigurationError):
     """The ledger cannot be opened as it is configured; the message is one line for the operator, without passwords."""
 
 
-class StoreDown(Exception):
+class StoreUnavailable(Exception):
     """The store did not do what it was asked; `temporary` where the reason is sure to be of the moment."""
 
     def __init__(self, reason: str, *, temporary: bool) -> None:

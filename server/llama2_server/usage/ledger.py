@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Self
 
 from llama2_server.errors import UsageUnavailable
-from llama2_server.usage.errors import LedgerError, StoreDown
+from llama2_server.usage.errors import LedgerError, StoreUnavailable
 from llama2_server.usage.journal.journal import Journal
-from llama2_server.usage.pricing import TokenCounts
+from llama2_server.usage.pricing import TokenUsage
 from llama2_server.usage.records import DailyUsage, RunningRequest, UsageRecord
 from llama2_server.usage.schema import NEURON_DECIMALS
 from llama2_server.usage.store import Store
@@ -30,7 +30,7 @@ BATCH_SECONDS = 0.05  # what a record waits for company
 SYNC_SECONDS = 1.0  # what a power failure loses at most
 FIRST_RETRY_SECONDS = 0.1
 LAST_RETRY_SECONDS = 5.0
-FRESH_SECONDS = 2.0  # what a reader waits for the records of a moment ago
+READ_FLUSH_TIMEOUT_SECONDS = 2.0  # what a reader waits for the records of a moment ago
 CLOSE_SECONDS = 5.0
 
 
@@ -56,7 +56,7 @@ async def read_totals(
     try:
         await store.migrate()
         return await store.totals(account, since, until)
-    except StoreDown as error:
+    except StoreUnavailable as error:
         raise LedgerError(f"usage_url: {error}") from error
     finally:
         await store.close()
@@ -130,13 +130,13 @@ class Ledger:
         oldest = self._journal.oldest_ended_at
         return 0.0 if oldest is None else max(0.0, (self._now() - oldest).total_seconds())
 
-    def refuse_when_full(self, request_id: str, account: str, model: str) -> None:
+    def check_capacity(self, request_id: str, account: str, model: str) -> None:
         """Look whether there is room to admit a request, before anything is counted for it.
 
         Raises:
             UsageJournalFull: as `admit`, which may still raise it when others were quicker.
         """
-        self._journal.refuse_when_full(RunningRequest(request_id, account, model, self._now(), self._neuron_costs))
+        self._journal.check_capacity(RunningRequest(request_id, account, model, self._now(), self._neuron_costs))
 
     def admit(self, request_id: str, account: str, model: str) -> None:
         """From here on the request has exactly one record, and `finish` has to be called.
@@ -146,12 +146,12 @@ class Ledger:
         """
         self._journal.admit(RunningRequest(request_id, account, model, self._now(), self._neuron_costs))
 
-    def progress(self, request_id: str, counts: TokenCounts) -> None:
+    def progress(self, request_id: str, counts: TokenUsage) -> None:
         """What has been computed so far; call it for every token, from any thread: most calls do next to nothing."""
         self._journal.progress(request_id, counts)
 
     def finish(
-        self, request_id: str, outcome: str, counts: TokenCounts, *, served_from_cache: bool = False
+        self, request_id: str, outcome: str, counts: TokenUsage, *, served_from_cache: bool = False
     ) -> UsageRecord | None:
         """The request has ended, with this record; never fails and never waits for the store.
 
@@ -171,10 +171,10 @@ class Ledger:
             UsageUnavailable: the store does not answer.
         """
         try:
-            if not await self.flush(FRESH_SECONDS):
+            if not await self.flush(READ_FLUSH_TIMEOUT_SECONDS):
                 raise UsageUnavailable
             return await self._store.totals(account, since, until)
-        except StoreDown as error:
+        except StoreUnavailable as error:
             logger.warning("usage cannot be read: %s", error)
             raise UsageUnavailable from error
 
@@ -204,7 +204,7 @@ class Ledger:
     async def _start(self) -> None:
         try:
             await self._migrate()
-        except StoreDown as error:
+        except StoreUnavailable as error:
             if not error.temporary:
                 raise LedgerError(f"usage_url: {error}") from error
             self._say_down(error)
@@ -240,7 +240,7 @@ class Ledger:
         try:
             await self._migrate()
             await self._store.insert(batch)
-        except (StoreDown, LedgerError) as error:
+        except (StoreUnavailable, LedgerError) as error:
             self._say_down(error)
             return False
         if self._is_down:

@@ -6,14 +6,14 @@ from decimal import Decimal
 
 
 @dataclass(frozen=True, slots=True)
-class TokenCounts:
+class TokenUsage:
     """What was computed for one request; an end-of-sequence token counts."""
 
     input_tokens: int
     output_tokens: int
 
 
-def neurons(counts: TokenCounts, neuron_costs: Mapping[str, Decimal]) -> Decimal:
+def neurons(counts: TokenUsage, neuron_costs: Mapping[str, Decimal]) -> Decimal:
     """The price of the tokens; a metric that the card does not price is free."""
     return counts.input_tokens * neuron_costs.get("input_tokens", Decimal(0)) + counts.output_tokens * neuron_costs.get(
         "output_tokens", Decimal(0)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
 
-from llama2_server.usage.pricing import TokenCounts, neurons
+from llama2_server.usage.pricing import TokenUsage, neurons
 
 INTERRUPTED = "INTERRUPTED"
 """The outcome of a request whose server was killed."""
-NOTHING_COMPUTED = TokenCounts(0, 0)
+NOTHING_COMPUTED = TokenUsage(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class RunningRequest:
     model: str
     started_at: datetime
     neuron_costs: Mapping[str, Decimal]
-    counts: TokenCounts = NOTHING_COMPUTED
+    counts: TokenUsage = NOTHING_COMPUTED
 
-    def ended(self, outcome: str, counts: TokenCounts, ended_at: datetime, *, served_from_cache: bool) -> UsageRecord:
+    def ended(self, outcome: str, counts: TokenUsage, ended_at: datetime, *, served_from_cache: bool) -> UsageRecord:
         """The request's one record."""
         return UsageRecord(
             self.request_id,

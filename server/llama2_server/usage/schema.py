@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Date, DateTime, Dialect, Ind
 NEURON_DECIMALS = 9
 
 
-class Nanoneurons(TypeDecorator[Decimal]):
+class NeuronAmount(TypeDecorator[Decimal]):
     """Neurons as a whole number of billionths: SQLite has no decimals, and whole numbers add up exactly anywhere."""
 
     impl = BigInteger
@@ -52,7 +52,7 @@ usage_records = Table(
     Column("input_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
     Column("served_from_cache", Boolean, nullable=False),
-    Column("nanoneurons", Nanoneurons, nullable=False),
+    Column("nanoneurons", NeuronAmount, nullable=False),
     Column("outcome", Text, nullable=False),
     Index("ix_usage_records_account_day", "account", "day"),
 )

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from llama2_server.usage.database import READ_ONLY, STATEMENT_SECONDS, create_engine
-from llama2_server.usage.errors import LedgerError, StoreDown
+from llama2_server.usage.errors import LedgerError, StoreUnavailable
 from llama2_server.usage.records import DailyUsage, UsageRecord
 from llama2_server.usage.schema import usage_records
 
@@ -30,7 +30,7 @@ _alembic_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = Wea
 
 
 class Store:
-    """Where records stay; every method but `close` raises StoreDown when the store does not do its work."""
+    """Where records stay; every method but `close` raises StoreUnavailable when the store does not do its work."""
 
     def __init__(self, url: str) -> None:
         """Connects to nothing yet.
@@ -73,7 +73,7 @@ class Store:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for one operation: the seam where foreign exceptions become StoreDown."""
+        """A connection for one operation: the seam where foreign exceptions become StoreUnavailable."""
         try:
             async with asyncio.timeout(OPERATION_SECONDS), self._engine.connect() as connection:
                 yield connection
@@ -81,7 +81,7 @@ class Store:
             raise
         except Exception as error:  # drivers raise errors without a common base
             cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-            raise StoreDown(_reason(cause), temporary=_is_temporary(cause)) from error
+            raise StoreUnavailable(_reason(cause), temporary=_is_temporary(cause)) from error
 
 
 def _alembic_lock() -> asyncio.Lock:

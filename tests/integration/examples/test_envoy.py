@@ -38,7 +38,7 @@ from tests.support.service import (
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client import Client
 from llama2_client.errors import InvalidRequest
-from llama2_server.admission.accounts import KeyAccounts, new_key
+from llama2_server.admission.accounts import ApiKeyAuthenticator, new_key
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 
 REPLY = "Once upon a time."
@@ -242,7 +242,7 @@ async def test_keys(serve_behind_envoy: EnvoyMaker, tmp_path: Path) -> None:
     disabled_line = disabled_line.rstrip("}") + ", enabled: false}"
     keys = tmp_path / "keys.yaml"
     keys.write_text(f"keys:\n  {line}\n  {disabled_line}\n")
-    async with serve_behind_envoy(accounts=KeyAccounts(keys)) as (_, envoy):
+    async with serve_behind_envoy(accounts=ApiKeyAuthenticator(keys)) as (_, envoy):
         assert (await envoy.post({"prompt": "hi"}, authorization=f"Bearer {key}")).status_code == 200
         for stream in (False, True):
             refused = await envoy.post({"prompt": "hi", "stream": stream})

@@ -15,10 +15,10 @@ from tests.support.service import Service, ServiceMaker, hang_up, with_config
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.admission.accounts import KeyAccounts, new_key
+from llama2_server.admission.accounts import ApiKeyAuthenticator, new_key
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.card import ModelCard, RequestsPerMinute
-from llama2_server.generation.generation import Generation, _Text
+from llama2_server.generation.generation import Generation, _TextStream
 from llama2_server.telemetry import logging as logs
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -107,7 +107,7 @@ class Caller:
         await self.generate(internal, prompt=f"{PROMPT} 1")
         self.service.model.failure = None
         with monkeypatch.context() as patch:
-            patch.setattr(_Text, "on_token", raise_quoting)
+            patch.setattr(_TextStream, "on_token", raise_quoting)
             await self.generate(internal, prompt=f"{PROMPT} 2")
         with monkeypatch.context() as patch:
             patch.setattr(TextGenerationServicer, "_completion", raise_quoting)
@@ -150,7 +150,7 @@ async def test_nothing_leaks(
     (key, line), (wrong_key, _) = new_key("tester"), new_key("nobody")
     (tmp_path / "keys.yaml").write_text(f"keys:\n  {line}\n")
     card = with_config(demo_card, max_requests_per_min=RequestsPerMinute(default=10**6))
-    accounts = KeyAccounts(tmp_path / "keys.yaml")
+    accounts = ApiKeyAuthenticator(tmp_path / "keys.yaml")
     data = tmp_path / "data"
     async with serve_scripted(
         REPLY, card=card, accounts=accounts, telemetry=watched.telemetry, data_directory=data

@@ -23,7 +23,7 @@ from llama2.v1 import text_generation_pb2 as pb
 from llama2_server import app
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
-from llama2_server.lifecycle.model_loading import Loaded
+from llama2_server.lifecycle.model_loading import LoadedModel
 from llama2_server.telemetry import logging as logs
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -173,7 +173,7 @@ async def test_server_takes_the_loops_exceptions(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(app, "running", running)
     settings = Settings.model_validate({"data_directory": tmp_path})
     with pytest.raises(ConfigurationError):
-        await app.serve(settings, lambda *_: cast(Loaded, None))
+        await app.serve(settings, lambda *_: cast(LoadedModel, None))
     assert handlers == [logs.on_loop_exception]
 
 

@@ -39,7 +39,7 @@ from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.telemetry import metrics as metrics_module
 from llama2_server.telemetry.errors import TelemetryError
-from llama2_server.telemetry.metrics import GAUGES, Metrics, Readings
+from llama2_server.telemetry.metrics import GAUGES, GaugeSnapshot, Metrics
 from llama2_server.telemetry.metrics_server import scraped
 from llama2_server.telemetry.telemetry import opened
 
@@ -309,9 +309,9 @@ async def test_silent_peers_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> No
 
 async def test_hanging_event_loop_costs_its_readings_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scrape that the event loop does not answer shows what is known without it, such as the engine's steps."""
-    monkeypatch.setattr(metrics_module, "LOOP_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(metrics_module, "SNAPSHOT_TIMEOUT_SECONDS", 0.01)
     metrics = Metrics(CollectorRegistry())
-    metrics.read_from(lambda: Readings(1, 2, 3, True, 4, 5, 6, 7, True, 8.0, 9, 10, 11))
+    metrics.read_from(lambda: GaugeSnapshot(1, 2, 3, True, 4, 5, 6, 7, True, 8.0, 9, 10, 11))
     metrics.on_step("decode", 0.02, 1)
     with scraped(metrics.registry, "127.0.0.1:0") as address:
         assert sample(await scrape(address), "llama2_requests_queued") == 1

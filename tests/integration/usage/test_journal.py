@@ -12,7 +12,7 @@ from tests.integration.usage.conftest import COSTS
 from llama2_server.errors import UsageJournalFull
 from llama2_server.usage.journal.encoding import Progress, decode, encode
 from llama2_server.usage.journal.journal import PROGRESS_TOKENS, Journal
-from llama2_server.usage.pricing import TokenCounts, neurons
+from llama2_server.usage.pricing import TokenUsage, neurons
 from llama2_server.usage.records import INTERRUPTED, RunningRequest, UsageRecord
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
@@ -24,7 +24,7 @@ def running(request_id: str, account: str = "acme") -> RunningRequest:
 
 
 def end(journal: Journal, request_id: str, outcome: str = "MAX_TOKENS") -> None:
-    journal.end(request_id, outcome, TokenCounts(3, 5), START + timedelta(seconds=1), served_from_cache=False)
+    journal.end(request_id, outcome, TokenUsage(3, 5), START + timedelta(seconds=1), served_from_cache=False)
 
 
 def crash_and_reopen(journal: Journal, directory: Path, limit_bytes: int = LIMIT) -> Journal:
@@ -56,8 +56,8 @@ def ids(journal: Journal) -> list[str]:
 def test_entries_survive_their_lines(account: str) -> None:
     """Every kind of entry reads back as it was written, on one line."""
     request = running("one", account)
-    record = request.ended("CANCELLED", TokenCounts(7, 11), START, served_from_cache=False)
-    for entry in (request, Progress("one", TokenCounts(7, 3)), record):
+    record = request.ended("CANCELLED", TokenUsage(7, 11), START, served_from_cache=False)
+    for entry in (request, Progress("one", TokenUsage(7, 3)), record):
         line = encode(entry)
         assert line.count(b"\n") == 1
         assert decode(line) == entry
@@ -68,8 +68,8 @@ def test_killed_server_leaves_records_and_interrupted_requests(tmp_path: Path) -
     journal = Journal.open(tmp_path, LIMIT)
     for name in ("ended", "runs", "waits"):
         journal.admit(running(name))
-    journal.progress("runs", TokenCounts(9, 1))
-    journal.progress("runs", TokenCounts(9, 40))
+    journal.progress("runs", TokenUsage(9, 1))
+    journal.progress("runs", TokenUsage(9, 40))
     end(journal, "ended")
     journal = crash_and_reopen(journal, tmp_path)
     records = {record.request_id: record for record in journal.oldest(10)}
@@ -77,7 +77,7 @@ def test_killed_server_leaves_records_and_interrupted_requests(tmp_path: Path) -
     assert records["ended"].outcome == "MAX_TOKENS"
     assert (records["runs"].outcome, records["waits"].outcome) == (INTERRUPTED, INTERRUPTED)
     assert (records["runs"].input_tokens, records["runs"].output_tokens) == (9, 40)
-    assert records["runs"].neurons == neurons(TokenCounts(9, 40), COSTS)
+    assert records["runs"].neurons == neurons(TokenUsage(9, 40), COSTS)
     assert records["runs"].ended_at > records["runs"].started_at
     assert records["waits"].neurons == records["waits"].output_tokens == 0
     journal.release()
@@ -89,7 +89,7 @@ def test_loss_is_bounded(tmp_path: Path) -> None:
         journal = Journal.open(tmp_path, LIMIT)
         journal.admit(running("one"))
         for token in range(1, told + 1):
-            journal.progress("one", TokenCounts(100, token))
+            journal.progress("one", TokenUsage(100, token))
         journal = crash_and_reopen(journal, tmp_path)
         [record] = journal.oldest(2)
         assert record.input_tokens == 100
@@ -139,7 +139,7 @@ def test_full_journal_refuses_and_recovers(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, LIMIT)
     admitted = admit_until_full(journal, run_at_once=5)
     for number in range(admitted - 5, admitted):
-        journal.progress(f"{number}", TokenCounts(1, 2500))
+        journal.progress(f"{number}", TokenUsage(1, 2500))
         end(journal, f"{number}")
     assert admitted > 50
     assert journal.size <= LIMIT
@@ -161,7 +161,7 @@ def test_files_go_when_nothing_in_them_is_needed(tmp_path: Path) -> None:
         end(journal, f"{number}")
         journal.settle(1)
         if number % 400 == 0:
-            journal.progress("long", TokenCounts(7, number + 16))
+            journal.progress("long", TokenUsage(7, number + 16))
     assert journal.size < LIMIT / 8
     journal = crash_and_reopen(journal, tmp_path)
     records = {record.request_id: record for record in journal.oldest(1000)}
@@ -269,7 +269,7 @@ def test_second_end_is_ignored(tmp_path: Path) -> None:
     journal.admit(running("one"))
     end(journal, "one", "MAX_TOKENS")
     end(journal, "one", "CANCELLED")
-    journal.progress("one", TokenCounts(3, 500))
+    journal.progress("one", TokenUsage(3, 500))
     [record] = journal.oldest(10)
     assert record == UsageRecord(
         "one",
@@ -280,7 +280,7 @@ def test_second_end_is_ignored(tmp_path: Path) -> None:
         3,
         5,
         False,
-        neurons(TokenCounts(3, 5), COSTS),
+        neurons(TokenUsage(3, 5), COSTS),
         "MAX_TOKENS",
     )
     journal.release()

@@ -22,7 +22,7 @@ from llama2_server.errors import UsageJournalFull, UsageUnavailable
 from llama2_server.usage.errors import LedgerError
 from llama2_server.usage.journal.journal import PROGRESS_TOKENS
 from llama2_server.usage.ledger import Ledger, default_url, read_totals
-from llama2_server.usage.pricing import TokenCounts, neurons
+from llama2_server.usage.pricing import TokenUsage, neurons
 from llama2_server.usage.records import INTERRUPTED, NOTHING_COMPUTED, DailyUsage, UsageRecord
 
 ENDS = ("END_OF_SEQUENCE", "STOP_SEQUENCE", "MAX_TOKENS", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
@@ -34,7 +34,7 @@ class Expected:
     """What the model of the ledger knows of one request."""
 
     account: str
-    counts: TokenCounts = NOTHING_COMPUTED
+    counts: TokenUsage = NOTHING_COMPUTED
     outcome: str = INTERRUPTED  # unless it ends
     cached: bool = False
 
@@ -44,7 +44,7 @@ class Expected:
         assert (record.served_from_cache, record.input_tokens) == (self.cached, self.counts.input_tokens)
         lost = self.counts.output_tokens - record.output_tokens
         assert lost == 0 if self.outcome != INTERRUPTED else 0 <= lost < PROGRESS_TOKENS
-        computed = TokenCounts(record.input_tokens, record.output_tokens)
+        computed = TokenUsage(record.input_tokens, record.output_tokens)
         assert record.neurons == (0 if self.cached else neurons(computed, COSTS))
 
 
@@ -59,7 +59,7 @@ def check_all(records: list[UsageRecord], expected: dict[str, Expected]) -> None
 def request_of(ledger: Ledger, request_id: str, account: str = "acme", outputs: int = 5) -> None:
     """One request from its admission to its end."""
     ledger.admit(request_id, account, "model")
-    ledger.finish(request_id, "MAX_TOKENS", TokenCounts(3, outputs))
+    ledger.finish(request_id, "MAX_TOKENS", TokenUsage(3, outputs))
 
 
 def end_until_full(ledger: Ledger) -> int:
@@ -107,7 +107,7 @@ class History:
         if self._running:
             request_id = self._draw.choice(list(self._running))
             before = self.expected[request_id].counts
-            after = TokenCounts(before.input_tokens or self._draw.randrange(1, 3000), before.output_tokens + 7)
+            after = TokenUsage(before.input_tokens or self._draw.randrange(1, 3000), before.output_tokens + 7)
             self._running[request_id].progress(request_id, after)
             self.expected[request_id].counts = after
 
@@ -117,7 +117,7 @@ class History:
             expected = self.expected[request_id]
             expected.cached = expected.counts.input_tokens == 0 and self._draw.random() < 0.5
             expected.outcome = self._draw.choice(ENDS)
-            expected.counts = TokenCounts(expected.counts.input_tokens, expected.counts.output_tokens + 1)
+            expected.counts = TokenUsage(expected.counts.input_tokens, expected.counts.output_tokens + 1)
             self._running.pop(request_id).finish(
                 request_id, expected.outcome, expected.counts, served_from_cache=expected.cached
             )
@@ -152,7 +152,7 @@ import asyncio, itertools, json, sys
 from decimal import Decimal
 from pathlib import Path
 from llama2_server.usage.ledger import Ledger
-from llama2_server.usage.pricing import TokenCounts
+from llama2_server.usage.pricing import TokenUsage
 
 def say(*event):
     print(json.dumps(event), flush=True)
@@ -164,10 +164,10 @@ async def main(directory, url):
         ledger.admit(f"{number}", "acme", "model")
         say("admitted", number, 0)
         for token in range(1, 40 if number % 3 else 400):
-            ledger.progress(f"{number}", TokenCounts(100, token))
+            ledger.progress(f"{number}", TokenUsage(100, token))
             say("token", number, token)
         say("finishing", number, token)
-        ledger.finish(f"{number}", "MAX_TOKENS", TokenCounts(100, token))
+        ledger.finish(f"{number}", "MAX_TOKENS", TokenUsage(100, token))
         say("finished", number, token)
         await asyncio.sleep(0.001)
 
@@ -224,7 +224,7 @@ async def test_sigkill_in_the_middle(tmp_path: Path, url: str, open_ledger: Ledg
     assert records.keys() - {last + 1} == set(range(last + 1))  # one more may have died before it could be told
     for kind, number, tokens in said:
         record = records[number]
-        assert record.neurons == neurons(TokenCounts(record.input_tokens, record.output_tokens), COSTS)
+        assert record.neurons == neurons(TokenUsage(record.input_tokens, record.output_tokens), COSTS)
         if kind == "finished":
             assert (record.outcome, record.input_tokens, record.output_tokens) == ("MAX_TOKENS", 100, tokens)
         if kind == "token":
@@ -243,7 +243,7 @@ async def test_two_servers_on_one_store(tmp_path: Path, url: str, open_ledger: L
         for request in range(10):
             request_id = f"{number}.{request}"
             ledger.admit(request_id, account, "model")
-            counts = TokenCounts(draw.randrange(1, 3000), draw.randrange(2500))
+            counts = TokenUsage(draw.randrange(1, 3000), draw.randrange(2500))
             ledger.progress(request_id, counts)
             await asyncio.sleep(0)
             ledger.finish(request_id, "CANCELLED" if draw.random() < 0.1 else "MAX_TOKENS", counts)
@@ -263,10 +263,10 @@ async def test_totals_hold_what_has_just_ended(url: str, open_ledger: LedgerOpen
     ledger = await open_ledger(url=url, now=lambda: times.pop(0))
     request_of(ledger, "first")  # January to February
     ledger.admit("second", "acme", "model")
-    ledger.finish("second", "END_OF_SEQUENCE", TokenCounts(3, 5), served_from_cache=True)
+    ledger.finish("second", "END_OF_SEQUENCE", TokenUsage(3, 5), served_from_cache=True)
     request_of(ledger, "third", "other")
     days = [date(2026, 1, 31), date(2026, 2, 1)]
-    price = neurons(TokenCounts(3, 5), COSTS)
+    price = neurons(TokenUsage(3, 5), COSTS)
     january = DailyUsage("acme", days[0], "model", 1, 0, 3, 5, 0, 0, price)
     february = DailyUsage("acme", days[1], "model", 1, 1, 0, 0, 3, 5, Decimal(0))
     assert await ledger.totals("acme") == [january, february]
@@ -291,10 +291,10 @@ async def test_locked_store_loses_and_doubles_nothing(tmp_path: Path, open_ledge
     assert await ledger.flush(SOON)
     assert (ledger.pending, ledger.lag_seconds) == (0, 0)
     request_of(ledger, "after")
-    ledger.finish("long", "MAX_TOKENS", TokenCounts(3, 5))
+    ledger.finish("long", "MAX_TOKENS", TokenUsage(3, 5))
     await ledger.close()
     names = ["before", "long", "after", *(f"{number}" for number in range(ended))]
-    outcome = Expected("acme", TokenCounts(3, 5), "MAX_TOKENS")
+    outcome = Expected("acme", TokenUsage(3, 5), "MAX_TOKENS")
     check_all(await stored(default_url(tmp_path)), dict.fromkeys(names, outcome))
 
 
@@ -346,7 +346,7 @@ async def test_postgresql_that_stops_and_comes_back(
     again = await open_ledger(url=url, data_directory=tmp_path / "closed")
     assert await again.flush(SOON)
     names = ["of the killed", "of the closed", *(f"{number}" for number in range(1400))]
-    check_all(await stored(url), dict.fromkeys(names, Expected("acme", TokenCounts(3, 5), "MAX_TOKENS")))
+    check_all(await stored(url), dict.fromkeys(names, Expected("acme", TokenUsage(3, 5), "MAX_TOKENS")))
     assert "s3cret" not in caplog.text
     for one in (ledger, heir, again):
         await one.close()
@@ -359,7 +359,7 @@ async def test_progress_is_told_from_another_thread(tmp_path: Path, open_ledger:
 
     def engine() -> None:
         for token in range(1, 20_001):
-            ledger.progress("long", TokenCounts(9, token))
+            ledger.progress("long", TokenUsage(9, token))
 
     thread = threading.Thread(target=engine)
     thread.start()
@@ -370,8 +370,8 @@ async def test_progress_is_told_from_another_thread(tmp_path: Path, open_ledger:
         if number % 50 == 0:
             assert await ledger.flush(SOON)
     await crash(ledger)
-    expected = {f"{one}": Expected("acme", TokenCounts(3, 5), "MAX_TOKENS") for one in range(number)}
-    expected["long"] = Expected("acme", TokenCounts(9, 20_000))
+    expected = {f"{one}": Expected("acme", TokenUsage(3, 5), "MAX_TOKENS") for one in range(number)}
+    expected["long"] = Expected("acme", TokenUsage(9, 20_000))
     ledger = await open_ledger()
     assert await ledger.flush(SOON)
     await ledger.close()

@@ -17,7 +17,7 @@ from alembic.migration import MigrationContext
 from tests.integration.usage.conftest import stored
 
 from llama2_server.usage.database import create_engine
-from llama2_server.usage.errors import LedgerError, StoreDown
+from llama2_server.usage.errors import LedgerError, StoreUnavailable
 from llama2_server.usage.records import DailyUsage, UsageRecord
 from llama2_server.usage.schema import METADATA
 from llama2_server.usage.store import VERSION_TABLE, Store
@@ -111,10 +111,10 @@ async def test_totals_are_exact(url: str, seed: int) -> None:
 
 
 async def test_a_batch_is_written_whole_or_not_at_all(url: str) -> None:
-    """A record that the store refuses takes its batch with it, and the reason is StoreDown."""
+    """A record that the store refuses takes its batch with it, and the reason is StoreUnavailable."""
     store = Store(url)
     await store.migrate()
-    with pytest.raises(StoreDown):
+    with pytest.raises(StoreUnavailable):
         await store.insert([record("good"), record("bad", outcome=None)])
     await store.close()
     assert await stored(url) == []
@@ -212,7 +212,7 @@ def test_postgresql_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_postgresql_that_does_not_answer_is_down(scheme: str) -> None:
     """A refused connection is of the moment, and its reason holds no password."""
     store = Store(f"{scheme}://user:s3cret@127.0.0.1:1/db?sslmode=prefer")
-    with pytest.raises(StoreDown) as caught:
+    with pytest.raises(StoreUnavailable) as caught:
         await store.migrate()
     assert caught.value.temporary
     assert "s3cret" not in str(caught.value)

@@ -16,7 +16,14 @@ from tests.support.virtual_time import run_virtual
 
 from llama2.v1 import model_pb2
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.admission.accounts import ANONYMOUS, Account, KeyAccounts, KeysFileError, OpenAccounts, new_key
+from llama2_server.admission.accounts import (
+    ANONYMOUS,
+    Account,
+    AnonymousAuthenticator,
+    ApiKeyAuthenticator,
+    KeysFileError,
+    new_key,
+)
 from llama2_server.errors import AccountDisabled, Unauthenticated
 
 
@@ -35,7 +42,7 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 def test_valid_key_is_its_account(tmp_path: Path) -> None:
     """Each key is the account that its line names."""
     (first, first_line), (second, second_line) = new_key("32118455", "staging"), new_key("b")
-    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", first_line, second_line))
+    accounts = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", first_line, second_line))
     assert accounts.authenticate(bearer(first)) == Account("32118455", "staging")
     assert accounts.authenticate(bearer(second)) == Account("b")
     assert accounts.authenticate((("authorization", f"bearer {first}"),)).id == "32118455"
@@ -46,13 +53,13 @@ def test_numeric_account_id_is_the_cards(tmp_path: Path) -> None:
     key, line = new_key("32118455")
     path = api_keys_file(tmp_path / "keys.yaml", line.replace("'32118455'", "32118455"))
     assert yaml.safe_load(path.read_text())["keys"].popitem()[1]["account"] == 32118455
-    assert KeyAccounts(path).authenticate(bearer(key)).id == "32118455"
+    assert ApiKeyAuthenticator(path).authenticate(bearer(key)).id == "32118455"
 
 
 def test_every_bad_header_gets_one_and_the_same_answer(tmp_path: Path) -> None:
     """Missing, malformed, unknown, wrong, oversize and duplicated keys cannot be told apart."""
     key, line = new_key("a")
-    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", line))
+    accounts = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", line))
     unknown, _ = new_key("a")
     wrong_secret = key[:-1] + ("A" if key[-1] != "A" else "B")
     bad: list[tuple[tuple[str, str | bytes], ...]] = [
@@ -79,7 +86,9 @@ def test_every_bad_header_gets_one_and_the_same_answer(tmp_path: Path) -> None:
 def test_disabled_account_is_told_so(tmp_path: Path) -> None:
     """A good key of a disabled account is answered differently: its owner should ask."""
     key, line = new_key("a")
-    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", line.replace("enabled: true", "enabled: false")))
+    accounts = ApiKeyAuthenticator(
+        api_keys_file(tmp_path / "keys.yaml", line.replace("enabled: true", "enabled: false"))
+    )
     with pytest.raises(AccountDisabled):
         accounts.authenticate(bearer(key))
 
@@ -98,7 +107,7 @@ def test_changed_file_is_read_within_five_seconds(tmp_path: Path) -> None:
     path = api_keys_file(tmp_path / "keys.yaml", old_line)
 
     async def main() -> None:
-        accounts = KeyAccounts(path)
+        accounts = ApiKeyAuthenticator(path)
         watching = asyncio.create_task(accounts.watch())
         patience = 4.9
         await asyncio.sleep(patience)
@@ -119,7 +128,7 @@ def test_broken_file_leaves_the_keys_as_they_are(tmp_path: Path, ending: str | N
     path = api_keys_file(tmp_path / "keys.yaml", line)
 
     async def main() -> None:
-        accounts = KeyAccounts(path)
+        accounts = ApiKeyAuthenticator(path)
         watching = asyncio.create_task(accounts.watch())
         if ending is None:
             path.unlink()
@@ -150,7 +159,7 @@ def test_unusable_file_is_refused_by_name(tmp_path: Path, text: str, words: str)
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(KeysFileError) as refused:
-        KeyAccounts(path)
+        ApiKeyAuthenticator(path)
     assert str(path) in str(refused.value)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -158,13 +167,13 @@ def test_unusable_file_is_refused_by_name(tmp_path: Path, text: str, words: str)
 
 def test_open_service_is_anonymous() -> None:
     """Without a keys file everybody is one account."""
-    assert OpenAccounts().authenticate(()) == ANONYMOUS
+    assert AnonymousAuthenticator().authenticate(()) == ANONYMOUS
 
 
 async def test_key_is_asked_for_on_the_wire(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
     """Generate and CountTokens need a key; health, reflection and the card do not."""
     key, line = new_key("a")
-    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", line))
+    accounts = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", line))
     async with serve_scripted("Hello.", accounts=accounts) as service:
         request = pb.GenerateRequest(prompt="Hi")
         for refused_call in (
@@ -185,5 +194,5 @@ def test_command_prints_key_and_line(tmp_path: Path) -> None:
     printed = subprocess.run(call, capture_output=True, text=True, check=True, timeout=60).stdout
     key = re.search(r"^l2_\S+$", printed, re.MULTILINE)
     assert key
-    accounts = KeyAccounts(api_keys_file(tmp_path / "keys.yaml", printed.splitlines()[-1].strip()))
+    accounts = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", printed.splitlines()[-1].strip()))
     assert accounts.authenticate(bearer(key[0])) == Account("42", "Alice")

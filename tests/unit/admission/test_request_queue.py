@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from tests.support.virtual_time import run_virtual
 
-from llama2_server.admission.request_queue import Slots
+from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
 
-def make_slots(limit: int = 1, max_queue_size: int = 100, queue_timeout_seconds: float = 1000) -> Slots:
-    return Slots(limit, max_queue_size=max_queue_size, queue_timeout_seconds=queue_timeout_seconds)
+def make_slots(limit: int = 1, max_queue_size: int = 100, queue_timeout_seconds: float = 1000) -> RequestQueue:
+    return RequestQueue(limit, max_queue_size=max_queue_size, queue_timeout_seconds=queue_timeout_seconds)
 
 
 async def hold(
-    slots: Slots, account: str, seconds: float, log: list[str] | None = None, deadline: float | None = None
+    slots: RequestQueue, account: str, seconds: float, log: list[str] | None = None, deadline: float | None = None
 ) -> float:
     """Hold a slot for a time; returns the time spent in line."""
     async with slots.acquire(account, deadline) as turn:
@@ -40,7 +40,7 @@ def test_every_wait_is_told() -> None:
     waits: list[float] = []
 
     async def main() -> None:
-        slots = Slots(1, max_queue_size=2, queue_timeout_seconds=1000, on_waited=waits.append)
+        slots = RequestQueue(1, max_queue_size=2, queue_timeout_seconds=1000, on_waited=waits.append)
         calls = [hold(slots, "a", 5), hold(slots, "a", 5), hold(slots, "b", 5, deadline=3)]
         tasks = await in_order(calls)
         with pytest.raises(QueueFull):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.measuring import MOST_ATTEMPTS, Figures, measured
+from benchmarks.measuring import MAX_ATTEMPTS, Figures, measured
 from benchmarks.processor import TICKS_A_SECOND, others_share, our_ticks
 
 BUSY_SECONDS = 0.5
@@ -46,11 +46,11 @@ def test_a_disturbed_measurement_is_discarded() -> None:
 
 def test_attempts_end() -> None:
     """Where others never stop, the last attempt is kept and says so."""
-    watch = Watch(*[0.5] * MOST_ATTEMPTS)
+    watch = Watch(*[0.5] * MAX_ATTEMPTS)
     figures = measured(dict, watch=watch, pause=lambda _: None)
-    assert watch.attempts == MOST_ATTEMPTS
+    assert watch.attempts == MAX_ATTEMPTS
     assert figures["contended"]
-    assert len(figures["discarded"]) == MOST_ATTEMPTS - 1
+    assert len(figures["discarded"]) == MAX_ATTEMPTS - 1
 
 
 def test_a_system_that_does_not_tell() -> None:

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from llama2_server.admission.accounts import KeyAccounts
+from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.cli.admin import admin
 from llama2_server.usage.ledger import Ledger
-from llama2_server.usage.pricing import TokenCounts
+from llama2_server.usage.pricing import TokenUsage
 
 COSTS = {"input_tokens": Decimal("0.3672"), "output_tokens": Decimal("0.3672")}
 HEADER = "account\tdate\tmodel\trequests\tinput_tokens\toutput_tokens\tcached_tokens\tneurons"
@@ -23,7 +23,7 @@ def ledger_directory(tmp_path: Path) -> Path:
 
     async def write() -> None:
         ledger = await Ledger.open(data_directory=tmp_path, neuron_costs=COSTS)
-        for account, counts in (("42", TokenCounts(3, 5)), ("7", TokenCounts(1, 1))):
+        for account, counts in (("42", TokenUsage(3, 5)), ("7", TokenUsage(1, 1))):
             ledger.admit(f"request-of-{account}", account, "model")
             ledger.finish(f"request-of-{account}", "MAX_TOKENS", counts)
         await ledger.close()
@@ -44,7 +44,7 @@ def test_new_key_works_with_the_line_that_is_printed(tmp_path: Path) -> None:
     *_, key, _, _, line = run("keys", "new", "42", "--name", "Alice").splitlines()
     file = tmp_path / "keys.yaml"
     file.write_text(f"keys:\n{line}\n")
-    assert KeyAccounts(file).authenticate((("authorization", f"Bearer {key}"),)).id == "42"
+    assert ApiKeyAuthenticator(file).authenticate((("authorization", f"Bearer {key}"),)).id == "42"
     assert key not in yaml.safe_dump(yaml.safe_load(file.read_text()))
 
 

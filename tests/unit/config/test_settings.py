@@ -12,7 +12,7 @@ from tests.support.processes import command, environment
 
 from llama2_client.cli import cli
 from llama2_server.config.settings import Settings
-from llama2_server.config.sources import CLIENT_VARIABLES, BadSettings, SourcedSettings, read_settings
+from llama2_server.config.sources import CLIENT_VARIABLES, BadSettings, ResolvedSettings, read_settings
 
 PASSWORD = "correct-horse"  # noqa: S105
 # For each setting two values, neither of them the default, as they are written in a file.
@@ -216,7 +216,7 @@ def test_settings_command_prints_and_ends() -> None:
     call = command("settings", "--max-queue-size", "9")
     done = subprocess.run(call, capture_output=True, text=True, timeout=60, env=environment(), check=True)
     assert done.stdout.rstrip() == str(
-        SourcedSettings(Settings(max_queue_size=9), {"max_queue_size": "--max-queue-size"})
+        ResolvedSettings(Settings(max_queue_size=9), {"max_queue_size": "--max-queue-size"})
     )
     assert done.stderr == ""
 

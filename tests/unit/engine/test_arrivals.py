@@ -12,7 +12,7 @@ import torch
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason
+from llama2_server.engine.sequence import FinishReason, SequenceResult
 
 CONTEXT = 128
 SLOTS = 4
@@ -26,7 +26,7 @@ class Reader:
 
     def __init__(self, heard: Callable[[], object] = lambda: None) -> None:
         self.token_ids: list[int] = []
-        self.finish: Future[Finish] = Future()
+        self.finish: Future[SequenceResult] = Future()
         self._heard = heard
 
     def on_token(self, token_id: int) -> bool:
@@ -34,7 +34,7 @@ class Reader:
         self._heard()
         return False
 
-    def on_finish(self, finish: Finish) -> None:
+    def on_finish(self, finish: SequenceResult) -> None:
         self.finish.set_result(finish)
 
 

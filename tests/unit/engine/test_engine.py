@@ -10,7 +10,7 @@ from tests.support.scripted_model import ScriptedModel
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason, Sequence
+from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
 
 EOS = 2
 REPLY = [10, 11, 12, 13, EOS]
@@ -22,7 +22,7 @@ class Reader:
     def __init__(self, stop_at: int | None = None) -> None:
         self.token_ids: list[int] = []
         self.first_token = threading.Event()
-        self.finish: Future[Finish] = Future()
+        self.finish: Future[SequenceResult] = Future()
         self._stop_at = stop_at
 
     def on_token(self, token_id: int) -> bool:
@@ -30,10 +30,10 @@ class Reader:
         self.first_token.set()
         return token_id == self._stop_at
 
-    def on_finish(self, finish: Finish) -> None:
+    def on_finish(self, finish: SequenceResult) -> None:
         self.finish.set_result(finish)
 
-    def result(self) -> Finish:
+    def result(self) -> SequenceResult:
         return self.finish.result(timeout=10)
 
 
@@ -58,7 +58,7 @@ def test_end_of_sequence_ends_and_is_counted_but_not_handed_on(engine: Engine) -
     """The end-of-sequence token counts as computed; the listener never sees it."""
     reader = Reader()
     submit(engine, reader)
-    assert reader.result() == Finish(FinishReason.END_OF_SEQUENCE, 3, 5)
+    assert reader.result() == SequenceResult(FinishReason.END_OF_SEQUENCE, 3, 5)
     assert reader.token_ids == REPLY[:-1]
 
 
@@ -66,7 +66,7 @@ def test_max_tokens_ends(engine: Engine) -> None:
     """Exactly max_tokens tokens are computed."""
     reader = Reader()
     submit(engine, reader, max_tokens=2)
-    assert reader.result() == Finish(FinishReason.MAX_TOKENS, 3, 2)
+    assert reader.result() == SequenceResult(FinishReason.MAX_TOKENS, 3, 2)
     assert reader.token_ids == REPLY[:2]
 
 
@@ -74,14 +74,14 @@ def test_end_of_sequence_wins_over_max_tokens(engine: Engine) -> None:
     """A reply that ends by itself at its last allowed token was not cut."""
     reader = Reader()
     submit(engine, reader, max_tokens=5)
-    assert reader.result() == Finish(FinishReason.END_OF_SEQUENCE, 3, 5)
+    assert reader.result() == SequenceResult(FinishReason.END_OF_SEQUENCE, 3, 5)
 
 
 def test_listener_ends_a_sequence(engine: Engine) -> None:
     """A listener's True ends the sequence right there: not one token more is computed."""
     reader = Reader(stop_at=11)
     submit(engine, reader)
-    assert reader.result() == Finish(FinishReason.STOP_SEQUENCE, 3, 2)
+    assert reader.result() == SequenceResult(FinishReason.STOP_SEQUENCE, 3, 2)
 
 
 def test_cancel_stops_before_the_next_step(engine: Engine, model: ScriptedModel) -> None:
@@ -94,12 +94,12 @@ def test_cancel_stops_before_the_next_step(engine: Engine, model: ScriptedModel)
     assert model.in_step.wait(10)
     sequence.cancel()
     model.allow(1)
-    assert reader.result() == Finish(FinishReason.CANCELLED, 3, 2)
+    assert reader.result() == SequenceResult(FinishReason.CANCELLED, 3, 2)
     model.open_gate()
     others = [Reader(), Reader()]
     for other in others:
         submit(engine, other)
-    assert [other.result() for other in others] == [Finish(FinishReason.END_OF_SEQUENCE, 3, 5)] * 2
+    assert [other.result() for other in others] == [SequenceResult(FinishReason.END_OF_SEQUENCE, 3, 5)] * 2
 
 
 def test_cancel_during_prefill_stops_before_the_first_decode_step(engine: Engine, model: ScriptedModel) -> None:
@@ -110,7 +110,7 @@ def test_cancel_during_prefill_stops_before_the_first_decode_step(engine: Engine
     assert model.in_step.wait(10)
     sequence.cancel()
     model.allow(1)
-    assert reader.result() == Finish(FinishReason.CANCELLED, 3, 1)
+    assert reader.result() == SequenceResult(FinishReason.CANCELLED, 3, 1)
 
 
 def test_cancel_during_prefill_stops_between_chunks(engine: Engine, model: ScriptedModel) -> None:
@@ -121,7 +121,7 @@ def test_cancel_during_prefill_stops_between_chunks(engine: Engine, model: Scrip
     assert model.in_step.wait(10)
     sequence.cancel()
     model.allow(1)
-    assert reader.result() == Finish(FinishReason.CANCELLED, 8, 0)
+    assert reader.result() == SequenceResult(FinishReason.CANCELLED, 8, 0)
 
 
 def test_sequences_share_steps(engine: Engine, model: ScriptedModel) -> None:
@@ -131,7 +131,7 @@ def test_sequences_share_steps(engine: Engine, model: ScriptedModel) -> None:
     for reader in readers:
         submit(engine, reader)
     model.open_gate()
-    assert [reader.result() for reader in readers] == [Finish(FinishReason.END_OF_SEQUENCE, 3, 5)] * 3
+    assert [reader.result() for reader in readers] == [SequenceResult(FinishReason.END_OF_SEQUENCE, 3, 5)] * 3
     assert [reader.token_ids for reader in readers] == [REPLY[:-1]] * 3
     assert max(model.decoded_rows) == 2
 
@@ -141,10 +141,10 @@ def test_fault_ends_the_sequence_and_not_the_engine(engine: Engine, model: Scrip
     model.failure = RuntimeError("out of memory")
     failed, healthy = Reader(), Reader()
     submit(engine, failed)
-    assert failed.result() == Finish(FinishReason.FAILED, 0, 0)
+    assert failed.result() == SequenceResult(FinishReason.FAILED, 0, 0)
     model.failure = None
     submit(engine, healthy)
-    assert healthy.result() == Finish(FinishReason.END_OF_SEQUENCE, 3, 5)
+    assert healthy.result() == SequenceResult(FinishReason.END_OF_SEQUENCE, 3, 5)
     assert engine.alive
 
 
@@ -153,7 +153,7 @@ def test_logits_that_are_no_numbers_are_a_fault(engine: Engine, model: ScriptedM
     model.nan_logits = True
     reader = Reader()
     submit(engine, reader)
-    assert reader.result() == Finish(FinishReason.FAILED, 3, 0)
+    assert reader.result() == SequenceResult(FinishReason.FAILED, 3, 0)
     assert reader.token_ids == []
 
 
@@ -212,8 +212,8 @@ def test_a_long_prompt_holds_up_a_stream_for_one_chunk_at_a_time(model: Scripted
     submit(engine, waiting, prompt_tokens=32)
     model.open_gate()
     assert [streaming.result(), waiting.result()] == [
-        Finish(FinishReason.END_OF_SEQUENCE, 3, 5),
-        Finish(FinishReason.END_OF_SEQUENCE, 32, 5),
+        SequenceResult(FinishReason.END_OF_SEQUENCE, 3, 5),
+        SequenceResult(FinishReason.END_OF_SEQUENCE, 32, 5),
     ]
     assert engine.close(timeout_seconds=10)
     assert steps[:8] == [("prefill", 3), ("decode", 1), *[("prefill", 8), ("decode", 1)] * 3]

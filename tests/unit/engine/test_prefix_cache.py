@@ -15,9 +15,9 @@ from torch import Tensor
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.model.llama import LlamaModel, Model
-from llama2_server.engine.prefix_cache import FreeSlots
+from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason
+from llama2_server.engine.sequence import FinishReason, SequenceResult
 
 CHUNK = 8
 CONTEXT = 128
@@ -65,7 +65,9 @@ def running(model: Model) -> Iterator[Engine]:
     assert engine.close(timeout_seconds=10)
 
 
-def generate(engine: Engine, prompt_ids: list[int], owner: str | None, max_tokens: int = 5) -> tuple[list[int], Finish]:
+def generate(
+    engine: Engine, prompt_ids: list[int], owner: str | None, max_tokens: int = 5
+) -> tuple[list[int], SequenceResult]:
     reader = Reader()
     engine.submit(prompt_ids, GenerationParams(max_tokens, temperature=0), reader, owner)
     finish = reader.result()
@@ -88,7 +90,7 @@ def test_second_turn_computes_only_the_rest(directory: Path, dtype: torch.dtype)
         warm.prefilled.clear()
         warm.logits.clear()
         warm_ids, finish = generate(engine, second, "a")
-    assert finish == Finish(FinishReason.MAX_TOKENS, len(second), 5, reused_input_tokens=16)
+    assert finish == SequenceResult(FinishReason.MAX_TOKENS, len(second), 5, reused_input_tokens=16)
     assert warm.prefilled == [8, 8, 4]
     with running(cold) as engine:
         cold_ids, _ = generate(engine, second, "a")
@@ -162,7 +164,7 @@ def test_cancelled_prefill_keeps_its_whole_chunks(directory: Path) -> None:
 
         model.before_prefill = cancel_in_the_third_chunk
         sequence = engine.submit(prompt, GenerationParams(5, temperature=0), reader, "a")
-        assert reader.result() == Finish(FinishReason.CANCELLED, 24, 0)
+        assert reader.result() == SequenceResult(FinishReason.CANCELLED, 24, 0)
         model.before_prefill = lambda: None
         _, finish = generate(engine, prompt, "a")
     assert finish.reused_input_tokens == 24
@@ -176,7 +178,7 @@ def test_cancel_before_the_first_chunk_counts_nothing(directory: Path) -> None:
         blocker, reader = Reader(), Reader()
         engine.submit(some_ids(40, seed=9), GenerationParams(50, temperature=0), blocker, "b")
         engine.submit(some_ids(40), GenerationParams(5, temperature=0), reader, "a").cancel()
-        assert reader.result() == Finish(FinishReason.CANCELLED, 0, 0)
+        assert reader.result() == SequenceResult(FinishReason.CANCELLED, 0, 0)
 
 
 def test_failed_sequence_leaves_nothing_to_reuse(directory: Path) -> None:
@@ -194,7 +196,7 @@ def test_failed_sequence_leaves_nothing_to_reuse(directory: Path) -> None:
 )
 def test_reused_tokens_are_a_common_beginning(held: list[int], prompt: list[int], chunk: int) -> None:
     """Whole chunks, equal token for token, never the whole prompt, and no less than there could be."""
-    free = FreeSlots(1, chunk)
+    free = PrefixCache(1, chunk)
     slot, _ = free.take("a", held)
     free.give_back(slot, "a", held)
     _, reused = free.take("a", prompt)

@@ -10,9 +10,9 @@ from contextlib import suppress
 import pytest
 from tests.support.virtual_time import run_virtual
 
-from llama2_server.admission.request_queue import Slots
+from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.errors import InternalError, QueueFull, QueueWaitTooLong, ServiceError
-from llama2_server.generation.coalescing import Flights
+from llama2_server.generation.coalescing import Coalescer
 
 WORDS = ["Once ", "upon ", "a ", "time"]
 
@@ -20,7 +20,7 @@ WORDS = ["Once ", "upon ", "a ", "time"]
 class TalkingGeneration:
     """Says a word a second in a slot, as a generation would, then ends or fails."""
 
-    def __init__(self, slots: Slots, error: ServiceError | None = None) -> None:
+    def __init__(self, slots: RequestQueue, error: ServiceError | None = None) -> None:
         self.said: list[str] = []
         self.left = 0
         self.stopped_at: float | None = None
@@ -58,7 +58,7 @@ class TalkingGeneration:
                 async with self._news:
                     await self._news.wait()
 
-    async def _run(self, slots: Slots) -> None:
+    async def _run(self, slots: RequestQueue) -> None:
         try:
             async with slots.acquire("a", None):
                 for word in WORDS:
@@ -86,12 +86,12 @@ class Service:
     """What the servicer does, without gRPC."""
 
     def __init__(self, keep: Callable[[], None] = lambda: None) -> None:
-        self.slots = Slots(1, max_queue_size=10, queue_timeout_seconds=1000)
+        self.slots = RequestQueue(1, max_queue_size=10, queue_timeout_seconds=1000)
         self.made: list[TalkingGeneration] = []
         self.kept: dict[str, str] = {}
         self.error: ServiceError | None = None
         self._keep = keep
-        self.flights: Flights[str, TalkingGeneration] = Flights(self._on_complete)
+        self.flights: Coalescer[str, TalkingGeneration] = Coalescer(self._on_complete)
 
     async def call(self, key: str | None = "key", deadline: float | None = None) -> list[tuple[float, str]]:
         """One call that is cancelled at its deadline; returns when it heard what, from its own beginning."""
@@ -165,7 +165,7 @@ def test_seat_tells_who_began() -> None:
 
     async def main() -> None:
         flights = Service().flights
-        slots = Slots(1, max_queue_size=1, queue_timeout_seconds=1)
+        slots = RequestQueue(1, max_queue_size=1, queue_timeout_seconds=1)
         with (
             flights.join("key", lambda: TalkingGeneration(slots)) as first,
             flights.join("key", lambda: TalkingGeneration(slots)) as second,
@@ -360,7 +360,7 @@ def test_refusal_in_line_reaches_all_readers() -> None:
 
     async def main() -> None:
         service = Service()
-        service.slots = Slots(1, max_queue_size=10, queue_timeout_seconds=2)
+        service.slots = RequestQueue(1, max_queue_size=10, queue_timeout_seconds=2)
         other = asyncio.create_task(service.call("other"))
         await asyncio.sleep(0)
         results = await asyncio.gather(*(service.call() for _ in range(3)), return_exceptions=True)

@@ -6,12 +6,12 @@ from typing import cast
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason
 from llama2_server.generation.generation import Generation
-from llama2_server.generation.reply import LiveReply
-from llama2_server.usage.pricing import TokenCounts
+from llama2_server.generation.reply import GeneratedReply
+from llama2_server.usage.pricing import TokenUsage
 
 GENERATION = SimpleNamespace(
     finish_reason=FinishReason.MAX_TOKENS,
-    counts=TokenCounts(3, 5),
+    counts=TokenUsage(3, 5),
     params=GenerationParams(max_tokens=5),
     reused_input_tokens=0,
     started_at=12.0,
@@ -23,7 +23,7 @@ GENERATION = SimpleNamespace(
 
 def times(begun: float, *, shared: bool) -> tuple[float, float, float]:
     """Queue time, time to first token and total time of a call that began then."""
-    figures = LiveReply(cast(Generation, GENERATION), shared=shared, begun=begun).figures()
+    figures = GeneratedReply(cast(Generation, GENERATION), shared=shared, begun=begun).figures()
     return figures.queue_seconds, figures.time_to_first_token_seconds, figures.total_seconds
 
 

@@ -15,14 +15,14 @@ from llama2_server.engine.model.weights import LlamaConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class ModelMetadata:
     """A model's shape, and the token ids that end a generation."""
 
     config: LlamaConfig
     eos_ids: frozenset[int]
 
 
-def describe(directory: Path, file: Path) -> Description:
+def read_metadata(directory: Path, file: Path) -> ModelMetadata:
     """Read config.json and generation_config.json; `file` keeps the answer for the next start.
 
     They are read anew when they, transformers, or our own reading of its answer have changed. What is refused is never
@@ -34,14 +34,14 @@ def describe(directory: Path, file: Path) -> Description:
     key = _key(directory)
     description = _kept(recall(file, key))
     if description is None:
-        description = Description(checkpoint.read_config(directory), checkpoint.read_eos_ids(directory))
+        description = ModelMetadata(checkpoint.read_config(directory), checkpoint.read_eos_ids(directory))
         keep(file, key, {"config": asdict(description.config), "eos_ids": sorted(description.eos_ids)})
     return description
 
 
-def _kept(kept: Any) -> Description | None:
+def _kept(kept: Any) -> ModelMetadata | None:
     try:
-        return Description(LlamaConfig(**kept["config"]), frozenset(kept["eos_ids"]))
+        return ModelMetadata(LlamaConfig(**kept["config"]), frozenset(kept["eos_ids"]))
     except (TypeError, KeyError):  # nothing was kept, or no description
         return None
 

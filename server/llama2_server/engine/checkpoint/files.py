@@ -34,7 +34,7 @@ SIZES = (
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class TensorEntry:
     """A tensor in a safetensors file."""
 
     path: Path
@@ -86,13 +86,13 @@ def read_eos_ids(directory: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def read_tensor_table(directory: Path) -> dict[str, StoredTensor]:
+def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
     """Where each tensor of the checkpoint lies.
 
     Raises WeightsError for files that are missing, cut off or not safetensors. Pickles are never opened: loading one
     runs whatever code is in it.
     """
-    table: dict[str, StoredTensor] = {}
+    table: dict[str, TensorEntry] = {}
     for path in _shards(directory):
         for name, tensor in _read_header(path):
             if name in table:
@@ -181,7 +181,7 @@ def _indexed_shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     """The file's tensors, by https://github.com/huggingface/safetensors#format."""
     try:
         # The library checks the header against itself and against the file's size; only offsets are left to be read.
@@ -197,4 +197,4 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         if entry["dtype"] not in DTYPES:
             raise WeightsError(f"{path}: {name} is of dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
         start = 8 + length + entry["data_offsets"][0]
-        yield name, StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+        yield name, TensorEntry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)

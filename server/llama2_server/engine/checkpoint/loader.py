@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama2_server.engine.checkpoint.files import StoredTensor, read_config, read_tensor_table
+from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
 from llama2_server.engine.checkpoint.hub import fetch_checkpoint
-from llama2_server.engine.checkpoint.read_buffers import Staging
+from llama2_server.engine.checkpoint.read_buffers import ReadBuffers
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.llama import CpuKernels, LlamaModel
@@ -95,7 +95,7 @@ def _check_tokenizer(directory: Path, config: LlamaConfig) -> None:
         raise WeightsError(f"{path}: has {pieces} tokens, expected at most the {config.vocab_size} of the embedding")
 
 
-def _check_tensors(directory: Path, stored: dict[str, StoredTensor], places: dict[str, Tensor]) -> None:
+def _check_tensors(directory: Path, stored: dict[str, TensorEntry], places: dict[str, Tensor]) -> None:
     for name, place in places.items():
         if name not in stored:
             raise WeightsError(f"{directory}: tensor {name} is missing, expected one of shape {tuple(place.shape)}")
@@ -133,7 +133,7 @@ def _layer_places(config: LlamaConfig, layer: LayerWeights) -> dict[str, Tensor]
     }
 
 
-def _fill(stored: dict[str, StoredTensor], places: dict[str, Tensor], progress: Progress) -> None:
+def _fill(stored: dict[str, TensorEntry], places: dict[str, Tensor], progress: Progress) -> None:
     """Read each tensor into its place, in the order of the files, which spinning and network disks like best."""
     total_bytes = sum(tensor.size_bytes for tensor in stored.values())
     done_bytes = 0
@@ -141,9 +141,9 @@ def _fill(stored: dict[str, StoredTensor], places: dict[str, Tensor], progress: 
     own = threading.local()
 
     def prepare() -> None:
-        own.staging = Staging(device)
+        own.staging = ReadBuffers(device)
 
-    def fill(item: tuple[str, StoredTensor]) -> int:
+    def fill(item: tuple[str, TensorEntry]) -> int:
         name, tensor = item
         _fill_one(name, tensor, places[name], own.staging)
         return tensor.size_bytes
@@ -155,19 +155,19 @@ def _fill(stored: dict[str, StoredTensor], places: dict[str, Tensor], progress: 
             progress(done_bytes, total_bytes)
 
 
-def _fill_one(name: str, tensor: StoredTensor, place: Tensor, staging: Staging) -> None:
+def _fill_one(name: str, tensor: TensorEntry, place: Tensor, staging: ReadBuffers) -> None:
     if _read(name, tensor, place, staging):
         return
     # As it is stored, so that whoever made it knows what is wrong.
     as_stored = torch.empty(place.shape, dtype=tensor.dtype)
-    if _read(name, tensor, as_stored, Staging(as_stored.device)):
+    if _read(name, tensor, as_stored, ReadBuffers(as_stored.device)):
         found = f"holds values that do not fit in {place.dtype}; serve it with the dtype of the checkpoint"
     else:
         found = "holds NaN or infinity; expected finite numbers: fetch it again"
     raise WeightsError(f"{tensor.path}: tensor {name} {found}")
 
 
-def _read(name: str, tensor: StoredTensor, place: Tensor, staging: Staging) -> bool:
+def _read(name: str, tensor: TensorEntry, place: Tensor, staging: ReadBuffers) -> bool:
     """Whether all its numbers are finite."""
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)

@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK_BYTES = 4 * 2**20
 
 
-class Staging:
+class ReadBuffers:
     """Blocks of memory that a file is read into; on CUDA one is read into while the other is on its way."""
 
     def __init__(self, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 # Tokens of a slot's KV cache that one program attends to, and how many of them at a time.
 SPLIT_TOKENS = 128
 BLOCK_TOKENS = 64
-LEAST_QUERIES = 16  # rows that a matrix unit wants at least
+MIN_QUERIES = 16  # rows that a matrix unit wants at least
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def attend(
     parts = queries.new_empty((rows, heads, splits, head_dim), dtype=torch.float32)
     scales = queries.new_empty((rows, heads, splits), dtype=torch.float32)
     out = queries.new_empty((rows, heads * head_dim))
-    block_dim = max(LEAST_QUERIES, triton.next_power_of_2(head_dim))
+    block_dim = max(MIN_QUERIES, triton.next_power_of_2(head_dim))
     _attend_kernel[(rows, kv_heads, splits)](
         queries,
         keys,
@@ -206,7 +206,7 @@ def attend(
         SPLIT=SPLIT_TOKENS,
         BLOCK=BLOCK_TOKENS,
         GROUP=group,
-        BLOCK_GROUP=max(LEAST_QUERIES, triton.next_power_of_2(group)),
+        BLOCK_GROUP=max(MIN_QUERIES, triton.next_power_of_2(group)),
         BLOCK_DIM=block_dim,
         num_warps=4,
     )

@@ -10,23 +10,23 @@ import torch
 import triton
 from torch import Tensor
 
-from llama2_server.engine.cuda.matmul import WAYS, Products, Way, name_of
-from llama2_server.engine.cuda.matmul_kernels import Tile
+from llama2_server.engine.cuda.matmul import VARIANTS, Matmul, MatmulVariant, name_of
+from llama2_server.engine.cuda.matmul_kernels import TileConfig
 from llama2_server.engine.disk_cache import keep, recall
 from llama2_server.engine.model.llama import LlamaModel
 
 logger = logging.getLogger(__name__)
 
 # Two ways of adding the same float16 products differ by about a thousandth.
-MOST_ERROR = 0.01
+MAX_RELATIVE_ERROR = 0.01
 REPLAYS = 5
 
-Work = Callable[[Products], Tensor]
+Work = Callable[[Matmul], Tensor]
 """One product with the weights of all layers, one after another, so that no cache holds them; the last result."""
 Timer = Callable[[Callable[[], Tensor]], float]
 
 
-def tuned_ways(model: LlamaModel, file: Path | None) -> dict[str, Way]:
+def autotune(model: LlamaModel, file: Path | None) -> dict[str, MatmulVariant]:
     """The fastest way of each product of the model, by its name; from the file if it is of this device and software."""
     key = f"{torch.cuda.get_device_name(model.device)}, torch {torch.__version__}, triton {triton.__version__}"
     known = _ways(recall(file, key))
@@ -52,14 +52,14 @@ def graph_seconds(run: Callable[[], Tensor]) -> float:
     return float(begun.elapsed_time(ended)) / 1000 / REPLAYS
 
 
-def fastest(work: Work, epsilon: float, name: str, seconds: Timer = graph_seconds) -> Way:
+def fastest(work: Work, epsilon: float, name: str, seconds: Timer = graph_seconds) -> MatmulVariant:
     """The fastest way of a product, among those whose result is torch's but for rounding."""
-    expected = work(Products(epsilon)).double()
+    expected = work(Matmul(epsilon)).double()
     best, best_seconds = None, float("inf")
-    for way in WAYS:
-        products = Products(epsilon, {name: way})
+    for way in VARIANTS:
+        products = Matmul(epsilon, {name: way})
         error = (work(products).double() - expected).norm() / expected.norm()
-        if not error < MOST_ERROR:
+        if not error < MAX_RELATIVE_ERROR:
             logger.warning("%s: %s is wrong by %.3f on this device and is not used", name, way, error)
             continue
         needed = seconds(lambda products=products: work(products))  # type: ignore[misc]
@@ -99,8 +99,8 @@ def _works(model: LlamaModel) -> Iterator[tuple[str, Work]]:
     yield name_of("logits", weights.head), lambda products: products.logits(x, weights.norm, weights.head)
 
 
-def _ways(kept: Any) -> dict[str, Way]:
+def _ways(kept: Any) -> dict[str, MatmulVariant]:
     try:
-        return {name: Tile(*way) if way else None for name, way in kept.items()}
+        return {name: TileConfig(*way) if way else None for name, way in kept.items()}
     except (TypeError, AttributeError):  # nothing was kept, or no ways
         return {}

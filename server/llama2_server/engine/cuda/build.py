@@ -11,48 +11,48 @@ from torch import Tensor
 
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
-from llama2_server.engine.step_runner import HostSteps, Steps
+from llama2_server.engine.step_runner import HostStepRunner, StepRunner
 
 logger = logging.getLogger(__name__)
 
-MOST_ERROR = 0.02  # of the logits, against the plain steps; float16 itself makes for a few thousandths
+MAX_RELATIVE_ERROR = 0.02  # of the logits, against the plain steps; float16 itself makes for a few thousandths
 PROOF_TOKENS = 48
 
 
-def steps_for(model: LlamaModel, *, compiled: bool, cache_directory: Path | None) -> Steps:
+def build_step_runner(model: LlamaModel, *, compiled: bool, cache_directory: Path | None) -> StepRunner:
     """The fastest steps to be had; where it is not the fast ones on CUDA, the log says why in one line.
 
     What is compiled and measured is kept under `cache_directory`, so that the next start need not do it again.
     """
     if model.device.type != "cuda":
-        return HostSteps(model)
+        return HostStepRunner(model)
     if not compiled:
         logger.info("running in plain torch, which is slower: the settings ask for it (gpu_kernels)")
-        return HostSteps(model)
+        return HostStepRunner(model)
     try:
         return _fast_steps(model, cache_directory)
     except Exception as error:  # of the compiler, the driver or the device, in whatever form
         logger.warning("running in plain torch, which is slower: %s: %s", type(error).__name__, error)
         logger.debug("why the fast steps cannot be had", exc_info=error)
     torch.cuda.empty_cache()
-    return HostSteps(model)
+    return HostStepRunner(model)
 
 
-def _fast_steps(model: LlamaModel, cache_directory: Path | None) -> Steps:
+def _fast_steps(model: LlamaModel, cache_directory: Path | None) -> StepRunner:
     if cache_directory:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory / "triton"))
     begun = time.monotonic()
     # Imports Triton, which reads its environment then, and is not there without CUDA.
-    from llama2_server.engine.cuda.autotune import tuned_ways
+    from llama2_server.engine.cuda.autotune import autotune
     from llama2_server.engine.cuda.forward import Forward
-    from llama2_server.engine.cuda.matmul import Products
-    from llama2_server.engine.cuda.step_runner import CudaSteps
+    from llama2_server.engine.cuda.matmul import Matmul
+    from llama2_server.engine.cuda.step_runner import CudaStepRunner
 
     with torch.inference_mode():
-        ways = tuned_ways(model, cache_directory / "ways.json" if cache_directory else None)
-        forward = Forward(model, Products(model.config.rms_norm_eps, ways))
+        ways = autotune(model, cache_directory / "ways.json" if cache_directory else None)
+        forward = Forward(model, Matmul(model.config.rms_norm_eps, ways))
         error = proven_error(model, forward)
-    steps = CudaSteps(model, forward)
+    steps = CudaStepRunner(model, forward)
     graphs = steps.capture()
     logger.info("made %d CUDA graphs in %.1f s; logits within %.4f", graphs, time.monotonic() - begun, error)
     return steps
@@ -62,7 +62,7 @@ def proven_error(model: LlamaModel, forward: Callable[[Tensor, Tensor, Tensor], 
     """How far the logits of a step are from the model's own; raises EngineError where it is too far, or no number."""
     # One row and several are computed in different ways.
     errors = [relative_error(model, forward, rows) for rows in sorted({1, model.slots})]
-    if not all(error < MOST_ERROR for error in errors):  # each by itself: max() may pass over what is no number
+    if not all(error < MAX_RELATIVE_ERROR for error in errors):  # each by itself: max() may pass over what is no number
         raise EngineError(f"the fast step's logits differ by {errors} from the plain step's")
     return max(errors)
 

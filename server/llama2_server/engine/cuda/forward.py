@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from llama2_server.engine.cuda.attention_kernels import attend, rotate_and_store
-from llama2_server.engine.cuda.matmul import Products
+from llama2_server.engine.cuda.matmul import Matmul
 from llama2_server.engine.model.llama import LlamaModel
 
 
 class Forward:
     """One token more in each of some slots of a model; the same as LlamaModel.decode but for rounding."""
 
-    def __init__(self, model: LlamaModel, products: Products) -> None:
+    def __init__(self, model: LlamaModel, products: Matmul) -> None:
         self._weights = model.weights
         self._kv_cache = model.kv_cache
         self._rotary = model.rotary

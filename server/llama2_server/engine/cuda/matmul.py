@@ -8,24 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
-from llama2_server.engine.cuda.matmul_kernels import Tile, gated_product, product
+from llama2_server.engine.cuda.matmul_kernels import TileConfig, gated_product, product
 
-Way = Tile | None
+MatmulVariant = TileConfig | None
 """How a product of one row is computed; None is torch's."""
 
 # What a warp reads in one go: 16 bytes of float16 for each of its threads. In a tile as wide as that for all its warps,
 # each thread reads the activations that belong to its weights, so none waits for another before the sums.
 WARP_WIDTH = 256
-WAYS: tuple[Way, ...] = (
+VARIANTS: tuple[MatmulVariant, ...] = (
     None,
-    *(Tile(columns, WARP_WIDTH * warps, warps) for columns, warps in ((4, 1), (2, 2), (4, 2), (1, 4), (2, 4), (4, 4))),
+    *(
+        TileConfig(columns, WARP_WIDTH * warps, warps)
+        for columns, warps in ((4, 1), (2, 2), (4, 2), (1, 4), (2, 4), (4, 4))
+    ),
 )
 
 
-class Products:
+class Matmul:
     """The products of a step. `ways` says how those of one row are computed, by their name; torch's where unsaid."""
 
-    def __init__(self, epsilon: float, ways: dict[str, Way] | None = None) -> None:
+    def __init__(self, epsilon: float, ways: dict[str, MatmulVariant] | None = None) -> None:
         self._epsilon = epsilon
         self.ways = dict(ways or {})
 
@@ -61,7 +64,7 @@ class Products:
     def _norm(self, x: Tensor, norm: Tensor) -> Tensor:
         return rms_norm(x, norm.shape, norm, self._epsilon)
 
-    def _tile(self, kind: str, x: Tensor, weight: Tensor) -> Way:
+    def _tile(self, kind: str, x: Tensor, weight: Tensor) -> MatmulVariant:
         return self.ways.get(name_of(kind, weight)) if x.shape[0] == 1 else None
 
 

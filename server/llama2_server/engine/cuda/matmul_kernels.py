@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class TileConfig:
     """How much of a weight one program takes at a time, and with how many warps."""
 
     columns: int
@@ -106,7 +106,7 @@ def product(
     epsilon: float = 0.0,
     before: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    tile: Tile,
+    tile: TileConfig,
 ) -> Tensor:  # x (1, width), weight (columns, width) -> (1, columns)
     """`[before +] linear([rms_norm](x), weight)` for one row."""
     columns, width = weight.shape
@@ -131,7 +131,7 @@ def product(
 
 
 def gated_product(
-    x: Tensor, weight: Tensor, *, norm: Tensor, epsilon: float, tile: Tile
+    x: Tensor, weight: Tensor, *, norm: Tensor, epsilon: float, tile: TileConfig
 ) -> Tensor:  # x (1, width), weight (2 * columns, width) -> (1, columns)
     """SwiGLU's first half for one row: `silu(gate) * up` of the normed x."""
     columns, width = weight.shape[0] // 2, weight.shape[1]

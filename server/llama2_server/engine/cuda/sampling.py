@@ -38,7 +38,7 @@ def is_penalised(params: GenerationParams) -> bool:
     return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
 
 
-class SeenTokens:
+class PenaltyState:
     """Which tokens each slot has seen, and how often it has generated each; kept where penalties need it.
 
     There is one place more than there are slots, for rows that only fill up a step.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llama2_server.engine.cuda.sampling import (
     NO_TOKEN,
+    PenaltyState,
     RowParams,
-    SeenTokens,
     draw,
     greedy,
     is_penalised,
@@ -35,7 +35,7 @@ SLOT, POSITION, TEMPERATURE, TOP_K, TOP_P, REPETITION, FREQUENCY, PRESENCE, UNIF
 FILLER_POSITION = -1.0
 
 
-class _Exchange:
+class _HostBuffers:
     """What goes to the device for one step and what comes back, in memory that the device can reach by itself."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class _Exchange:
             yield EngineError("the model's logits are not finite") if token_id == NO_TOKEN else token_id
 
 
-class CudaSteps:
+class CudaStepRunner:
     """Steps of a model that sample on its device; `capture` makes graphs of them."""
 
     ahead = 1
@@ -68,13 +68,13 @@ class CudaSteps:
         self._forward = forward
         # One place more than there are slots, for rows that only fill up a step.
         self._last_ids = torch.zeros(model.slots + 1, dtype=torch.long, device=model.device)
-        self._seen = SeenTokens(model.slots, model.vocab_size, model.device)
+        self._seen = PenaltyState(model.slots, model.vocab_size, model.device)
         self._uniforms: list[Callable[[], float]] = [random.random] * model.slots
         self._sizes = _sizes(model.slots)
         self._table = torch.zeros(self._sizes[-1], COLUMNS, dtype=torch.float64, device=model.device)
         self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.long, device=model.device)
         # One is written while the device still works with the other.
-        self._exchanges = itertools.cycle(_Exchange(self._sizes[-1], model.device) for _ in range(self.ahead + 1))
+        self._exchanges = itertools.cycle(_HostBuffers(self._sizes[-1], model.device) for _ in range(self.ahead + 1))
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
@@ -119,7 +119,7 @@ class CudaSteps:
             self._step(size, plain)
         return exchange.fetch(self._token_ids[: len(rows)])
 
-    def _send(self, rows: SequenceOf[Sequence], size: int) -> _Exchange:
+    def _send(self, rows: SequenceOf[Sequence], size: int) -> _HostBuffers:
         filler = [0.0] * COLUMNS
         filler[SLOT], filler[POSITION], filler[REPETITION] = self._model.slots, FILLER_POSITION, 1.0
         lines = [*map(self._line, rows), *[filler] * (size - len(rows))]

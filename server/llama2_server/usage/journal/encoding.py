@@ -8,7 +8,7 @@ from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from llama2_server.usage.pricing import TokenCounts, decimal_text
+from llama2_server.usage.pricing import TokenUsage, decimal_text
 from llama2_server.usage.records import RunningRequest, UsageRecord
 
 
@@ -17,7 +17,7 @@ class Progress:
     """What has been computed so far for a request that runs."""
 
     request_id: str
-    counts: TokenCounts
+    counts: TokenUsage
 
 
 Entry = RunningRequest | Progress | UsageRecord
@@ -72,12 +72,12 @@ def _running(
     request_id: str, account: str, model: str, started_at: str, costs: dict[str, str], inputs: int, outputs: int
 ) -> RunningRequest:
     neuron_costs = {metric: Decimal(cost) for metric, cost in costs.items()}
-    counts = TokenCounts(inputs, outputs)
+    counts = TokenUsage(inputs, outputs)
     return RunningRequest(request_id, account, model, datetime.fromisoformat(started_at), neuron_costs, counts)
 
 
 def _progress(request_id: str, inputs: int, outputs: int) -> Progress:
-    return Progress(request_id, TokenCounts(inputs, outputs))
+    return Progress(request_id, TokenUsage(inputs, outputs))
 
 
 def _ended(request_id: str, account: str, model: str, started_at: str, ended_at: str, *rest: Any) -> UsageRecord:

@@ -27,7 +27,7 @@ class InstanceLock:
         return cls(directory, instance, descriptor)
 
     @classmethod
-    def of_the_dead(cls, directory: Path) -> list[Self]:
+    def acquire_stale(cls, directory: Path) -> list[Self]:
         """The locks of all processes that have died; they are held from now on."""
         taken = (cls._take(path) for path in sorted(directory.glob("*.lock")))
         return [lock for lock in taken if lock is not None]

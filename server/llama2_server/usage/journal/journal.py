@@ -18,7 +18,7 @@ from llama2_server.errors import UsageJournalFull
 from llama2_server.usage.journal.encoding import Progress, decode_all, encode
 from llama2_server.usage.journal.instance_lock import InstanceLock
 from llama2_server.usage.journal.segments import Segment, Segments, fsync_and_close
-from llama2_server.usage.pricing import TokenCounts
+from llama2_server.usage.pricing import TokenUsage
 from llama2_server.usage.records import INTERRUPTED, RunningRequest, UsageRecord
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Journal:
         """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         journal = cls(Segments.create(directory), limit_bytes)
-        for lock in InstanceLock.of_the_dead(directory):
+        for lock in InstanceLock.acquire_stale(directory):
             journal._recover(lock)
         return journal
 
@@ -75,7 +75,7 @@ class Journal:
         except IndexError:
             return None
 
-    def refuse_when_full(self, request: RunningRequest) -> None:
+    def check_capacity(self, request: RunningRequest) -> None:
         """Look whether `admit` would have room; nothing is written.
 
         Raises:
@@ -103,7 +103,7 @@ class Journal:
             self._reserved[request.request_id] = reserve
             self._reserved_bytes += reserve
 
-    def progress(self, request_id: str, counts: TokenCounts) -> None:
+    def progress(self, request_id: str, counts: TokenUsage) -> None:
         """Take note of what was computed; written down after the prefill, then once every PROGRESS_TOKENS."""
         request = self._running.get(request_id)
         if request is None:
@@ -117,7 +117,7 @@ class Journal:
                 self._append_if_room(encode(Progress(request_id, counts)))
 
     def end(
-        self, request_id: str, outcome: str, counts: TokenCounts, ended_at: datetime, *, served_from_cache: bool
+        self, request_id: str, outcome: str, counts: TokenUsage, ended_at: datetime, *, served_from_cache: bool
     ) -> UsageRecord | None:
         """Write down a request's record; where the disk refuses, it stays in memory until the store has it."""
         with self._lock:

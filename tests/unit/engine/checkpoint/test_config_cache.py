@@ -11,7 +11,7 @@ from tests.unit.engine.conftest import MakeCheckpoint
 
 from llama2_server.engine.checkpoint import config_cache as description_module
 from llama2_server.engine.checkpoint import files as checkpoint_module
-from llama2_server.engine.checkpoint.config_cache import Description, describe
+from llama2_server.engine.checkpoint.config_cache import ModelMetadata, read_metadata
 from llama2_server.engine.errors import WeightsError
 
 
@@ -44,8 +44,8 @@ def edit(directory: Path, name: str, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def plain(directory: Path) -> Description:
-    return Description(checkpoint_module.read_config(directory), checkpoint_module.read_eos_ids(directory))
+def plain(directory: Path) -> ModelMetadata:
+    return ModelMetadata(checkpoint_module.read_config(directory), checkpoint_module.read_eos_ids(directory))
 
 
 def test_the_second_start_says_the_same(directory: Path, tmp_path: Path, reads: list[Path]) -> None:
@@ -53,8 +53,8 @@ def test_the_second_start_says_the_same(directory: Path, tmp_path: Path, reads: 
     edit(directory, "config.json", rms_norm_eps=1.2345678901234567e-06)
     edit(directory, "generation_config.json", eos_token_id=[2, 5])
     file = tmp_path / "there" / "checkpoint.json"
-    first = describe(directory, file)
-    assert describe(directory, file) == first
+    first = read_metadata(directory, file)
+    assert read_metadata(directory, file) == first
     assert len(reads) == 1
     assert first == plain(directory)
 
@@ -78,18 +78,18 @@ def test_what_has_changed_is_read_anew(
 ) -> None:
     """Either file, the version of transformers, and our own code, which says what of its answer is used."""
     file = tmp_path / "checkpoint.json"
-    describe(directory, file)
+    read_metadata(directory, file)
     edit(directory, "config.json", rope_theta=5e5)
-    assert describe(directory, file).config.rope_theta == 5e5
+    assert read_metadata(directory, file).config.rope_theta == 5e5
     edit(directory, "generation_config.json", eos_token_id=7)
-    assert describe(directory, file).eos_ids == {7}
+    assert read_metadata(directory, file).eos_ids == {7}
     (directory / "generation_config.json").unlink()
-    describe(directory, file)
+    read_metadata(directory, file)
     assert len(reads) == 4
     monkeypatch.setattr(description_module, "version", lambda package: "another")
-    describe(directory, file)
+    read_metadata(directory, file)
     monkeypatch.setattr(checkpoint_module, "__file__", str(Path(__file__)))
-    describe(directory, file)
+    read_metadata(directory, file)
     assert len(reads) == 6
 
 
@@ -97,14 +97,14 @@ def test_what_has_changed_is_read_anew(
 def test_a_broken_file_is_read_anew(directory: Path, tmp_path: Path, reads: list[Path], broken: str | None) -> None:
     """Whatever became of the file, the answer is the same; None stands for one that misses a part."""
     file = tmp_path / "checkpoint.json"
-    first = describe(directory, file)
+    first = read_metadata(directory, file)
     if broken is None:
         document = json.loads(file.read_text())
         del document["kept"]["config"]["layers"]
         broken = json.dumps(document)
     file.write_text(broken)
-    assert describe(directory, file) == first
-    assert describe(directory, file) == first
+    assert read_metadata(directory, file) == first
+    assert read_metadata(directory, file) == first
     assert len(reads) == 2
 
 
@@ -114,7 +114,7 @@ def test_nowhere_to_keep_it_is_no_harm(
     """A data directory that cannot be written to costs time at the next start, and a line in the log."""
     (tmp_path / "file").write_text("")
     for _ in range(2):
-        assert describe(directory, tmp_path / "file" / "checkpoint.json") == plain(directory)
+        assert read_metadata(directory, tmp_path / "file" / "checkpoint.json") == plain(directory)
     assert len(reads) == 2 + 2
     assert caplog.text.count("the next start has to find out again what takes time") == 2
 
@@ -124,7 +124,7 @@ def test_what_is_refused_is_not_kept(directory: Path, tmp_path: Path) -> None:
     edit(directory, "generation_config.json", eos_token_id=[])
     for _ in range(2):
         with pytest.raises(WeightsError, match="eos_token_id is"):
-            describe(directory, tmp_path / "checkpoint.json")
+            read_metadata(directory, tmp_path / "checkpoint.json")
     assert not (tmp_path / "checkpoint.json").exists()
     with pytest.raises(WeightsError, match="no such file"):
-        describe(tmp_path / "nowhere", tmp_path / "checkpoint.json")
+        read_metadata(tmp_path / "nowhere", tmp_path / "checkpoint.json")

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 
-from llama2_server.engine.sequence import Finish
+from llama2_server.engine.sequence import SequenceResult
 
 
 class Reader:
@@ -10,7 +10,7 @@ class Reader:
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.token_ids: list[int] = []
-        self.finish: Future[Finish] = Future()
+        self.finish: Future[SequenceResult] = Future()
         self._stop_at = stop_at
 
     def on_token(self, token_id: int) -> bool:
@@ -18,10 +18,10 @@ class Reader:
         self.token_ids.append(token_id)
         return len(self.token_ids) == self._stop_at
 
-    def on_finish(self, finish: Finish) -> None:
+    def on_finish(self, finish: SequenceResult) -> None:
         """Keep it."""
         self.finish.set_result(finish)
 
-    def result(self) -> Finish:
+    def result(self) -> SequenceResult:
         """Wait for the end."""
         return self.finish.result(timeout=60)

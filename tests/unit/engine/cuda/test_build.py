@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.build import proven_error, steps_for
+from llama2_server.engine.cuda.build import build_step_runner, proven_error
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
-from llama2_server.engine.step_runner import HostSteps
+from llama2_server.engine.step_runner import HostStepRunner
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -39,7 +39,7 @@ def on_cuda(model: LlamaModel) -> Any:
 def test_a_model_on_the_cpu_is_sampled_by_the_host(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
     """There is nothing to say about it."""
     with caplog.at_level(logging.INFO):
-        assert isinstance(steps_for(model, compiled=True, cache_directory=None), HostSteps)
+        assert isinstance(build_step_runner(model, compiled=True, cache_directory=None), HostStepRunner)
     assert not caplog.records
 
 
@@ -51,7 +51,7 @@ def test_steps_that_cannot_be_made_are_replaced_by_plain_ones(
     if torch.cuda.is_available():
         monkeypatch.setattr("torch.cuda.get_device_name", _refuse)
     with caplog.at_level(logging.INFO):
-        assert isinstance(steps_for(on_cuda(model), compiled=True, cache_directory=tmp_path), HostSteps)
+        assert isinstance(build_step_runner(on_cuda(model), compiled=True, cache_directory=tmp_path), HostStepRunner)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith("running in plain torch, which is slower: ")
@@ -64,7 +64,7 @@ def _refuse(*_: object) -> str:
 def test_compile_off_asks_the_device_for_nothing(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
     """It starts at once, and says that it is slower."""
     with caplog.at_level(logging.INFO):
-        assert isinstance(steps_for(on_cuda(model), compiled=False, cache_directory=None), HostSteps)
+        assert isinstance(build_step_runner(on_cuda(model), compiled=False, cache_directory=None), HostStepRunner)
     assert "the settings ask for it (gpu_kernels)" in caplog.text
 
 
@@ -104,22 +104,22 @@ def tuning(device: torch.device) -> Any:
 def test_the_fastest_way_is_taken(tuning: Any, model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
     """Of those that compute the right thing."""
     works = dict(tuning._works(model))
-    seconds = iter([0.3, 0.2, 0.1, *[0.4] * (len(tuning.WAYS) - 3)])
+    seconds = iter([0.3, 0.2, 0.1, *[0.4] * (len(tuning.VARIANTS) - 3)])
     name, work = next(iter(works.items()))
-    assert tuning.fastest(work, 1e-5, name, lambda run: next(seconds)) == tuning.WAYS[2]
+    assert tuning.fastest(work, 1e-5, name, lambda run: next(seconds)) == tuning.VARIANTS[2]
 
     def wrong_in_our_kernels(products: Any) -> Tensor:
         result: Tensor = work(products)
         return result if products.ways.get(name) is None else result * 1.1
 
     assert tuning.fastest(wrong_in_our_kernels, 1e-5, name, lambda run: 1.0) is None
-    assert caplog.text.count("is wrong by 0.100 on this device") == len(tuning.WAYS) - 1
+    assert caplog.text.count("is wrong by 0.100 on this device") == len(tuning.VARIANTS) - 1
 
 
 def test_every_product_of_a_step_is_measured(tuning: Any, model: LlamaModel) -> None:
     """By the name under which the step looks for its way; one that nobody measured would be torch's in silence."""
     from llama2_server.engine.cuda.forward import Forward
-    from llama2_server.engine.cuda.matmul import Products
+    from llama2_server.engine.cuda.matmul import Matmul
 
     asked: set[str] = set()
 
@@ -128,7 +128,7 @@ def test_every_product_of_a_step_is_measured(tuning: Any, model: LlamaModel) -> 
             asked.add(name)
             return default
 
-    products = Products(1e-5)
+    products = Matmul(1e-5)
     products.ways = Noting()
     numbers = torch.tensor([0])
     Forward(model, products)(numbers, numbers, numbers)
@@ -143,21 +143,21 @@ def test_ways_are_kept_for_the_same_device_and_software(
 
     def fastest(work: object, epsilon: float, name: str) -> Any:
         measured.append(name)
-        return tuning.WAYS[len(measured) % 2]
+        return tuning.VARIANTS[len(measured) % 2]
 
     monkeypatch.setattr(tuning, "fastest", fastest)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
     file = tmp_path / "there" / "ways.json"
-    first = tuning.tuned_ways(model, file)
+    first = tuning.autotune(model, file)
     assert list(first) == measured
-    assert tuning.tuned_ways(model, file) == first
+    assert tuning.autotune(model, file) == first
     assert list(first) == measured
     file.write_text(file.read_text().replace("4", "four", 1))
-    tuning.tuned_ways(model, file)
+    tuning.autotune(model, file)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "another GPU")
-    tuning.tuned_ways(model, file)
+    tuning.autotune(model, file)
     file.write_text("{")
-    tuning.tuned_ways(model, file)
+    tuning.autotune(model, file)
     assert len(measured) == 4 * len(first)
     (tmp_path / "file").write_text("")
-    tuning.tuned_ways(model, tmp_path / "file" / "ways.json")  # nowhere to keep them, and no harm
+    tuning.autotune(model, tmp_path / "file" / "ways.json")  # nowhere to keep them, and no harm

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.support.transformers_oracle import HISTORY, PROMPT, expected_probabilities
 
-from llama2_server.engine.cuda.sampling import NO_TOKEN, RowParams, SeenTokens, draw, greedy, is_penalised, is_plain
+from llama2_server.engine.cuda.sampling import NO_TOKEN, PenaltyState, RowParams, draw, greedy, is_penalised, is_plain
 from llama2_server.engine.sampling import GenerationParams
 
 VOCAB_SIZE = 40
@@ -36,9 +36,9 @@ def row_params(params: SequenceOf[GenerationParams], uniforms: SequenceOf[float]
     return RowParams(*(table[:, column : column + 1] for column in range(table.shape[1])))
 
 
-def seen_so_far(slots: int) -> SeenTokens:
+def seen_so_far(slots: int) -> PenaltyState:
     """Every slot has got PROMPT and generated HISTORY; another sequence had it before."""
-    seen = SeenTokens(slots, VOCAB_SIZE, torch.device("cpu"))
+    seen = PenaltyState(slots, VOCAB_SIZE, torch.device("cpu"))
     every = torch.arange(slots)
     seen.begin(0, [7, 8])
     seen.add(every, torch.full((slots,), 9))

@@ -55,7 +55,7 @@ def test_product(
     """A row times a weight, normed or not, with something added or not; also where blocks stick out."""
     columns, width = shape
     x, weight, norm, before = some(1, width), some(columns, width), some(width), some(1, columns)
-    tile = kernels.Tile(*block, warps=4)
+    tile = kernels.TileConfig(*block, warps=4)
     normed = rms_norm(x.double(), (width,), norm.double(), EPSILON)
     plain = linear(x.double(), weight.double())
     assert_near(kernels.product(x, weight, tile=tile), plain, dtype)
@@ -72,7 +72,7 @@ def test_gated_product(kernels: Any, some: Random, dtype: torch.dtype, shape: tu
     x, weight, norm = some(1, width), some(2 * columns, width), some(width)
     normed = rms_norm(x.double(), (width,), norm.double(), EPSILON)
     gate, up = linear(normed, weight.double()).chunk(2, dim=1)
-    found = kernels.gated_product(x, weight, norm=norm, epsilon=EPSILON, tile=kernels.Tile(8, 64, warps=4))
+    found = kernels.gated_product(x, weight, norm=norm, epsilon=EPSILON, tile=kernels.TileConfig(8, 64, warps=4))
     assert_near(found, silu(gate) * up, dtype)
 
 

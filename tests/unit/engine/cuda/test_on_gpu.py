@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.build import proven_error, steps_for
-from llama2_server.engine.cuda.step_runner import CudaSteps
+from llama2_server.engine.cuda.build import build_step_runner, proven_error
+from llama2_server.engine.cuda.step_runner import CudaStepRunner
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason
+from llama2_server.engine.sequence import FinishReason, SequenceResult
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,8 +49,8 @@ def load(directory: Path, device: str = "cuda", dtype: torch.dtype = torch.float
 @contextmanager
 def running(model: LlamaModel) -> Iterator[Engine]:
     """An engine whose steps are graphs."""
-    steps = steps_for(model, compiled=True, cache_directory=None)
-    assert isinstance(steps, CudaSteps)
+    steps = build_step_runner(model, compiled=True, cache_directory=None)
+    assert isinstance(steps, CudaStepRunner)
     engine = Engine(model, NO_EOS, steps=steps)
     yield engine
     assert engine.close(timeout_seconds=60)
@@ -103,7 +103,7 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_float16_logits_are_near_those_of_float32_on_the_cpu(checkpoint: MakeCheckpoint, shape: dict[str, Any]) -> None:
     """Half a percent in the relative Euclidean norm, for the prefill and for the step from our kernels."""
     from llama2_server.engine.cuda.forward import Forward
-    from llama2_server.engine.cuda.matmul import Products
+    from llama2_server.engine.cuda.matmul import Matmul
 
     directory = checkpoint(dtype=torch.float16, **shape)
     model, exact = load(directory), load(directory, "cpu", torch.float32)
@@ -112,7 +112,7 @@ def test_float16_logits_are_near_those_of_float32_on_the_cpu(checkpoint: MakeChe
     assert distance(found, expected) < 0.005
     rows = [torch.tensor([number], device="cuda") for number in (7, 3, 200)]
     with torch.inference_mode():
-        step = Forward(model, Products(model.config.rms_norm_eps))(*rows)
+        step = Forward(model, Matmul(model.config.rms_norm_eps))(*rows)
     assert distance(step, exact.decode([3], [7], [200])) < 0.005
 
 
@@ -164,15 +164,15 @@ def test_draws_follow_the_distribution(checkpoint: MakeCheckpoint) -> None:
 def test_graphs_compute_what_the_step_computes(checkpoint: MakeCheckpoint) -> None:
     """Recorded or not, the same tokens; and its logits are the plain step's but for rounding."""
     from llama2_server.engine.cuda.forward import Forward
-    from llama2_server.engine.cuda.matmul import Products
+    from llama2_server.engine.cuda.matmul import Matmul
 
     model = load(checkpoint(dtype=torch.float16, **SHAPES["grouped"]))
-    forward = Forward(model, Products(model.config.rms_norm_eps))
+    forward = Forward(model, Matmul(model.config.rms_norm_eps))
     with torch.inference_mode():
         assert proven_error(model, forward) < 0.01
     results = []
     for recorded in (False, True):
-        steps = CudaSteps(model, forward)
+        steps = CudaStepRunner(model, forward)
         if recorded:
             assert steps.capture() == 10  # 1, 2, 4, 8, 16 rows, greedy and sampled
         engine, readers = Engine(model, NO_EOS, steps=steps), [Reader() for _ in range(5)]
@@ -193,7 +193,7 @@ def test_logits_that_are_no_numbers_end_their_sequence(checkpoint: MakeCheckpoin
         broken, whole = Reader(), Reader()
         engine.submit([5, 599, 6], GenerationParams(9, temperature=0), broken)
         engine.submit([5, 7, 6], GenerationParams(9, temperature=0), whole)
-        assert broken.result() == Finish(FinishReason.FAILED, 3, 0)
+        assert broken.result() == SequenceResult(FinishReason.FAILED, 3, 0)
         assert whole.result().reason is FinishReason.MAX_TOKENS
 
 

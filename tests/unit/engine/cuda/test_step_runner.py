@@ -12,11 +12,11 @@ from tests.unit.engine.cuda.sinks import Reader
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.step_runner import CudaSteps, _sizes
+from llama2_server.engine.cuda.step_runner import CudaStepRunner, _sizes
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import Finish, FinishReason, Sequence
+from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
 
 CONTEXT = 64
 SLOTS = 3
@@ -68,7 +68,7 @@ def forward(model: LlamaModel) -> PlainForward:
 
 @pytest.fixture
 def engine(model: LlamaModel, forward: PlainForward) -> Iterator[Engine]:
-    engine = Engine(model, NO_EOS, steps=CudaSteps(model, forward))
+    engine = Engine(model, NO_EOS, steps=CudaStepRunner(model, forward))
     yield engine
     if forward.gate:
         forward.gate.release(1000)
@@ -117,7 +117,7 @@ def test_tokens_are_those_of_the_plain_engine(checkpoint: MakeCheckpoint, engine
             readers[chance.randrange(len(readers))].result()
     for (case, seed), reader in zip(requests, readers, strict=True):
         expected = plain_tokens(load(checkpoint(heads=4, kv_heads=2)), seed=seed, **case)
-        assert reader.result() == Finish(FinishReason.MAX_TOKENS, case.get("prompt_tokens", 5), len(expected))
+        assert reader.result() == SequenceResult(FinishReason.MAX_TOKENS, case.get("prompt_tokens", 5), len(expected))
         assert reader.token_ids == expected
 
 
@@ -136,7 +136,7 @@ def test_the_next_step_is_under_way_before_a_token_is_read(engine: Engine, forwa
     """The device is asked for step N+1 first; a stop at token N costs one step that is thrown away and not counted."""
     reader = Reader(stop_at=3)
     submit(engine, reader, max_tokens=20)
-    assert reader.result() == Finish(FinishReason.STOP_SEQUENCE, 5, 3)
+    assert reader.result() == SequenceResult(FinishReason.STOP_SEQUENCE, 5, 3)
     assert forward.rows == [1, 1, 1]  # for tokens 2, 3 and 4; the prefill gave the first
 
 
@@ -144,7 +144,7 @@ def test_no_step_goes_beyond_max_tokens(engine: Engine, forward: PlainForward) -
     """Up to the last token of a full context: nothing is asked for that cannot be used."""
     reader = Reader()
     submit(engine, reader, prompt_tokens=CONTEXT - 4, max_tokens=4)
-    assert reader.result() == Finish(FinishReason.MAX_TOKENS, CONTEXT - 4, 4)
+    assert reader.result() == SequenceResult(FinishReason.MAX_TOKENS, CONTEXT - 4, 4)
     assert forward.rows == [1, 1, 1]
 
 
@@ -156,7 +156,7 @@ def test_a_cancelled_row_leaves_before_the_next_step(engine: Engine, forward: Pl
     assert forward.entered.acquire(timeout=60)
     sequence.cancel()
     forward.gate.release(1)
-    assert reader.result() == Finish(FinishReason.CANCELLED, 5, 1)
+    assert reader.result() == SequenceResult(FinishReason.CANCELLED, 5, 1)
     assert forward.rows == [1]
     forward.gate.release(1000)
     for other in others:
@@ -172,7 +172,7 @@ def test_a_row_without_a_token_fails_alone(engine: Engine, forward: PlainForward
     submit(engine, broken)
     submit(engine, whole, seed=1)
     forward.gate.release(1000)
-    assert broken.result() == Finish(FinishReason.FAILED, 5, 1)
+    assert broken.result() == SequenceResult(FinishReason.FAILED, 5, 1)
     assert whole.result().reason is FinishReason.MAX_TOKENS
     forward.broken_slot = None
     submit(engine, after, seed=1)
@@ -185,7 +185,7 @@ def test_a_prompt_that_is_no_number_fails(engine: Engine, model: LlamaModel) -> 
     model.weights.norm.fill_(float("nan"))
     reader = Reader()
     submit(engine, reader)
-    assert reader.result() == Finish(FinishReason.FAILED, 5, 0)
+    assert reader.result() == SequenceResult(FinishReason.FAILED, 5, 0)
 
 
 def test_steps_are_filled_up_to_the_next_size(engine: Engine, forward: PlainForward) -> None:
@@ -210,18 +210,18 @@ def test_the_whole_fast_step_has_the_plain_steps_tokens(
 ) -> None:
     """From the embedding to the sampled token through our kernels, in float32: token for token the plain engine."""
     from llama2_server.engine.cuda.forward import Forward
-    from llama2_server.engine.cuda.matmul import Products, name_of
-    from llama2_server.engine.cuda.matmul_kernels import Tile
+    from llama2_server.engine.cuda.matmul import Matmul, name_of
+    from llama2_server.engine.cuda.matmul_kernels import TileConfig
 
     if device.type == "cuda":
         pytest.skip("NOT TESTED HERE: test_on_gpu.py does this with graphs")
     model = load(checkpoint(heads=4, kv_heads=2))
-    layer, tile = model.weights.layers[0], Tile(16, 64, 4)
+    layer, tile = model.weights.layers[0], TileConfig(16, 64, 4)
     weights = {"normed": [layer.qkv], "added": [layer.output, layer.down], "gated": [layer.gate_up]}
     weights["logits"] = [model.weights.head]
     names = [name_of(kind, weight) for kind, found in weights.items() for weight in found]
-    forward = Forward(model, Products(model.config.rms_norm_eps, dict.fromkeys(names, tile) if tiles else {}))
-    engine, readers = Engine(model, NO_EOS, steps=CudaSteps(model, forward)), [Reader() for _ in range(2)]
+    forward = Forward(model, Matmul(model.config.rms_norm_eps, dict.fromkeys(names, tile) if tiles else {}))
+    engine, readers = Engine(model, NO_EOS, steps=CudaStepRunner(model, forward)), [Reader() for _ in range(2)]
     for seed, reader in enumerate(readers):
         submit(engine, reader, seed=seed, max_tokens=4)
     for seed, reader in enumerate(readers):
