@@ -22,8 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tools.container.dockerfile import ROOT, read_stages
-
+ROOT = Path(__file__).parent.parent.parent
 ACCELERATORS = ("cpu", "cuda")
 NOT_IN_THE_IMAGE = {"dev"}
 MAKE_AGAIN = "run `make lock`"
@@ -112,6 +111,19 @@ def read_lock(path: Path) -> dict[str, Pin]:
     return pins
 
 
+def image_python_version() -> str:
+    """Return the Python version of the image, from the tag of the Dockerfile's first base image.
+
+    Raises:
+        ValueError: the base is not an official Python image.
+    """
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    base = re.search(r"^FROM python:(\d+\.\d+\.\d+)-", dockerfile, re.MULTILINE)
+    if base is None:
+        raise ValueError("Dockerfile: no stage has a base image named python:X.Y.Z-…")
+    return base[1]
+
+
 def _misfits(lock: Path, lines: list[str], constraints: dict[str, Version]) -> Iterator[str]:
     if not lock.exists():
         yield f"{lock.name} is missing; {MAKE_AGAIN}"
@@ -134,7 +146,7 @@ def _misfits(lock: Path, lines: list[str], constraints: dict[str, Version]) -> I
 
 def _applies(need: Requirement) -> bool:
     """Whether a requirement holds in the image; one on our own extras is spelled out by those."""
-    full = read_stages()[0].python_version
+    full = image_python_version()
     image = {
         "python_version": full.rpartition(".")[0],
         "python_full_version": full,
@@ -160,7 +172,7 @@ def _cpu_torch() -> list[str]:
 
 def _compile(root: Path, name: str, inputs: list[str], given: str = "") -> None:
     call = ["uv", "pip", "compile", *inputs, f"--output-file=requirements/{name}.lock", "--generate-hashes"]
-    call += [f"--python-version={read_stages()[0].python_version}", "--python-platform=x86_64-manylinux_2_28"]
+    call += [f"--python-version={image_python_version()}", "--python-platform=x86_64-manylinux_2_28"]
     call += ["--only-binary=:all:", "--no-python-downloads", "--no-config", "--quiet"]
     call += ["--custom-compile-command=make lock"]
     call[0] = str(Path(sys.executable).parent / "uv")

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.container.dockerfile import ROOT, Instruction, Stage, context, read_stages
+from tests.integration.container.dockerfile import ROOT, Instruction, Stage, context, read_stages
+from tools.container.lock import image_python_version
 
 PROGRAMS = ("unshare", "nsenter", "setpriv", "mount", "chroot", "ip")
 # The official images' own.
@@ -53,7 +54,7 @@ def missing() -> str | None:
     """Why nothing can be rehearsed on this machine; None if it can."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return "the image and its lock files are for x86-64 Linux"
-    wanted = read_stages()[0].python_version.rpartition(".")[0]
+    wanted = image_python_version().rpartition(".")[0]
     if "{}.{}".format(*sys.version_info) != wanted:
         return f"the image has Python {wanted}, this is {sys.version_info.major}.{sys.version_info.minor}"
     if os.geteuid() != 0:

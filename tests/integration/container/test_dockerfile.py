@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tools.container.dockerfile import ROOT, Stage, context, read_stages
+from tests.integration.container.dockerfile import ROOT, Stage, context, read_stages
 
 from llama2_server.config.settings import Settings
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tools.container.dockerfile import ROOT
-from tools.container.lock import read_lock, stale
+from tools.container.lock import ROOT, read_lock, stale
 
 CPU, CUDA = "requirements/server-cpu.lock", "requirements/server-cuda.lock"
 

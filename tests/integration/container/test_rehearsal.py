@@ -10,8 +10,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests.integration.container.dockerfile import context
 from tests.integration.container.rehearsal import Container, Image, StepError, built, missing, running
-from tools.container.dockerfile import context
 
 REASON = missing()
 # The steps install torch and all: a minute, on a busy machine several.
