@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         Unimplemented,
         Violation,
     )
-    from llama2_client.replies import FinishReason, Message, Reply, ReplyStream
+    from llama2_client.reply import FinishReason, Message, Reply, ReplyStream
     from llama2_client.request import GenerationOptions
 
 __all__ = [
@@ -61,7 +61,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # Importing gRPC takes a while, and `llama2 --help` needs none of it: names are looked up when they are first used.
     if name in __all__:
-        for module in ("client", "chat", "errors", "replies"):
+        for module in ("client", "chat", "errors", "reply"):
             found = getattr(import_module(f".{module}", __name__), name, None)
             if found is not None:
                 return found

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Unpack
 
-from llama2_client.replies import Message, Reply, ReplyStream
+from llama2_client.reply import Message, Reply, ReplyStream
 from llama2_client.request import GenerationOptions
 
 

@@ -26,7 +26,7 @@ from llama2.v1 import (
 from llama2_client.channel import DEFAULT_PORT, credentials_of, grpc_target, open_channel
 from llama2_client.chat import Chat
 from llama2_client.errors import Llama2Error, mapped
-from llama2_client.replies import Message, Reply, ReplyStream, reply_of
+from llama2_client.reply import Message, Reply, ReplyStream, reply_of
 from llama2_client.request import GenerationOptions, build_request
 
 DEFAULT_TIMEOUT_SECONDS = 120.0

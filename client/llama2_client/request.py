@@ -8,7 +8,7 @@ from typing import TypedDict, TypeVar
 
 from llama2.v1 import text_generation_pb2
 from llama2_client.errors import InvalidRequest, Violation
-from llama2_client.replies import Message
+from llama2_client.reply import Message
 
 _PromptRequest = TypeVar("_PromptRequest", text_generation_pb2.GenerateRequest, text_generation_pb2.CountTokensRequest)
 

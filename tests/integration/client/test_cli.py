@@ -87,7 +87,9 @@ class Terminal:
     async def running(cls, address: str, *arguments: str) -> AsyncIterator[tuple[Terminal, asyncio.subprocess.Process]]:
         """Start `llama2` with these arguments at a new terminal."""
         # A session leader's first terminal becomes its controlling one when it opens it.
-        start = "import os; os.close(os.open(os.ttyname(0), os.O_RDWR)); from llama2_client.cli import main; main()"
+        start = (
+            "import os; os.close(os.open(os.ttyname(0), os.O_RDWR)); from llama2_client.cli.main import main; main()"
+        )
         master, slave = pty.openpty()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", start, *arguments),
@@ -146,7 +148,7 @@ class Terminal:
 class TestHelp:
     async def test_documents_the_exit_codes_without_importing_grpc(self) -> None:
         """`llama2 --help` lists the exit codes, and is quick because it loads no gRPC."""
-        script = "import sys; sys.argv[1:] = ['--help']; from llama2_client.cli import main\n"
+        script = "import sys; sys.argv[1:] = ['--help']; from llama2_client.cli.main import main\n"
         script += (
             "try: main()\nexcept SystemExit as end: print(end.code, 'grpc' in sys.modules, 'asyncio' in sys.modules)"
         )

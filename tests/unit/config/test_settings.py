@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tests.support.processes import command, environment
 
-from llama2_client.cli import cli
+from llama2_client.cli.main import cli
 from llama2_server.config.settings import Settings
 from llama2_server.config.sources import CLIENT_VARIABLES, BadSettings, ResolvedSettings, read_settings
 

@@ -80,7 +80,7 @@ class Connection:
         """Make a call; when it fails, print why and exit with the code that tells the kind."""
         import asyncio
 
-        from llama2_client import output
+        from llama2_client.cli import output
         from llama2_client.errors import Llama2Error
 
         async def session() -> T:

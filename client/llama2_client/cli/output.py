@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from llama2.v1 import account_pb2, model_pb2
 from llama2_client import errors
 from llama2_client.client import HealthStatus, TokenCount
-from llama2_client.replies import Reply, ReplyStream
+from llama2_client.reply import Reply, ReplyStream
 
 # The most specific class goes first; `llama2 --help` lists the codes.
 EXIT_CODES: tuple[tuple[type[errors.Llama2Error], int], ...] = (

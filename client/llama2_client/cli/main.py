@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from llama2_client.connection import Connection, Identity
-from llama2_client.options import input_options, json_option, read_input, sampling_options
+from llama2_client.cli.connection import Connection, Identity
+from llama2_client.cli.options import input_options, json_option, read_input, sampling_options
 
 # gRPC is imported when a call is made: `llama2 --help` shall not wait for it.
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def generate(
     prompt, conversation = read_input(text, messages)
 
     async def call(client: Client) -> None:
-        from llama2_client import output
+        from llama2_client.cli import output
 
         if no_stream:
             reply = await client.generate(prompt, messages=conversation, raw=raw, **sampling)
@@ -150,7 +150,7 @@ def chat(connection: Connection, /, system: str | None, as_json: bool, **samplin
     Ctrl-C stops a reply, /clear forgets the conversation, /help lists the commands, Ctrl-D or /exit leaves. When
     standard input is not a terminal, each of its lines is a turn.
     """
-    from llama2_client import repl
+    from llama2_client.cli import repl
 
     client = connection.client()
     conversation = client.chat(system, **sampling)
@@ -164,7 +164,7 @@ def card(connection: Connection, as_json: bool) -> None:
     """Show the model card: limits, prices, defaults. With --json all of it, the schemas included."""
 
     async def call(client: Client) -> None:
-        from llama2_client import output
+        from llama2_client.cli import output
 
         output.print_card(await client.model_card(), as_json=as_json)
 
@@ -182,7 +182,7 @@ def tokens(
     prompt, conversation = read_input(text, messages)
 
     async def call(client: Client) -> None:
-        from llama2_client import output
+        from llama2_client.cli import output
 
         output.print_count(await client.count_tokens(prompt, messages=conversation, raw=raw), as_json=as_json)
 
@@ -198,7 +198,7 @@ def usage(connection: Connection, /, since: datetime | None, until: datetime | N
     """Show this account's requests, tokens and neurons by day, and what is left of its quota."""
 
     async def call(client: Client) -> None:
-        from llama2_client import output
+        from llama2_client.cli import output
 
         first, last = (day.date() if day else None for day in (since, until))
         output.print_usage(await client.usage(since=first, until=last), as_json=as_json)
@@ -214,7 +214,7 @@ def health(connection: Connection, /, service: str, as_json: bool) -> None:
     """Ask whether the server, or one SERVICE of it by its full name, is serving."""
 
     async def call(client: Client) -> int:
-        from llama2_client import output
+        from llama2_client.cli import output
 
         status = await client.health(service)
         output.print_health(service, status, as_json=as_json)
@@ -239,7 +239,3 @@ def main() -> None:
     except click.Abort:
         code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
-
-
-if __name__ == "__main__":
-    main()

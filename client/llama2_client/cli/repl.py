@@ -10,9 +10,9 @@ import sys
 import click
 
 from llama2_client.chat import Chat
+from llama2_client.cli.output import exit_code, note, print_error, print_stream
 from llama2_client.client import Client
 from llama2_client.errors import InvalidRequest, Llama2Error
-from llama2_client.output import exit_code, note, print_error, print_stream
 
 HELP = """\
 /clear   forget the conversation
