@@ -100,9 +100,9 @@ def in_process(shape: str, device: str, rows: int) -> Iterator[tuple[str, Any]]:
     """The bare engine, transformers over the same memory, and the profile."""
     model = random_model(shape, device, slots=rows, context_length=CONTEXT_LENGTH)
     begun = time.perf_counter()
-    steps = build_step_runner(model, compiled=True, cache_directory=None)
-    yield "building steps", {"seconds": time.perf_counter() - begun, "kind": type(steps).__name__}
-    engine = Engine(model, frozenset(), steps=steps)
+    step_runner = build_step_runner(model, compiled=True, cache_directory=None)
+    yield "building steps", {"seconds": time.perf_counter() - begun, "kind": type(step_runner).__name__}
+    engine = Engine(model, frozenset(), step_runner=step_runner)
     bare = BareEngine(engine, model.vocab_size)
     yield "one row", _speed(bare, prompt_tokens=128, new_tokens=128)
     yield "one row, sampled", _speed(bare, prompt_tokens=128, new_tokens=128, temperature=0.6)
@@ -116,18 +116,18 @@ def in_process(shape: str, device: str, rows: int) -> Iterator[tuple[str, Any]]:
     if device == "cuda":
         static = peer.tokens_per_second(128, 128, cache_implementation="static")
         yield "transformers.generate, static cache and compile", {"tokens_per_second": static}
-        yield from _profile(steps, model.vocab_size)
+        yield from _profile(step_runner, model.vocab_size)
 
 
 def _speed(bare: BareEngine, **options: Any) -> dict[str, Any]:
     return options | asdict(bare.speed(**options))
 
 
-def _profile(steps: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
-    if type(steps).__name__ == "CudaStepRunner":
+def _profile(step_runner: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
+    if type(step_runner).__name__ == "CudaStepRunner":
         from benchmarks.gpu.kernels import step_profile  # needs CUDA
 
-        seconds, shares = step_profile(steps, [3 + index % (vocab_size - 3) for index in range(128)])
+        seconds, shares = step_profile(step_runner, [3 + index % (vocab_size - 3) for index in range(128)])
         yield "profile", {"step_seconds": seconds, "kernels": [asdict(share) for share in shares]}
 
 

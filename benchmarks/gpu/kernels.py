@@ -31,14 +31,14 @@ class _Nobody:
         pass
 
 
-def step_profile(steps: CudaStepRunner, prompt_ids: list[int]) -> tuple[float, list[Share]]:
+def step_profile(step_runner: CudaStepRunner, prompt_ids: list[int]) -> tuple[float, list[Share]]:
     """Seconds of a step from its first kernel to the next step's first, and its kernels, the longest first."""
     sequence = Sequence(prompt_ids, GenerationParams(4 * STEPS, temperature=0), _Nobody(), slot=0)
-    list(steps.prefill(sequence, prompt_ids))
+    list(step_runner.prefill(sequence, prompt_ids))
     sequence.position = len(prompt_ids)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(STEPS):
-            for _ in steps.decode([sequence]):
+            for _ in step_runner.decode([sequence]):
                 pass
             sequence.position += 1
         torch.cuda.synchronize()

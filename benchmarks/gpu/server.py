@@ -25,10 +25,10 @@ def random_load(shape: str, device: str, settings: Settings, card: ModelCard, ac
         make_tokenizer(path, SHAPES[shape].vocab_size)
         tokenizer = Tokenizer(path)
     model = random_model(shape, device, slots=card.max_concurrent_requests, context_length=card.context_length_limit)
-    steps = build_step_runner(
+    step_runner = build_step_runner(
         model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
     )
-    return LoadedModel(card, accounts, tokenizer, model, frozenset(), "random", steps)
+    return LoadedModel(card, accounts, tokenizer, model, frozenset(), "random", step_runner)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ async def running(
         if isinstance(loaded.accounts, ApiKeyAuthenticator):
             await stack.enter_async_context(_beside(loaded.accounts.watch()))
         engine = SupervisedEngine(
-            Engine(loaded.model, loaded.eos_ids, on_step=metrics.on_step, steps=loaded.steps),
+            Engine(loaded.model, loaded.eos_ids, on_step=metrics.on_step, step_runner=loaded.step_runner),
             engine_step_timeout_seconds=settings.engine_step_timeout_seconds,
             on_outcome=lambda worked: readiness.heard(worked),  # noqa: PLW0108 - it is made below
         )

@@ -216,15 +216,15 @@ class TestWatchdog:
         async def scene() -> None:
             clock = asyncio.get_running_loop().time
             monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=clock))
-            engine = SimpleNamespace(alive=True, step_began_at=None)
+            engine = SimpleNamespace(alive=True, step_started_at=None)
             watched = SupervisedEngine(cast(Engine, engine), engine_step_timeout_seconds=0.5)
             watching = asyncio.create_task(watched.watch())
             for _ in range(20):
-                engine.step_began_at = clock()
+                engine.step_started_at = clock()
                 await asyncio.sleep(0.375)
             assert not watched.lost
             await watching  # while the last of them goes on
-            assert clock() == engine.step_began_at + 0.5
+            assert clock() == engine.step_started_at + 0.5
 
         run_virtual(scene())
 

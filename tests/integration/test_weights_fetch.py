@@ -123,12 +123,12 @@ def test_of_two_at_once_one_downloads(hub: Hub, tmp_path: Path, monkeypatch: pyt
         return hub.snapshot_download(*args, **options)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", held)
-    from llama2_server.engine.checkpoint.hub import fetch_into
+    from llama2_server.engine.checkpoint.hub import download_to
 
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(fetch_into, tmp_path / "name", "org/name")
+        first = pool.submit(download_to, tmp_path / "name", "org/name")
         assert inside.wait(30)
-        second = pool.submit(fetch_into, tmp_path / "name", "org/name")
+        second = pool.submit(download_to, tmp_path / "name", "org/name")
         go_on.set()
         assert (first.result(30), second.result(30)) == (True, False)
     assert len(hub.asked) == 1

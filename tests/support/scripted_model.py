@@ -22,7 +22,7 @@ class ScriptedModel:
         context_length: int = 1024,
         slots: int = 1,
         probe_ids: Sequence[int] = (),
-        any_pieces: bool = False,
+        chunk_invariant: bool = False,
     ) -> None:
         self._probe_ids = list(probe_ids)
         self._probed = [False] * slots
@@ -34,7 +34,7 @@ class ScriptedModel:
         self.dtype = torch.float32
         self.memory_bytes = 4 * context_length * slots
         self.prefill_chunk_tokens = 512
-        self.any_pieces = any_pieces
+        self.chunk_invariant = chunk_invariant
         self.prefills = 0
         self.probes = 0
         self.decoded_rows: list[int] = []

@@ -87,7 +87,7 @@ class RequestValidator:
     def _encode(self, request: AnyRequest) -> Prompt:
         field = "messages" if request.messages else "prompt"
         characters = sum(len(message.content) for message in request.messages) + len(request.prompt)
-        at_least = math.ceil(characters / self._tokenizer.longest_piece)
+        at_least = math.ceil(characters / self._tokenizer.max_piece_length)
         if at_least > self._card.context_length_limit:
             # Not worth encoding: the time that it takes is everybody's.
             raise InvalidRequest([Violation(field, self._too_long(f"at least {at_least}"))])

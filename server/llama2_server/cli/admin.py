@@ -12,7 +12,7 @@ import click
 from llama2_server.admission.accounts import new_key
 from llama2_server.cli.exit import refuse
 from llama2_server.config.sources import BadSettings, read_settings
-from llama2_server.engine.checkpoint.hub import fetch_into
+from llama2_server.engine.checkpoint.hub import download_to
 from llama2_server.engine.errors import WeightsError
 from llama2_server.usage.errors import LedgerError
 from llama2_server.usage.ledger import default_file, default_url, read_totals
@@ -99,7 +99,7 @@ def fetch(hub_id: str, directory: Path, revision: str | None) -> None:
     # The first process of a container is deaf to a signal without a handler; what has come so far is kept.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     try:
-        fetched = fetch_into(directory, hub_id, revision)
+        fetched = download_to(directory, hub_id, revision)
     except WeightsError as error:
         refuse(str(error))
     click.echo(f"{directory}: {'fetched' if fetched else 'there already'}")

@@ -8,8 +8,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def recall(file: Path | None, key: str) -> Any:
-    """What `keep` was given with this key, as JSON has it; None if that was something else, or the file is broken."""
+def load(file: Path | None, key: str) -> Any:
+    """What `save` was given with this key, as JSON has it; None if that was something else, or the file is broken."""
     if file is None:
         return None
     try:
@@ -19,7 +19,7 @@ def recall(file: Path | None, key: str) -> Any:
         return None
 
 
-def keep(file: Path | None, key: str, kept: object) -> None:
+def save(file: Path | None, key: str, kept: object) -> None:
     """Keep what was found out instead of what the file held; `key` tells all that it depends on.
 
     Where it cannot be written, one log line says so.

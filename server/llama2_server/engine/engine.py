@@ -3,8 +3,8 @@
 It is a step loop over a fixed number of slots: sequences join and leave between steps, and those that are decoding
 share each step. A sequence that is cancelled leaves before the next step. It never waits for whoever reads its tokens.
 
-Where the device samples the tokens itself, it computes one step ahead of those that the loop reads (Steps.ahead): what
-it then computes for a sequence that turns out to have ended is dropped.
+If the device samples the tokens, the engine computes one step ahead of the tokens that it reads
+(StepRunner.lookahead). It drops tokens computed for a sequence that has ended.
 """
 
 import logging
@@ -19,7 +19,7 @@ from llama2_server.engine.model.llama import Model
 from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceListener, SequenceResult
-from llama2_server.engine.step_runner import HostStepRunner, StepRunner, Token
+from llama2_server.engine.step_runner import HostStepRunner, StepRunner, TokenOrError
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +39,20 @@ class Engine:
         *,
         prefill_chunk_tokens: int | None = None,
         on_step: Callable[[str, float, int], None] = lambda *_: None,
-        steps: StepRunner | None = None,
+        step_runner: StepRunner | None = None,
     ) -> None:
         self._model = model
-        self._steps = steps or HostStepRunner(model)
-        self._under_way: deque[tuple[list[Sequence], Iterable[Token]]] = deque()
+        self._step_runner = step_runner or HostStepRunner(model)
+        self._in_flight: deque[tuple[list[Sequence], Iterable[TokenOrError]]] = deque()
         self._on_step = on_step
         self._eos_ids = eos_ids
         self._prefill_chunk_tokens = prefill_chunk_tokens or model.prefill_chunk_tokens
-        self._free_slots = PrefixCache(model.slots, 1 if model.any_pieces else self._prefill_chunk_tokens)
+        self._prefix_cache = PrefixCache(model.slots, 1 if model.chunk_invariant else self._prefill_chunk_tokens)
         self._running: list[Sequence] = []
         self._submitted: deque[Sequence] = deque()
         self._wake = threading.Condition()
         self._closing = False
-        self._step_began_at: float | None = None
+        self._step_started_at: float | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -62,20 +62,21 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
-    def step_began_at(self) -> float | None:
+    def step_started_at(self) -> float | None:
         """When the step began that is being computed, by time.monotonic; None between steps."""
-        return self._step_began_at
+        return self._step_started_at
 
     def submit(
         self,
         prompt_ids: SequenceOf[int],
         params: GenerationParams,
         listener: SequenceListener,
-        owner: Hashable | None = None,
+        cache_scope: Hashable | None = None,
     ) -> Sequence:
         """Queue a sequence; its listener hears of it from the engine's thread.
 
-        A prompt that begins like the last one of its owner in a free slot prefills only the rest; None owns nothing.
+        A prompt that starts with tokens cached in a free slot for the same `cache_scope` prefills only the rest. None
+        disables the reuse.
 
         Raises:
             ValueError: the prompt is empty, or prompt and `max_tokens` do not fit the context.
@@ -83,7 +84,7 @@ class Engine:
         """
         if not prompt_ids or len(prompt_ids) + params.max_tokens > self._model.context_length:
             raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens in {self._model.context_length}")
-        sequence = Sequence(list(prompt_ids), params, listener, owner)
+        sequence = Sequence(list(prompt_ids), params, listener, cache_scope)
         with self._wake:
             if not self.alive:
                 raise EngineError("the engine has stopped")
@@ -101,13 +102,13 @@ class Engine:
 
     def _main(self) -> None:
         while self._wait_for_work():
-            self._step_began_at = time.monotonic()
+            self._step_started_at = time.monotonic()
             self._admit()
             self._drop_cancelled()
             self._timed("prefill", self._prefill_chunk)
             self._drop_cancelled()
             self._timed("decode", self._decode_step)
-            self._step_began_at = None
+            self._step_started_at = None
         for sequence in [*self._running, *self._submitted]:
             self._end(sequence, FinishReason.CANCELLED)
 
@@ -124,9 +125,9 @@ class Engine:
             return not self._closing
 
     def _admit(self) -> None:
-        while self._free_slots and self._submitted:
+        while self._prefix_cache and self._submitted:
             sequence = self._submitted.popleft()
-            sequence.slot, sequence.reused = self._free_slots.take(sequence.owner, sequence.prompt_ids)
+            sequence.slot, sequence.reused = self._prefix_cache.acquire(sequence.cache_scope, sequence.prompt_ids)
             sequence.position = sequence.reused
             self._running.append(sequence)
 
@@ -141,43 +142,43 @@ class Engine:
             return 0
         chunk = sequence.prompt_ids[sequence.position :][: self._prefill_chunk_tokens]
         try:
-            tokens = self._steps.prefill(sequence, chunk)
+            tokens = self._step_runner.prefill(sequence, chunk)
         except Exception as error:
             self._fail(sequence, error)
             return 0
         sequence.position += len(chunk)
         if not sequence.prefilling:
-            self._hand_on([sequence], tokens)
+            self._enqueue([sequence], tokens)
         return len(chunk)
 
     def _decode_step(self) -> int:
         """One token more for every sequence that has its first."""
         rows = [sequence for sequence in self._running if sequence.decoding]
         if not rows:
-            self._read(all_but=0)
+            self._collect(all_but=0)
             return 0
         try:
-            tokens = self._steps.decode(rows)
+            tokens = self._step_runner.decode(rows)
         except Exception as error:
             for sequence in rows:
                 self._fail(sequence, error)
             return 0
         for sequence in rows:
             sequence.position += 1
-        self._hand_on(rows, tokens)
+        self._enqueue(rows, tokens)
         return len(rows)
 
-    def _hand_on(self, rows: list[Sequence], tokens: Iterable[Token]) -> None:
+    def _enqueue(self, rows: list[Sequence], tokens: Iterable[TokenOrError]) -> None:
         """Hand on each row's token, later if the model may compute the next step meanwhile."""
         for sequence in rows:
-            sequence.asked += 1
-        self._under_way.append((rows, tokens))
-        self._read(all_but=self._steps.ahead)
+            sequence.requested += 1
+        self._in_flight.append((rows, tokens))
+        self._collect(all_but=self._step_runner.lookahead)
 
-    def _read(self, *, all_but: int) -> None:
+    def _collect(self, *, all_but: int) -> None:
         """Read the tokens of the steps under way, the oldest first, and leave the last `all_but` of them."""
-        while len(self._under_way) > all_but:
-            rows, tokens = self._under_way.popleft()
+        while len(self._in_flight) > all_but:
+            rows, tokens = self._in_flight.popleft()
             try:
                 for sequence, token in zip(rows, tokens, strict=True):
                     self._emit(sequence, token)
@@ -185,7 +186,7 @@ class Engine:
                 for sequence in rows:
                     self._fail(sequence, error)
 
-    def _emit(self, sequence: Sequence, token: Token) -> None:
+    def _emit(self, sequence: Sequence, token: TokenOrError) -> None:
         """Hand a token to the listener, unless the sequence has ended since it was asked for."""
         if sequence not in self._running:
             return
@@ -212,7 +213,7 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence in self._running:
             self._running.remove(sequence)
-            self._free_slots.give_back(sequence.slot, sequence.owner, self._reusable(sequence, reason))
+            self._prefix_cache.release(sequence.slot, sequence.cache_scope, self._reusable(sequence, reason))
         reused = min(sequence.reused, sequence.input_tokens)
         sequence.listener.on_finish(SequenceResult(reason, sequence.input_tokens, len(sequence.output_ids), reused))
 
@@ -220,5 +221,5 @@ class Engine:
         """The tokens in the KV cache that a later prompt may build on."""
         if reason is FinishReason.FAILED:  # what a failed step has left is not to be trusted
             return []
-        ids = [*sequence.prompt_ids, *sequence.output_ids] if self._model.any_pieces else sequence.prompt_ids
+        ids = [*sequence.prompt_ids, *sequence.output_ids] if self._model.chunk_invariant else sequence.prompt_ids
         return ids[: sequence.position]

@@ -53,12 +53,12 @@ class Sampler:
         # A sum is finite only if each term is: one cheap reduction looks at all of them.
         if not math.isfinite(logits.sum().item()):
             raise EngineError("the model's logits are not finite")
-        logits = self._penalised(logits)
+        logits = self._penalize(logits)
         token_id = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits)
         self._remember(token_id)
         return token_id
 
-    def _penalised(self, logits: Tensor) -> Tensor:  # (vocab_size,) -> (vocab_size,)
+    def _penalize(self, logits: Tensor) -> Tensor:  # (vocab_size,) -> (vocab_size,)
         if self._seen is not None:
             penalty = self._params.repetition_penalty
             # Keskar et al. 2019 (CTRL), with transformers' repair for negative logits.

@@ -47,11 +47,11 @@ class Sequence:
     prompt_ids: list[int]
     params: GenerationParams
     listener: SequenceListener
-    owner: Hashable | None = None
+    cache_scope: Hashable | None = None
     slot: int = -1
     reused: int = 0  # tokens that the KV cache held already
     position: int = 0  # tokens in the KV cache, those of steps under way included
-    asked: int = 0  # tokens that the model was asked for; those of steps under way are not in output_ids yet
+    requested: int = 0  # tokens that the model was asked for; those of steps under way are not in output_ids yet
     output_ids: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
     context: Context = field(default_factory=copy_context)  # whose it is, for the log
@@ -74,4 +74,4 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether its first token was asked for, and more may follow those asked for."""
-        return 0 < self.asked < self.params.max_tokens
+        return 0 < self.requested < self.params.max_tokens

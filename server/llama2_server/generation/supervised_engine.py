@@ -81,7 +81,7 @@ class SupervisedEngine:
     async def watch(self) -> None:
         """Return when the engine is lost; then every outcome that is waited for is EngineUnavailable."""
         while not self._is_lost():
-            began = self._engine.step_began_at
+            began = self._engine.step_started_at
             left = POLL_INTERVAL_SECONDS if began is None else began + self._step_timeout_seconds - time.monotonic()
             await asyncio.sleep(min(max(left, 0.0), POLL_INTERVAL_SECONDS))
         self._lost.set()
@@ -93,7 +93,7 @@ class SupervisedEngine:
             self._lost.set()
 
     def _is_lost(self) -> bool:
-        began = self._engine.step_began_at
+        began = self._engine.step_started_at
         if began is not None and time.monotonic() - began >= self._step_timeout_seconds:
             logger.critical(
                 "a step of the engine has not ended within engine_step_timeout_seconds (%.0f s)",

@@ -40,7 +40,7 @@ class LoadedModel:
     eos_ids: frozenset[int]
     fingerprint: str
     """Tells the weights from others."""
-    steps: StepRunner | None = None
+    step_runner: StepRunner | None = None
     """How the model's steps are computed, where it is not the engine's own way."""
 
 
@@ -66,10 +66,10 @@ def load(settings: Settings, card: ModelCard, accounts: Authenticator) -> Loaded
             cpu_kernels=settings.cpu_kernels,
         )
     logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, time.monotonic() - begun)
-    steps = build_step_runner(
+    step_runner = build_step_runner(
         model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
     )
-    return LoadedModel(card, accounts, tokenizer, model, description.eos_ids, model.weights.fingerprint(), steps)
+    return LoadedModel(card, accounts, tokenizer, model, description.eos_ids, model.weights.fingerprint(), step_runner)
 
 
 class LoadingProgress:

@@ -30,7 +30,7 @@ class Recorder:
         self.model = model
         self.vocab_size, self.context_length, self.slots = model.vocab_size, model.context_length, model.slots
         self.device, self.dtype, self.memory_bytes = model.device, model.dtype, model.memory_bytes
-        self.prefill_chunk_tokens, self.any_pieces = CHUNK, False
+        self.prefill_chunk_tokens, self.chunk_invariant = CHUNK, False
         self.prefilled: list[int] = []
         self.logits: list[Tensor] = []
         self.fail_at: int | None = None
@@ -66,10 +66,10 @@ def running(model: Model) -> Iterator[Engine]:
 
 
 def generate(
-    engine: Engine, prompt_ids: list[int], owner: str | None, max_tokens: int = 5
+    engine: Engine, prompt_ids: list[int], cache_scope: str | None, max_tokens: int = 5
 ) -> tuple[list[int], SequenceResult]:
     reader = Reader()
-    engine.submit(prompt_ids, GenerationParams(max_tokens, temperature=0), reader, owner)
+    engine.submit(prompt_ids, GenerationParams(max_tokens, temperature=0), reader, cache_scope)
     finish = reader.result()
     return reader.token_ids, finish
 
@@ -103,9 +103,9 @@ def test_second_turn_computes_only_the_rest(directory: Path, dtype: torch.dtype)
 def test_replies_are_reused_where_pieces_change_no_bits(directory: Path) -> None:
     """On the native path the next turn computes only what is new: not the reply, which was computed token by token."""
     warm, cold = load(directory, 1), load(directory, 1)
-    if not warm.model.any_pieces:
+    if not warm.model.chunk_invariant:
         pytest.skip("NOT TESTED NATIVELY: the native step was not built, or does not run on this processor")
-    warm.any_pieces = True
+    warm.chunk_invariant = True
     with running(warm) as engine:
         first = some_ids(21)
         reply, _ = generate(engine, first, "a", max_tokens=15)
@@ -124,8 +124,8 @@ def test_never_anothers_prefix(directory: Path) -> None:
     model = load(directory, 1)
     prompt = some_ids(40)
     with running(model) as engine:
-        for owner in ("a", "b", None, None, "a"):
-            assert generate(engine, prompt, owner)[1].reused_input_tokens == 0
+        for cache_scope in ("a", "b", None, None, "a"):
+            assert generate(engine, prompt, cache_scope)[1].reused_input_tokens == 0
         assert generate(engine, prompt, "a")[1].reused_input_tokens == 32
 
 
@@ -197,9 +197,9 @@ def test_failed_sequence_leaves_nothing_to_reuse(directory: Path) -> None:
 def test_reused_tokens_are_a_common_beginning(held: list[int], prompt: list[int], chunk: int) -> None:
     """Whole chunks, equal token for token, never the whole prompt, and no less than there could be."""
     free = PrefixCache(1, chunk)
-    slot, _ = free.take("a", held)
-    free.give_back(slot, "a", held)
-    _, reused = free.take("a", prompt)
+    slot, _ = free.acquire("a", held)
+    free.release(slot, "a", held)
+    _, reused = free.acquire("a", prompt)
     assert held[:reused] == prompt[:reused]
     assert reused % chunk == 0
     assert reused < len(prompt)

@@ -35,7 +35,7 @@ def sampler_with_history(params: GenerationParams, vocab_size: int, history: lis
 
 def probabilities(params: GenerationParams, logits: Tensor, history: list[int]) -> Tensor:
     sampler = sampler_with_history(params, len(logits), history)
-    token_ids, weights = sampler._distribution(sampler._penalised(logits))
+    token_ids, weights = sampler._distribution(sampler._penalize(logits))
     found = torch.zeros(len(logits), dtype=torch.float64)
     found[torch.arange(len(logits)) if token_ids is None else token_ids] = weights / weights.sum()
     return found
@@ -145,7 +145,7 @@ def test_greedy_without_penalties_does_no_other_work(monkeypatch: pytest.MonkeyP
     """Nothing is drawn, and no state as wide as the vocabulary is kept."""
     monkeypatch.setattr(Sampler, "_draw", None)
     sampler, logits = Sampler(replace(PLAIN, temperature=0.0), PROMPT, 8, "cpu"), logits_of(8)
-    assert sampler._penalised(logits) is logits
+    assert sampler._penalize(logits) is logits
     assert sampler.sample(logits) == logits.argmax()
 
 

@@ -16,7 +16,7 @@ from llama2_server.lifecycle import probe
 async def test_probes_own_no_prefix(demo_tokenizer: Tokenizer) -> None:
     """Each computes its whole prompt, or its time would tell nothing; no account of any name goes on from it."""
     prompt_ids = demo_tokenizer.encode_chat(probe.PROMPT)
-    model = ScriptedModel([300], vocab_size=demo_tokenizer.vocab_size, probe_ids=prompt_ids, any_pieces=True)
+    model = ScriptedModel([300], vocab_size=demo_tokenizer.vocab_size, probe_ids=prompt_ids, chunk_invariant=True)
     engine = Engine(model, frozenset())
     try:
         watched = SupervisedEngine(engine, engine_step_timeout_seconds=60)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2_server.engine.checkpoint import files as checkpoint
-from llama2_server.engine.disk_cache import keep, recall
+from llama2_server.engine.disk_cache import load, save
 from llama2_server.engine.model.weights import LlamaConfig
 
 
@@ -32,10 +32,10 @@ def read_metadata(directory: Path, file: Path) -> ModelMetadata:
         WeightsError: the model is none that can be served.
     """
     key = _key(directory)
-    description = _kept(recall(file, key))
+    description = _kept(load(file, key))
     if description is None:
         description = ModelMetadata(checkpoint.read_config(directory), checkpoint.read_eos_ids(directory))
-        keep(file, key, {"config": asdict(description.config), "eos_ids": sorted(description.eos_ids)})
+        save(file, key, {"config": asdict(description.config), "eos_ids": sorted(description.eos_ids)})
     return description
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pth", "*.pt")
+PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-SIZES = (
+REQUIRED_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -129,7 +129,7 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
         config = HFConfig.from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise WeightsError(f"{path}: {' '.join(str(error).split())}") from error
-    for name in SIZES:
+    for name in REQUIRED_SIZES:
         size = getattr(config, name)
         if type(size) is not int or size < 1:
             raise WeightsError(f"{path}: {name} is {size!r}, expected a positive integer")
@@ -159,7 +159,7 @@ def _shards(directory: Path) -> list[Path]:
         return [single]
     if index.is_file():
         return _indexed_shards(index)
-    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in directory.glob(pattern))
     if pickles:
         raise WeightsError(
             f"{directory}: has only pickles ({pickles[0]}), which can run code when loaded; fetch the checkpoint's "

@@ -10,7 +10,7 @@ from pathlib import Path
 from llama2_server.engine.errors import WeightsError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-NEEDED = (
+ALLOW_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
@@ -19,7 +19,7 @@ NEEDED = (
     "tokenizer_config.json",
 )
 # Stands in a directory that was fetched whole, and says from where.
-ORIGIN = "fetched-from.txt"
+SOURCE_FILE = "fetched-from.txt"
 
 
 def fetch_checkpoint(weights: str) -> Path:
@@ -36,7 +36,7 @@ def fetch_checkpoint(weights: str) -> Path:
     return _download(weights)
 
 
-def fetch_into(directory: Path, repository: str, revision: str | None = None) -> bool:
+def download_to(directory: Path, repository: str, revision: str | None = None) -> bool:
     """Download an `org/name` of the Hub into a directory that is there whole or not at all; False if it was there.
 
     Until all of it has come it lies beside the directory, where a fetch that was cut off goes on. Of several that fetch
@@ -48,13 +48,13 @@ def fetch_into(directory: Path, repository: str, revision: str | None = None) ->
     source = repository if revision is None else f"{repository}@{revision}"
     directory = directory.expanduser().absolute()
     try:
-        with _sole_fetcher(directory):
-            if _holds(directory, source):
+        with _download_lock(directory):
+            if _is_complete(directory, source):
                 return False
             # Named for its source: leftovers of another checkpoint never get in.
             partial = directory.with_name(f".{directory.name}.{source.replace('/', '--')}.partial")
             _download(repository, revision=revision, local_dir=partial)
-            (partial / ORIGIN).write_text(f"{source}\n", encoding="utf-8")
+            (partial / SOURCE_FILE).write_text(f"{source}\n", encoding="utf-8")
             os.sync()  # else a power failure could keep the name and lose the bytes
             partial.rename(directory)
     except OSError as error:
@@ -63,7 +63,7 @@ def fetch_into(directory: Path, repository: str, revision: str | None = None) ->
 
 
 @contextmanager
-def _sole_fetcher(directory: Path) -> Iterator[None]:
+def _download_lock(directory: Path) -> Iterator[None]:
     """Wait for other processes that fetch into the same directory; the system lets go of the lock of a dead one."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with directory.with_name(f".{directory.name}.lock").open("w") as lock:
@@ -71,11 +71,11 @@ def _sole_fetcher(directory: Path) -> Iterator[None]:
         yield
 
 
-def _holds(directory: Path, source: str) -> bool:
+def _is_complete(directory: Path, source: str) -> bool:
     """Whether the directory was fetched whole from the source; one that is empty or not there was not."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    origin = directory / ORIGIN
+    origin = directory / SOURCE_FILE
     found = origin.read_text(encoding="utf-8").strip() if origin.is_file() else "something else"
     if found != source:
         raise WeightsError(f"{directory}: holds {found}, not {source}; empty it, or fetch into another directory")
@@ -87,7 +87,9 @@ def _download(repository: str, *, revision: str | None = None, local_dir: Path |
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(repository, revision=revision, local_dir=local_dir, allow_patterns=list(NEEDED)))
+        return Path(
+            snapshot_download(repository, revision=revision, local_dir=local_dir, allow_patterns=list(ALLOW_PATTERNS))
+        )
     except GatedRepoError as error:
         raise WeightsError(
             f"{repository}: gated on the Hugging Face Hub; accept its licence there and set HF_TOKEN, "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama2_server.engine.cuda.matmul import VARIANTS, Matmul, MatmulVariant, name_of
 from llama2_server.engine.cuda.matmul_kernels import TileConfig
-from llama2_server.engine.disk_cache import keep, recall
+from llama2_server.engine.disk_cache import load, save
 from llama2_server.engine.model.llama import LlamaModel
 
 logger = logging.getLogger(__name__)
@@ -29,11 +29,11 @@ Timer = Callable[[Callable[[], Tensor]], float]
 def autotune(model: LlamaModel, file: Path | None) -> dict[str, MatmulVariant]:
     """The fastest way of each product of the model, by its name; from the file if it is of this device and software."""
     key = f"{torch.cuda.get_device_name(model.device)}, torch {torch.__version__}, triton {triton.__version__}"
-    known = _ways(recall(file, key))
+    known = _ways(load(file, key))
     works = dict(_works(model))
     if known.keys() != works.keys():
         known = {name: fastest(work, model.config.rms_norm_eps, name) for name, work in works.items()}
-        keep(file, key, {name: astuple(way) if way else None for name, way in known.items()})
+        save(file, key, {name: astuple(way) if way else None for name, way in known.items()})
     return known
 
 

@@ -52,10 +52,10 @@ def _fast_steps(model: LlamaModel, cache_directory: Path | None) -> StepRunner:
         ways = autotune(model, cache_directory / "ways.json" if cache_directory else None)
         forward = Forward(model, Matmul(model.config.rms_norm_eps, ways))
         error = proven_error(model, forward)
-    steps = CudaStepRunner(model, forward)
-    graphs = steps.capture()
+    step_runner = CudaStepRunner(model, forward)
+    graphs = step_runner.capture()
     logger.info("made %d CUDA graphs in %.1f s; logits within %.4f", graphs, time.monotonic() - begun, error)
-    return steps
+    return step_runner
 
 
 def proven_error(model: LlamaModel, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:

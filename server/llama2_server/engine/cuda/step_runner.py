@@ -25,7 +25,7 @@ from llama2_server.engine.cuda.sampling import (
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sequence import Sequence
-from llama2_server.engine.step_runner import Token
+from llama2_server.engine.step_runner import TokenOrError
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Token ids, slots and positions, each (rows,), to float32 logits (rows, vocab_size); see cuda/forward.py."""
@@ -44,14 +44,14 @@ class _HostBuffers:
         self.token_ids = torch.empty(rows, dtype=torch.long, pin_memory=on_cuda)
         self._done = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
-    def fetch(self, token_ids: Tensor) -> Iterator[Token]:  # (rows,)
+    def fetch(self, token_ids: Tensor) -> Iterator[TokenOrError]:  # (rows,)
         """Begin to bring the tokens back; reading the first one waits until they are there."""
         self.token_ids[: token_ids.shape[0]].copy_(token_ids, non_blocking=True)
         if self._done:
             self._done.record()
         return self._read(token_ids.shape[0])
 
-    def _read(self, rows: int) -> Iterator[Token]:
+    def _read(self, rows: int) -> Iterator[TokenOrError]:
         if self._done:
             self._done.synchronize()
         for token_id in self.token_ids[:rows].tolist():
@@ -61,7 +61,7 @@ class _HostBuffers:
 class CudaStepRunner:
     """Steps of a model that sample on its device; `capture` makes graphs of them."""
 
-    ahead = 1
+    lookahead = 1
 
     def __init__(self, model: LlamaModel, forward: Forward) -> None:
         self._model = model
@@ -74,7 +74,9 @@ class CudaStepRunner:
         self._table = torch.zeros(self._sizes[-1], COLUMNS, dtype=torch.float64, device=model.device)
         self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.long, device=model.device)
         # One is written while the device still works with the other.
-        self._exchanges = itertools.cycle(_HostBuffers(self._sizes[-1], model.device) for _ in range(self.ahead + 1))
+        self._exchanges = itertools.cycle(
+            _HostBuffers(self._sizes[-1], model.device) for _ in range(self.lookahead + 1)
+        )
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
@@ -93,7 +95,7 @@ class CudaStepRunner:
         return len(self._graphs)
 
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[Token]:
+    def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:
         """As in Steps."""
         logits = self._model.prefill(sequence.slot, chunk, sequence.position)  # (vocab_size,)
         if sequence.position + len(chunk) < len(sequence.prompt_ids):
@@ -107,7 +109,7 @@ class CudaStepRunner:
         return exchange.fetch(self._token_ids[:1])
 
     @torch.inference_mode()
-    def decode(self, rows: SequenceOf[Sequence]) -> Iterable[Token]:
+    def decode(self, rows: SequenceOf[Sequence]) -> Iterable[TokenOrError]:
         """As in Steps."""
         size = next(size for size in self._sizes if size >= len(rows))
         plain = all(is_plain(sequence.params) for sequence in rows)

@@ -32,9 +32,9 @@ CPU_THREADS = torch.get_num_threads()
 TORCH_CHUNK_TOKENS = 512
 NATIVE_CHUNK_TOKENS = 48
 # From this many rows on, float32 blocks of a float16 weight multiply faster on a CPU than the weight itself.
-HALF_BLOCK_MIN_ROWS = 4
+FP16_BLOCK_MIN_ROWS = 4
 # Rows of the weight in a block: small enough that its float32 copy stays in the CPU's cache.
-HALF_BLOCK_ROWS = 512
+FP16_BLOCK_ROWS = 512
 
 
 class Model(Protocol):
@@ -69,7 +69,7 @@ class Model(Protocol):
         """How many tokens of a prompt to prefill at once: enough to be fast, and no more, for others wait meanwhile."""
 
     @property
-    def any_pieces(self) -> bool:
+    def chunk_invariant(self) -> bool:
         """Whether keys and values are the same to the bit in whatever pieces they are computed, one by one included."""
 
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
@@ -105,12 +105,12 @@ class LlamaModel:
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear
         if self.device.type == "cpu" and self.dtype == torch.float16:
-            self._linear = _half_linear_on_cpu
+            self._linear = _fp16_linear_cpu
         # Attention over 16-bit keys is slower on a CPU than widening them first, and less exact.
         self._widen = self.device.type == "cpu" and self.dtype != torch.float32
         self._threads = 1 if weights.size_bytes < SMALL_MODEL_BYTES else CPU_THREADS
         self._native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
-        self.any_pieces = self._native is not None
+        self.chunk_invariant = self._native is not None
         self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self._native else TORCH_CHUNK_TOKENS
 
     def _native_decoder(self, cpu_kernels: CpuKernels) -> NativeDecoder | None:
@@ -144,7 +144,7 @@ class LlamaModel:
         self._check(slot, position, end)
         if self._native:
             return self._native.prefill(slot, token_ids, position)
-        self._take_threads()
+        self._set_num_threads()
         try:
             return self._prefill(slot, token_ids, position, end)
         except torch.OutOfMemoryError as error:
@@ -176,7 +176,7 @@ class LlamaModel:
             return self._native.decode(slots, token_ids, positions)
         if self.device.type == "cuda":
             return self._decode(slots, token_ids, positions)
-        self._take_threads()
+        self._set_num_threads()
         # One by one: torch's products of several rows add up in another order, and no neighbour may change a bit.
         rows = zip(slots, token_ids, positions, strict=True)
         return torch.cat([self._decode([slot], [token_id], [position]) for slot, token_id, position in rows])
@@ -194,7 +194,7 @@ class LlamaModel:
             x = self._finish_layer(weights, x, rows[0] if len(rows) == 1 else torch.cat(rows))
         return self._logits(x)
 
-    def _take_threads(self) -> None:
+    def _set_num_threads(self) -> None:
         """Have torch use this model's number of threads; it keeps one for each thread that calls it."""
         if self.device.type == "cpu":
             torch.set_num_threads(self._threads)
@@ -279,14 +279,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (tokens, heads, h
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def _half_linear_on_cpu(x: Tensor, weight: Tensor) -> Tensor:  # (rows, in), (out, in) -> (rows, out)
+def _fp16_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:  # (rows, in), (out, in) -> (rows, out)
     """`linear` for float16 on a CPU without float16 arithmetic, with sums in float32.
 
     For a row or two torch's own kernel is as fast as the memory. For more it is up to ten times slower than float32, so
     the weight is widened block by block: no float32 copy of it ever exists.
     """
-    if x.shape[0] < HALF_BLOCK_MIN_ROWS:
+    if x.shape[0] < FP16_BLOCK_MIN_ROWS:
         return linear(x, weight)
     x = x.float()
-    blocks = (weight[start : start + HALF_BLOCK_ROWS] for start in range(0, weight.shape[0], HALF_BLOCK_ROWS))
+    blocks = (weight[start : start + FP16_BLOCK_ROWS] for start in range(0, weight.shape[0], FP16_BLOCK_ROWS))
     return torch.cat([linear(x, block.float()) for block in blocks], dim=-1).half()

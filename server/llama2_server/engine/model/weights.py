@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama2_server.engine.native.library import use_huge_pages
 
-LINE_ELEMENTS = 32  # a cache line's, of 16 bits each
+CACHE_LINE_ELEMENTS = 32  # a cache line's, of 16 bits each
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class LlamaWeights:
 
         cls._arrange(config, note)
         # In whole cache lines, so that each tensor begins with one.
-        sizes = [-(-math.prod(shape) // LINE_ELEMENTS) * LINE_ELEMENTS for shape in shapes]
+        sizes = [-(-math.prod(shape) // CACHE_LINE_ELEMENTS) * CACHE_LINE_ELEMENTS for shape in shapes]
         memory = torch.empty(sum(sizes), device=device, dtype=dtype)
         if memory.device.type == "cpu":
             use_huge_pages(memory)
@@ -103,7 +103,7 @@ class LlamaWeights:
     def fingerprint(self) -> str:
         """Tells these weights from others: a hash of each tensor's beginning, as it is computed with."""
         parts = [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
-        begins = [tensor.view(-1)[:LINE_ELEMENTS] for tensor in (self.embedding, self.head, self.norm, *parts)]
+        begins = [tensor.view(-1)[:CACHE_LINE_ELEMENTS] for tensor in (self.embedding, self.head, self.norm, *parts)]
         found = torch.cat(begins).double().cpu()
         return hashlib.sha256(f"{self.embedding.dtype} {found.tolist()}".encode()).hexdigest()
 

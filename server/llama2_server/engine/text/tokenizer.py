@@ -34,14 +34,14 @@ class Tokenizer:
             raise WeightsError(f"{path}: has no <s> or no </s> token; Llama-2's chat template needs both")
 
     @cached_property
-    def surfaces(self) -> tuple[str | int, ...]:
+    def piece_texts(self) -> tuple[str | int, ...]:
         """What each token id stands for: text, with its leading space, or one byte's value."""
         return tuple(self._surface(token_id) for token_id in range(self.vocab_size))
 
     @cached_property
-    def longest_piece(self) -> int:
+    def max_piece_length(self) -> int:
         """The most characters that a single token can stand for."""
-        return max(len(surface) if isinstance(surface, str) else 1 for surface in self.surfaces)
+        return max(len(surface) if isinstance(surface, str) else 1 for surface in self.piece_texts)
 
     def encode_raw(self, text: str) -> list[int]:
         """`<s>` and the ids of the text as it is."""

@@ -64,9 +64,9 @@ def test_the_second_start_needs_no_transformers(directory: Path, tmp_path: Path)
     """Its import takes seconds: a process that finds everything kept never does it."""
     file = tmp_path / "checkpoint.json"
     script = (
-        "import sys; from pathlib import Path; from llama2_server.engine.checkpoint.config_cache import describe\n"
+        "import sys; from pathlib import Path; from llama2_server.engine.checkpoint.config_cache import read_metadata\n"
         "import llama2_server.lifecycle.model_loading\n"
-        "describe(*map(Path, sys.argv[1:])); print('transformers' in sys.modules)"
+        "read_metadata(*map(Path, sys.argv[1:])); print('transformers' in sys.modules)"
     )
     command = [sys.executable, "-c", script, str(directory), str(file)]
     said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]

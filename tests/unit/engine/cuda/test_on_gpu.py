@@ -49,9 +49,9 @@ def load(directory: Path, device: str = "cuda", dtype: torch.dtype = torch.float
 @contextmanager
 def running(model: LlamaModel) -> Iterator[Engine]:
     """An engine whose steps are graphs."""
-    steps = build_step_runner(model, compiled=True, cache_directory=None)
-    assert isinstance(steps, CudaStepRunner)
-    engine = Engine(model, NO_EOS, steps=steps)
+    step_runner = build_step_runner(model, compiled=True, cache_directory=None)
+    assert isinstance(step_runner, CudaStepRunner)
+    engine = Engine(model, NO_EOS, step_runner=step_runner)
     yield engine
     assert engine.close(timeout_seconds=60)
 
@@ -172,10 +172,10 @@ def test_graphs_compute_what_the_step_computes(checkpoint: MakeCheckpoint) -> No
         assert proven_error(model, forward) < 0.01
     results = []
     for recorded in (False, True):
-        steps = CudaStepRunner(model, forward)
+        step_runner = CudaStepRunner(model, forward)
         if recorded:
-            assert steps.capture() == 10  # 1, 2, 4, 8, 16 rows, greedy and sampled
-        engine, readers = Engine(model, NO_EOS, steps=steps), [Reader() for _ in range(5)]
+            assert step_runner.capture() == 10  # 1, 2, 4, 8, 16 rows, greedy and sampled
+        engine, readers = Engine(model, NO_EOS, step_runner=step_runner), [Reader() for _ in range(5)]
         for seed, reader in enumerate(readers):
             params = GenerationParams(40, temperature=0.9 * (seed % 2), seed=seed, repetition_penalty=1.0 + seed / 10)
             engine.submit(some_ids(9, seed), params, reader)

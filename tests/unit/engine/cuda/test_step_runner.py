@@ -68,7 +68,7 @@ def forward(model: LlamaModel) -> PlainForward:
 
 @pytest.fixture
 def engine(model: LlamaModel, forward: PlainForward) -> Iterator[Engine]:
-    engine = Engine(model, NO_EOS, steps=CudaStepRunner(model, forward))
+    engine = Engine(model, NO_EOS, step_runner=CudaStepRunner(model, forward))
     yield engine
     if forward.gate:
         forward.gate.release(1000)
@@ -221,7 +221,7 @@ def test_the_whole_fast_step_has_the_plain_steps_tokens(
     weights["logits"] = [model.weights.head]
     names = [name_of(kind, weight) for kind, found in weights.items() for weight in found]
     forward = Forward(model, Matmul(model.config.rms_norm_eps, dict.fromkeys(names, tile) if tiles else {}))
-    engine, readers = Engine(model, NO_EOS, steps=CudaStepRunner(model, forward)), [Reader() for _ in range(2)]
+    engine, readers = Engine(model, NO_EOS, step_runner=CudaStepRunner(model, forward)), [Reader() for _ in range(2)]
     for seed, reader in enumerate(readers):
         submit(engine, reader, seed=seed, max_tokens=4)
     for seed, reader in enumerate(readers):

@@ -108,9 +108,9 @@ def test_a_literal_token_name_stays_text(ours: Tokenizer) -> None:
 
 
 def test_no_token_is_longer_than_the_longest_piece(ours: Tokenizer) -> None:
-    """So a text of n characters has at least n / longest_piece tokens."""
+    """So a text of n characters has at least n / max_piece_length tokens."""
     decoded = [ours.decode([ours.encode_raw("a")[1], token_id])[1:] for token_id in range(ours.vocab_size)]
-    assert ours.longest_piece == max(map(len, decoded))
+    assert ours.max_piece_length == max(map(len, decoded))
 
 
 def test_the_tags_are_the_templates(reference: LlamaTokenizer) -> None:
