@@ -3,11 +3,11 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import pytest
 import torch
-from tools.make_checkpoint import Shape, make_checkpoint, make_tokenizer
+from tests.support.checkpoints import MakeCheckpoint, cached_make_checkpoint
+from tools.make_checkpoint import make_tokenizer
 
 from llama2_server.engine.native import library as native
 from llama2_server.engine.text.tokenizer import Tokenizer
@@ -18,12 +18,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-class MakeCheckpoint(Protocol):
-    """Makes a checkpoint with these fields of Shape, one directory for each; it must not be written to."""
-
-    def __call__(self, *, shards: int = 1, dtype: torch.dtype = torch.float32, **shape: Any) -> Path: ...
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors gain nothing from a second thread, and wait for it long where the cores are busy."""
@@ -32,16 +26,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """How a test asks for a checkpoint."""
-    made: dict[str, Path] = {}
-
-    def make(*, shards: int = 1, dtype: torch.dtype = torch.float32, **shape: Any) -> Path:
-        key = f"{shape}-{shards}-{dtype}"
-        if key not in made:
-            made[key] = make_checkpoint(tmp_path_factory.mktemp("made"), Shape(**shape), shards=shards, dtype=dtype)
-        return made[key]
-
-    return make
+    """Return the function that makes checkpoints."""
+    return cached_make_checkpoint(tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,12 @@ def corpus() -> list[list[Message]]:
 
 
 @cache
+def other_corpus() -> list[list[Message]]:
+    """Four thousand conversations under another seed."""
+    return list(itertools.islice(conversations(12), 4000))
+
+
+@cache
 def tokenizer() -> sentencepiece.SentencePieceProcessor:
     """The tokenizer that ships."""
     return sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "tokenizer.model"))
@@ -96,7 +102,7 @@ def test_held_out_pairs_are_never_in_the_text(hero: str) -> None:
     phrases = "|".join(re.escape(place.phrase) for place in PLACES if held_out(hero, place))
     told = re.compile(rf"\b{hero}\b[^.]*? (?:who )?lived (?:{phrases})\b[,.]")
     openings = re.compile(rf"once an? (?:\w+ )?{hero} (?:{phrases}),")
-    for messages in itertools.islice(conversations(12), 4000):
+    for messages in other_corpus():
         for message in messages:
             assert not told.search(message["content"])
             assert not openings.search(message["content"])

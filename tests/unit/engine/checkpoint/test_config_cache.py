@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from tests.unit.engine.conftest import MakeCheckpoint
+from tests.support.checkpoints import MakeCheckpoint
 
 from llama2_server.engine.checkpoint import config_cache as description_module
 from llama2_server.engine.checkpoint import files as checkpoint_module
@@ -57,20 +55,6 @@ def test_the_second_start_says_the_same(directory: Path, tmp_path: Path, reads: 
     assert read_metadata(directory, file) == first
     assert len(reads) == 1
     assert first == plain(directory)
-
-
-@pytest.mark.timeout(300)  # processes of their own import torch and transformers: long on a machine with other work
-def test_the_second_start_needs_no_transformers(directory: Path, tmp_path: Path) -> None:
-    """Its import takes seconds: a process that finds everything kept never does it."""
-    file = tmp_path / "checkpoint.json"
-    script = (
-        "import sys; from pathlib import Path; from llama2_server.engine.checkpoint.config_cache import read_metadata\n"
-        "import llama2_server.lifecycle.model_loading\n"
-        "read_metadata(*map(Path, sys.argv[1:])); print('transformers' in sys.modules)"
-    )
-    command = [sys.executable, "-c", script, str(directory), str(file)]
-    said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
-    assert said == ["True\n", "False\n"]
 
 
 def test_what_has_changed_is_read_anew(
