@@ -1,6 +1,6 @@
-// Attention: the part of the kernels that works on the KV cache. Included by kernels.hpp, once for each instruction set.
+// Attention kernels, which work on the KV cache. kernels.hpp includes this file once per instruction set.
 
-// Rotary embedding as transformers' rotate_half has it: a head's first half is paired with its second.
+// Rotary embedding with the pairing of transformers' rotate_half: a head's first half with its second.
 void rotate(const float *x, const float *cosines, const float *sines, int dim, float scale, float *out) {
     const int half = dim / 2;
     for (int i = 0; i < half; ++i) {
@@ -15,25 +15,25 @@ void narrow(const float *from, int count, Half *to) {
     if (i == count) return;
     float last[LANES] = {};
     std::memcpy(last, from + i, (count - i) * sizeof(float));
-    store_some(to + i, load(last), count - i);
+    store_partial(to + i, load(last), count - i);
 }
 
-// Turns scores into weights that add up to one.
+// Replaces scores by weights that add up to 1.
 void softmax(float *scores, int count) {
     float largest = scores[0];
     for (int i = 1; i < count; ++i) largest = std::max(largest, scores[i]);
     for (int i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
     for (int i = count; i < padded(count); ++i) scores[i] = 0;
-    Vector total = all(0);
-    for (int i = 0; i < count; i += LANES) total = fma(load(scores + i), all(1), total);
+    Vector total = broadcast(0);
+    for (int i = 0; i < count; i += LANES) total = fma(load(scores + i), broadcast(1), total);
     const float scale = 1 / sum(total);
     for (int i = 0; i < count; ++i) scores[i] *= scale;
 }
 
-// sums[row][0 .. 16 * VECTORS) += weights[row] . values, `count` rows of values.
+// sums[row][0 .. 16 * VECTORS) += weights[row] . values, over `count` rows of values.
 template <int ROWS, int VECTORS>
-void weigh_block(const float *weights, std::size_t weights_stride, const Half *values, int count, int head_dim,
-                 float *sums, std::size_t stride) {
+void weighted_sum_block(const float *weights, std::size_t weights_stride, const Half *values, int count, int head_dim,
+                        float *sums, std::size_t stride) {
     Vector v[ROWS][VECTORS];
 #pragma GCC unroll 4
     for (int row = 0; row < ROWS; ++row)
@@ -45,7 +45,7 @@ void weigh_block(const float *weights, std::size_t weights_stride, const Half *v
         for (int j = 0; j < VECTORS; ++j) value[j] = load(values + j * LANES);
 #pragma GCC unroll 4
         for (int row = 0; row < ROWS; ++row) {
-            const Vector weight = all(weights[row * weights_stride + i]);
+            const Vector weight = broadcast(weights[row * weights_stride + i]);
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; ++j) v[row][j] = fma(weight, value[j], v[row][j]);
         }
@@ -57,8 +57,8 @@ void weigh_block(const float *weights, std::size_t weights_stride, const Half *v
 }
 
 template <int ROWS>
-void weigh(const float *weights, std::size_t weights_stride, const Half *values, int count, int head_dim, float *sums,
-           std::size_t stride) {
+void weighted_sum(const float *weights, std::size_t weights_stride, const Half *values, int count, int head_dim,
+                  float *sums, std::size_t stride) {
 #if defined(LLAMA2_AVX512)
     constexpr int VECTORS = 4;
 #else
@@ -66,20 +66,20 @@ void weigh(const float *weights, std::size_t weights_stride, const Half *values,
 #endif
     int d = 0;
     for (; d + VECTORS * LANES <= head_dim; d += VECTORS * LANES)
-        weigh_block<ROWS, VECTORS>(weights, weights_stride, values + d, count, head_dim, sums + d, stride);
+        weighted_sum_block<ROWS, VECTORS>(weights, weights_stride, values + d, count, head_dim, sums + d, stride);
     for (; d + LANES <= head_dim; d += LANES)
-        weigh_block<ROWS, 1>(weights, weights_stride, values + d, count, head_dim, sums + d, stride);
+        weighted_sum_block<ROWS, 1>(weights, weights_stride, values + d, count, head_dim, sums + d, stride);
     if (d == head_dim) return;
     for (int row = 0; row < ROWS; ++row) {
         Vector last = load(sums + row * stride + d);
         for (int i = 0; i < count; ++i)
-            last = fma(all(weights[row * weights_stride + i]),
-                       load_some(values + static_cast<std::size_t>(i) * head_dim + d, head_dim - d), last);
+            last = fma(broadcast(weights[row * weights_stride + i]),
+                       load_partial(values + static_cast<std::size_t>(i) * head_dim + d, head_dim - d), last);
         store(sums + row * stride + d, last);
     }
 }
 
-void remember(const Attention &a) {
+void append_to_cache(const Attention &a) {
     const int dim = a.head_dim;
     for (int token = 0; token < a.tokens; ++token) {
         const std::size_t from = token * a.stride, to = static_cast<std::size_t>(a.position + token) * dim;
@@ -89,20 +89,21 @@ void remember(const Attention &a) {
     }
 }
 
-// All queries of all tokens of `a` at once, as far as they see the same keys; what only later ones see comes after that.
+// Attends with all queries of all tokens of `a` at once to the keys that they share, then with each later token to its
+// additional keys.
 void attend(const Attention &a) {
-    constexpr int BLOCK = 64;  // positions whose values stay in the nearest cache while all queries use them
+    constexpr int BLOCK = 64;  // positions whose values stay in the L1 cache while all queries use them
     const int dim = a.head_dim, rows = a.tokens * a.group, common = a.position + 1, all_keys = a.position + a.tokens;
     const std::size_t stride = padded(dim), scores_stride = padded(all_keys);
-    const int most_rows = attention_tokens(a.group) * a.group;
-    float *queries = a.scratch, *sums = queries + most_rows * stride, *scores = sums + most_rows * stride;
+    const int max_rows = attention_tokens(a.group) * a.group;
+    float *queries = a.scratch, *sums = queries + max_rows * stride, *scores = sums + max_rows * stride;
     const float scale = 1 / std::sqrt(static_cast<float>(dim));
     for (int row = 0; row < rows; ++row) {
         const int token = row / a.group, head = row % a.group;
         rotate(a.queries + token * a.stride + head * dim, a.cosines + token * dim, a.sines + token * dim, dim, scale,
                queries + row * stride);
     }
-    multiply(a.keys, all_keys, dim, queries, stride, rows, scores, scores_stride);
+    matmul(a.keys, all_keys, dim, queries, stride, rows, scores, scores_stride);
     for (int row = 0; row < rows; ++row) softmax(scores + row * scores_stride, common + row / a.group);
     std::fill(sums, sums + rows * stride, 0.0f);
     for (int begin = 0; begin < common; begin += BLOCK) {
@@ -110,14 +111,16 @@ void attend(const Attention &a) {
         const Half *values = a.values + static_cast<std::size_t>(begin) * dim;
         int row = 0;
         for (; row + 4 <= rows; row += 4)
-            weigh<4>(scores + row * scores_stride + begin, scores_stride, values, count, dim, sums + row * stride, stride);
+            weighted_sum<4>(scores + row * scores_stride + begin, scores_stride, values, count, dim,
+                            sums + row * stride, stride);
         for (; row < rows; ++row)
-            weigh<1>(scores + row * scores_stride + begin, scores_stride, values, count, dim, sums + row * stride, stride);
+            weighted_sum<1>(scores + row * scores_stride + begin, scores_stride, values, count, dim,
+                            sums + row * stride, stride);
     }
     for (int row = 0; row < rows; ++row) {
         const int token = row / a.group, head = row % a.group;
-        weigh<1>(scores + row * scores_stride + common, scores_stride, a.values + static_cast<std::size_t>(common) * dim,
-                 token, dim, sums + row * stride, stride);
+        weighted_sum<1>(scores + row * scores_stride + common, scores_stride,
+                        a.values + static_cast<std::size_t>(common) * dim, token, dim, sums + row * stride, stride);
         std::memcpy(a.out + token * a.out_stride + head * dim, sums + row * stride, dim * sizeof(float));
     }
 }

@@ -1,19 +1,20 @@
-// The steps of a Llama on a CPU: float16 weights, float32 everything else, one to many rows at once. In a decode step
-// each row is the next token of another sequence; in a prefill step all are tokens of one prompt.
+// The Llama forward pass on a CPU: float16 weights, float32 activations, one or more rows per step. In a decode step
+// each row is the next token of a different sequence; in a prefill step all rows are tokens of one prompt.
 //
-// Decoding reads every weight once a token, so the memory is the limit and everything is about keeping it busy:
-// weights are streamed as they lie there with what comes next prefetched, all sequences of a step share the one pass over
-// them, and the threads take the work in small chunks, so that one that loses its core delays nobody. A prompt's tokens
-// share that pass too; with so many rows the arithmetic is the limit, and matmul.hpp keeps that busy.
+// Decoding reads every weight once per token, so it is memory-bound. The design keeps the memory busy: weights are
+// streamed in memory order with prefetching, and all sequences of a step share one pass over the weights. Threads take
+// the work in small chunks, so that a thread that loses its core hardly delays the others. The tokens of a prompt share
+// that pass too; with many rows the step is compute-bound, and matmul.hpp keeps the arithmetic units busy.
 //
-// Every number is the same bit for bit whatever the number of threads, the rows beside it and the instruction set: each
+// Every result has the same bits for any number of threads, any other rows in the step and any instruction set: each
 // sum has 16 lanes that are added up in one fixed order, and sums are never split between threads.
 //
-// The model is that of Touvron et al. 2023 (arXiv:2307.09288), with transformers' conventions; `model.py` has the same
-// step in torch. Plain C at the border: Python calls it through ctypes, and nothing of torch is needed to build it.
+// The model is described by Touvron et al. 2023 (arXiv:2307.09288) and follows transformers' conventions;
+// `model/llama.py` has the same step in torch. The interface is plain C: Python calls it through ctypes, and the build
+// does not need torch.
 //
-// This file is the border; decoder.hpp has the stages of a step, thread_pool.hpp the threads, and kernels.hpp what computes: it
-// is compiled once for each instruction set, and the processor decides at run time (as Google's Highway does it).
+// This file is the interface. decoder.hpp has the stages of a step, thread_pool.hpp the threads, and kernels.hpp the
+// kernels, which are compiled once per instruction set and selected at run time (as in Google's Highway).
 
 #include <algorithm>
 #include <atomic>
@@ -31,7 +32,7 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #else
-#error "no kernels for this processor; the server runs its torch path there"
+#error "this processor has no native kernels; the server runs in torch instead"
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -70,7 +71,7 @@ LLAMA2_END
 
 namespace {
 
-// The kernels called `name` ("" = the best there are), or null where the processor lacks them.
+// Returns the kernels called `name` ("" = the best available), or null if the processor does not support them.
 const Kernels *find_kernels(const char *name, const char **found) {
     struct Entry {
         const char *name;
@@ -98,17 +99,17 @@ const Kernels *find_kernels(const char *name, const char **found) {
 
 }  // namespace
 
-// Grows with every change of what Python sees, so that a library from before it is not called with other arguments.
+// The interface version. Increase it with every change that Python sees, so that an outdated library is never called.
 LLAMA2_EXPORT int llama2_interface() { return 2; }
 
-// The instruction set that `name` ("" = the best) stands for, or null where this processor lacks it.
+// Returns the instruction set called `name` ("" = the best available), or null if this processor does not support it.
 LLAMA2_EXPORT const char *llama2_instructions(const char *name) {
     const char *found = nullptr;
     find_kernels(name, &found);
     return found;
 }
 
-// Null where the processor lacks the instructions or a thread cannot be started.
+// Returns null if the processor does not support the instructions or if there is not enough memory.
 LLAMA2_EXPORT Decoder *llama2_decoder_new(const Model *model, const Layer *layers, const char *instructions,
                                           int threads) {
     const char *found;
@@ -123,53 +124,54 @@ LLAMA2_EXPORT Decoder *llama2_decoder_new(const Model *model, const Layer *layer
 
 LLAMA2_EXPORT void llama2_decoder_free(Decoder *decoder) { delete decoder; }
 
-// As many rows as a step can have.
-LLAMA2_EXPORT int llama2_decoder_most_rows(const Decoder *decoder) { return decoder->most_rows(); }
+// Returns the maximum number of rows in a step.
+LLAMA2_EXPORT int llama2_decoder_most_rows(const Decoder *decoder) { return decoder->max_rows(); }
 
-// As `Decoder::step`; false where something is out of range.
+// Calls `Decoder::step`; returns false if an argument is out of range.
 LLAMA2_EXPORT bool llama2_decoder_step(Decoder *decoder, int rows, const std::int32_t *slots,
-                                       const std::int32_t *tokens, const std::int32_t *positions, int wanted,
+                                       const std::int32_t *tokens, const std::int32_t *positions, int logit_rows,
                                        float *logits) {
     const Model &model = decoder->model();
     const auto within = [](std::int32_t value, std::int32_t end) { return 0 <= value && value < end; };
-    if (rows < 1 || rows > decoder->most_rows() || wanted < 0 || wanted > rows) return false;
+    if (rows < 1 || rows > decoder->max_rows() || logit_rows < 0 || logit_rows > rows) return false;
     for (int row = 0; row < rows; ++row)
         if (!within(slots[row], model.slots) || !within(tokens[row], model.vocab) ||
             !within(positions[row], model.context))
             return false;
-    decoder->step(rows, slots, tokens, positions, wanted, logits);
+    decoder->step(rows, slots, tokens, positions, logit_rows, logits);
     return true;
 }
 
-// Asks for pages of 2 MiB: the processor finds its way in them with a few hundredths of the look-ups.
+// Requests huge pages of 2 MiB, which need only a few percent of the processor's page-table lookups.
 LLAMA2_EXPORT void llama2_use_huge_pages(void *memory, std::size_t bytes) {
 #if defined(MADV_HUGEPAGE)
     const std::uintptr_t page = 4096, begin = (reinterpret_cast<std::uintptr_t>(memory) + page - 1) / page * page;
     const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / page * page;
-    // Advice only: a kernel without huge pages says no, and all is as before.
+    // Advice only: a system without huge pages rejects it, and nothing changes.
     if (end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
 #else
     (void)memory, (void)bytes;
 #endif
 }
 
-// Bytes a second at which so many threads read the memory once: the limit that decoding is measured against.
+// Returns the bytes per second at which `threads` threads read the memory once: the upper limit for decoding.
 LLAMA2_EXPORT double llama2_read_bandwidth(const void *memory, std::size_t bytes, int threads) {
     const char *found;
     const Kernels *kernels = find_kernels("", &found);
     if (kernels == nullptr) return 0;
     constexpr std::size_t chunk = 1 << 18;
     std::atomic<std::size_t> next{0};
-    std::atomic<std::uint64_t> sink{0};  // so that the compiler cannot leave the reading out
+    std::atomic<std::uint64_t> sink{0};  // keeps the compiler from removing the reads
     const auto read = [&] {
         for (std::size_t at; (at = next.fetch_add(chunk)) + chunk <= bytes;)
-            sink ^= kernels->read(reinterpret_cast<const std::uint64_t *>(static_cast<const char *>(memory) + at), chunk);
+            sink ^= kernels->read(reinterpret_cast<const std::uint64_t *>(static_cast<const char *>(memory) + at),
+                                  chunk);
     };
-    const auto begun = std::chrono::steady_clock::now();
-    std::vector<std::thread> others;
-    for (int index = 1; index < threads; ++index) others.emplace_back(read);
+    const auto started_at = std::chrono::steady_clock::now();
+    std::vector<std::thread> readers;
+    for (int index = 1; index < threads; ++index) readers.emplace_back(read);
     read();
-    for (std::thread &other : others) other.join();
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begun;
+    for (std::thread &reader : readers) reader.join();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - started_at;
     return static_cast<double>(bytes / chunk * chunk) / seconds.count();
 }

@@ -1,12 +1,11 @@
-// Vectors of sixteen floats: the part of the kernels that each instruction set spells in its own way.
-// Included by kernels.hpp, once for each instruction set.
+// Vectors of 16 floats: the code that differs between instruction sets.
+// kernels.hpp includes this file once per instruction set.
 
-// Sixteen floats, in as many registers as it takes, and what there is to do with them. `in_register` stays there: where
-// an instruction can read from the memory, compilers make each use of a vector read it again, and the reads become the
-// limit instead of the arithmetic.
+// A vector takes one or more registers. `keep_in_register` prevents reloads: if an instruction can take a memory
+// operand, compilers reload the vector at each use, and the loads become the bottleneck instead of the arithmetic.
 #if defined(LLAMA2_AVX512)
 using Vector = __m512;
-inline Vector all(float value) { return _mm512_set1_ps(value); }
+inline Vector broadcast(float value) { return _mm512_set1_ps(value); }
 inline Vector load(const float *from) { return _mm512_loadu_ps(from); }
 inline Vector load(const Half *from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
@@ -16,16 +15,16 @@ inline void store(Half *to, Vector v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vector in_register(Vector v) {
+inline Vector keep_in_register(Vector v) {
     asm("" : "+v"(v));
     return v;
 }
-inline __m256 halves(Vector v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+inline __m256 add_halves(Vector v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 #elif defined(__x86_64__)
 struct Vector {
     __m256 low, high;
 };
-inline Vector all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Vector broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 inline Vector load(const float *from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
 inline Vector load(const Half *from) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))),
@@ -42,16 +41,16 @@ inline void store(Half *to, Vector v) {
 inline Vector fma(Vector a, Vector b, Vector c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
-inline Vector in_register(Vector v) {
+inline Vector keep_in_register(Vector v) {
     asm("" : "+x"(v.low), "+x"(v.high));
     return v;
 }
-inline __m256 halves(Vector v) { return _mm256_add_ps(v.low, v.high); }
+inline __m256 add_halves(Vector v) { return _mm256_add_ps(v.low, v.high); }
 #else
 struct Vector {
     float32x4_t part[4];
 };
-inline Vector all(float value) {
+inline Vector broadcast(float value) {
     const float32x4_t part = vdupq_n_f32(value);
     return {{part, part, part, part}};
 }
@@ -73,13 +72,13 @@ inline Vector fma(Vector a, Vector b, Vector c) {
     for (int i = 0; i < 4; ++i) c.part[i] = vfmaq_f32(c.part[i], a.part[i], b.part[i]);
     return c;
 }
-inline Vector in_register(Vector v) { return v; }  // its multiplications read from nowhere else
+inline Vector keep_in_register(Vector v) { return v; }  // NEON arithmetic has no memory operands
 #endif
 
-// The sum of all lanes: 16 -> 8 -> 4 -> 2 -> 1, the upper half onto the lower.
+// The sum of all lanes: 16 -> 8 -> 4 -> 2 -> 1, each time the upper half is added to the lower.
 #if defined(__x86_64__)
 inline float sum(Vector v) {
-    const __m256 eight = halves(v);
+    const __m256 eight = add_halves(v);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
@@ -93,14 +92,14 @@ inline float sum(Vector v) {
 }
 #endif
 
-// The last numbers of a row whose width is no multiple of 16, zeros after them.
-inline Vector load_some(const Half *from, int count) {
+// The last numbers of a row whose width is not a multiple of 16, followed by zeros.
+inline Vector load_partial(const Half *from, int count) {
     Half whole[LANES] = {};
     std::memcpy(whole, from, count * sizeof(Half));
     return load(whole);
 }
 
-inline void store_some(Half *to, Vector v, int count) {
+inline void store_partial(Half *to, Vector v, int count) {
     Half whole[LANES];
     store(whole, v);
     std::memcpy(to, whole, count * sizeof(Half));

@@ -1,4 +1,4 @@
-// Threads that share the work of a step.
+// A thread pool that shares the work of a step.
 #pragma once
 
 #include <algorithm>
@@ -17,29 +17,30 @@
 
 namespace {
 
-// How long a thread watches for work before it sleeps: longer than a chunk takes, too short to warm an idle machine.
+// How long a thread spins for work before it sleeps: longer than a chunk takes, but too short to heat an idle machine.
 constexpr auto SPIN_TIME = std::chrono::microseconds(50);
 
 // Threads that take chunks of one stage after another.
 //
-// One word says which stage it is and how many of its chunks nobody has taken yet. Whoever finishes the last chunk of a
-// stage opens the next one. So nothing waits for a thread, only for chunks: one whose core went to another process
-// holds up nobody, unless that happens within a chunk. The stage number never comes again, so a thread that slept
-// through half a step cannot take a chunk of another stage than it saw.
-class Team {
+// One word, the ticket, holds the stage number and how many of its chunks are left. The thread that finishes the last
+// chunk of a stage opens the next stage. Threads wait for chunks, never for another thread: a thread that loses its
+// core to another process delays the others only if it holds a chunk at that moment. Stage numbers never repeat, so a
+// thread that slept through half a step cannot take a chunk of a stage other than the one it saw.
+class ThreadPool {
   public:
-    explicit Team(int threads) {
+    explicit ThreadPool(int threads) {
         try {
-            for (int index = 1; index < threads; ++index) workers_.emplace_back([this, index] { help(index, dismissed_); });
+            for (int index = 1; index < threads; ++index)
+                workers_.emplace_back([this, index] { work(index, stopping_); });
         } catch (const std::system_error &) {
-            // The system gives no more threads: those there are do all the work.
+            // The system allows no more threads: the existing ones do all the work.
         }
     }
 
-    // Nothing runs any more, so the workers need nothing of the derived class, which is gone already.
-    virtual ~Team() {
-        dismissed_.store(true);
-        announce((ticket_.load() | TAKEN) + 1);
+    // No step is running, so the workers do not call the derived class, which is already destroyed.
+    virtual ~ThreadPool() {
+        stopping_.store(true);
+        publish((ticket_.load() | CHUNKS_LEFT) + 1);
         for (std::thread &worker : workers_) worker.join();
     }
 
@@ -47,45 +48,46 @@ class Team {
     virtual void run_chunk(int thread, int chunk) = 0;
     virtual int next_stage() = 0;  // prepares the next stage and returns its number of chunks; 0 ends the run
 
-    // Run stages until `next_stage` returns 0; the calling thread is thread 0.
+    // Runs stages until `next_stage` returns 0; the calling thread is thread 0.
     void run() {
         finished_.store(false);
-        open();
-        help(0, finished_);
+        open_stage();
+        work(0, finished_);
     }
 
   private:
-    static constexpr std::uint64_t TAKEN = (1u << 24) - 1;  // the part of a ticket that counts chunks
+    static constexpr std::uint64_t CHUNKS_LEFT = (1u << 24) - 1;  // mask of the chunk count in a ticket
 
-    void help(int thread, const std::atomic<bool> &over) {
+    void work(int thread, const std::atomic<bool> &stop) {
         for (;;) {
             std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
-            // In this order: `over` is set before the last ticket, so whoever waits on that one would wait for ever.
-            if (over.load(std::memory_order_acquire)) return;
-            if ((ticket & TAKEN) == 0) {
+            // Read `stop` after the ticket: it is set before the last ticket, and a thread that waits on that ticket
+            // would wait forever.
+            if (stop.load(std::memory_order_acquire)) return;
+            if ((ticket & CHUNKS_LEFT) == 0) {
                 wait(ticket);
             } else if (ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) {
-                run_chunk(thread, dealt(chunks_ - static_cast<int>(ticket & TAKEN)));
-                if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) open();
+                run_chunk(thread, chunk_at(chunks_ - static_cast<int>(ticket & CHUNKS_LEFT)));
+                if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) open_stage();
             }
         }
     }
 
-    // Which chunk is taken next after so many others. As a rule threads take turns: so dealt out, each goes on in the
-    // memory where its last chunk ended, as if it had a part of the stage for itself.
-    int dealt(int taken) const {
+    // Returns the chunk to take after `taken` others. Threads mostly alternate, so this order lets each thread continue
+    // in memory where its last chunk ended, as if it owned one part of the stage.
+    int chunk_at(int taken) const {
         const int parts = static_cast<int>(workers_.size()) + 1, part = taken % parts;
         return part * (chunks_ / parts) + std::min(part, chunks_ % parts) + taken / parts;
     }
 
-    void open() {
+    void open_stage() {
         chunks_ = next_stage();
         unfinished_.store(chunks_, std::memory_order_relaxed);
         if (chunks_ == 0) finished_.store(true, std::memory_order_release);
-        announce(((ticket_.load(std::memory_order_relaxed) | TAKEN) + 1) + static_cast<std::uint64_t>(chunks_));
+        publish(((ticket_.load(std::memory_order_relaxed) | CHUNKS_LEFT) + 1) + static_cast<std::uint64_t>(chunks_));
     }
 
-    void announce(std::uint64_t ticket) {
+    void publish(std::uint64_t ticket) {
         ticket_.store(ticket);
         if (sleepers_.load() == 0) return;
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -95,7 +97,7 @@ class Team {
     void wait(std::uint64_t seen) {
         const auto until = std::chrono::steady_clock::now() + SPIN_TIME;
         do {
-            for (int turn = 0; turn < 16; ++turn) {
+            for (int spin = 0; spin < 16; ++spin) {
                 if (ticket_.load(std::memory_order_acquire) != seen) return;
 #if defined(__x86_64__)
                 _mm_pause();
@@ -110,11 +112,11 @@ class Team {
         sleepers_.fetch_sub(1);
     }
 
-    int chunks_ = 0;  // of the stage; written before its ticket, read after a chunk of it was taken
+    int chunks_ = 0;  // of the stage; written before its ticket, read after one of its chunks is taken
     std::atomic<std::uint64_t> ticket_{0};
     std::atomic<int> unfinished_{0};
     std::atomic<int> sleepers_{0};
-    std::atomic<bool> finished_{true}, dismissed_{false};
+    std::atomic<bool> finished_{true}, stopping_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
