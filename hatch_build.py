@@ -1,4 +1,4 @@
-"""Build hook: makes what is never committed: the Python stubs of the .proto files, and the native decode step."""
+"""Build hook that generates the Python stubs of the .proto files and compiles the native library."""
 
 import os
 import shutil
@@ -11,8 +11,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ROOT = Path(__file__).parent
 PROTO_ROOT = ROOT / "protos"
 NATIVE_SOURCE = ROOT / "server/llama2_server/engine/native/decode.cpp"
-# For every processor of the family: the instruction set is chosen at run time. Products and sums are fused where the
-# source says so and nowhere else, so that all instruction sets compute the same bits.
+# No -march: the instruction set is selected at run time, so one build runs on every processor of the family.
+# -ffp-contract=off fuses multiplications and additions only where the source calls fma(), so that all instruction sets
+# compute the same bits.
 COMPILER_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
     *("-fno-math-errno", "-ffp-contract=off"),
@@ -20,36 +21,37 @@ COMPILER_FLAGS = [
 
 
 class BuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Runs before every build, editable installs included."""
+    """Build hook that runs before every build, editable installs included."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Generate the stubs, and build the native step where that is possible.
+        """Generate the stubs and, if possible, compile the native library.
 
-        Raises RuntimeError if a .proto file does not compile.
+        Raises:
+            RuntimeError: a .proto file does not compile.
         """
         _generate_stubs()
         if self.target_name != "wheel":
             return
-        problem = build_native(NATIVE_SOURCE)
-        if problem is None:
+        error = build_native(NATIVE_SOURCE)
+        if error is None:
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{_platform()}"
         else:
-            self.app.display_warning(f"no native steps, a CPU will run in torch: {problem}")
+            self.app.display_warning(f"the native library was not built, so models on a CPU run in torch: {error}")
 
 
 def build_native(source: Path) -> str | None:
-    """Compile the library beside its source; one line that says why where that cannot be done."""
+    """Compile the library next to its source; return None or, on failure, the one-line reason."""
     library = source.with_suffix(".so")
-    # A library from before would not fit the source any more.
+    # An outdated library would not match the source.
     library.unlink(missing_ok=True)
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
-        return f"there is no C++ compiler ({', '.join(names)})"
-    # To another name first: a server that runs keeps the library that it has loaded.
+        return f"no C++ compiler found ({', '.join(names)})"
+    # Compile to another name first, so that a running server keeps the library that it has loaded.
     unfinished = library.with_suffix(".so.part")
     command = [compiler, *COMPILER_FLAGS, str(source), "-o", str(unfinished)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the user's own compiler
@@ -61,15 +63,15 @@ def build_native(source: Path) -> str | None:
 
 
 def _platform() -> str:
-    """The wheel tag's platform: the library needs no certain Python, but this system and processor."""
-    # Of hatchling's own requirements, absent where this module is merely linted.
+    """Return the platform of the wheel tag; the library depends on system and processor, not on the Python version."""
+    # A requirement of hatchling, so it can be missing where this module is only linted.
     from packaging.tags import platform_tags
 
     return next(tag for tag in platform_tags() if "linux_" not in tag or tag.startswith("linux_"))
 
 
 def _generate_stubs() -> None:
-    # grpc_tools is a build requirement only, absent where this module is merely linted.
+    # A build requirement, so it can be missing where this module is only linted.
     import grpc_tools
     from grpc_tools import protoc
 
@@ -77,4 +79,4 @@ def _generate_stubs() -> None:
     outputs = [f"--{kind}_out={PROTO_ROOT}" for kind in ("python", "pyi", "grpc_python", "mypy_grpc")]
     bundled = Path(grpc_tools.__file__).parent / "_proto"
     if protoc.main(["protoc", f"-I{PROTO_ROOT}", f"-I{bundled}", *outputs, *sources]) != 0:
-        raise RuntimeError("protoc refused the .proto files; its messages are above")
+        raise RuntimeError("protoc: cannot compile the .proto files; fix the errors printed above")

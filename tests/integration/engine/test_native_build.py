@@ -39,14 +39,14 @@ def test_an_install_without_a_compiler_succeeds_and_warns(
     assert not built.exists()
     assert build_data == {}
     (warning,) = warnings
-    assert warning.startswith("no native steps, a CPU will run in torch: ")
+    assert warning.startswith("the native library was not built, so models on a CPU run in torch: ")
     assert "\n" not in warning
 
 
 def test_an_install_with_a_compiler_builds_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheel is for this platform and any Python 3; the server loads the library."""
     if not any(map(shutil.which, ["c++", "g++", "clang++"])):
-        pytest.skip("NOT TESTED: no C++ compiler here")
+        pytest.skip("NOT TESTED: no C++ compiler found")
     build_data, warnings, built = run_hook(tmp_path, monkeypatch)
     assert warnings == []
     assert build_data["pure_python"] is False

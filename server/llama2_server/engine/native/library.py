@@ -1,7 +1,7 @@
-"""The native library (decode.cpp), called through ctypes, which releases the GIL during a call.
+"""The ctypes binding of the native library (decode.cpp). ctypes releases the GIL during a call.
 
-It is built when the package is installed and a C++ compiler is at hand (hatch_build.py). Where it is missing, or the
-processor is another one, the model runs in torch.
+hatch_build.py builds the library when the package is installed, if a C++ compiler is available. If the library is
+missing or does not support the processor, the model runs in torch.
 """
 
 import ctypes
@@ -11,15 +11,15 @@ from pathlib import Path
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("decode.so")
-INTERFACE = 2  # what decode.cpp's llama2_interface() has to say
+INTERFACE = 2  # the version that llama2_interface() of decode.cpp must return
 
 
 class NativeUnavailable(Exception):
-    """There is no native decode step here; the message says why and what to do, in one line."""
+    """The native forward pass cannot run; the one-line message gives the reason and the fix."""
 
 
 class LayerPointers(ctypes.Structure):
-    """One layer's tensors, as `struct Layer` of model.hpp."""
+    """Tensors of one layer; mirrors `struct Layer` of model.hpp."""
 
     _fields_ = [
         (name, ctypes.c_void_p)
@@ -28,7 +28,7 @@ class LayerPointers(ctypes.Structure):
 
 
 class ModelPointers(ctypes.Structure):
-    """The shapes and shared tensors, as `struct Model` of model.hpp."""
+    """Shapes and shared tensors of a model; mirrors `struct Model` of model.hpp."""
 
     _fields_ = [
         *(
@@ -42,15 +42,19 @@ class ModelPointers(ctypes.Structure):
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The library beside this file; raises NativeUnavailable where there is none that this process can use."""
+    """Load the library that lies next to this file.
+
+    Raises:
+        NativeUnavailable: the library is missing, damaged or outdated.
+    """
     if not LIBRARY.exists():
-        raise NativeUnavailable("it was not built: install a C++ compiler, then the server anew")
+        raise NativeUnavailable("the native library was not built; install a C++ compiler and reinstall llama2-grpc")
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        raise NativeUnavailable(f"it cannot be loaded: {error}") from error
+        raise NativeUnavailable(f"the native library cannot be loaded: {error}; reinstall llama2-grpc") from error
     if library.llama2_interface() != INTERFACE:
-        raise NativeUnavailable("it was built from another version: install the server anew")
+        raise NativeUnavailable("the native library was built from another version; reinstall llama2-grpc")
     numbers = ctypes.POINTER(ctypes.c_int32)
     library.llama2_instructions.argtypes = [ctypes.c_char_p]
     library.llama2_instructions.restype = ctypes.c_char_p
@@ -77,7 +81,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def use_huge_pages(memory: Tensor) -> None:
-    """Ask for huge pages under a tensor that nothing has been written to yet; where there are none, nothing happens."""
+    """Request huge pages for a tensor that is not written to yet; do nothing if they are not available."""
     try:
         load_library().llama2_use_huge_pages(memory.data_ptr(), memory.nbytes)
     except NativeUnavailable:
@@ -85,5 +89,5 @@ def use_huge_pages(memory: Tensor) -> None:
 
 
 def read_bandwidth(memory: Tensor, threads: int) -> float:
-    """Bytes a second at which `threads` threads read the tensor's memory once."""
+    """Return the bytes per second at which `threads` threads read the tensor's memory once."""
     return float(load_library().llama2_read_bandwidth(memory.data_ptr(), memory.nbytes, threads))
