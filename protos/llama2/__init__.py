@@ -1,1 +1,1 @@
-"""The contract: protobuf messages and gRPC stubs, one package a version."""
+"""Protobuf messages and gRPC stubs, one package per API version."""

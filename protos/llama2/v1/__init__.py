@@ -1,1 +1,1 @@
-"""Version 1 of the contract; `text_generation_pb2` and `model_pb2` are generated from the .proto files beside them."""
+"""Version 1 of the API; the modules `text_generation_pb2`, `model_pb2` and `account_pb2` are generated."""
