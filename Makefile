@@ -20,7 +20,7 @@ help:
 	@echo "make check       formatting, lint, types, import rules, the contract, the Dockerfile and its lock files"
 	@echo "make format      put code and contract into shape"
 	@echo "make proto       generate the Python stubs"
-	@echo "make docs        write the references of settings and metrics, and the chart's copies, anew"
+	@echo "make docs        write the references of the API, settings and metrics, and the chart's copies"
 	@echo "make lock        make the container's lock files anew"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
@@ -38,6 +38,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.settings_reference --check
+	$(BIN)/python -m tools.api_reference --check
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m tools.container.lock --check
 	$(BIN)/buf lint
@@ -68,6 +69,7 @@ gpu-packages: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m tools.settings_reference
+	$(BIN)/python -m tools.api_reference
 	$(BIN)/python -m tools.chart
 	$(BIN)/python -m tools.metrics_reference
 
