@@ -228,8 +228,8 @@ def test_a_time_without_end_is_grpcs_longest() -> None:
 
 
 def test_the_table_of_limits_tells_the_defaults() -> None:
-    """docs/wire.md names every limit of the settings with the default that is in force."""
-    table = (ROOT / "docs/wire.md").read_text()
+    """docs/networking.md names every limit of the settings with the default that is in force."""
+    table = (ROOT / "docs/networking.md").read_text()
     told = dict(re.findall(r"\| `(\w+)` \| (\S+) \|", table))
     limits = {
         name: "none" if field.default is None else str(field.default)

@@ -1,6 +1,6 @@
 """The ports: what a peer may do on a connection, TLS, the services' port, and the one for probes.
 
-docs/wire.md has the table of the limits, with the reason for each.
+docs/networking.md has the table of the limits, with the reason for each.
 """
 
 import logging
