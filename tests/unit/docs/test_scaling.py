@@ -1,4 +1,4 @@
-"""The figures in docs/scaling.md follow from the card, Llama-2's shape, and the speeds that the page assumes."""
+"""The figures in docs/scaling.md follow from the card, Llama-2's shape and the assumed speeds."""
 
 import math
 import re
@@ -12,20 +12,26 @@ LAYERS, WIDTH, FEED_FORWARD, VOCABULARY = 32, 4096, 11008, 32000  # Llama-2 7B's
 
 
 def erlang_c(servers: int, load: float) -> float:
-    """How many of the callers have to wait, when they wait in one line."""
+    """Return the fraction of requests that wait in one queue for several servers."""
     free = sum(load**count / math.factorial(count) for count in range(servers))
     busy = load**servers / math.factorial(servers) * servers / (servers - load)
     return busy / (free + busy)
 
 
+def wait_in_one_queue(servers: int, seconds: float) -> float:
+    """Return the mean wait if requests of that length arrive once per second."""
+    return erlang_c(servers, seconds) * seconds / (servers - seconds)
+
+
 def test_the_worked_example_is_arithmetic() -> None:
-    """Each figure of the table, from the card's limits and the two speeds that the doc assumes."""
+    """Each figure of the table follows from the card's limits and the two assumed speeds."""
     text = DOC.read_text()
-    assumed = re.search(r"Assumed here: ([\d,]+) prompt tokens/s, (\d+) output tokens/s", text)
+    prose = " ".join(text.replace("\n> ", "\n").split())
+    assumed = re.search(r"Assumed here: ([\d,]+) prompt tokens/s, (\d+) output tokens/s", prose)
     assert assumed
     prefill, decode = (int(speed.replace(",", "")) for speed in assumed.groups())
-    rows = re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text.partition("## One worked example")[2])
-    said = {name: figure for name, _, figure in rows}
+    _header, *rows = re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text.partition("## Worked example")[2])
+    results = {name: figure for name, _, figure in rows}
 
     card = load_card("llama-2-7b-chat-fp16")
     gib, two_bytes, minute = 2**30, 2, 60
@@ -41,25 +47,25 @@ def test_the_worked_example_is_arithmetic() -> None:
     longest = (card.context_length_limit - card.sequence_length_limit) / prefill + card.sequence_length_limit / decode
     (neurons,) = {float(cost) for cost in card.neuron_costs.values()}
     quota = card.constellation_config.max_requests_per_min.default
-    assert said == {
+    assert results == {
         "weights": f"{weights / gib:.2f} GiB",
-        "KV cache of a token": f"{token / 2**20} MiB",
-        "KV cache of a slot": f"{slot / gib} GiB",
-        "memory of a replica": f"{(weights + slot) / gib:.2f} GiB",
-        "time of a mean request": f"{seconds:.2f} s",
-        "most that a replica can do": f"{minute / seconds:.1f} requests a minute",
-        "replicas busy in the mean": f"{seconds:.2f}",
-        "replicas, 70% busy": f"{replicas}",
-        "one to spare, for a node that fails or is updated": f"{replicas + 1}",
-        "mean wait, ten lines of their own": f"{share / (1 - share) * seconds:.1f} s",
-        "mean wait, one line for ten replicas": f"{erlang_c(replicas, seconds) * seconds / (replicas - seconds):.2f} s",
-        "calls in a replica's line for a wait of 30 s": f"{30 // seconds:.0f}",
+        "KV cache per token": f"{token / 2**20} MiB",
+        "KV cache per slot": f"{slot / gib} GiB",
+        "memory per replica": f"{(weights + slot) / gib:.2f} GiB",
+        "mean request time": f"{seconds:.2f} s",
+        "maximum throughput of a replica": f"{minute / seconds:.1f} requests per minute",
+        "mean number of busy replicas": f"{seconds:.2f}",
+        "replicas at 70% utilization": f"{replicas}",
+        "with a spare for a node that fails or is updated": f"{replicas + 1}",
+        "mean wait, one queue per replica": f"{share / (1 - share) * seconds:.1f} s",
+        "mean wait, one queue for ten replicas": f"{wait_in_one_queue(replicas, seconds):.2f} s",
+        "queue size per replica for a wait of 30 s": f"{30 // seconds:.0f}",
         "longest reply": f"{longest:.1f} s",
-        "neurons": f"{500 * neurons * minute:,.0f} a minute",
-        "ledger": f"{minute * 60 * 24:,} rows a day",
+        "neurons": f"{500 * neurons * minute:,.0f} per minute",
+        "usage records": f"{minute * 60 * 24:,} rows per day",
         "quota": f"{minute // quota} accounts",
     }
-    eight = erlang_c(8, seconds) * seconds / (8 - seconds)
-    assert f"Eight replicas behind one line would still wait only {eight:.2f} s" in text
-    assert f"`shutdown_grace_seconds` of {math.ceil(longest)} or more" in text
-    assert f"200 accounts may by the card ask for {200 * quota:,} requests a minute" in text
+    eight = wait_in_one_queue(8, seconds)
+    assert f"Eight replicas with one queue would still wait only {eight:.2f} s" in prose
+    assert f"`shutdown_grace_seconds` of {math.ceil(longest)} or more" in prose
+    assert f"200 accounts may send {200 * quota:,} requests per minute" in prose
