@@ -1,1 +1,1 @@
-"""Run the model: torch and token ids; no gRPC, no asyncio, no settings."""
+"""The model engine: torch and token ids; no gRPC, no asyncio, no settings."""

@@ -1,4 +1,4 @@
-"""What takes long to find out at a start, kept in a file for the next one."""
+"""A file that caches a slow result of one start for the next start."""
 
 import json
 import logging
@@ -9,25 +9,25 @@ logger = logging.getLogger(__name__)
 
 
 def load(file: Path | None, key: str) -> Any:
-    """What `save` was given with this key, as JSON has it; None if that was something else, or the file is broken."""
+    """Return the JSON value that `save` wrote with this key, or None if the key differs or the file is unreadable."""
     if file is None:
         return None
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        return document["kept"] if document["key"] == key else None
+        return document["value"] if document["key"] == key else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def save(file: Path | None, key: str, kept: object) -> None:
-    """Keep what was found out instead of what the file held; `key` tells all that it depends on.
+def save(file: Path | None, key: str, value: object) -> None:
+    """Replace the content of the file with a value; `key` identifies all inputs that the value depends on.
 
-    Where it cannot be written, one log line says so.
+    If the file cannot be written, log a warning.
     """
     if file is None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"key": key, "kept": kept}, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({"key": key, "value": value}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        logger.warning("the next start has to find out again what takes time: %s", error)
+        logger.warning("cannot write the cache file; the next start will be slower: %s", error)

@@ -1,7 +1,8 @@
-"""The engine: one thread that owns the model and its KV cache, and knows token ids only.
+"""The engine: one thread that owns the model and its KV cache, and works on token ids only.
 
-It is a step loop over a fixed number of slots: sequences join and leave between steps, and those that are decoding
-share each step. A sequence that is cancelled leaves before the next step. It never waits for whoever reads its tokens.
+The thread runs a step loop over a fixed number of slots (continuous batching, Yu et al. 2022, Orca). Sequences join and
+leave between steps, and all decoding sequences share each decode step. A cancelled sequence leaves before the next
+step. The engine never waits for a reader of its tokens.
 
 If the device samples the tokens, the engine computes one step ahead of the tokens that it reads
 (StepRunner.lookahead). It drops tokens computed for a sequence that has ended.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as SequenceOf
 
 from llama2_server.engine.errors import EngineError
-from llama2_server.engine.model.llama import Model
+from llama2_server.engine.model.interface import Model
 from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceListener, SequenceResult
@@ -27,9 +28,13 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Runs sequences on a model; `submit` and `close` are safe from any thread.
 
-    `on_step` hears of each step: "prefill" or "decode", its seconds, and how many tokens or rows it took. It is called
-    on the engine's thread and must be quick. `prefill_chunk_tokens` stands in for the model's own; `steps` says how the
-    model's steps are computed, by default with the tokens sampled on the host.
+    Args:
+        model: the model and its KV cache, which only the engine may use from now on.
+        eos_ids: token ids that end a sequence.
+        prefill_chunk_tokens: maximum number of prompt tokens per step; by default the model's own value.
+        on_step: called after each step with "prefill" or "decode", its duration in seconds, and the number of prompt
+            tokens or of rows. It runs on the engine's thread and must be quick.
+        step_runner: computes the steps; by default with sampling on the host.
     """
 
     def __init__(
@@ -58,12 +63,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine still takes sequences."""
+        """Whether the engine still accepts sequences."""
         return self._thread.is_alive() and not self._closing
 
     @property
     def step_started_at(self) -> float | None:
-        """When the step began that is being computed, by time.monotonic; None between steps."""
+        """Start of the current step in `time.monotonic` seconds; None between steps."""
         return self._step_started_at
 
     def submit(
@@ -73,7 +78,7 @@ class Engine:
         listener: SequenceListener,
         cache_scope: Hashable | None = None,
     ) -> Sequence:
-        """Queue a sequence; its listener hears of it from the engine's thread.
+        """Queue a sequence; its listener is called on the engine's thread.
 
         A prompt that starts with tokens cached in a free slot for the same `cache_scope` prefills only the rest. None
         disables the reuse.
@@ -83,7 +88,10 @@ class Engine:
             EngineError: the engine has stopped.
         """
         if not prompt_ids or len(prompt_ids) + params.max_tokens > self._model.context_length:
-            raise ValueError(f"{len(prompt_ids)} + {params.max_tokens} tokens in {self._model.context_length}")
+            raise ValueError(
+                f"prompt_ids: {len(prompt_ids)} prompt tokens and max_tokens {params.max_tokens}; "
+                f"expected at least one prompt token, and at most {self._model.context_length} tokens in total"
+            )
         sequence = Sequence(list(prompt_ids), params, listener, cache_scope)
         with self._wake:
             if not self.alive:
@@ -93,7 +101,10 @@ class Engine:
         return sequence
 
     def close(self, timeout_seconds: float | None = None) -> bool:
-        """Cancel what runs and end the thread; False if it was still in a step after the timeout."""
+        """Cancel all sequences and end the thread.
+
+        Return False if the thread is still in a step after `timeout_seconds`; None waits without a limit.
+        """
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -113,11 +124,11 @@ class Engine:
             self._end(sequence, FinishReason.CANCELLED)
 
     def _timed(self, phase: str, step: Callable[[], int]) -> None:
-        # With the sampling, which waits for the device: what the device does behind our back would not be seen.
-        begun = time.perf_counter()
+        # Sampling waits for the device, so the duration includes work that the device does asynchronously.
+        started_at = time.perf_counter()
         rows = step()
         if rows:
-            self._on_step(phase, time.perf_counter() - begun, rows)
+            self._on_step(phase, time.perf_counter() - started_at, rows)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -125,7 +136,7 @@ class Engine:
             return not self._closing
 
     def _admit(self) -> None:
-        while self._prefix_cache and self._submitted:
+        while self._prefix_cache.has_free_slot and self._submitted:
             sequence = self._submitted.popleft()
             sequence.slot, sequence.reused = self._prefix_cache.acquire(sequence.cache_scope, sequence.prompt_ids)
             sequence.position = sequence.reused
@@ -136,7 +147,10 @@ class Engine:
             self._end(sequence, FinishReason.CANCELLED)
 
     def _prefill_chunk(self) -> int:
-        """Prefill one chunk of one prompt, so that a long prompt delays neither a cancel nor the others by more."""
+        """Prefill one chunk of one prompt and return its number of tokens.
+
+        A long prompt therefore delays a cancellation and the other sequences by one chunk at most.
+        """
         sequence = next((sequence for sequence in self._running if sequence.prefilling), None)
         if sequence is None:
             return 0
@@ -152,10 +166,10 @@ class Engine:
         return len(chunk)
 
     def _decode_step(self) -> int:
-        """One token more for every sequence that has its first."""
+        """Compute one token for each decoding sequence and return the number of rows."""
         rows = [sequence for sequence in self._running if sequence.decoding]
         if not rows:
-            self._collect(all_but=0)
+            self._collect(max_in_flight=0)
             return 0
         try:
             tokens = self._step_runner.decode(rows)
@@ -169,25 +183,25 @@ class Engine:
         return len(rows)
 
     def _enqueue(self, rows: list[Sequence], tokens: Iterable[TokenOrError]) -> None:
-        """Hand on each row's token, later if the model may compute the next step meanwhile."""
+        """Register a started step, and collect all steps except the last `lookahead` ones."""
         for sequence in rows:
             sequence.requested += 1
         self._in_flight.append((rows, tokens))
-        self._collect(all_but=self._step_runner.lookahead)
+        self._collect(max_in_flight=self._step_runner.lookahead)
 
-    def _collect(self, *, all_but: int) -> None:
-        """Read the tokens of the steps under way, the oldest first, and leave the last `all_but` of them."""
-        while len(self._in_flight) > all_but:
+    def _collect(self, *, max_in_flight: int) -> None:
+        """Read the tokens of the oldest steps until at most `max_in_flight` steps are left."""
+        while len(self._in_flight) > max_in_flight:
             rows, tokens = self._in_flight.popleft()
             try:
                 for sequence, token in zip(rows, tokens, strict=True):
                     self._emit(sequence, token)
-            except Exception as error:  # the device's: nothing of this step can be had
+            except Exception as error:  # a device error: no token of this step is available
                 for sequence in rows:
                     self._fail(sequence, error)
 
     def _emit(self, sequence: Sequence, token: TokenOrError) -> None:
-        """Hand a token to the listener, unless the sequence has ended since it was asked for."""
+        """Pass a token to the listener, unless the sequence has ended since the token was requested."""
         if sequence not in self._running:
             return
         if isinstance(token, Exception):
@@ -207,7 +221,7 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if sequence not in self._running:
             return
-        sequence.context.run(logger.error, "a sequence failed in the engine", exc_info=error)
+        sequence.context.run(logger.error, "sequence failed in the engine", exc_info=error)
         self._end(sequence, FinishReason.FAILED)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -218,8 +232,8 @@ class Engine:
         sequence.listener.on_finish(SequenceResult(reason, sequence.input_tokens, len(sequence.output_ids), reused))
 
     def _reusable(self, sequence: Sequence, reason: FinishReason) -> list[int]:
-        """The tokens in the KV cache that a later prompt may build on."""
-        if reason is FinishReason.FAILED:  # what a failed step has left is not to be trusted
+        """Return the token ids in the KV cache that a later prompt may reuse."""
+        if reason is FinishReason.FAILED:  # a failed step can leave wrong keys and values
             return []
         ids = [*sequence.prompt_ids, *sequence.output_ids] if self._model.chunk_invariant else sequence.prompt_ids
         return ids[: sequence.position]

@@ -1,11 +1,11 @@
-"""Errors of the engine; generation/supervised_engine.py maps them onto the service's own errors."""
+"""Errors of the engine; generation/supervised_engine.py maps them to the service's errors."""
 
 from llama2_server.configuration_error import ConfigurationError
 
 
 class WeightsError(ConfigurationError):
-    """The checkpoint cannot be served as it is; the message names the file or tensor and the remedy."""
+    """The checkpoint cannot be served; the message names the file or tensor, the problem and how to fix it."""
 
 
 class EngineError(Exception):
-    """A broken invariant in the middle of a generation, such as logits that are not finite."""
+    """A broken invariant during a generation, such as logits that are not finite."""

@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, temperature, top_k, top_p and one reproducible draw."""
+"""Sample the next token from logits: penalties, temperature, top_k, top_p and one reproducible draw."""
 
 import math
 import random
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from llama2_server.engine.errors import EngineError
 
-# A full sort of 32,000 probabilities costs twenty times as much as finding the few that nearly always hold the nucleus.
+# The top_p nucleus is first searched among this number of largest probabilities, which nearly always contain it. A full
+# sort of 32,000 probabilities takes twenty times as long.
 NUCLEUS_GUESS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """How one sequence is generated. Values are validated where the request comes in, not here."""
+    """Generation parameters of one sequence. The API validates the values; this class does not."""
 
     max_tokens: int
     temperature: float = 0.6  # 0 = greedy
@@ -31,26 +32,29 @@ class GenerationParams:
 
 
 class Sampler:
-    """The sampling state of one sequence: its random stream and, where a penalty is on, the tokens seen so far."""
+    """The sampling state of one sequence: its random stream and, for penalties, the tokens seen so far."""
 
     def __init__(
         self, params: GenerationParams, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str
     ) -> None:
         self._params = params
-        # Python's generator instead of torch's: the stream is the same on each device, and a draw needs no device sync.
+        # Unlike torch's generator, Python's gives the same stream on all devices and needs no device synchronization.
         self._uniform = random.Random(params.seed).random  # noqa: S311 - no secret depends on it
         self._seen = _seen_mask(params, prompt_ids, vocab_size, device)
         self._offsets = _zero_offsets(params, vocab_size, device)
         self._counts: Counter[int] = Counter()
 
     def sample(self, logits: Tensor) -> int:  # (vocab_size,)
-        """The next token's id.
+        """Return the id of the next token.
 
-        The order is that of transformers' generate: repetition penalty, frequency and presence penalty, temperature,
-        top_k, top_p. Raises EngineError where a logit is not finite.
+        The steps are applied in the order of transformers' `generate`: repetition penalty, frequency and presence
+        penalty, temperature, top_k, top_p.
+
+        Raises:
+            EngineError: a logit is not finite.
         """
         logits = logits.float()
-        # A sum is finite only if each term is: one cheap reduction looks at all of them.
+        # A sum is finite only if each term is, so one cheap reduction checks all logits.
         if not math.isfinite(logits.sum().item()):
             raise EngineError("the model's logits are not finite")
         logits = self._penalize(logits)
@@ -61,7 +65,7 @@ class Sampler:
     def _penalize(self, logits: Tensor) -> Tensor:  # (vocab_size,) -> (vocab_size,)
         if self._seen is not None:
             penalty = self._params.repetition_penalty
-            # Keskar et al. 2019 (CTRL), with transformers' repair for negative logits.
+            # Keskar et al. 2019 (CTRL), with transformers' correction for negative logits.
             scaled = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(self._seen, scaled, logits)
         if self._offsets is not None:
@@ -74,9 +78,9 @@ class Sampler:
         return index if token_ids is None else int(token_ids[index])
 
     def _distribution(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:  # (vocab_size,) -> (kept,) each
-        """The ids that may come next (None: all, in order) and what each weighs."""
+        """Return the candidate ids (None means all ids, in order) and their unnormalized probabilities."""
         token_ids, logits = _top_k(logits, self._params.top_k)
-        # Less the maximum and in float64, no temperature above zero can overflow the exponential.
+        # With the maximum subtracted, and in float64, no temperature above zero overflows the exponential.
         weights = ((logits.double() - logits.max()) / self._params.temperature).exp_()
         order, weights = _top_p(weights, self._params.top_p)
         return _compose(token_ids, order), weights
@@ -101,14 +105,18 @@ def _seen_mask(
 
 
 def _zero_offsets(params: GenerationParams, vocab_size: int, device: torch.device | str) -> Tensor | None:
-    """What OpenAI's formula takes off each logit: count * frequency_penalty + (count > 0) * presence_penalty."""
+    """Return zero offsets, (vocab_size,), or None without penalties.
+
+    An offset is subtracted from its logit. By OpenAI's formula it is
+    count * frequency_penalty + (count > 0) * presence_penalty.
+    """
     if params.frequency_penalty == 0.0 and params.presence_penalty == 0.0:
         return None
     return torch.zeros(vocab_size, device=device)
 
 
 def _top_k(logits: Tensor, top_k: int) -> tuple[Tensor | None, Tensor]:  # (vocab_size,) -> ids and logits, (kept,)
-    """The `top_k` largest logits; all that equal the smallest of them stay too, as in transformers."""
+    """Return the `top_k` largest logits, plus all logits equal to the smallest of them, as in transformers."""
     if top_k == 0 or top_k >= logits.shape[0]:
         return None, logits
     threshold = logits.topk(top_k).values[-1]
@@ -117,7 +125,7 @@ def _top_k(logits: Tensor, top_k: int) -> tuple[Tensor | None, Tensor]:  # (voca
 
 
 def _top_p(weights: Tensor, top_p: float) -> tuple[Tensor | None, Tensor]:  # (n,) -> indices and weights, (kept,)
-    """The smallest set of the largest weights whose share of the sum reaches `top_p` (Holtzman et al. 2019)."""
+    """Return the fewest largest weights whose share of the sum reaches `top_p` (nucleus, Holtzman et al. 2019)."""
     if top_p >= 1.0:
         return None, weights
     target = top_p * weights.sum()
@@ -130,15 +138,15 @@ def _top_p(weights: Tensor, top_p: float) -> tuple[Tensor | None, Tensor]:  # (n
     return order[:kept], largest[:kept]
 
 
-def _compose(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:  # ids that indices stand for, (kept,)
+def _compose(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:  # ids selected by indices, (kept,)
     if inner is None:
         return outer
     return inner if outer is None else outer[inner]
 
 
 def _invert_cdf(weights: Tensor, uniform: float) -> int:  # (n,)
-    """The index whose slice of the cumulative sum holds `uniform`, in [0, 1); weights need not add up to one."""
+    """Return the index whose slice of the normalized cumulative sum contains `uniform`, which is in [0, 1)."""
     cumulative = weights.cumsum(0)
-    # On the right side, so that a weight of zero is never drawn.
+    # right=True, so that a weight of zero is never drawn.
     index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
     return min(index, weights.shape[0] - 1)

@@ -1,4 +1,4 @@
-"""One prompt on its way through the engine, and who hears of it."""
+"""A prompt in the engine, the listener for its tokens, and its result."""
 
 import enum
 from collections.abc import Hashable
@@ -21,57 +21,57 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceResult:
-    """The end of a sequence, and what was computed for it; an end-of-sequence token counts."""
+    """Why a sequence ended, and its token counts; an end-of-sequence token counts as an output token."""
 
     reason: FinishReason
     input_tokens: int
     output_tokens: int
     reused_input_tokens: int = 0
-    """Those of the input tokens that were in the KV cache already."""
+    """Input tokens reused from the KV cache, included in `input_tokens`."""
 
 
 class SequenceListener(Protocol):
-    """Who gets a sequence's tokens; called on the engine's thread, so it must be quick and must not wait."""
+    """Receives a sequence's tokens on the engine's thread, so its methods must be quick and must not block."""
 
     def on_token(self, token_id: int) -> bool:
-        """Take one token (never an end-of-sequence one); True ends the sequence with STOP_SEQUENCE."""
+        """Receive one token, never an end-of-sequence token; return True to end the sequence with STOP_SEQUENCE."""
 
-    def on_finish(self, finish: SequenceResult) -> None:
-        """Called once, last."""
+    def on_finish(self, result: SequenceResult) -> None:
+        """Receive the result; called exactly once, after the last token."""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One prompt and the tokens generated after it, from `Engine.submit` until its listener hears `on_finish`."""
+    """A prompt and its generated tokens, from `Engine.submit` until `on_finish` is called on its listener."""
 
     prompt_ids: list[int]
     params: GenerationParams
     listener: SequenceListener
     cache_scope: Hashable | None = None
     slot: int = -1
-    reused: int = 0  # tokens that the KV cache held already
-    position: int = 0  # tokens in the KV cache, those of steps under way included
-    requested: int = 0  # tokens that the model was asked for; those of steps under way are not in output_ids yet
+    reused: int = 0  # prompt tokens that the KV cache already held
+    position: int = 0  # tokens in the KV cache, including the steps in progress
+    requested: int = 0  # tokens requested from the model, including the steps in progress, unlike output_ids
     output_ids: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
-    context: Context = field(default_factory=copy_context)  # whose it is, for the log
+    context: Context = field(default_factory=copy_context)  # log fields of the request
     cancelled: bool = False
 
     def cancel(self) -> None:
-        """End the sequence before the engine's next step; safe from any thread, and after the end."""
+        """End the sequence before the engine's next step; safe from any thread, and a no-op after the end."""
         self.cancelled = True
 
     @property
     def input_tokens(self) -> int:
-        """How many tokens of the prompt are in the KV cache; 0 until any was computed for this sequence."""
+        """Number of prompt tokens in the KV cache; 0 until the first one is computed for this sequence."""
         return min(self.position, len(self.prompt_ids)) if self.position > self.reused else 0
 
     @property
     def prefilling(self) -> bool:
-        """Whether a part of the prompt is not in the KV cache yet."""
+        """Whether a part of the prompt is not yet in the KV cache."""
         return self.position < len(self.prompt_ids)
 
     @property
     def decoding(self) -> bool:
-        """Whether its first token was asked for, and more may follow those asked for."""
+        """Whether the first token was requested and more tokens may follow the requested ones."""
         return 0 < self.requested < self.params.max_tokens

@@ -1,6 +1,6 @@
-"""How the engine has a model compute a step: here with the tokens sampled on the host, one row after another.
+"""Compute the engine's steps: the forward pass of a model and the sampling of its tokens.
 
-`cuda/steps.py` does both on the device.
+This module samples on the host, one row after another. `cuda/step_runner.py` samples on the device.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,48 +9,52 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llama2_server.engine.model.llama import Model
+from llama2_server.engine.model.interface import Model
 from llama2_server.engine.sampling import Sampler
 from llama2_server.engine.sequence import Sequence
 
 TokenOrError = int | Exception
-"""A row's next token, or what kept it from having one."""
+"""A row's next token id, or the error that prevented it."""
 
 
 class StepRunner(Protocol):
-    """A model and the sampling of its tokens."""
+    """Runs prefill and decode steps of a model and samples their tokens."""
 
     @property
     def lookahead(self) -> int:
-        """How many steps may be under way while the tokens of the one before are being read."""
+        """Number of steps that may be in progress while the tokens of an earlier step are read."""
 
     def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:
-        """Begin to append a part of its prompt; after the last part one token follows, to be read once.
+        """Start to append `chunk` of the sequence's prompt to its slot.
 
-        The first reading waits for the device. Raises where nothing was begun.
+        Return no token, or one token after the last chunk. The iterable may be read once, and the first read waits for
+        the device. An exception means that no step was started.
         """
 
     def decode(self, rows: SequenceOf[Sequence]) -> Iterable[TokenOrError]:
-        """Begin to append each row's last token; one token for each row follows, to be read once, as above."""
+        """Start to append each row's last token to its slot.
+
+        Return one token per row, in the order of `rows`. Reads and exceptions work as in `prefill`.
+        """
 
 
 class HostStepRunner:
-    """Steps whose tokens are sampled on the host."""
+    """Steps with sampling on the host."""
 
-    lookahead = 0  # the next step's input is known only when this one's tokens are
+    lookahead = 0  # because the next step needs the tokens of this one
 
     def __init__(self, model: Model) -> None:
         self._model = model
 
     def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:
-        """As in Steps."""
+        """Prefill `chunk` and sample a token after the last chunk, as in `StepRunner.prefill`."""
         logits = self._model.prefill(sequence.slot, chunk, sequence.position)  # (vocab_size,)
         if sequence.position + len(chunk) < len(sequence.prompt_ids):
             return ()
         return self._sample([sequence], [logits])
 
     def decode(self, rows: SequenceOf[Sequence]) -> Iterable[TokenOrError]:
-        """As in Steps."""
+        """Decode one token per row and sample the next ones, as in `StepRunner.decode`."""
         logits = self._model.decode(  # (rows, vocab_size)
             [sequence.slot for sequence in rows],
             [sequence.output_ids[-1] for sequence in rows],

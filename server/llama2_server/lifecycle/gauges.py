@@ -6,7 +6,7 @@ from importlib.metadata import version
 from llama2_server.api.health import HealthServicer
 from llama2_server.api.server import METHODS
 from llama2_server.api.text_generation import Parts
-from llama2_server.engine.model.llama import Model
+from llama2_server.engine.model.interface import Model
 from llama2_server.telemetry.metrics import GaugeSnapshot, Metrics
 
 

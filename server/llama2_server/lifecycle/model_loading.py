@@ -19,7 +19,7 @@ from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.config_cache import read_metadata
 from llama2_server.engine.checkpoint.loader import fetch_checkpoint, load_model
 from llama2_server.engine.cuda.build import build_step_runner
-from llama2_server.engine.model.llama import Model
+from llama2_server.engine.model.interface import Model
 from llama2_server.engine.step_runner import StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.engine import Engine
-from llama2_server.engine.model.llama import LlamaModel, Model
+from llama2_server.engine.model.interface import Model
+from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, SequenceResult

@@ -1,1 +1,1 @@
-"""The Llama forward pass: weights, KV cache and layers."""
+"""The Llama model: weights, KV cache and forward pass."""

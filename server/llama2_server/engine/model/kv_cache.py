@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far."""
+"""The KV cache: keys and values of the tokens so far."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,17 @@ Slot = tuple[Tensor, Tensor]  # one layer's keys and values of one slot, each (1
 
 
 class KVCache:
-    """Keys and values of all slots, allocated once: (slots, kv_heads, context_length, head_dim) for each layer."""
+    """Keys and values of all slots, allocated once: (slots, kv_heads, context_length, head_dim) per layer.
+
+    The tensors have the device and dtype of `like`.
+    """
 
     def __init__(self, config: LlamaConfig, slots: int, context_length: int, like: Tensor) -> None:
         shape = (slots, config.kv_heads, context_length, config.head_dim)
         self.keys = [like.new_empty(shape) for _ in range(config.layers)]
         self.values = [like.new_empty(shape) for _ in range(config.layers)]
         self.nbytes = self.size_bytes(config, slots, context_length, like.dtype)
-        # Views of each slot, ready made: slicing anew in each layer of each step costs as much as a small kernel.
+        # Views of each slot, made once, because slicing in each layer of each step takes as long as a small kernel.
         self.layers: list[list[Slot]] = [
             [(keys[slot : slot + 1], values[slot : slot + 1]) for slot in range(slots)]
             for keys, values in zip(self.keys, self.values, strict=True)
@@ -24,5 +27,5 @@ class KVCache:
 
     @staticmethod
     def size_bytes(config: LlamaConfig, slots: int, context_length: int, dtype: torch.dtype) -> int:
-        """Memory that one of this size takes."""
+        """Return the size of such a cache in bytes, for a `context_length` in tokens."""
         return 2 * config.layers * slots * context_length * config.kv_size * dtype.itemsize

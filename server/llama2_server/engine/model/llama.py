@@ -1,12 +1,12 @@
-"""The Llama forward pass and its KV cache, in plain torch.
+"""The Llama forward pass in plain torch, with a KV cache.
 
-Touvron et al. 2023 (arXiv:2307.09288). Names and conventions are those of transformers' modeling_llama, whose
-checkpoints are read.
+Source: Touvron et al. 2023 (Llama 2, arXiv:2307.09288). Names and conventions follow transformers' modeling_llama,
+because the checkpoints have its format.
 """
 
 import logging
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,67 +20,30 @@ from llama2_server.engine.native.library import NativeUnavailable
 
 logger = logging.getLogger(__name__)
 
-CpuKernels = Literal["auto", "torch"]  # auto: the native steps wherever they are to be had
+CpuKernels = Literal["auto", "torch"]  # auto: the native kernels if they are available
 
-# A smaller model runs on one CPU thread: two would wait for one another longer than one takes alone, above all on a
-# machine where something else runs.
+# A smaller model runs on one CPU thread. Two threads would wait for each other longer than one thread needs for the
+# step, above all if other programs use the CPU.
 SMALL_MODEL_BYTES = 32 * 1024 * 1024
-# What torch takes by itself: the cores, or what OMP_NUM_THREADS says.
+# torch's default number of threads: one per core, or the value of OMP_NUM_THREADS.
 CPU_THREADS = torch.get_num_threads()
-# A product of many rows in torch is fast from some hundreds on; the native one takes no more than these at a time. More
-# would be faster still on a GPU, but only whole chunks are reused there (prefixes.py), and neighbours wait for one.
+# Matrix products in torch are fast from some hundreds of rows on. The native kernels take at most 48 rows at a time.
+# Even larger chunks would be faster on a GPU, but only whole chunks are reused there (engine/prefix_cache.py), and the
+# other sequences wait for each chunk.
 TORCH_CHUNK_TOKENS = 512
 NATIVE_CHUNK_TOKENS = 48
-# From this many rows on, float32 blocks of a float16 weight multiply faster on a CPU than the weight itself.
+# From this number of rows on, a CPU multiplies float32 copies of float16 weight blocks faster than the weight itself.
 FP16_BLOCK_MIN_ROWS = 4
-# Rows of the weight in a block: small enough that its float32 copy stays in the CPU's cache.
+# Weight rows per block: few enough that the float32 copy of a block stays in the CPU's cache.
 FP16_BLOCK_ROWS = 512
 
 
-class Model(Protocol):
-    """What the step loop needs of a model; tests drive it with a fake."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Logits a row."""
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that a slot holds."""
-
-    @property
-    def slots(self) -> int:
-        """Sequences that fit in the KV cache at once."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of its weights."""
-
-    @property
-    def memory_bytes(self) -> int:
-        """What it takes of its device."""
-
-    @property
-    def prefill_chunk_tokens(self) -> int:
-        """How many tokens of a prompt to prefill at once: enough to be fast, and no more, for others wait meanwhile."""
-
-    @property
-    def chunk_invariant(self) -> bool:
-        """Whether keys and values are the same to the bit in whatever pieces they are computed, one by one included."""
-
-    def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
-        """Append tokens to the slot's `position` cached ones; float32 logits after the last of them."""
-
-    def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
-        """Append one token to each slot; float32 logits after each."""
-
-
 class LlamaModel:
-    """A Llama and its KV cache, on one device. Not safe for use by two threads at once."""
+    """A Llama model and its KV cache on one device; only one thread at a time may use it.
+
+    The model runs on the device and in the dtype of `weights`. `context_length` is the number of tokens per slot, and
+    `slots` is the maximum number of concurrent sequences.
+    """
 
     def __init__(
         self,
@@ -101,12 +64,12 @@ class LlamaModel:
         with torch.inference_mode():
             self.kv_cache = KVCache(config, slots, context_length, weights.embedding)
             self.rotary = _rotary_table(config, context_length, weights.embedding)
-        if self.device.type == "cuda":  # sums in float32, also where a product is split
+        if self.device.type == "cuda":  # sum in float32, even if a matrix product is split
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear
         if self.device.type == "cpu" and self.dtype == torch.float16:
             self._linear = _fp16_linear_cpu
-        # Attention over 16-bit keys is slower on a CPU than widening them first, and less exact.
+        # On a CPU, attention over 16-bit keys is slower and less exact than attention over float32 copies of them.
         self._widen = self.device.type == "cpu" and self.dtype != torch.float32
         self._threads = 1 if weights.size_bytes < SMALL_MODEL_BYTES else CPU_THREADS
         self._native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
@@ -114,12 +77,12 @@ class LlamaModel:
         self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self._native else TORCH_CHUNK_TOKENS
 
     def _native_decoder(self, cpu_kernels: CpuKernels) -> NativeDecoder | None:
-        """The steps in C++, or None and a line in the log that says why it has to be torch's."""
+        """Return the decoder in C++, or log why it is unavailable and return None."""
         try:
             if cpu_kernels == "torch":
-                raise NativeUnavailable("the settings ask for it (cpu_kernels)")
+                raise NativeUnavailable("--cpu-kernels is torch")
             if self.dtype != torch.float16:
-                raise NativeUnavailable(f"the native step is for float16, and this is {self.dtype}")
+                raise NativeUnavailable(f"the native kernels support only torch.float16; --dtype is {self.dtype}")
             native = NativeDecoder(self.config, self.weights, self.kv_cache, self.rotary, threads=self._threads)
         except NativeUnavailable as reason:
             logger.warning("running in torch, which is slower: %s", reason)
@@ -129,16 +92,18 @@ class LlamaModel:
 
     @property
     def memory_bytes(self) -> int:
-        """What it takes of its device: all that torch has allocated on CUDA, else weights and KV cache."""
+        """Memory in bytes: all that torch has allocated on a CUDA device, otherwise weights and KV cache."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return self.weights.size_bytes + self.kv_cache.nbytes
 
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
-        """Append `token_ids` to the `position` tokens in the slot's KV cache; float32 logits after the last one.
+        """Append `token_ids` to the first `position` tokens of the slot; return float32 logits after the last one.
 
-        A long prompt can come in chunks. What the slot held from `position` on is overwritten. Raises EngineError where
-        the slot does not exist or the tokens do not fit.
+        A long prompt may be passed in chunks. Cached tokens from `position` on are overwritten.
+
+        Raises:
+            EngineError: the slot does not exist, the tokens do not fit, or the device is out of memory.
         """
         end = position + len(token_ids)
         self._check(slot, position, end)
@@ -149,7 +114,7 @@ class LlamaModel:
             return self._prefill(slot, token_ids, position, end)
         except torch.OutOfMemoryError as error:
             reason = str(error)
-        # Only here is what the failed prefill held let go of, by the frames of the error.
+        # The frames of the error keep the tensors of the failed prefill alive until the except block ends.
         torch.cuda.empty_cache()
         raise EngineError(f"out of memory in a prefill of {len(token_ids)} tokens: {reason}")
 
@@ -165,10 +130,13 @@ class LlamaModel:
         return self._logits(x[-1:])[0]
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
-        """Append one token to each of `slots`, which hold `positions` tokens; float32 logits after each.
+        """Append one token to each of `slots`, which hold `positions` tokens; return float32 logits after each.
 
-        On a CPU each row is the same bit for bit whatever the others; only natively do they share the reading of the
-        weights. Raises EngineError where a slot does not exist or is full.
+        On a CPU, the other rows never change the bits of a row, and only the native kernels read the weights once for
+        all rows.
+
+        Raises:
+            EngineError: a slot does not exist or is full.
         """
         for slot, position in zip(slots, positions, strict=True):
             self._check(slot, position, position + 1)
@@ -177,7 +145,7 @@ class LlamaModel:
         if self.device.type == "cuda":
             return self._decode(slots, token_ids, positions)
         self._set_num_threads()
-        # One by one: torch's products of several rows add up in another order, and no neighbour may change a bit.
+        # One by one: torch sums matrix products of several rows in another order, which would change bits.
         rows = zip(slots, token_ids, positions, strict=True)
         return torch.cat([self._decode([slot], [token_id], [position]) for slot, token_id, position in rows])
 
@@ -195,42 +163,48 @@ class LlamaModel:
         return self._logits(x)
 
     def _set_num_threads(self) -> None:
-        """Have torch use this model's number of threads; it keeps one for each thread that calls it."""
+        """Set torch's number of threads for this model; torch keeps a separate number for each calling thread."""
         if self.device.type == "cpu":
             torch.set_num_threads(self._threads)
 
     def _check(self, slot: int, start: int, end: int) -> None:
         if not (0 <= slot < self.slots and 0 <= start < end <= self.context_length):
-            raise EngineError(f"tokens {start}:{end} of slot {slot} in {self.slots} slots of {self.context_length}")
+            raise EngineError(
+                f"slot {slot} has no room for tokens {start}:{end}; "
+                f"the KV cache has {self.slots} slots of {self.context_length} tokens"
+            )
 
     def _embed(self, token_ids: list[int]) -> Tensor:  # (tokens, hidden_size)
         return embedding(torch.tensor(token_ids, device=self.device), self.weights.embedding)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:  # (tokens, hidden_size)
-        # Takes the mean of squares in float32, whatever the dtype.
+        # rms_norm computes the mean of squares in float32 for all dtypes.
         return rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
     def _qkv(self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (tokens, heads, head_dim), rotated keys and plain values (tokens, kv_heads, head_dim)."""
+        """Return queries (tokens, heads, head_dim), and keys and values, each (tokens, kv_heads, head_dim).
+
+        Queries and keys are rotated.
+        """
         config = self.config
         qkv = self._linear(self._norm(x, weights.attention_norm), weights.qkv)
-        qkv = qkv.view(x.shape[0], config.heads + 2 * config.kv_heads, config.head_dim)
-        rotated = _rotate(qkv[:, : -config.kv_heads], cos, sin)  # queries and keys in one go
+        qkv = qkv.view(x.shape[0], config.heads + 2 * config.kv_heads, config.head_dim)  # one row per head
+        rotated = _rotate(qkv[:, : -config.kv_heads], cos, sin)  # queries and keys together
         return rotated[:, : config.heads], rotated[:, config.heads :], qkv[:, -config.kv_heads :]
 
     def _attend_row(self, cached: Slot, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:  # (1, query_size)
-        """One token's attention to its slot: q (heads, head_dim), k and v (kv_heads, head_dim)."""
+        """Compute one token's attention over its slot: q (heads, head_dim), k and v (kv_heads, head_dim)."""
         keys, values = cached
         keys[0, :, position] = k
         values[0, :, position] = v
-        # All heads that share a key see the same prefix: they can stand in for a sequence of queries without a mask.
+        # Heads that share a key attend to the same prefix, so they can be passed as one query sequence without a mask.
         q = q.view(1, self.config.kv_heads, -1, self.config.head_dim)
         return self._attention(q, keys[:, :, : position + 1], values[:, :, : position + 1]).view(1, -1)
 
     def _attend_tokens(
         self, cached: Slot, q: Tensor, k: Tensor, v: Tensor, position: int, mask: Tensor | None
     ) -> Tensor:  # (tokens, query_size)
-        """Causal attention of several tokens: q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim)."""
+        """Compute causal attention of tokens: q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim)."""
         keys, values = cached
         end = position + q.shape[0]
         keys[0, :, position:end] = k.transpose(0, 1)
@@ -241,7 +215,7 @@ class LlamaModel:
 
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
-    ) -> Tensor:  # q's shape, (1, heads or kv_heads, queries, head_dim)
+    ) -> Tensor:  # shape of q, (1, heads or kv_heads, queries, head_dim)
         if self._widen:
             q, k, v = q.float(), k.float(), v.float()
         grouped = q.shape[1] != k.shape[1]
@@ -249,14 +223,15 @@ class LlamaModel:
         return attended.to(self.dtype) if self._widen else attended
 
     def _chunk_mask(self, position: int, end: int) -> Tensor | None:  # (tokens, end) bool
-        """Who sees whom in a chunk behind cached tokens; None at the start, where torch's own causal mask will do."""
+        """Return the causal mask of a chunk after cached tokens; None at position 0, where torch's causal mask fits."""
         if position == 0:
             return None
         return torch.ones(end - position, end, dtype=torch.bool, device=self.device).tril(position)
 
     def _finish_layer(self, weights: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:  # (tokens, hidden_size)
         x = x + self._linear(attended, weights.output)
-        gate, up = self._linear(self._norm(x, weights.mlp_norm), weights.gate_up).chunk(2, dim=-1)
+        gate_up = self._linear(self._norm(x, weights.mlp_norm), weights.gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)  # (tokens, intermediate_size) each
         return x + self._linear(silu(gate).mul_(up), weights.down)  # SwiGLU
 
     def _logits(self, x: Tensor) -> Tensor:  # (rows, hidden_size) -> (rows, vocab_size)
@@ -264,26 +239,26 @@ class LlamaModel:
 
 
 def _rotary_table(config: LlamaConfig, context_length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of each position, (context_length, head_dim), in the weights' dtype as in transformers.
+    """Return cosines and signed sines, each (context_length, head_dim), in the weights' dtype as in transformers.
 
-    Su et al. 2021 (RoFormer). The sine's sign for the first half is folded in, so `_rotate` needs no negation.
+    Source: Su et al. 2021 (RoFormer). The sines of the first half are negated here, so `_rotate` needs no negation.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=like.device, dtype=torch.float32) / config.head_dim
     angles = torch.arange(context_length, device=like.device)[:, None] / config.rope_theta**exponents
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()  # (context_length, head_dim / 2)
     return torch.cat((cos, cos), dim=-1).to(like.dtype), torch.cat((-sin, sin), dim=-1).to(like.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (tokens, heads, head_dim)
-    """Rotary embedding as transformers' rotate_half has it: a head's first half is paired with its second."""
+    """Apply the rotary embedding; like transformers' rotate_half, it pairs the first half of a head with the second."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def _fp16_linear_cpu(x: Tensor, weight: Tensor) -> Tensor:  # (rows, in), (out, in) -> (rows, out)
-    """`linear` for float16 on a CPU without float16 arithmetic, with sums in float32.
+    """Compute `linear` in float16 on a CPU without float16 arithmetic, with sums in float32.
 
-    For a row or two torch's own kernel is as fast as the memory. For more it is up to ten times slower than float32, so
-    the weight is widened block by block: no float32 copy of it ever exists.
+    For a few rows, torch's kernel is as fast as the memory allows. For more rows it is up to ten times slower than
+    float32. Therefore the weight is converted to float32 block by block, and never exists in float32 as a whole.
     """
     if x.shape[0] < FP16_BLOCK_MIN_ROWS:
         return linear(x, weight)

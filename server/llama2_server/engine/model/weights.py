@@ -1,4 +1,4 @@
-"""The shape of a Llama and its tensors, as they lie in memory."""
+"""The shape of a Llama model, and its weights in memory."""
 
 import hashlib
 import math
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from llama2_server.engine.native.library import use_huge_pages
 
-CACHE_LINE_ELEMENTS = 32  # a cache line's, of 16 bits each
+CACHE_LINE_ELEMENTS = 32  # 16-bit numbers in a 64-byte cache line
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """The shape of a model; names are those of transformers' LlamaConfig, shortened."""
+    """The shape of a model; the field names are shortened names of transformers' LlamaConfig."""
 
     vocab_size: int
     hidden_size: int
@@ -31,18 +31,18 @@ class LlamaConfig:
 
     @property
     def query_size(self) -> int:
-        """Width of all heads' queries side by side."""
+        """Number of query elements per token, over all heads."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Width of all heads' keys side by side; values are as wide."""
+        """Number of key elements per token, over all key heads; values have the same number."""
         return self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer, with projections of the same input in one matrix."""
+    """The weights of one decoder layer; projections of the same input are fused into one matrix."""
 
     attention_norm: Tensor  # (hidden_size,)
     qkv: Tensor  # (query_size + 2 * kv_size, hidden_size)
@@ -54,7 +54,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class LlamaWeights:
-    """All tensors of a model; with tied embeddings `head` is `embedding` itself."""
+    """All weights of a model; with tied embeddings, `head` is the same tensor as `embedding`."""
 
     embedding: Tensor  # (vocab_size, hidden_size)
     layers: tuple[LayerWeights, ...]
@@ -63,18 +63,18 @@ class LlamaWeights:
 
     @classmethod
     def allocate(cls, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype) -> "LlamaWeights":
-        """Uninitialised weights of the right shapes, in one piece of memory; on device "meta" they take none.
+        """Return uninitialized weights in one block of memory; on device "meta" they take no memory.
 
-        One piece fills huge pages where many small ones would not.
+        A single block fills huge pages, which many small blocks would not.
         """
         shapes: list[tuple[int, ...]] = []
 
-        def note(*shape: int) -> Tensor:
+        def record(*shape: int) -> Tensor:
             shapes.append(shape)
             return torch.empty(shape, device="meta", dtype=dtype)
 
-        cls._arrange(config, note)
-        # In whole cache lines, so that each tensor begins with one.
+        cls._arrange(config, record)
+        # Rounded up to whole cache lines, so that each tensor is aligned to one.
         sizes = [-(-math.prod(shape) // CACHE_LINE_ELEMENTS) * CACHE_LINE_ELEMENTS for shape in shapes]
         memory = torch.empty(sum(sizes), device=device, dtype=dtype)
         if memory.device.type == "cpu":
@@ -101,15 +101,15 @@ class LlamaWeights:
         return cls(embedding, layers, empty(hidden), head)
 
     def fingerprint(self) -> str:
-        """Tells these weights from others: a hash of each tensor's beginning, as it is computed with."""
+        """Return a hash that identifies the weights: SHA-256 of the dtype and of the first values of each tensor."""
         parts = [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
-        begins = [tensor.view(-1)[:CACHE_LINE_ELEMENTS] for tensor in (self.embedding, self.head, self.norm, *parts)]
-        found = torch.cat(begins).double().cpu()
+        heads = [tensor.view(-1)[:CACHE_LINE_ELEMENTS] for tensor in (self.embedding, self.head, self.norm, *parts)]
+        found = torch.cat(heads).double().cpu()
         return hashlib.sha256(f"{self.embedding.dtype} {found.tolist()}".encode()).hexdigest()
 
     @property
     def size_bytes(self) -> int:
-        """Memory that all of them take."""
+        """Size of all weights in bytes; tied weights count once."""
         tables = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
         parts = [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
         return sum(tensor.nbytes for tensor in (*tables, *parts, self.norm))

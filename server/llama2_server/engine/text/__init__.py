@@ -1,1 +1,1 @@
-"""Text to token ids and back."""
+"""Text: tokenizer, detokenizer and stop sequences."""

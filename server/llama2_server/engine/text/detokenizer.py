@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time."""
+"""Convert token ids to text incrementally."""
 
 import codecs
 
@@ -6,31 +6,31 @@ from llama2_server.engine.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns the tokens of one generation into text as they come.
+    """Converts the tokens of one generation to text, one token at a time.
 
-    The deltas join to exactly what SentencePiece decodes from all tokens at once, and none ends inside a character.
-    Each token costs the same, however many came before.
+    The concatenated deltas equal SentencePiece's decoding of all tokens at once, and no delta ends inside a character.
+    The time per token does not depend on the number of earlier tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, keep_leading_space: bool) -> None:
-        """A reply drops the space that SentencePiece puts before a text's first word; a continuation keeps it."""
+        """Keep the space that SentencePiece adds before the first word in continuations; drop it in replies."""
         self._tokenizer = tokenizer
         self._piece_texts = tokenizer.piece_texts
         self._at_start = not keep_leading_space
-        self._bytes = b""  # the start of a character whose other bytes may still come: at most three
+        self._bytes = b""  # the first bytes of an incomplete character, at most three
 
     def decode(self, token_id: int) -> str:
-        """The text that this token completes, maybe none."""
-        # An embedding may have more rows than the tokenizer has tokens; what such a row stands for is nothing.
-        surface = self._piece_texts[token_id] if token_id < len(self._piece_texts) else ""
-        if isinstance(surface, int):
-            self._bytes += bytes((surface,))
+        """Return the text that this token completes, which may be empty."""
+        # An embedding may have more rows than the tokenizer has tokens; the extra rows have no text.
+        piece_text = self._piece_texts[token_id] if token_id < len(self._piece_texts) else ""
+        if isinstance(piece_text, int):
+            self._bytes += bytes((piece_text,))
             return self._append(self._decode_bytes(final=False))
         text = self.flush()
-        return text + (self._decode_first(token_id) if self._at_start and surface else surface)
+        return text + (self._decode_first(token_id) if self._at_start and piece_text else piece_text)
 
     def flush(self) -> str:
-        """What is left at the end, or where another piece breaks a run of bytes: one U+FFFD for each byte."""
+        """Return one U+FFFD for each pending byte; called at the end, and before a token that is not a byte."""
         return self._append(self._decode_bytes(final=True))
 
     def _append(self, text: str) -> str:
@@ -38,14 +38,15 @@ class Detokenizer:
         return text
 
     def _decode_first(self, token_id: int) -> str:
-        """The first visible token's text: only a piece loses its space, a byte and the unknown token keep theirs."""
+        """Return the first visible text; pieces lose their leading space, bytes and the unknown token keep it."""
         self._at_start = False
         return self._tokenizer.decode([token_id])
 
     def _decode_bytes(self, *, final: bool) -> str:
-        """The complete characters among the bytes. A bad byte is one U+FFFD, and the next byte may start a character.
+        """Remove and return the complete characters at the start of the pending bytes.
 
-        This is SentencePiece's ProcessBytePieces; Python's own errors="replace" would merge several bad bytes into one.
+        An invalid byte becomes one U+FFFD, and the next byte may start a character. The algorithm is SentencePiece's
+        ProcessBytePieces. Python's errors="replace" would merge several invalid bytes into one U+FFFD.
         """
         text = ""
         while self._bytes:

@@ -1,46 +1,46 @@
-"""Stop sequences in a stream of text."""
+"""Find stop sequences in streamed text."""
 
 
 class StopMatcher:
-    """Cuts a text before the stop sequence that is completed first, however the text is split into pieces.
+    """Cuts a text before the stop sequence that is completed first, for any split of the text into pieces.
 
-    Of several that end at the same character the one that starts first counts. Only text that may still become part of
-    a stop sequence is held back, and no part of one is ever let through.
+    If several stop sequences end at the same character, the text is cut at the earliest start. Only text that may
+    become part of a stop sequence is held back, and no part of the matched stop sequence is returned.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        """Raises ValueError for an empty stop sequence: it would end each text before it begins."""
+        """Raise ValueError for an empty stop sequence, which would match before any text."""
         if not all(stops):
-            raise ValueError("a stop sequence must not be empty")
+            raise ValueError("stop: a stop sequence must not be empty")
         self._stops = stops
         self._held = ""
         self.matched = False
 
     def push(self, text: str) -> str:
-        """The text that is safe to send now that `text` has come; nothing after a match."""
+        """Add `text` and return the text that is now safe to send; an empty string after a match."""
         if self.matched or not self._stops:
             return "" if self.matched else text
         text = self._held + text
         cut = self._first_match(text)
         self.matched = cut is not None
         if cut is None:
-            cut = len(text) - self._unfinished(text)
+            cut = len(text) - self._partial_match_length(text)
         self._held = "" if self.matched else text[cut:]
         return text[:cut]
 
     def flush(self) -> str:
-        """The text held back, once no more will come."""
+        """Return the text held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
     def _first_match(self, text: str) -> int | None:
-        """Where the stop sequence starts that is completed first."""
+        """Return the start of the stop sequence that is completed first, or None."""
         starts = ((text.find(stop), len(stop)) for stop in self._stops)
         first = min(((start + length, start) for start, length in starts if start >= 0), default=None)
         return None if first is None else first[1]
 
-    def _unfinished(self, text: str) -> int:
-        """The length of the longest end of the text that a stop sequence begins with."""
+    def _partial_match_length(self, text: str) -> int:
+        """Return the length of the longest suffix of the text that is a proper prefix of a stop sequence."""
         return max((_overlap(text, stop) for stop in self._stops), default=0)
 
 

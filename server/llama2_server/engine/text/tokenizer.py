@@ -1,4 +1,4 @@
-"""Text to token ids: SentencePiece and Llama-2's chat template."""
+"""Convert text to token ids with SentencePiece and Llama-2's chat template."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -9,9 +9,9 @@ from sentencepiece import SentencePieceProcessor
 
 from llama2_server.engine.errors import WeightsError
 
-# A caller's text that holds one of these could pose as another turn of the conversation.
+# Tags of the chat template. In a client's text they could imitate another turn of the conversation.
 CONTROL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-SPACE_SYMBOL = "\u2581"  # how SentencePiece spells a space inside a piece
+SPACE_SYMBOL = "\u2581"  # represents a space in SentencePiece pieces
 
 
 class ChatMessage(NamedTuple):
@@ -22,37 +22,40 @@ class ChatMessage(NamedTuple):
 
 
 class Tokenizer:
-    """A checkpoint's own SentencePiece model."""
+    """The SentencePiece model of a checkpoint."""
 
     def __init__(self, path: Path | str) -> None:
-        """Raises WeightsError if `path` is no SentencePiece model with tokens for begin and end of a text."""
+        """Raise WeightsError if `path` is not a SentencePiece model with tokens for the start and end of a text."""
         self._processor = _open(Path(path))
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise WeightsError(f"{path}: has no <s> or no </s> token; Llama-2's chat template needs both")
+            raise WeightsError(f"{path}: has no <s> or no </s> token; use the tokenizer of a Llama-2 checkpoint")
 
     @cached_property
     def piece_texts(self) -> tuple[str | int, ...]:
-        """What each token id stands for: text, with its leading space, or one byte's value."""
-        return tuple(self._surface(token_id) for token_id in range(self.vocab_size))
+        """Text of each token id, with its leading space, or the value of a byte token."""
+        return tuple(self._piece_text(token_id) for token_id in range(self.vocab_size))
 
     @cached_property
     def max_piece_length(self) -> int:
-        """The most characters that a single token can stand for."""
-        return max(len(surface) if isinstance(surface, str) else 1 for surface in self.piece_texts)
+        """Maximum number of characters per token."""
+        return max(len(text) if isinstance(text, str) else 1 for text in self.piece_texts)
 
     def encode_raw(self, text: str) -> list[int]:
-        """`<s>` and the ids of the text as it is."""
+        """Return `<s>` and the ids of the unchanged text."""
         return [self.bos_id, *self._processor.encode(text)]
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The ids of a conversation that ends with a user's message, in Llama-2's chat template.
+        """Return the ids of a conversation that ends with a user's message, in Llama-2's chat template.
 
-        Each turn is encoded by itself between `<s>` and `</s>`, as in Meta's `Llama.chat_completion`
-        (github.com/meta-llama/llama, llama/generation.py): a literal `<s>` in a message stays text. Raises ValueError
-        unless the roles are: an optional system, then user and assistant in turn, a user's message at the end.
+        Each turn is encoded separately between `<s>` and `</s>`, as in Meta's `Llama.chat_completion`
+        (github.com/meta-llama/llama, llama/generation.py). A literal `<s>` in a message stays text.
+
+        Raises:
+            ValueError: the roles are not an optional system message, then user and assistant in alternation, with a
+                user's message at the end.
         """
         ids: list[int] = []
         for question, answer in _turns(messages):
@@ -61,10 +64,10 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of all these tokens at once; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of all tokens; bytes that are not valid UTF-8 become U+FFFD."""
         return str(self._processor.decode(list(token_ids)))
 
-    def _surface(self, token_id: int) -> str | int:
+    def _piece_text(self, token_id: int) -> str | int:
         if self._processor.is_control(token_id):
             return ""
         if self._processor.is_unknown(token_id):
@@ -77,21 +80,21 @@ class Tokenizer:
 
 def _open(path: Path) -> SentencePieceProcessor:
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; a Llama-2 checkpoint comes with its SentencePiece model")
+        raise WeightsError(f"{path}: no such file; copy it from the Llama-2 checkpoint")
     processor = SentencePieceProcessor()
     try:
-        processor.Load(str(path))  # unlike the constructor, it does not take an empty file for none at all
+        processor.Load(str(path))  # unlike the constructor, Load rejects an empty file
     except (RuntimeError, OSError) as error:
-        raise WeightsError(f"{path}: not a SentencePiece model") from error
+        raise WeightsError(f"{path}: not a SentencePiece model; copy it from the Llama-2 checkpoint again") from error
     return processor
 
 
 def _turns(messages: Sequence[ChatMessage]) -> Iterator[tuple[str, str | None]]:
-    """Pairs of question and answer, stripped as the checkpoint's template strips; the last one has no answer."""
+    """Yield pairs of question and answer, stripped as in the chat template; the last question has no answer."""
     preamble, dialogue = _split_system(messages)
     _check_roles(dialogue)
     for index in range(0, len(dialogue), 2):
-        # The template strips a turn with its system prompt in front as one text: spaces between the two stay.
+        # The template strips the system prompt and the first turn as one text, so spaces between the two stay.
         question = (preamble + dialogue[index].content).strip()
         yield question, dialogue[index + 1].content.strip() if index + 1 < len(dialogue) else None
         preamble = ""
@@ -106,4 +109,6 @@ def _split_system(messages: Sequence[ChatMessage]) -> tuple[str, Sequence[ChatMe
 def _check_roles(dialogue: Sequence[ChatMessage]) -> None:
     expected = ["user", "assistant"] * (len(dialogue) // 2) + ["user"]
     if [message.role for message in dialogue] != expected:
-        raise ValueError("roles must be user, assistant, user, ... and end with user, after at most one system message")
+        raise ValueError(
+            "messages: roles must be user, assistant, user, ... and end with user, after at most one system message"
+        )

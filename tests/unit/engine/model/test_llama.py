@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.errors import EngineError
-from llama2_server.engine.model.llama import LlamaModel, Model
+from llama2_server.engine.model.interface import Model
+from llama2_server.engine.model.llama import LlamaModel
 
 CONTEXT = 128
 SHAPES: dict[str, dict[str, int]] = {

@@ -60,8 +60,8 @@ def another_processor(patch: pytest.MonkeyPatch, folder: Path) -> None:
         (damaged, {}, "the native library cannot be loaded"),
         (outdated, {}, "the native library was built from another version; reinstall llama2-grpc"),
         (another_processor, {}, "this processor does not support AVX2 with F16C"),
-        (None, {"cpu_kernels": "torch"}, "the settings ask for it"),
-        (None, {"dtype": torch.bfloat16}, "is for float16"),
+        (None, {"cpu_kernels": "torch"}, "--cpu-kernels is torch"),
+        (None, {"dtype": torch.bfloat16}, "support only torch.float16"),
     ],
 )
 @pytest.mark.usefixtures("fresh_library")
