@@ -1,33 +1,38 @@
-# Two commands do everything on a fresh machine with Python 3.11 or newer: `make run` and `make test`.
+# `make` prints the commands. They need Python 3.11 or newer and install everything else into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# The main branch that the contract must not break: the remote's where there is one.
-MAIN_REF = $(firstword $(shell git for-each-ref --format='%(refname)' refs/remotes/origin/main refs/heads/main))
-# What a machine with a GPU but no network lacks for `make bench-gpu`, and the version of its Python.
+# The newest release; the contract must stay compatible with it.
+RELEASE = $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
+# Packages of `make bench-gpu` for a GPU machine without network access, and the version of that machine's Python.
 GPU_PACKAGES ?= .gpu-packages
 GPU_PYTHON ?= 3.12
 SOURCES := server client tests tools benchmarks examples hatch_build.py
 PROTOS := $(wildcard protos/llama2/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp)
 
-.PHONY: run test check format proto docs lock bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test check format proto docs lock bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
-	@echo "make test        check, then every test"
-	@echo "make check       formatting, lint, types, import rules, the contract, the Dockerfile and its lock files"
-	@echo "make format      put code and contract into shape"
+	@echo "make quick       run the unit tests, in under a minute (PYTEST_ARGS='-k quota' for a part)"
+	@echo "make check       check format, lint, types, import rules, spelling, references, contract and container files"
+	@echo "make test        run all checks, then all tests"
+	@echo "make format      format the code and the contract"
 	@echo "make proto       generate the Python stubs"
-	@echo "make docs        write the references of the API, settings and metrics, and the chart's copies"
-	@echo "make lock        make the container's lock files anew"
+	@echo "make docs        generate the references of the API, settings and metrics, and the chart's copies of settings"
+	@echo "make lock        resolve the container's lock files"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
-	@echo "make demo-model  train the demo model anew (under an hour on two cores)"
+	@echo "make demo-model  train the demo model (under an hour on two cores)"
+	@echo "make clean       delete .venv and everything that was generated"
 
 run: $(VENV)/.server
 	@$(BIN)/llama2-server $(ARGS)
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
 
 test: check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -43,7 +48,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m tools.container.lock --check
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
-	@$(if $(MAIN_REF),$(BIN)/buf breaking --against '.git#ref=$(MAIN_REF)',echo "NOT CHECKED: no main branch to compare the contract with")
+	@$(if $(RELEASE),$(BIN)/buf breaking --against '.git#tag=$(RELEASE)',echo "buf breaking: no release tag (v*) yet, nothing to compare")
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format $(SOURCES)
@@ -53,14 +58,14 @@ format: $(VENV)/.dev
 proto: $(VENV)/.server
 	$(PIP) install --quiet --no-deps --editable .
 
-# PyPI's torch is the CUDA build. The CPU's comes from download.pytorch.org, or from a directory: PIP_FIND_LINKS=… make lock.
+# PyPI's torch is the CUDA build. The CPU build comes from download.pytorch.org or a directory: PIP_FIND_LINKS=… make lock.
 lock: $(VENV)/.dev
 	$(BIN)/python -m tools.container.lock
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# With the Python of a machine that has a GPU, whose torch is not touched; benchmarks/gpu/README.md says what it needs.
+# Uses the GPU machine's own Python and leaves its torch unchanged; see benchmarks/gpu/README.md for the requirements.
 bench-gpu:
 	PYTHONPATH=$(GPU_PACKAGES):protos:server:client $(PYTHON) -m benchmarks.gpu $(ARGS)
 
@@ -76,7 +81,7 @@ docs: $(VENV)/.dev
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m tools.demo_model.train
 
-# The build hook (hatch_build.py), which every install runs, generates the stubs and compiles the native decode step.
+# Every install runs the build hook (hatch_build.py), which generates the stubs and compiles the native library.
 $(VENV)/.server: pyproject.toml constraints.txt hatch_build.py $(PROTOS) $(NATIVE) | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[server]'
 	@touch $@
