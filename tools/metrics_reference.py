@@ -31,7 +31,7 @@ def with_table(page: str) -> str:
 def _table() -> Iterator[str]:
     metrics = Metrics(CollectorRegistry())
     # Each metric with labels shows them by a series.
-    metrics.expect(["some.Service/Method"])
+    metrics.preregister_methods(["some.Service/Method"])
     metrics.set_build(version="", model="", device="", dtype="")
     yield "| metric | type | labels | what it says |\n|---|---|---|---|\n"
     for metric in sorted(metrics.registry.collect(), key=lambda metric: metric.name):

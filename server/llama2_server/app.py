@@ -34,7 +34,7 @@ from llama2_server.lifecycle.stores import Stores, open_stores
 from llama2_server.lifecycle.timeout_checks import warn_if_timeouts_too_short
 from llama2_server.telemetry.logging import on_loop_exception
 from llama2_server.telemetry.metrics import Metrics
-from llama2_server.telemetry.telemetry import Telemetry, opened
+from llama2_server.telemetry.telemetry import Telemetry, open_telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ async def grounded(settings: Settings, card: ModelCard, telemetry: Telemetry | N
     """
     async with AsyncExitStack() as stack:
         if telemetry is None:
-            ends = opened(settings.metrics_listen, settings.otlp_endpoint, model=card.name)
+            ends = open_telemetry(settings.metrics_listen, settings.otlp_endpoint, model=card.name)
             telemetry = await stack.enter_async_context(ends)
         health = (await stack.enter_async_context(health_port(settings))).servicer
         yield Ground(telemetry, health, await open_stores(settings, card, stack))
@@ -186,7 +186,7 @@ async def _warm_up(settings: Settings, parts: Parts, chunk_tokens: int) -> None:
         generation = await probe(parts.engine, parts.tokenizer, max_tokens=2)
         if generation.failed:
             raise ConfigurationError("the model cannot generate; the log above says why")
-    prefill_seconds = (generation.first_token_at - generation.slot_at) / generation.counts.input_tokens
+    prefill_seconds = (generation.first_token_at - generation.admitted_at) / generation.counts.input_tokens
     decode_seconds = generation.finished_at - generation.first_token_at
     warn_if_timeouts_too_short(
         settings,

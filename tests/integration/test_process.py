@@ -160,8 +160,12 @@ def taken_port() -> Iterator[int]:
         (["--usage-url", "mysql://here", "--weights", "/no/such/directory"], {}, "usage_url: "),
         (["--tls-certificate", "/no/such", "--tls-key", "/no/such"], {}, "tls_certificate: /no/such: No such file"),
         (["--tls-key", "/no/such"], {}, "tls_certificate: TLS needs both"),
-        (["--metrics-listen", "192.0.2.1:1"], {}, "metrics_listen: cannot listen on 192.0.2.1:1"),
-        (["--otlp-endpoint", "localhost:4317"], {}, "otlp_endpoint: must be http://HOST:PORT"),
+        (["--metrics-listen", "192.0.2.1:1"], {}, "--metrics-listen: cannot listen on 192.0.2.1:1"),
+        (
+            ["--otlp-endpoint", "localhost:4317"],
+            {},
+            "--otlp-endpoint: localhost:4317 is not a valid endpoint; use http://HOST:PORT",
+        ),
     ],
 )
 def test_bad_settings_end_with_one_line(tmp_path: Path, flags: list[str], extra: dict[str, str], words: str) -> None:

@@ -31,11 +31,11 @@ class Expected:
     outcome: str
     input_tokens: int
     output_tokens: int
-    served_from_cache: bool = False
+    cached: bool = False
 
     @property
     def neurons(self) -> Decimal:
-        return Decimal(0) if self.served_from_cache else NEURON_COST * (self.input_tokens + self.output_tokens)
+        return Decimal(0) if self.cached else NEURON_COST * (self.input_tokens + self.output_tokens)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class PlainModel:
             self.looked_in_cache(hit=key in self.kept)
         if not no_cache and key in self.kept:
             hit = self.kept[key]
-            expected = Expected(hit.outcome, hit.input_tokens, hit.output_tokens, served_from_cache=True)
+            expected = Expected(hit.outcome, hit.input_tokens, hit.output_tokens, cached=True)
         else:
             ends_by_itself = self.reply_tokens <= max_tokens
             outcome = "END_OF_SEQUENCE" if ends_by_itself else "MAX_TOKENS"
@@ -80,13 +80,13 @@ class PlainModel:
 
     def metrics(self) -> dict[str, float]:
         """What a scrape should show."""
-        computed = [one for one in self.records if not one.served_from_cache]
+        computed = [one for one in self.records if not one.cached]
         return {
             'tokens_total{type="input"}': sum(one.input_tokens for one in computed),
             'tokens_total{type="output"}': sum(one.output_tokens for one in computed),
             "neurons_total": float(sum((one.neurons for one in self.records), Decimal(0))),
-            "cache_hits_total": self.cache_hits,
-            "cache_misses_total": self.cache_misses,
+            "response_cache_hits_total": self.cache_hits,
+            "response_cache_misses_total": self.cache_misses,
             "queue_time_seconds_count": len(computed),
             "time_to_first_token_seconds_count": sum(one.output_tokens > 0 for one in computed),
             "time_per_output_token_seconds_count": sum(one.output_tokens > 1 for one in computed),
@@ -119,7 +119,7 @@ class History:
         reply = await self.service.text.Generate(request)
         usage = reply.completion.usage
         assert (usage.input_tokens, usage.output_tokens) == (expected.input_tokens, expected.output_tokens)
-        assert (Decimal(usage.neurons), reply.completion.cached) == (expected.neurons, expected.served_from_cache)
+        assert (Decimal(usage.neurons), reply.completion.cached) == (expected.neurons, expected.cached)
         self.answers[reply.completion.request_id] = expected
 
     async def cancel(self) -> None:
@@ -191,12 +191,8 @@ async def test_random_history_is_accounted_exactly(
         for _ in range(200):
             await history.step()
     records = await stored(f"sqlite:///{tmp_path / 'usage.db'}")
-    found = Counter(
-        (record.outcome, record.input_tokens, record.output_tokens, record.served_from_cache) for record in records
-    )
-    expected = Counter(
-        (one.outcome, one.input_tokens, one.output_tokens, one.served_from_cache) for one in history.model.records
-    )
+    found = Counter((record.outcome, record.input_tokens, record.output_tokens, record.cached) for record in records)
+    expected = Counter((one.outcome, one.input_tokens, one.output_tokens, one.cached) for one in history.model.records)
     assert found == expected
     assert sum((record.neurons for record in records), Decimal(0)) == sum(one.neurons for one in history.model.records)
     by_id = {record.request_id: record for record in records}

@@ -97,17 +97,15 @@ async def load_is_exact(addresses: list[str], keys: dict[str, str]) -> Seen:
 async def check_ledger(url: str, seen: Seen) -> None:
     """Quota kept exactly, one record a request, and neurons equal to the last digit."""
     records = {record.request_id: record for record in await stored(url)}
-    assert Counter(record.account for record in records.values()) == dict.fromkeys(ACCOUNTS, QUOTA)
+    assert Counter(record.account_id for record in records.values()) == dict.fromkeys(ACCOUNTS, QUOTA)
     assert len(records) == len(seen.completions) + seen.cancelled
     for completion in seen.completions:
         record = records[completion.request_id]
         usage = completion.usage
         assert (record.input_tokens, record.output_tokens) == (usage.input_tokens, usage.output_tokens)
-        assert (record.neurons, record.served_from_cache) == (Decimal(usage.neurons), completion.cached)
-    total = sum((record.neurons for record in records.values() if not record.served_from_cache), Decimal(0))
-    tokens = sum(
-        record.input_tokens + record.output_tokens for record in records.values() if not record.served_from_cache
-    )
+        assert (record.neurons, record.cached) == (Decimal(usage.neurons), completion.cached)
+    total = sum((record.neurons for record in records.values() if not record.cached), Decimal(0))
+    tokens = sum(record.input_tokens + record.output_tokens for record in records.values() if not record.cached)
     assert total == tokens * Decimal("0.3672")
 
 

@@ -30,7 +30,7 @@ class AccountServicer(account_pb2_grpc.AccountServiceServicer):
     async def GetUsage(self, request: account_pb2.GetUsageRequest, context: Any) -> account_pb2.GetUsageResponse:
         """The caller's usage by day and model, and the state of its quota."""
         account = self._accounts.authenticate(context.invocation_metadata())
-        CALL.get().account = account.id
+        CALL.get().account_id = account.id
         since, until = _days(request)
         status = await self._quota.status(account.id)
         resets_in = Duration()

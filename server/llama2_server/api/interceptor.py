@@ -142,7 +142,7 @@ def _call(telemetry: Telemetry, method: str, context: Any) -> Iterator[Call]:
         code = "UNKNOWN"  # what gRPC makes of it
         raise
     finally:
-        call.end(code)
+        call.finish(code)
 
 
 def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

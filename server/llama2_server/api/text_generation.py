@@ -80,7 +80,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """The input tokens of a request, and what they leave for the reply."""
-        CALL.get().account = self._parts.accounts.authenticate(context.invocation_metadata()).id
+        CALL.get().account_id = self._parts.accounts.authenticate(context.invocation_metadata()).id
         input_tokens, max_output_tokens = self._validator.token_count(request)
         return pb.CountTokensResponse(input_tokens=input_tokens, max_output_tokens=max_output_tokens)
 
@@ -95,7 +95,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         parts = self._parts
         call, deadline = CALL.get(), _deadline(context)
         account = parts.accounts.authenticate(context.invocation_metadata())
-        call.account = account.id
+        call.account_id = account.id
         with call.phase("validation"):
             prompt, params = self._validator.generation(request, streaming=streaming)
         call.request = _facts(params, streaming=streaming)
@@ -121,7 +121,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
 
             with self._flights.join(key, start) as seat:
                 admission.served_by(seat.generation, shared=seat.shared)
-                yield GeneratedReply(seat.generation, shared=seat.shared, begun=call.begun)
+                yield GeneratedReply(seat.generation, shared=seat.shared, begun=call.started_at)
 
     def _cache_key(
         self, request: pb.GenerateRequest, account: Account, prompt: Prompt, params: GenerationParams

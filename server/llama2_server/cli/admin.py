@@ -117,4 +117,4 @@ def _totals(url: str, account: str | None, since: date | None, until: date | Non
 def _line(usage: DailyUsage) -> str:
     cached = usage.cached_input_tokens + usage.cached_output_tokens
     counts = (usage.requests, usage.input_tokens, usage.output_tokens, cached)
-    return "\t".join(map(str, (usage.account, usage.day, usage.model, *counts, decimal_text(usage.neurons))))
+    return "\t".join(map(str, (usage.account_id, usage.day, usage.model, *counts, decimal_text(usage.neurons))))

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from llama2_server.errors import ServiceError
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.reply import Figures
-from llama2_server.telemetry.call import Call, GenerationTimes, Usage
+from llama2_server.telemetry.call import Call, GenerationTimes, RecordedUsage
 from llama2_server.usage.ledger import Ledger
-from llama2_server.usage.pricing import TokenUsage
-
-ZERO_TOKENS = TokenUsage(0, 0)
+from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage
 
 
 class UsageRecorder:
@@ -30,7 +28,7 @@ class UsageRecorder:
             UsageJournalFull: usage cannot be recorded, so that nothing may be used.
         """
         self._ledger.admit(call.request_id, account, self._model)
-        call.admitted()
+        call.mark_admitted()
         admission = RecordedRequest(self, call)
         status = "OK"
         try:
@@ -59,15 +57,16 @@ class UsageRecorder:
         counts: TokenUsage,
         *,
         finish_reason: str | None = None,
-        served_from_cache: bool = False,
-        moments: GenerationTimes | None = None,
+        cached: bool = False,
+        times: GenerationTimes | None = None,
     ) -> None:
         """Write the record: a complete reply's outcome is its finish reason, any other's how its call ended."""
         outcome = finish_reason or status
-        record = self._ledger.finish(call.request_id, outcome, counts, served_from_cache=served_from_cache)
+        record = self._ledger.finish(call.request_id, outcome, counts, cached=cached)
         if record is not None:
-            usage = Usage(record.input_tokens, record.output_tokens, record.neurons, record.served_from_cache)
-            call.recorded(usage, moments, finish_reason)
+            tokens = TokenUsage(record.input_tokens, record.output_tokens)
+            usage = RecordedUsage(tokens, record.neurons, record.cached)
+            call.set_usage(usage, times, finish_reason)
 
     def record_after(self, call: Call, status: str, generation: Generation) -> None:
         """Write the record once the generation has ended, with what was computed by then."""
@@ -75,8 +74,8 @@ class UsageRecorder:
 
         async def wait() -> None:
             await generation.ended()
-            counts, moments = generation.counts, generation.moments
-            self.record(call, status, counts, finish_reason=finish_reason, moments=moments)
+            counts, times = generation.counts, generation.times
+            self.record(call, status, counts, finish_reason=finish_reason, times=times)
 
         task = asyncio.create_task(wait())
         self._open.add(task)
@@ -107,7 +106,7 @@ class RecordedRequest:
         if self._stored is not None:
             reason = self._stored.finish_reason.name if status == "OK" else None
             counts = self._stored.counts
-            self._admissions.record(self._call, status, counts, finish_reason=reason, served_from_cache=True)
+            self._admissions.record(self._call, status, counts, finish_reason=reason, cached=True)
         elif self._generation is None:
             self._admissions.record(self._call, status, ZERO_TOKENS)
         elif self._shared:
@@ -121,8 +120,8 @@ class RecordedRequest:
             status,
             generation.counts if generation.complete else ZERO_TOKENS,
             finish_reason=_finish_reason(generation),
-            served_from_cache=True,
-            moments=generation.moments,
+            cached=True,
+            times=generation.times,
         )
 
 

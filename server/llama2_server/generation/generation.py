@@ -43,8 +43,8 @@ class Generation:
         """What was computed, whatever the end."""
         self.reused_input_tokens = 0
         """Those of the input tokens that the engine still held."""
-        self.started_at = 0.0
-        self.slot_at = 0.0
+        self.queued_at = 0.0
+        self.admitted_at = 0.0
         self._prompt = prompt
         self._text = _TextStream(
             self, tokenizer, params, len(prompt.token_ids), on_progress, keep_leading_space=prompt.raw
@@ -82,9 +82,9 @@ class Generation:
         return self._text.finished_at
 
     @property
-    def moments(self) -> GenerationTimes:
+    def times(self) -> GenerationTimes:
         """When it got how far, for telemetry."""
-        return GenerationTimes(self.started_at, self.slot_at, self.first_token_at, self.finished_at)
+        return GenerationTimes(self.queued_at, self.admitted_at, self.first_token_at, self.finished_at)
 
     def start(
         self, slots: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
@@ -93,7 +93,7 @@ class Generation:
 
         Without an account nobody owns what it leaves in the KV cache, and it builds on nothing that is there.
         """
-        self.started_at = time.monotonic()
+        self.queued_at = time.monotonic()
         self._task = asyncio.create_task(self._run(slots, engine, account, deadline))
 
     def leave(self) -> None:
@@ -144,7 +144,7 @@ class Generation:
         owner = None if account is None else account.id
         try:
             async with slots.acquire(owner or "", deadline):
-                self.slot_at = time.monotonic()
+                self.admitted_at = time.monotonic()
                 finish = await self._compute(engine, owner)
             self._judge(finish)
         except ServiceError as error:

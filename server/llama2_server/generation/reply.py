@@ -61,7 +61,7 @@ class GeneratedReply:
             generation.counts,
             generation.params.seed,
             cached=self._shared,
-            queue_seconds=max(0.0, generation.slot_at - max(self._begun, generation.started_at)),
+            queue_seconds=max(0.0, generation.admitted_at - max(self._begun, generation.queued_at)),
             time_to_first_token_seconds=self._since_begun(generation.first_token_at),
             total_seconds=self._since_begun(generation.finished_at),
             reused_input_tokens=0 if self._shared else generation.reused_input_tokens,

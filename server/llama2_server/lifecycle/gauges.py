@@ -15,7 +15,7 @@ def show(metrics: Metrics, parts: Parts, model: Model, health: HealthServicer) -
     dtype = str(model.dtype).removeprefix("torch.")
     release = version("llama2-grpc")
     metrics.set_build(version=release, model=parts.card.name, device=str(model.device), dtype=dtype)
-    metrics.expect(METHODS)
+    metrics.preregister_methods(METHODS)
     metrics.read_from(partial(_readings, parts, model, health))
 
 

@@ -1,6 +1,6 @@
-"""One call as telemetry sees it: each part that it passes adds the facts it learns, and they are told once it is over.
+"""State of one call for telemetry: each part of the server adds attributes; the observer reads them at the end.
 
-None of the facts is text of a request or a reply, nor a key: what is not gathered cannot leak.
+A call never holds request text, reply text or an API key, so that no metric, span or log record can leak them.
 """
 
 import time
@@ -13,8 +13,9 @@ from decimal import Decimal
 from typing import Protocol
 
 from llama2_server.errors import ServiceError
+from llama2_server.usage.pricing import TokenUsage
 
-OUR_PACKAGE = "llama2.v1."
+API_PACKAGE = "llama2.v1."
 
 Attribute = str | int | float | bool
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -22,127 +23,134 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of a call's time; moments are by time.monotonic."""
+    """A named part of a call's time; both times are from `time.monotonic`."""
 
     name: str
-    begun: float
-    ended: float
+    started_at: float
+    finished_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationTimes:
-    """When a generation got how far, by time.monotonic; 0 for what has not come."""
+    """Times of one generation, from `time.monotonic`; 0 if the generation has not reached that point."""
 
-    asked_for_slot: float
-    got_slot: float
-    first_token: float
-    finished: float
+    queued_at: float
+    admitted_at: float
+    """When the request queue granted a slot."""
+    first_token_at: float
+    finished_at: float
 
     def phases(self, since: float, until: float) -> Iterator[Phase]:
-        """Its wait, prefill and decode, as far as they lie behind `since`; what is still going on lasts `until`."""
-        last = until
-        moments = [self.asked_for_slot, self.got_slot or last, self.first_token or last, self.finished or last]
-        for name, begun, ended in zip(("wait", "prefill", "decode"), moments, moments[1:], strict=False):
-            if ended > max(begun, since):
-                yield Phase(name, max(begun, since), ended)
+        """Yield queue, prefill and decode, cut to the time after `since`; an unfinished phase ends at `until`."""
+        times = [self.queued_at, *(at or until for at in (self.admitted_at, self.first_token_at, self.finished_at))]
+        for name, started_at, finished_at in zip(("queue", "prefill", "decode"), times, times[1:], strict=False):
+            if finished_at > max(started_at, since):
+                yield Phase(name, max(started_at, since), finished_at)
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """What the ledger's record of a call says."""
+class RecordedUsage:
+    """Contents of a call's usage record."""
 
-    input_tokens: int
-    output_tokens: int
+    tokens: TokenUsage
     neurons: Decimal
     cached: bool
     """Whether the tokens were computed for another call."""
 
 
 class CallObserver(Protocol):
-    """Who hears of calls; on the event loop."""
+    """Callbacks for calls, on the event loop."""
 
-    def call_began(self, call: "Call", metadata: Metadata) -> None:
-        """A call is taken on; nothing but its method is known."""
+    def call_started(self, call: "Call", metadata: Metadata) -> None:
+        """Handle a new call, of which only the method is known."""
 
-    def call_ended(self, call: "Call") -> None:
-        """The call has its status; its usage may follow, if tokens are still being computed for it."""
+    def call_finished(self, call: "Call") -> None:
+        """Handle a call that has its status; its usage may follow while the engine finishes its last step."""
 
-    def usage_recorded(self, call: "Call", usage: Usage) -> None:
-        """The ledger has its record."""
+    def usage_recorded(self, call: "Call", usage: RecordedUsage) -> None:
+        """Handle a call's usage record."""
 
-    def call_over(self, call: "Call") -> None:
-        """Nothing more will be known of it."""
+    def call_completed(self, call: "Call") -> None:
+        """Handle a call to which nothing is added anymore."""
 
 
 class Call:
-    """The facts of one call; `expired` tells whether its deadline has passed."""
+    """Attributes of one call; `started_at` and `finished_at` are from `time.monotonic`.
+
+    Args:
+        observer: receives the call's events.
+        method: package, service and method: `llama2.v1.TextGenerationService/Generate`.
+        metadata: the request's metadata.
+        expired: returns whether the call's deadline has passed.
+    """
 
     def __init__(self, observer: CallObserver, method: str, metadata: Metadata, expired: Callable[[], bool]) -> None:
         self.method = method
-        """Package, service and method: llama2.v1.TextGenerationService/Generate."""
         self.request_id = uuid.uuid4().hex
         self.expired = expired
-        self.begun = time.monotonic()
-        self.begun_at_ns = time.time_ns()
-        self.ended = 0.0
+        self.started_at = time.monotonic()
+        self.started_at_ns = time.time_ns()
+        """Start in wall-clock nanoseconds since the epoch, for spans."""
+        self.finished_at = 0.0
         self.code = ""
-        """The gRPC status code's name; empty until the call has ended."""
+        """Name of the gRPC status code; empty until the call has its status."""
         self.error: ServiceError | None = None
-        self.account: str | None = None
+        self.account_id: str | None = None
         self.request: Mapping[str, Attribute] = {}
-        """Numbers of the request, by their OpenTelemetry names."""
+        """Parameters of the request, by their OpenTelemetry names."""
         self.finish_reason: str | None = None
-        self.usage: Usage | None = None
-        self.moments: GenerationTimes | None = None
-        self.phases: list[Phase] = []
+        self.usage: RecordedUsage | None = None
+        self.times: GenerationTimes | None = None
         self.trace_id: str | None = None
         self.span_id: str | None = None
+        self._phases: list[Phase] = []
         self._observer = observer
-        self._awaits_record = False
-        observer.call_began(self, metadata)
+        self._awaits_usage = False
+        observer.call_started(self, metadata)
 
     @property
-    def ours(self) -> bool:
-        """Whether it is a method of this API; health and reflection are machines talking to machines."""
-        return self.method.startswith(OUR_PACKAGE)
+    def is_public_api(self) -> bool:
+        """Whether the method belongs to this API; health and reflection do not."""
+        return self.method.startswith(API_PACKAGE)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the body of the `with`, however it ends."""
-        begun = time.monotonic()
+        started_at = time.monotonic()
         try:
             yield
         finally:
-            self.phases.append(Phase(name, begun, time.monotonic()))
+            self._phases.append(Phase(name, started_at, time.monotonic()))
 
-    def admitted(self) -> None:
-        """From here on the call has a record, and is not over before it is written."""
-        self._awaits_record = True
+    def mark_admitted(self) -> None:
+        """Delay the call's completion until `set_usage`, because an admitted call gets a usage record."""
+        self._awaits_usage = True
 
-    def recorded(self, usage: Usage, moments: GenerationTimes | None, finish_reason: str | None) -> None:
-        """The ledger has the record; `moments` are those of the generation that served the call, if one did."""
-        self.usage, self.moments, self.finish_reason = usage, moments, finish_reason
+    def set_usage(self, usage: RecordedUsage, times: GenerationTimes | None, finish_reason: str | None) -> None:
+        """Store the call's usage record, and the times of the generation that served the call, if there was one."""
+        self.usage, self.times, self.finish_reason = usage, times, finish_reason
         self._observer.usage_recorded(self, usage)
-        self._awaits_record = False
-        self._tell_if_over()
+        self._awaits_usage = False
+        self._complete_if_done()
 
-    def end(self, code: str) -> None:
-        """The call has its status."""
-        self.code, self.ended = code, time.monotonic()
-        self._observer.call_ended(self)
-        self._tell_if_over()
+    def finish(self, code: str) -> None:
+        """Store the name of the call's gRPC status code."""
+        self.code, self.finished_at = code, time.monotonic()
+        self._observer.call_finished(self)
+        self._complete_if_done()
 
-    def all_phases(self) -> list[Phase]:
-        """Where its time went, once it is over."""
-        if self.moments is None:
-            return self.phases
-        since = self.phases[-1].ended if self.phases else self.begun  # a call may join a generation under way
-        return [*self.phases, *self.moments.phases(since, time.monotonic())]
+    def phases(self) -> list[Phase]:
+        """Return the phases of a completed call."""
+        if self.times is None:
+            return self._phases
+        # A call may join a generation in progress: only the time after this call's own phases counts.
+        since = self._phases[-1].finished_at if self._phases else self.started_at
+        return [*self._phases, *self.times.phases(since, time.monotonic())]
 
-    def _tell_if_over(self) -> None:
-        if self.code and not self._awaits_record:
-            self._observer.call_over(self)
+    def _complete_if_done(self) -> None:
+        if self.code and not self._awaits_usage:
+            self._observer.call_completed(self)
 
 
 CALL: ContextVar[Call] = ContextVar("call")
-"""The call being served."""
+"""The call that the current task serves."""

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from llama2_server.errors import QuotaExceeded
-from llama2_server.telemetry.call import Call, Usage
+from llama2_server.telemetry.call import Call, RecordedUsage
 
 UNKNOWN_METHOD = "unknown"
 SNAPSHOT_TIMEOUT_SECONDS = 1.0
@@ -127,7 +127,7 @@ class Metrics:
         self._input_tokens, self._output_tokens = (self._tokens.labels(kind) for kind in ("input", "output"))
         self._steps = {phase: self._step.labels(phase) for phase in ("prefill", "decode")}
 
-    def expect(self, methods: Iterable[str]) -> None:
+    def preregister_methods(self, methods: Iterable[str]) -> None:
         """Show these methods from the start."""
         for method in methods:
             self._requests.labels(method, "OK")
@@ -142,10 +142,10 @@ class Metrics:
         """From now on take readings by `read`, which is called on the running event loop only."""
         self._readings.read_from(read, asyncio.get_running_loop())
 
-    def call_ended(self, call: Call) -> None:
+    def call_finished(self, call: Call) -> None:
         """Count a call."""
         self._requests.labels(call.method, call.code).inc()
-        self._request_seconds.labels(call.method).observe(call.ended - call.begun)
+        self._request_seconds.labels(call.method).observe(call.finished_at - call.started_at)
         if isinstance(call.error, QuotaExceeded):
             self._quota_refusals.inc()
 
@@ -153,18 +153,18 @@ class Metrics:
         """Count a call of a method that does not exist."""
         self._requests.labels(UNKNOWN_METHOD, "UNIMPLEMENTED").inc()
 
-    def usage_recorded(self, call: Call, usage: Usage) -> None:
+    def usage_recorded(self, call: Call, usage: RecordedUsage) -> None:
         """Count what the ledger has just recorded."""
         if usage.cached:
             return
-        self._input_tokens.inc(usage.input_tokens)
-        self._output_tokens.inc(usage.output_tokens)
+        self._input_tokens.inc(usage.tokens.input_tokens)
+        self._output_tokens.inc(usage.tokens.output_tokens)
         self._readings.neurons += usage.neurons
-        if call.moments is not None and usage.output_tokens > 0:
-            self._first_token.observe(call.moments.first_token - call.begun)
-        if call.moments is not None and usage.output_tokens > 1:
-            seconds = call.moments.finished - call.moments.first_token
-            self._per_token.observe(seconds / (usage.output_tokens - 1))
+        if call.times is not None and usage.tokens.output_tokens > 0:
+            self._first_token.observe(call.times.first_token_at - call.started_at)
+        if call.times is not None and usage.tokens.output_tokens > 1:
+            seconds = call.times.finished_at - call.times.first_token_at
+            self._per_token.observe(seconds / (usage.tokens.output_tokens - 1))
 
     def on_step(self, phase: str, seconds: float, rows: int) -> None:
         """Take a step of the engine, on its thread."""

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.1  # the longest that closing waits for the thread to look up
 
 
 @contextmanager
-def scraped(registry: CollectorRegistry, listen: str) -> Iterator[str]:
+def metrics_server(registry: CollectorRegistry, listen: str) -> Iterator[str]:
     """Serve the registry's metrics at HOST:PORT for the body of the `with`, which gets the address.
 
     Raises:
@@ -33,7 +33,7 @@ def scraped(registry: CollectorRegistry, listen: str) -> Iterator[str]:
         family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
         server = _Server.of_family(family)((host, int(port)), _Handler)
     except OSError as error:
-        raise TelemetryError(f"metrics_listen: cannot listen on {listen}: {error.strerror}") from error
+        raise TelemetryError(f"--metrics-listen: cannot listen on {listen}: {error.strerror}") from error
     server.set_app(make_wsgi_app(registry))
     thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), name="metrics", daemon=True)
     thread.start()

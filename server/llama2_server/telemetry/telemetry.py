@@ -1,4 +1,4 @@
-"""Who hears of every call: metrics, the log and, where it is asked for, the tracer."""
+"""Report calls to metrics, the request log and, if enabled, traces."""
 
 import asyncio
 import logging
@@ -11,89 +11,92 @@ from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
 
-from llama2_server.telemetry.call import Call, Metadata, Usage
+from llama2_server.telemetry.call import Call, Metadata, RecordedUsage
 from llama2_server.telemetry.errors import TelemetryError
 from llama2_server.telemetry.metrics import Metrics
-from llama2_server.telemetry.metrics_server import scraped
+from llama2_server.telemetry.metrics_server import metrics_server
 
 logger = logging.getLogger(__name__)
-requests = logging.getLogger("llama2_server.requests")
+request_logger = logging.getLogger("llama2_server.requests")
 
 SPAN_FLUSH_SECONDS = 5.0
 
 
 class Tracer(Protocol):
-    """Makes a call's spans; see tracing.py."""
+    """Spans of calls; tracing.py has the implementation, which needs the `otel` extra."""
 
-    def call_began(self, call: Call, metadata: Metadata) -> None:
-        """Begin the call's span."""
+    def call_started(self, call: Call, metadata: Metadata) -> None:
+        """Start the call's span."""
 
-    def call_over(self, call: Call) -> None:
-        """End it."""
+    def call_completed(self, call: Call) -> None:
+        """End the call's span."""
 
 
 class Telemetry:
-    """Observes calls; one that is not of this API is only counted, and at level debug logged."""
+    """The observer of all calls; a call outside the public API is only counted, and logged at level debug."""
 
     def __init__(self, metrics: Metrics, tracer: Tracer | None = None) -> None:
         self.metrics = metrics
         self._tracer = tracer
 
-    def call_began(self, call: Call, metadata: Metadata) -> None:
-        """See Observer."""
-        if self._tracer is not None and call.ours:
-            self._tracer.call_began(call, metadata)
+    def call_started(self, call: Call, metadata: Metadata) -> None:
+        """Start the call's span."""
+        if self._tracer is not None and call.is_public_api:
+            self._tracer.call_started(call, metadata)
 
-    def call_ended(self, call: Call) -> None:
-        """See Observer."""
-        self.metrics.call_ended(call)
+    def call_finished(self, call: Call) -> None:
+        """Count the call."""
+        self.metrics.call_finished(call)
 
-    def usage_recorded(self, call: Call, usage: Usage) -> None:
-        """See Observer."""
+    def usage_recorded(self, call: Call, usage: RecordedUsage) -> None:
+        """Count the call's tokens and neurons."""
         self.metrics.usage_recorded(call, usage)
 
-    def call_over(self, call: Call) -> None:
-        """See Observer."""
-        level = logging.INFO if call.ours else logging.DEBUG
-        if requests.isEnabledFor(level):
-            requests.log(level, "request", extra=_line(call))
-        if self._tracer is not None and call.ours:
-            self._tracer.call_over(call)
+    def call_completed(self, call: Call) -> None:
+        """Log the call and end its span."""
+        level = logging.INFO if call.is_public_api else logging.DEBUG
+        if request_logger.isEnabledFor(level):
+            request_logger.log(level, "request", extra=_log_fields(call))
+        if self._tracer is not None and call.is_public_api:
+            self._tracer.call_completed(call)
 
 
 def check_endpoint(otlp_endpoint: str | None) -> None:
-    """Refuse at once what `opened` would refuse after the weights are loaded.
+    """Check the setting before the weights load, so that `open_telemetry` does not fail after that.
 
     Raises:
-        TelemetryError: traces cannot be sent there, or not by this installation.
+        TelemetryError: the endpoint is not valid, or the `otel` extra is not installed.
     """
     if otlp_endpoint is None:
         return
     parts = urlsplit(otlp_endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise TelemetryError(
-            "otlp_endpoint: must be http://HOST:PORT or https://HOST:PORT, such as http://localhost:4317"
+            f"--otlp-endpoint: {otlp_endpoint} is not a valid endpoint; "
+            "use http://HOST:PORT or https://HOST:PORT, such as http://localhost:4317"
         )
     if find_spec("opentelemetry") is None or find_spec("opentelemetry.exporter.otlp.proto.grpc") is None:
-        raise TelemetryError("otlp_endpoint: traces need the otel extra: pip install 'llama2-grpc[otel]'")
+        raise TelemetryError("--otlp-endpoint: traces need the otel extra; run pip install 'llama2-grpc[otel]'")
 
 
 @asynccontextmanager
-async def opened(metrics_listen: str | None, otlp_endpoint: str | None, *, model: str) -> AsyncIterator[Telemetry]:
-    """Telemetry on a registry of its own, as the settings ask for it, and its end: the last thing in a drain.
+async def open_telemetry(
+    metrics_listen: str | None, otlp_endpoint: str | None, *, model: str
+) -> AsyncIterator[Telemetry]:
+    """Open telemetry on a new registry, as set, for the body of the `async with`; a drain closes it last.
 
     Raises:
-        TelemetryError: it cannot be had so.
+        TelemetryError: the settings do not work.
     """
     check_endpoint(otlp_endpoint)
     metrics = Metrics(CollectorRegistry())
     async with AsyncExitStack() as stack:
         if metrics_listen is not None:
-            # Both ends of it take a moment: the name is looked up, the thread has to notice.
-            port = scraped(metrics.registry, metrics_listen)
-            address = await asyncio.to_thread(port.__enter__)
-            stack.push_async_callback(asyncio.to_thread, port.__exit__, None, None, None)
-            logger.info("metrics at http://%s/metrics", address)
+            # Entering resolves the host name and leaving joins a thread; both would block the event loop.
+            server = metrics_server(metrics.registry, metrics_listen)
+            address = await asyncio.to_thread(server.__enter__)
+            stack.push_async_callback(asyncio.to_thread, server.__exit__, None, None, None)
+            logger.info("metrics are served at http://%s/metrics", address)
         tracer = None
         if otlp_endpoint is not None:
             from llama2_server.telemetry.tracing import CallTracer, OtlpSpans  # needs an extra
@@ -104,27 +107,27 @@ async def opened(metrics_listen: str | None, otlp_endpoint: str | None, *, model
         yield Telemetry(metrics, tracer)
 
 
-def _line(call: Call) -> dict[str, object]:
-    """The facts of a call that are known, by name, for its line in the log."""
-    facts: dict[str, object] = {
+def _log_fields(call: Call) -> dict[str, object]:
+    """Return the fields of the call's log record; an attribute without a value is left out."""
+    fields: dict[str, object] = {
         "request_id": call.request_id,
         "method": call.method,
         "code": call.code,
         "reason": None if call.error is None else call.error.reason,
-        "account": call.account,
+        "account_id": call.account_id,
         "finish_reason": call.finish_reason,
-        "total_seconds": round(call.ended - call.begun, 6),
+        "total_seconds": round(call.finished_at - call.started_at, 6),
         "trace_id": call.trace_id,
         "span_id": call.span_id,
     }
     if call.usage is not None:
-        facts |= {
+        fields |= {
             "cached": call.usage.cached,
-            "input_tokens": call.usage.input_tokens,
-            "output_tokens": call.usage.output_tokens,
+            "input_tokens": call.usage.tokens.input_tokens,
+            "output_tokens": call.usage.tokens.output_tokens,
             "neurons": f"{call.usage.neurons:f}",
         }
-    for phase in call.all_phases():
-        name = "queue_time" if phase.name == "wait" else phase.name
-        facts[f"{name}_seconds"] = round(phase.ended - phase.begun, 6)
-    return {name: fact for name, fact in facts.items() if fact is not None}
+    for phase in call.phases():
+        name = "queue_time" if phase.name == "queue" else phase.name
+        fields[f"{name}_seconds"] = round(phase.finished_at - phase.started_at, 6)
+    return {name: value for name, value in fields.items() if value is not None}

@@ -33,35 +33,35 @@ class CallTracer:
         self._model = model
         self._spans: dict[Call, Span] = {}
 
-    def call_began(self, call: Call, metadata: Metadata) -> None:
+    def call_started(self, call: Call, metadata: Metadata) -> None:
         """Begin the call's span, in the caller's trace if its metadata names one."""
         carrier = {key: value for key, value in metadata if key in W3C_FIELDS and isinstance(value, str)}
         context = self._propagator.extract(carrier, Context())
         facts: dict[str, Attribute] = {"rpc.system.name": "grpc", "rpc.method": call.method}
-        span = self._tracer.start_span(call.method, context, SpanKind.SERVER, facts, start_time=call.begun_at_ns)
+        span = self._tracer.start_span(call.method, context, SpanKind.SERVER, facts, start_time=call.started_at_ns)
         identity = span.get_span_context()
         call.trace_id, call.span_id = f"{identity.trace_id:032x}", f"{identity.span_id:016x}"
         self._spans[call] = span
 
-    def call_over(self, call: Call) -> None:
+    def call_completed(self, call: Call) -> None:
         """End the call's span at the time at which its status was sent, and add the children."""
         span = self._spans.pop(call)
         parent = set_span_in_context(span, Context())
-        for phase in call.all_phases():
-            child = self._tracer.start_span(phase.name, parent, start_time=_nanoseconds(call, phase.begun))
-            child.end(_nanoseconds(call, phase.ended))
+        for phase in call.phases():
+            child = self._tracer.start_span(phase.name, parent, start_time=_nanoseconds(call, phase.started_at))
+            child.end(_nanoseconds(call, phase.finished_at))
         span.set_attributes(self._facts(call))
         if call.finish_reason is not None:
             span.set_attribute("gen_ai.response.finish_reasons", [call.finish_reason])
         if call.code in ERROR_CODES:
             span.set_status(StatusCode.ERROR)
             span.set_attribute("error.type", call.code)
-        span.end(_nanoseconds(call, call.ended))
+        span.end(_nanoseconds(call, call.finished_at))
 
     def _facts(self, call: Call) -> Mapping[str, Attribute]:
         facts: dict[str, Attribute] = {"rpc.response.status_code": call.code, "llama2.request_id": call.request_id}
-        if call.account is not None:
-            facts["llama2.account"] = call.account
+        if call.account_id is not None:
+            facts["llama2.account_id"] = call.account_id
         if call.error is not None:
             facts["llama2.error_reason"] = call.error.reason
         if call.request:
@@ -76,8 +76,8 @@ class CallTracer:
             facts |= {
                 "gen_ai.response.id": call.request_id,
                 "gen_ai.response.model": self._model,
-                "gen_ai.usage.input_tokens": call.usage.input_tokens,
-                "gen_ai.usage.output_tokens": call.usage.output_tokens,
+                "gen_ai.usage.input_tokens": call.usage.tokens.input_tokens,
+                "gen_ai.usage.output_tokens": call.usage.tokens.output_tokens,
                 "llama2.neurons": float(call.usage.neurons),
                 "llama2.cached": call.usage.cached,
             }
@@ -110,4 +110,4 @@ class OtlpSpans:
 
 def _nanoseconds(call: Call, moment: float) -> int:
     """A moment by time.monotonic on the wall clock, as it stood when the call began."""
-    return call.begun_at_ns + round((moment - call.begun) * 1e9)
+    return call.started_at_ns + round((moment - call.started_at) * 1e9)

@@ -45,7 +45,7 @@ def default_url(data_directory: Path) -> str:
 
 
 async def read_totals(
-    url: str, account: str | None = None, since: date | None = None, until: date | None = None
+    url: str, account_id: str | None = None, since: date | None = None, until: date | None = None
 ) -> list[DailyUsage]:
     """What the store has, for the operator, beside servers that run: one account's usage, or with None everybody's.
 
@@ -55,7 +55,7 @@ async def read_totals(
     store = Store(url)
     try:
         await store.migrate()
-        return await store.totals(account, since, until)
+        return await store.totals(account_id, since, until)
     except StoreUnavailable as error:
         raise LedgerError(f"usage_url: {error}") from error
     finally:
@@ -127,42 +127,40 @@ class Ledger:
     @property
     def lag_seconds(self) -> float:
         """How long ago the request ended whose record has waited longest for the store; 0 if none waits."""
-        oldest = self._journal.oldest_ended_at
+        oldest = self._journal.oldest_finished_at
         return 0.0 if oldest is None else max(0.0, (self._now() - oldest).total_seconds())
 
-    def check_capacity(self, request_id: str, account: str, model: str) -> None:
+    def check_capacity(self, request_id: str, account_id: str, model: str) -> None:
         """Look whether there is room to admit a request, before anything is counted for it.
 
         Raises:
             UsageJournalFull: as `admit`, which may still raise it when others were quicker.
         """
-        self._journal.check_capacity(RunningRequest(request_id, account, model, self._now(), self._neuron_costs))
+        self._journal.check_capacity(RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs))
 
-    def admit(self, request_id: str, account: str, model: str) -> None:
+    def admit(self, request_id: str, account_id: str, model: str) -> None:
         """From here on the request has exactly one record, and `finish` has to be called.
 
         Raises:
             UsageJournalFull: the journal has no room: the store has been down for long.
         """
-        self._journal.admit(RunningRequest(request_id, account, model, self._now(), self._neuron_costs))
+        self._journal.admit(RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs))
 
-    def progress(self, request_id: str, counts: TokenUsage) -> None:
+    def progress(self, request_id: str, tokens: TokenUsage) -> None:
         """What has been computed so far; call it for every token, from any thread: most calls do next to nothing."""
-        self._journal.progress(request_id, counts)
+        self._journal.progress(request_id, tokens)
 
-    def finish(
-        self, request_id: str, outcome: str, counts: TokenUsage, *, served_from_cache: bool = False
-    ) -> UsageRecord | None:
+    def finish(self, request_id: str, outcome: str, tokens: TokenUsage, *, cached: bool = False) -> UsageRecord | None:
         """The request has ended, with this record; never fails and never waits for the store.
 
         Call it on the event loop, once: a second end is ignored, and None.
         """
-        record = self._journal.end(request_id, outcome, counts, self._now(), served_from_cache=served_from_cache)
+        record = self._journal.finish(request_id, outcome, tokens, self._now(), cached=cached)
         self._taken = self._settled + self._journal.pending
         self._news.set()
         return record
 
-    async def totals(self, account: str, since: date | None = None, until: date | None = None) -> list[DailyUsage]:
+    async def totals(self, account_id: str, since: date | None = None, until: date | None = None) -> list[DailyUsage]:
         """The account's usage by day in UTC and model; both days included, None is no limit.
 
         Requests that this server has finished before the call are in it.
@@ -173,7 +171,7 @@ class Ledger:
         try:
             if not await self.flush(READ_FLUSH_TIMEOUT_SECONDS):
                 raise UsageUnavailable
-            return await self._store.totals(account, since, until)
+            return await self._store.totals(account_id, since, until)
         except StoreUnavailable as error:
             logger.warning("usage cannot be read: %s", error)
             raise UsageUnavailable from error

@@ -1,68 +1,67 @@
-"""What the ledger knows of a request, while it runs and after it has ended."""
+"""Usage of one request, while it runs and after it has finished, and totals per day."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
 
-from llama2_server.usage.pricing import TokenUsage, neurons
+from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage, neurons
 
 INTERRUPTED = "INTERRUPTED"
-"""The outcome of a request whose server was killed."""
-NOTHING_COMPUTED = TokenUsage(0, 0)
+"""Outcome of a request whose server was killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
-    """One admitted request that has ended, one way or another; times are aware and in UTC."""
+    """Usage of one admitted request that has finished, with or without success; times are aware and in UTC."""
 
     request_id: str
-    account: str
+    account_id: str
     model: str
     started_at: datetime
-    ended_at: datetime
+    finished_at: datetime
     input_tokens: int
     output_tokens: int
-    served_from_cache: bool  # True: the tokens were computed for another request, and are free
+    cached: bool  # True: the tokens were computed for another request, and are free
     neurons: Decimal
     outcome: str  # a finish reason, a gRPC status code's name, or INTERRUPTED
 
 
 @dataclass(slots=True)
 class RunningRequest:
-    """One admitted request that has not ended; its prices are those of the card that admitted it."""
+    """One admitted request that has not finished; its prices are from the card that was active at admission."""
 
     request_id: str
-    account: str
+    account_id: str
     model: str
     started_at: datetime
     neuron_costs: Mapping[str, Decimal]
-    counts: TokenUsage = NOTHING_COMPUTED
+    tokens: TokenUsage = ZERO_TOKENS
 
-    def ended(self, outcome: str, counts: TokenUsage, ended_at: datetime, *, served_from_cache: bool) -> UsageRecord:
-        """The request's one record."""
+    def finish(self, outcome: str, tokens: TokenUsage, finished_at: datetime, *, cached: bool) -> UsageRecord:
+        """Return the request's usage record."""
         return UsageRecord(
             self.request_id,
-            self.account,
+            self.account_id,
             self.model,
             self.started_at,
-            max(ended_at, self.started_at),  # a clock may be set back
-            counts.input_tokens,
-            counts.output_tokens,
-            served_from_cache,
-            Decimal(0) if served_from_cache else neurons(counts, self.neuron_costs),
+            max(finished_at, self.started_at),  # the system clock may have been set back
+            tokens.input_tokens,
+            tokens.output_tokens,
+            cached,
+            Decimal(0) if cached else neurons(tokens, self.neuron_costs),
             outcome,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class DailyUsage:
-    """One account's requests of one model that started on one day in UTC."""
+    """Total usage of one account and one model by requests that started on one day in UTC."""
 
-    account: str
+    account_id: str
     day: date
     model: str
-    requests: int  # those served from the cache included
+    requests: int  # cached requests included
     cached_requests: int
     input_tokens: int  # computed
     output_tokens: int  # computed

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from datetime import UTC, date
 from importlib import resources
 from typing import Any
@@ -60,9 +61,9 @@ class Store:
         async with self._connection() as connection, connection.begin():
             await connection.execute(self._insert, rows)
 
-    async def totals(self, account: str | None, since: date | None, until: date | None) -> list[DailyUsage]:
+    async def totals(self, account_id: str | None, since: date | None, until: date | None) -> list[DailyUsage]:
         """Usage by account, day in UTC and model, in this order; both days included, None is no limit."""
-        query = _totals(account, since, until)
+        query = _totals(account_id, since, until)
         async with self._connection() as connection:
             result = await (await connection.execution_options(**{READ_ONLY: True})).execute(query)
             return [DailyUsage(**{**row._mapping, **_whole_numbers(row._mapping)}) for row in result]
@@ -99,36 +100,24 @@ def _upgrade(connection: sa.Connection) -> None:
 
 
 def _row(record: UsageRecord) -> dict[str, Any]:
-    return {
-        "request_id": record.request_id,
-        "account": record.account,
-        "model": record.model,
-        "day": record.started_at.astimezone(UTC).date(),
-        "started_at": record.started_at,
-        "ended_at": record.ended_at,
-        "input_tokens": record.input_tokens,
-        "output_tokens": record.output_tokens,
-        "served_from_cache": record.served_from_cache,
-        "nanoneurons": record.neurons,
-        "outcome": record.outcome,
-    }
+    return {**asdict(record), "day": record.started_at.astimezone(UTC).date()}
 
 
-def _totals(account: str | None, since: date | None, until: date | None) -> sa.Select[Any]:
+def _totals(account_id: str | None, since: date | None, until: date | None) -> sa.Select[Any]:
     table = usage_records.c
-    keys = (table.account, table.day, table.model)
+    keys = (table.account_id, table.day, table.model)
     query = sa.select(
-        *keys,
+        *(column.label(column.key) for column in keys),
         sa.func.count().label("requests"),
-        _sum_where(table.served_from_cache, sa.literal(1)).label("cached_requests"),
-        _sum_where(~table.served_from_cache, table.input_tokens).label("input_tokens"),
-        _sum_where(~table.served_from_cache, table.output_tokens).label("output_tokens"),
-        _sum_where(table.served_from_cache, table.input_tokens).label("cached_input_tokens"),
-        _sum_where(table.served_from_cache, table.output_tokens).label("cached_output_tokens"),
-        sa.func.sum(table.nanoneurons).label("neurons"),
+        _sum_where(table.cached, sa.literal(1)).label("cached_requests"),
+        _sum_where(~table.cached, table.input_tokens).label("input_tokens"),
+        _sum_where(~table.cached, table.output_tokens).label("output_tokens"),
+        _sum_where(table.cached, table.input_tokens).label("cached_input_tokens"),
+        _sum_where(table.cached, table.output_tokens).label("cached_output_tokens"),
+        sa.func.sum(table.neurons).label("neurons"),
     )
     for condition in (
-        account is None or table.account == account,
+        account_id is None or table.account_id == account_id,
         since is None or table.day >= since,
         until is None or table.day <= until,
     ):

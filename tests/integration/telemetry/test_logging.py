@@ -196,7 +196,7 @@ async def test_request_is_one_line(serve_scripted: ServiceMaker, watched: Watche
         "request_id": completion.request_id,
         "method": GENERATE,
         "code": "OK",
-        "account": "anonymous",
+        "account_id": "anonymous",
         "finish_reason": "END_OF_SEQUENCE",
         "cached": False,
         "input_tokens": completion.usage.input_tokens,

@@ -40,8 +40,8 @@ from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.telemetry import metrics as metrics_module
 from llama2_server.telemetry.errors import TelemetryError
 from llama2_server.telemetry.metrics import GAUGES, GaugeSnapshot, Metrics
-from llama2_server.telemetry.metrics_server import scraped
-from llama2_server.telemetry.telemetry import opened
+from llama2_server.telemetry.metrics_server import metrics_server
+from llama2_server.telemetry.telemetry import open_telemetry
 
 REPLY = "Once upon a time, a fox lived by the sea."
 GENERATE = "llama2.v1.TextGenerationService/Generate"
@@ -281,18 +281,20 @@ async def test_port_in_use_is_one_line() -> None:
     """An address that cannot be listened on is refused by name."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(TelemetryError, match=f"metrics_listen: cannot listen on {listen}: Address already in use"):
-            async with opened(listen, None, model="m"):
+        with pytest.raises(
+            TelemetryError, match=f"--metrics-listen: cannot listen on {listen}: Address already in use"
+        ):
+            async with open_telemetry(listen, None, model="m"):
                 raise AssertionError
-    with pytest.raises(TelemetryError, match=r"metrics_listen: cannot listen on no\.such\.host\.invalid:0: "):
-        async with opened("no.such.host.invalid:0", None, model="m"):
+    with pytest.raises(TelemetryError, match=r"--metrics-listen: cannot listen on no\.such\.host\.invalid:0: "):
+        async with open_telemetry("no.such.host.invalid:0", None, model="m"):
             raise AssertionError
 
 
 async def test_port_speaks_ipv6() -> None:
     """[::1] is listened on like any other address."""
     async with AsyncExitStack() as stack:
-        address = stack.enter_context(scraped(CollectorRegistry(), "[::1]:0"))
+        address = stack.enter_context(metrics_server(CollectorRegistry(), "[::1]:0"))
         assert re.fullmatch(r"\[::1\]:\d+", address)
         assert await scrape(address) == ""
 
@@ -300,7 +302,7 @@ async def test_port_speaks_ipv6() -> None:
 async def test_silent_peers_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who connects and says nothing hinders no scrape, and is cut off."""
     monkeypatch.setattr("llama2_server.telemetry.metrics_server._Handler.timeout", 0.2)
-    with scraped(Metrics(CollectorRegistry()).registry, "127.0.0.1:0") as address:
+    with metrics_server(Metrics(CollectorRegistry()).registry, "127.0.0.1:0") as address:
         reader, writer = await asyncio.open_connection(*address.split(":"))
         assert "llama2_neurons_total 0.0" in await scrape(address)
         assert await asyncio.wait_for(reader.read(), 10) == b""
@@ -313,11 +315,11 @@ async def test_hanging_event_loop_costs_its_readings_only(monkeypatch: pytest.Mo
     metrics = Metrics(CollectorRegistry())
     metrics.read_from(lambda: GaugeSnapshot(1, 2, 3, True, 4, 5, 6, 7, True, 8.0, 9, 10, 11))
     metrics.on_step("decode", 0.02, 1)
-    with scraped(metrics.registry, "127.0.0.1:0") as address:
+    with metrics_server(metrics.registry, "127.0.0.1:0") as address:
         assert sample(await scrape(address), "llama2_requests_queued") == 1
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:  # it blocks this very loop
             text = answer.read().decode()
-    assert "\nllama2_waiting_requests" not in text
+    assert "\nllama2_requests_queued" not in text
     assert sample(text, 'llama2_engine_step_duration_seconds_count{phase="decode"}') == 1
 
 

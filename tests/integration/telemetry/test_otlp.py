@@ -86,7 +86,7 @@ def test_spans_reach_an_otlp_receiver(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
     names = [span.name for span in receiver.spans()]
-    assert sorted(names) == ["decode", "llama2.v1.TextGenerationService/Generate", "prefill", "validation", "wait"]
+    assert sorted(names) == ["decode", "llama2.v1.TextGenerationService/Generate", "prefill", "queue", "validation"]
     assert {span.trace_id.hex() for span in receiver.spans()} == {TRACE}
     (service,) = {attributes(resource.resource.attributes)["service.name"] for resource in receiver.resources}
     assert service == "llama2-grpc"
@@ -128,11 +128,13 @@ def test_endpoint_without_opentelemetry_says_what_to_install(tmp_path: Path) -> 
     with without_otel(*flags) as process:
         _, told = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert told == "llama2-server: otlp_endpoint: traces need the otel extra: pip install 'llama2-grpc[otel]'\n"
+    assert told == "llama2-server: --otlp-endpoint: traces need the otel extra; run pip install 'llama2-grpc[otel]'\n"
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "ftp://here", "http://"])
 def test_endpoint_that_is_none_is_refused(endpoint: str) -> None:
     """An endpoint without scheme or host is refused with an example of a good one."""
-    with pytest.raises(TelemetryError, match="otlp_endpoint: must be http://HOST:PORT"):
+    with pytest.raises(
+        TelemetryError, match=f"^--otlp-endpoint: {endpoint} is not a valid endpoint; use http://HOST:PORT"
+    ):
         check_endpoint(endpoint)

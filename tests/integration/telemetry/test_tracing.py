@@ -92,11 +92,11 @@ async def test_call_is_one_span_with_its_phases(serve_scripted: ServiceMaker, wa
         "gen_ai.usage.output_tokens": completion.usage.output_tokens,
         "llama2.neurons": float(completion.usage.neurons),
         "llama2.cached": False,
-        "llama2.account": "anonymous",
+        "llama2.account_id": "anonymous",
         "llama2.request_id": completion.request_id,
     }
     children = children_of(root, spans)
-    assert [child.name for child in children] == ["validation", "wait", "prefill", "decode"]
+    assert [child.name for child in children] == ["validation", "queue", "prefill", "decode"]
     assert len(spans) == 5
     moments = [moment for child in children for moment in (child.start_time or 0, child.end_time or 0)]
     assert moments == sorted(moments)
@@ -154,7 +154,7 @@ async def test_cancelled_call_has_its_status_and_what_was_computed(
     assert root.status.status_code is StatusCode.UNSET
     assert facts(root)["gen_ai.usage.output_tokens"] == 2
     assert "gen_ai.response.finish_reasons" not in facts(root)
-    assert [child.name for child in children_of(root, spans)] == ["validation", "wait", "prefill", "decode"]
+    assert [child.name for child in children_of(root, spans)] == ["validation", "queue", "prefill", "decode"]
 
 
 async def test_expired_call_is_an_error(serve_scripted: ServiceMaker, watched: Watched) -> None:
@@ -171,7 +171,7 @@ async def test_expired_call_is_an_error(serve_scripted: ServiceMaker, watched: W
     assert root.status.status_code is StatusCode.ERROR
     assert facts(root)["error.type"] == "DEADLINE_EXCEEDED"
     assert facts(root)["gen_ai.usage.output_tokens"] == 0
-    assert [child.name for child in children_of(root, spans)] == ["validation", "wait"]
+    assert [child.name for child in children_of(root, spans)] == ["validation", "queue"]
 
 
 async def test_engine_fault_is_an_error_without_its_text(serve_scripted: ServiceMaker, watched: Watched) -> None:
@@ -185,7 +185,7 @@ async def test_engine_fault_is_an_error_without_its_text(serve_scripted: Service
     assert (root.status.status_code, root.status.description) == (StatusCode.ERROR, None)
     assert facts(root)["error.type"] == "INTERNAL"
     assert not any(span.events for span in spans)
-    assert [child.name for child in children_of(root, spans)] == ["validation", "wait", "prefill"]
+    assert [child.name for child in children_of(root, spans)] == ["validation", "queue", "prefill"]
 
 
 async def test_cache_hit_waits_for_nothing(
@@ -221,7 +221,7 @@ async def test_shared_generation_is_in_both_traces(
     assert first.context.trace_id != second.context.trace_id
     assert [facts(root)["llama2.cached"] for root in (first, second)] == [False, True]
     names = [[child.name for child in children_of(root, spans)] for root in (first, second)]
-    assert names == [["validation", "wait", "prefill", "decode"], ["validation", "decode"]]
+    assert names == [["validation", "queue", "prefill", "decode"], ["validation", "decode"]]
     decode = children_of(second, spans)[-1]
     assert (decode.start_time or 0) >= (second.start_time or 0)
 
@@ -268,4 +268,4 @@ async def test_probes_and_reflection_have_no_spans(serve_scripted: ServiceMaker,
         await service.text.CountTokens(pb.CountTokensRequest(prompt="x"))
         (root,) = await watched.trace("OK")
     assert root.name == f"{SERVICE}/CountTokens"
-    assert facts(root)["llama2.account"] == "anonymous"
+    assert facts(root)["llama2.account_id"] == "anonymous"

@@ -59,15 +59,12 @@ async def crash(ledger: Ledger) -> None:
 async def stored(url: str) -> list[UsageRecord]:
     """All records of a store."""
     engine = create_engine(url)
-    columns = [column for column in usage_records.c if column.name != "day"]
+    columns = [column.label(column.key) for column in usage_records.c if column.key != "day"]
     async with engine.connect() as connection:
         await connection.execution_options(**{READ_ONLY: True})
         rows = (await connection.execute(sa.select(*columns))).mappings().all()
     await engine.dispose()
-    return [
-        UsageRecord(**{"neurons" if name == "nanoneurons" else name: value for name, value in row.items()})
-        for row in rows
-    ]
+    return [UsageRecord(**row) for row in rows]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def running(request_id: str, account: str = "acme") -> RunningRequest:
 
 
 def end(journal: Journal, request_id: str, outcome: str = "MAX_TOKENS") -> None:
-    journal.end(request_id, outcome, TokenUsage(3, 5), START + timedelta(seconds=1), served_from_cache=False)
+    journal.finish(request_id, outcome, TokenUsage(3, 5), START + timedelta(seconds=1), cached=False)
 
 
 def crash_and_reopen(journal: Journal, directory: Path, limit_bytes: int = LIMIT) -> Journal:
@@ -56,7 +56,7 @@ def ids(journal: Journal) -> list[str]:
 def test_entries_survive_their_lines(account: str) -> None:
     """Every kind of entry reads back as it was written, on one line."""
     request = running("one", account)
-    record = request.ended("CANCELLED", TokenUsage(7, 11), START, served_from_cache=False)
+    record = request.finish("CANCELLED", TokenUsage(7, 11), START, cached=False)
     for entry in (request, Progress("one", TokenUsage(7, 3)), record):
         line = encode(entry)
         assert line.count(b"\n") == 1
@@ -78,7 +78,7 @@ def test_killed_server_leaves_records_and_interrupted_requests(tmp_path: Path) -
     assert (records["runs"].outcome, records["waits"].outcome) == (INTERRUPTED, INTERRUPTED)
     assert (records["runs"].input_tokens, records["runs"].output_tokens) == (9, 40)
     assert records["runs"].neurons == neurons(TokenUsage(9, 40), COSTS)
-    assert records["runs"].ended_at > records["runs"].started_at
+    assert records["runs"].finished_at > records["runs"].started_at
     assert records["waits"].neurons == records["waits"].output_tokens == 0
     journal.release()
 

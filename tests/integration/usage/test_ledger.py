@@ -22,8 +22,8 @@ from llama2_server.errors import UsageJournalFull, UsageUnavailable
 from llama2_server.usage.errors import LedgerError
 from llama2_server.usage.journal.journal import PROGRESS_TOKENS
 from llama2_server.usage.ledger import Ledger, default_url, read_totals
-from llama2_server.usage.pricing import TokenUsage, neurons
-from llama2_server.usage.records import INTERRUPTED, NOTHING_COMPUTED, DailyUsage, UsageRecord
+from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage, neurons
+from llama2_server.usage.records import INTERRUPTED, DailyUsage, UsageRecord
 
 ENDS = ("END_OF_SEQUENCE", "STOP_SEQUENCE", "MAX_TOKENS", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL")
 SOON = 20.0  # longer than any recovery takes
@@ -33,16 +33,16 @@ SOON = 20.0  # longer than any recovery takes
 class Expected:
     """What the model of the ledger knows of one request."""
 
-    account: str
-    counts: TokenUsage = NOTHING_COMPUTED
+    account_id: str
+    tokens: TokenUsage = ZERO_TOKENS
     outcome: str = INTERRUPTED  # unless it ends
     cached: bool = False
 
     def check(self, record: UsageRecord) -> None:
         """Exact for a request that ended; within the stated loss for one that was interrupted."""
-        assert (record.account, record.outcome) == (self.account, self.outcome)
-        assert (record.served_from_cache, record.input_tokens) == (self.cached, self.counts.input_tokens)
-        lost = self.counts.output_tokens - record.output_tokens
+        assert (record.account_id, record.outcome) == (self.account_id, self.outcome)
+        assert (record.cached, record.input_tokens) == (self.cached, self.tokens.input_tokens)
+        lost = self.tokens.output_tokens - record.output_tokens
         assert lost == 0 if self.outcome != INTERRUPTED else 0 <= lost < PROGRESS_TOKENS
         computed = TokenUsage(record.input_tokens, record.output_tokens)
         assert record.neurons == (0 if self.cached else neurons(computed, COSTS))
@@ -106,21 +106,19 @@ class History:
     async def _progress(self) -> None:
         if self._running:
             request_id = self._draw.choice(list(self._running))
-            before = self.expected[request_id].counts
+            before = self.expected[request_id].tokens
             after = TokenUsage(before.input_tokens or self._draw.randrange(1, 3000), before.output_tokens + 7)
             self._running[request_id].progress(request_id, after)
-            self.expected[request_id].counts = after
+            self.expected[request_id].tokens = after
 
     async def _finish(self) -> None:
         if self._running:
             request_id = self._draw.choice(list(self._running))
             expected = self.expected[request_id]
-            expected.cached = expected.counts.input_tokens == 0 and self._draw.random() < 0.5
+            expected.cached = expected.tokens.input_tokens == 0 and self._draw.random() < 0.5
             expected.outcome = self._draw.choice(ENDS)
-            expected.counts = TokenUsage(expected.counts.input_tokens, expected.counts.output_tokens + 1)
-            self._running.pop(request_id).finish(
-                request_id, expected.outcome, expected.counts, served_from_cache=expected.cached
-            )
+            expected.tokens = TokenUsage(expected.tokens.input_tokens, expected.tokens.output_tokens + 1)
+            self._running.pop(request_id).finish(request_id, expected.outcome, expected.tokens, cached=expected.cached)
 
     async def _pause(self) -> None:
         """Let the ledgers write, for a while or until all is written."""
@@ -233,7 +231,7 @@ async def test_sigkill_in_the_middle(tmp_path: Path, url: str, open_ledger: Ledg
 
 
 async def test_two_servers_on_one_store(tmp_path: Path, url: str, open_ledger: LedgerOpener) -> None:
-    """50 clients of 5 accounts on two servers, 10% cancelling: one record each, neurons exact to the last digit."""
+    """50 clients of 5 actokens on two servers, 10% cancelling: one record each, neurons exact to the last digit."""
     ledgers = [await open_ledger(url=url, data_directory=tmp_path / name) for name in ("one", "two")]
     spent: dict[str, Decimal] = {f"account-{number}": Decimal(0) for number in range(5)}
     draw = random.Random(5)
@@ -243,11 +241,11 @@ async def test_two_servers_on_one_store(tmp_path: Path, url: str, open_ledger: L
         for request in range(10):
             request_id = f"{number}.{request}"
             ledger.admit(request_id, account, "model")
-            counts = TokenUsage(draw.randrange(1, 3000), draw.randrange(2500))
-            ledger.progress(request_id, counts)
+            tokens = TokenUsage(draw.randrange(1, 3000), draw.randrange(2500))
+            ledger.progress(request_id, tokens)
             await asyncio.sleep(0)
-            ledger.finish(request_id, "CANCELLED" if draw.random() < 0.1 else "MAX_TOKENS", counts)
-            spent[account] += neurons(counts, COSTS)
+            ledger.finish(request_id, "CANCELLED" if draw.random() < 0.1 else "MAX_TOKENS", tokens)
+            spent[account] += neurons(tokens, COSTS)
 
     await asyncio.gather(*(client(number) for number in range(50)))
     await ledgers[1].close()
@@ -263,7 +261,7 @@ async def test_totals_hold_what_has_just_ended(url: str, open_ledger: LedgerOpen
     ledger = await open_ledger(url=url, now=lambda: times.pop(0))
     request_of(ledger, "first")  # January to February
     ledger.admit("second", "acme", "model")
-    ledger.finish("second", "END_OF_SEQUENCE", TokenUsage(3, 5), served_from_cache=True)
+    ledger.finish("second", "END_OF_SEQUENCE", TokenUsage(3, 5), cached=True)
     request_of(ledger, "third", "other")
     days = [date(2026, 1, 31), date(2026, 2, 1)]
     price = neurons(TokenUsage(3, 5), COSTS)

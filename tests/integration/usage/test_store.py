@@ -27,13 +27,13 @@ MIDNIGHT = datetime(2026, 3, 1, tzinfo=UTC)
 
 def record(request_id: str, **changes: object) -> UsageRecord:
     values: dict[str, object] = {
-        "account": "acme",
+        "account_id": "acme",
         "model": "model",
         "started_at": MIDNIGHT,
-        "ended_at": MIDNIGHT + timedelta(seconds=2, microseconds=3),
+        "finished_at": MIDNIGHT + timedelta(seconds=2, microseconds=3),
         "input_tokens": 7,
         "output_tokens": 11,
-        "served_from_cache": False,
+        "cached": False,
         "neurons": Decimal("6.6096"),
         "outcome": "MAX_TOKENS",
         **changes,
@@ -44,7 +44,7 @@ def record(request_id: str, **changes: object) -> UsageRecord:
 def expected_totals(records: list[UsageRecord], account: str) -> list[DailyUsage]:
     groups: dict[tuple[date, str], list[UsageRecord]] = defaultdict(list)
     for one in records:
-        if one.account == account:
+        if one.account_id == account:
             groups[one.started_at.date(), one.model].append(one)
     return [
         DailyUsage(
@@ -52,11 +52,11 @@ def expected_totals(records: list[UsageRecord], account: str) -> list[DailyUsage
             day,
             model,
             len(group),
-            sum(one.served_from_cache for one in group),
-            sum(one.input_tokens for one in group if not one.served_from_cache),
-            sum(one.output_tokens for one in group if not one.served_from_cache),
-            sum(one.input_tokens for one in group if one.served_from_cache),
-            sum(one.output_tokens for one in group if one.served_from_cache),
+            sum(one.cached for one in group),
+            sum(one.input_tokens for one in group if not one.cached),
+            sum(one.output_tokens for one in group if not one.cached),
+            sum(one.input_tokens for one in group if one.cached),
+            sum(one.output_tokens for one in group if one.cached),
             sum((one.neurons for one in group), Decimal(0)),
         )
         for (day, model), group in sorted(groups.items())
@@ -69,7 +69,7 @@ async def test_records_read_back_as_they_were_written(url: str) -> None:
     await store.migrate()
     records = [
         record("plain"),
-        record("cached", served_from_cache=True, neurons=Decimal(0), account="münchen 🦙"),
+        record("cached", cached=True, neurons=Decimal(0), account_id="münchen 🦙"),
         record("large", input_tokens=2**40, neurons=Decimal("9000000000.000000001")),
     ]
     await store.insert(records)
@@ -86,13 +86,13 @@ async def test_totals_are_exact(url: str, seed: int) -> None:
     records = [
         record(
             f"{number}",
-            account=draw.choice(["acme", "other"]),
+            account_id=draw.choice(["acme", "other"]),
             model=draw.choice(["a", "b"]),
             started_at=MIDNIGHT + timedelta(microseconds=draw.choice([-1, 0, 1]) + draw.randrange(3) * 86_400_000_000),
-            ended_at=MIDNIGHT + timedelta(days=9),
+            finished_at=MIDNIGHT + timedelta(days=9),
             input_tokens=draw.randrange(3000),
             output_tokens=draw.randrange(2500),
-            served_from_cache=(cached := draw.random() < 0.2),
+            cached=(cached := draw.random() < 0.2),
             neurons=Decimal(0) if cached else Decimal(draw.randrange(10**15)).scaleb(-9),
         )
         for number in range(500)

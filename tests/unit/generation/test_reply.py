@@ -14,8 +14,8 @@ GENERATION = SimpleNamespace(
     counts=TokenUsage(3, 5),
     params=GenerationParams(max_tokens=5),
     reused_input_tokens=0,
-    started_at=12.0,
-    slot_at=13.0,
+    queued_at=12.0,
+    admitted_at=13.0,
     first_token_at=15.0,
     finished_at=18.0,
 )

@@ -17,7 +17,7 @@ class Progress:
     """What has been computed so far for a request that runs."""
 
     request_id: str
-    counts: TokenUsage
+    tokens: TokenUsage
 
 
 Entry = RunningRequest | Progress | UsageRecord
@@ -59,33 +59,33 @@ def decode_all(data: bytes) -> Iterator[Entry | None]:
 
 def _fields(entry: Entry) -> list[object]:
     if isinstance(entry, Progress):
-        return ["progress", entry.request_id, entry.counts.input_tokens, entry.counts.output_tokens]
-    who = [entry.request_id, entry.account, entry.model, entry.started_at.isoformat()]
+        return ["progress", entry.request_id, entry.tokens.input_tokens, entry.tokens.output_tokens]
+    common = [entry.request_id, entry.account_id, entry.model, entry.started_at.isoformat()]
     if isinstance(entry, RunningRequest):
         costs = {metric: str(cost) for metric, cost in entry.neuron_costs.items()}
-        return ["running", *who, costs, entry.counts.input_tokens, entry.counts.output_tokens]
-    tokens = [entry.input_tokens, entry.output_tokens, entry.served_from_cache, decimal_text(entry.neurons)]
-    return ["ended", *who, entry.ended_at.isoformat(), *tokens, entry.outcome]
+        return ["running", *common, costs, entry.tokens.input_tokens, entry.tokens.output_tokens]
+    tokens = [entry.input_tokens, entry.output_tokens, entry.cached, decimal_text(entry.neurons)]
+    return ["ended", *common, entry.finished_at.isoformat(), *tokens, entry.outcome]
 
 
 def _running(
-    request_id: str, account: str, model: str, started_at: str, costs: dict[str, str], inputs: int, outputs: int
+    request_id: str, account_id: str, model: str, started_at: str, costs: dict[str, str], inputs: int, outputs: int
 ) -> RunningRequest:
     neuron_costs = {metric: Decimal(cost) for metric, cost in costs.items()}
-    counts = TokenUsage(inputs, outputs)
-    return RunningRequest(request_id, account, model, datetime.fromisoformat(started_at), neuron_costs, counts)
+    tokens = TokenUsage(inputs, outputs)
+    return RunningRequest(request_id, account_id, model, datetime.fromisoformat(started_at), neuron_costs, tokens)
 
 
 def _progress(request_id: str, inputs: int, outputs: int) -> Progress:
     return Progress(request_id, TokenUsage(inputs, outputs))
 
 
-def _ended(request_id: str, account: str, model: str, started_at: str, ended_at: str, *rest: Any) -> UsageRecord:
-    inputs, outputs, served_from_cache, neurons, outcome = rest
-    times = datetime.fromisoformat(started_at), datetime.fromisoformat(ended_at)
-    return UsageRecord(
-        request_id, account, model, *times, inputs, outputs, served_from_cache, Decimal(neurons), outcome
-    )
+def _finished(
+    request_id: str, account_id: str, model: str, started_at: str, finished_at: str, *rest: Any
+) -> UsageRecord:
+    inputs, outputs, cached, neurons, outcome = rest
+    times = datetime.fromisoformat(started_at), datetime.fromisoformat(finished_at)
+    return UsageRecord(request_id, account_id, model, *times, inputs, outputs, cached, Decimal(neurons), outcome)
 
 
-_READERS: dict[str, Any] = {"running": _running, "progress": _progress, "ended": _ended}
+_READERS: dict[str, Any] = {"running": _running, "progress": _progress, "ended": _finished}

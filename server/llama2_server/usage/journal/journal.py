@@ -68,10 +68,10 @@ class Journal:
         return self._segments.size
 
     @property
-    def oldest_ended_at(self) -> datetime | None:
+    def oldest_finished_at(self) -> datetime | None:
         """When the oldest pending record's request ended."""
         try:
-            return self._pending[0][0].ended_at
+            return self._pending[0][0].finished_at
         except IndexError:
             return None
 
@@ -83,7 +83,7 @@ class Journal:
         """
         line = encode(request)
         with self._lock:
-            self._refuse_when_full(line)
+            self._check_capacity(line)
 
     def admit(self, request: RunningRequest) -> None:
         """Write down that a request runs, with room for its end.
@@ -93,7 +93,7 @@ class Journal:
         """
         line = encode(request)
         with self._lock:
-            reserve = self._refuse_when_full(line)
+            reserve = self._check_capacity(line)
             try:
                 self._append(line)
             except OSError as error:
@@ -103,21 +103,21 @@ class Journal:
             self._reserved[request.request_id] = reserve
             self._reserved_bytes += reserve
 
-    def progress(self, request_id: str, counts: TokenUsage) -> None:
+    def progress(self, request_id: str, tokens: TokenUsage) -> None:
         """Take note of what was computed; written down after the prefill, then once every PROGRESS_TOKENS."""
         request = self._running.get(request_id)
         if request is None:
             return  # it has ended meanwhile
-        new_tokens = counts.output_tokens - request.counts.output_tokens
-        if new_tokens < PROGRESS_TOKENS and counts.input_tokens == request.counts.input_tokens:
+        new_tokens = tokens.output_tokens - request.tokens.output_tokens
+        if new_tokens < PROGRESS_TOKENS and tokens.input_tokens == request.tokens.input_tokens:
             return
         with self._lock:
-            request.counts = counts
+            request.tokens = tokens
             if request_id in self._running:
-                self._append_if_room(encode(Progress(request_id, counts)))
+                self._append_if_room(encode(Progress(request_id, tokens)))
 
-    def end(
-        self, request_id: str, outcome: str, counts: TokenUsage, ended_at: datetime, *, served_from_cache: bool
+    def finish(
+        self, request_id: str, outcome: str, tokens: TokenUsage, finished_at: datetime, *, cached: bool
     ) -> UsageRecord | None:
         """Write down a request's record; where the disk refuses, it stays in memory until the store has it."""
         with self._lock:
@@ -125,7 +125,7 @@ class Journal:
             if request is None:
                 logger.error("request %s has ended before; its second end is ignored", request_id)
                 return None
-            record = request.ended(outcome, counts, ended_at, served_from_cache=served_from_cache)
+            record = request.finish(outcome, tokens, finished_at, cached=cached)
             self._reserved_bytes -= self._reserved.pop(request_id)
             try:
                 self._append(encode(record))
@@ -159,7 +159,7 @@ class Journal:
         with self._lock:
             self._segments.release(remove=not self._pending and not self._running)
 
-    def _refuse_when_full(self, line: bytes) -> int:
+    def _check_capacity(self, line: bytes) -> int:
         """The room that a request's end needs, if it and the line are there."""
         reserve = len(line) + ENDED_LINE_EXTRA_BYTES
         if self.size + self._reserved_bytes + len(line) + reserve > self._limit_bytes:
@@ -214,7 +214,7 @@ class _Recovery:
                 case RunningRequest():
                     self._running[entry.request_id] = entry
                 case Progress() if entry.request_id in self._running:
-                    self._running[entry.request_id].counts = entry.counts
+                    self._running[entry.request_id].tokens = entry.tokens
                 case UsageRecord():
                     self._running.pop(entry.request_id, None)
                     self._add_pending(entry, segment)
@@ -225,9 +225,9 @@ class _Recovery:
     def interrupt(self) -> None:
         if self._last is None:
             return
-        ended_at = datetime.fromtimestamp(self._last.path.stat().st_mtime, UTC)
+        finished_at = datetime.fromtimestamp(self._last.path.stat().st_mtime, UTC)
         for request in self._running.values():
-            record = request.ended(INTERRUPTED, request.counts, ended_at, served_from_cache=False)
+            record = request.finish(INTERRUPTED, request.tokens, finished_at, cached=False)
             self._add_pending(record, self._last)
         logger.info(
             "recovered the journal of a server that was killed: %d records, %d requests interrupted",
