@@ -59,10 +59,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Importing gRPC takes a while, and `llama2 --help` needs none of it: names are looked up when they are first used.
+    # Load the modules on first use, because `llama2 --help` does not need gRPC and importing gRPC is slow.
     if name in __all__:
-        for module in ("client", "chat", "errors", "reply"):
-            found = getattr(import_module(f".{module}", __name__), name, None)
-            if found is not None:
-                return found
+        for module in ("client", "chat", "errors", "reply", "request"):
+            value = getattr(import_module(f".{module}", __name__), name, None)
+            if value is not None:
+                return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

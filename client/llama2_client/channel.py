@@ -1,4 +1,4 @@
-"""The gRPC channel of a client: its targets, retries, balancing and limits."""
+"""The gRPC channel of a client: target, TLS, retries, load balancing and limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_PORT = 50051
 _SCHEMES = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):|[a-z][a-z0-9+.-]*://")
 
 _SERVICE_CONFIG = {
-    # A headless Kubernetes service resolves to one address a pod: each gets calls in turn.
+    # A headless Kubernetes service resolves to one address per pod. Round robin spreads the calls over all of them.
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
         {
@@ -22,9 +22,9 @@ _SERVICE_CONFIG = {
                 {"service": model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name},
                 {"service": account_pb2.DESCRIPTOR.services_by_name["AccountService"].full_name},
             ],
-            # gRPC itself retries, after a jittered backoff or the server's own pushback, within the deadline and only
-            # before the first message: no reply is ever begun twice. CANCELLED is what a call gets that reaches a gRPC
-            # server just when it stops.
+            # gRPC itself retries: after a jittered backoff or the server's pushback, within the deadline, and only
+            # before the first message, so that no reply starts twice. A call that reaches a gRPC server while the
+            # server stops ends with CANCELLED.
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.1s",
@@ -39,30 +39,32 @@ _SERVICE_CONFIG = {
 _CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     ("grpc.enable_retries", 1),
-    # gRPC servers close connections that are pinged more often than every five minutes, unless they are told otherwise.
+    # By default, gRPC servers close connections that send pings more often than every five minutes.
     ("grpc.keepalive_time_ms", 310_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # A server that was restarted is found again before the last retry of a call that needs it; gRPC's own limit is two
-    # minutes.
+    # With gRPC's own limit of two minutes, the last retry of a call could miss a server that has restarted.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # The addresses of new replicas are asked for as soon as a connection goes; gRPC would wait for 30 seconds.
+    # Look up the addresses of new replicas soon after a connection is lost; gRPC waits 30 seconds by default.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-    # The longest reply is far below this; a request that a server could accept is too.
+    # The longest reply and the largest request that a server accepts are far smaller.
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
     ("grpc.max_send_message_length", 4 * 1024 * 1024),
 )
 
 
 def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    """A channel, which connects at its first call; it belongs to the event loop that runs now."""
+    """Open a channel on the running event loop; it connects at its first call."""
     if credentials is None:
         return grpc.aio.insecure_channel(target, _CHANNEL_OPTIONS)
     return grpc.aio.secure_channel(target, credentials, _CHANNEL_OPTIONS)
 
 
 def grpc_target(target: str) -> str:
-    """Resolve plain addresses by DNS, on the default port where none is given; leave gRPC's own targets alone."""
+    """Return the gRPC target of a plain address: resolved by DNS, with the default port if it has none.
+
+    A target with a scheme of gRPC's, such as `unix:`, is returned unchanged.
+    """
     if _SCHEMES.match(target):
         return target
     if target.count(":") > 1 and not target.startswith("["):
@@ -72,8 +74,8 @@ def grpc_target(target: str) -> str:
     return f"dns:///{target}"
 
 
-def credentials_of(tls: bool | bytes | grpc.ChannelCredentials) -> grpc.ChannelCredentials | None:
-    """The credentials that `Client`'s `tls` asks for; None for plain text."""
+def channel_credentials(tls: bool | bytes | grpc.ChannelCredentials) -> grpc.ChannelCredentials | None:
+    """Return the channel credentials for the `tls` argument of `Client`; None for plain text."""
     match tls:
         case False:
             return None

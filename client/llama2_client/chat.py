@@ -1,4 +1,4 @@
-"""A conversation: `Chat` keeps the history that makes each turn an answer to those before it."""
+"""A conversation with the model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from llama2_client.request import GenerationOptions
 
 
 class Chat:
-    """A conversation with the model.
+    """A conversation with the model: each turn sends the completed turns before it.
 
     ```python
     chat = client.chat(system="You are a pirate.")
-    print((await chat.say("Where are we?")).text)
-    print((await chat.say("And where to?")).text)
+    print((await chat.send("Where are we?")).text)
+    print((await chat.send("And where to?")).text)
     ```
 
-    The history holds completed turns only. A turn that fails, is cancelled or is left early leaves no trace in it,
-    neither the question nor the part of the answer that came: say it again, or something else. Turns come one after the
-    other: to begin one while another is open raises RuntimeError.
+    The history holds completed turns only. A turn that fails, is cancelled or is closed early leaves no trace in it:
+    neither the question nor the partial answer. Send the same text again, or another one.
+
+    Turns run one at a time. Starting a turn while another one is open raises RuntimeError.
 
     Args:
-        stream: starts a reply; `Client.stream`.
-        system: how the model shall behave; None for the card's default.
-        defaults: generation options of every turn; a turn's own go before them.
+        stream: starts a reply, as `Client.stream` does.
+        system: the system message; None uses the card's default.
+        defaults: generation options for every turn; the options of a turn override them.
     """
 
     def __init__(
@@ -36,38 +37,41 @@ class Chat:
         self._stream = stream
         self._defaults = defaults
         self._turns: tuple[Message, ...] = ()
-        self._open: weakref.ref[ReplyStream] | None = None
+        self._open_stream: weakref.ref[ReplyStream] | None = None
 
     @property
     def history(self) -> tuple[Message, ...]:
-        """The completed turns so far, the system message before them if there is one."""
+        """The messages of the completed turns, preceded by the system message if one is set."""
         system = () if self.system is None else (Message("system", self.system),)
         return system + self._turns
 
-    async def say(self, text: str, **options: Unpack[GenerationOptions]) -> Reply:
-        """Say something and wait for the whole reply."""
+    async def send(self, text: str, **options: Unpack[GenerationOptions]) -> Reply:
+        """Send the user's next message and return the whole reply."""
         async with self.stream(text, **options) as stream:
             async for _ in stream:
                 pass
         return stream.reply
 
     def stream(self, text: str, **options: Unpack[GenerationOptions]) -> ReplyStream:
-        """Say something and return the reply as it comes; read it to its end for the turn to count."""
-        turn_before = self._open() if self._open is not None else None
-        if turn_before is not None and not turn_before.closed:
-            raise RuntimeError("the turn before has not ended: read it to its end or close it")
+        """Send the user's next message and stream the reply.
+
+        The turn joins the history only if the stream is read to its end.
+        """
+        previous = self._open_stream() if self._open_stream is not None else None
+        if previous is not None and not previous.closed:
+            raise RuntimeError("the previous turn is still open; read its stream to the end or close it")
 
         question = Message("user", text)
         merged: GenerationOptions = {**self._defaults, **options}
         stream = self._stream(messages=(*self.history, question), **merged)
 
-        def keep(reply: Reply) -> None:
+        def append_turn(reply: Reply) -> None:
             self._turns += (question, Message("assistant", reply.text))
 
-        stream.when_complete(keep)
-        self._open = weakref.ref(stream)
+        stream.on_complete(append_turn)
+        self._open_stream = weakref.ref(stream)
         return stream
 
     def clear(self) -> None:
-        """Forget all turns; the system message stays."""
+        """Remove all turns from the history; the system message stays."""
         self._turns = ()

@@ -1,6 +1,6 @@
 """The async client of the service."""
 
-# ruff: noqa: ASYNC109 - a call's deadline goes with it to the server, which `asyncio.timeout` does not.
+# ruff: noqa: ASYNC109 - gRPC sends the deadline of a call to the server; `asyncio.timeout` cannot.
 from __future__ import annotations
 
 import enum
@@ -23,14 +23,14 @@ from llama2.v1 import (
     text_generation_pb2,
     text_generation_pb2_grpc,
 )
-from llama2_client.channel import DEFAULT_PORT, credentials_of, grpc_target, open_channel
+from llama2_client.channel import DEFAULT_PORT, channel_credentials, grpc_target, open_channel
 from llama2_client.chat import Chat
-from llama2_client.errors import Llama2Error, mapped
-from llama2_client.reply import Message, Reply, ReplyStream, reply_of
+from llama2_client.errors import Llama2Error, translate_errors
+from llama2_client.reply import Message, Reply, ReplyStream
 from llama2_client.request import GenerationOptions, build_request
 
 DEFAULT_TIMEOUT_SECONDS = 120.0
-# Three years: far beyond, gRPC's clock overflows and a call would fail at once.
+# Three years. gRPC's clock overflows far above this, and the call would fail immediately.
 MAX_TIMEOUT_SECONDS = 1e8
 
 _Request = TypeVar("_Request", bound=ProtobufMessage)
@@ -38,17 +38,17 @@ _Response = TypeVar("_Response", bound=ProtobufMessage)
 
 
 class HealthStatus(enum.StrEnum):
-    """How a service of the server is, in the words of gRPC's health protocol."""
+    """The status of a service, as defined by the gRPC health protocol."""
 
     UNKNOWN = "UNKNOWN"
     SERVING = "SERVING"
     NOT_SERVING = "NOT_SERVING"
-    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"  # the server has no service of that name
+    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"  # the server does not have a service of this name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCount:
-    """The input tokens of a request, and the largest `max_tokens` that they leave (0 when they do not fit)."""
+    """The input tokens of a request and the largest possible `max_tokens`: 0 if the input does not fit the context."""
 
     input_tokens: int
     max_output_tokens: int
@@ -63,15 +63,15 @@ class Client:
         print(reply.text, reply.neurons)
     ```
 
-    Every call raises a Llama2Error when it fails. A call whose task is cancelled is cancelled on the server at once.
+    A call that fails raises a Llama2Error. Cancelling the task of a call cancels the call on the server immediately.
 
     Args:
         target: `host:port`, resolved by DNS, or any gRPC target such as `ipv4:10.0.0.1:50051,10.0.0.2:50051` or
-            `unix:/run/llama2.sock`. Calls go to all addresses in turn. The port may be left out: 50051.
-        api_key: sent as `authorization: Bearer …`. Without `tls` it crosses the network in the clear.
-        timeout: the default deadline of a call in seconds; None for none.
-        tls: True for the public root certificates, the PEM bytes of root certificates, or gRPC channel credentials (for
-            client certificates); False for plain text.
+            `unix:/run/llama2.sock`. The default port is 50051. Calls are distributed round robin over all addresses.
+        api_key: sent as `authorization: Bearer …`. Without `tls`, the key is sent unencrypted.
+        timeout: the default deadline of a call in seconds; None for no deadline.
+        tls: True to trust the public root certificates, PEM bytes to trust these root certificates, gRPC channel
+            credentials for anything else (such as client certificates), or False for plain text.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Client:
         tls: bool | bytes | grpc.ChannelCredentials = False,
     ) -> None:
         if timeout is not None and math.isnan(timeout):
-            raise ValueError("timeout must be a number of seconds")
-        # gRPC would name the whole header, key and all, in its own error.
+            raise ValueError("timeout: must be a number of seconds, got nan")
+        # gRPC's own error would contain the whole header, including the key.
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("api_key must be printable ASCII")
+            raise ValueError("api_key: must be printable ASCII")
         self.target = grpc_target(target)
         self.timeout = timeout
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
-        self._credentials = credentials_of(tls)
+        self._credentials = channel_credentials(tls)
         self._open_channel: grpc.aio.Channel | None = None
 
     def __repr__(self) -> str:
@@ -105,7 +105,7 @@ class Client:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections; calls under way are cancelled. The next call opens new ones."""
+        """Close the connections and cancel the calls in progress. The next call opens new connections."""
         channel, self._open_channel = self._open_channel, None
         if channel is not None:
             await channel.close()
@@ -118,12 +118,19 @@ class Client:
         raw: bool | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Reply:
-        """Generate a whole reply to `prompt` or `messages`; `raw`: continue the prompt, with no chat template."""
+        """Generate a whole reply to `prompt` or `messages`.
+
+        Args:
+            prompt: the text to reply to.
+            messages: the conversation to reply to, instead of `prompt`.
+            raw: True continues `prompt` without the chat template.
+            options: sampling options, `stop`, `no_cache` and `timeout`; see GenerationOptions.
+        """
         timeout = options.pop("timeout", None)
         request = build_request(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
         generate = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).Generate
         response = await self._unary(generate, request, timeout)
-        return reply_of(response.response, response.completion)
+        return Reply.from_proto(response.response, response.completion)
 
     def stream(
         self,
@@ -133,14 +140,14 @@ class Client:
         raw: bool | None = None,
         **options: Unpack[GenerationOptions],
     ) -> ReplyStream:
-        """Start a reply and return its text as it comes. Takes what `generate` takes; needs a running event loop."""
+        """Start a reply and stream its text. Takes the arguments of `generate`; needs a running event loop."""
         timeout = options.pop("timeout", None)
         request = build_request(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
         generate_stream = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).GenerateStream
         return ReplyStream(generate_stream(request, timeout=self._seconds(timeout), metadata=self._metadata))
 
     def chat(self, system: str | None = None, **defaults: Unpack[GenerationOptions]) -> Chat:
-        """Start a conversation; `defaults` hold for each of its turns."""
+        """Start a conversation; `defaults` are the generation options of every turn."""
         return Chat(self.stream, system, **defaults)
 
     async def count_tokens(
@@ -151,21 +158,21 @@ class Client:
         raw: bool | None = None,
         timeout: float | None = None,
     ) -> TokenCount:
-        """Count the input tokens of a request without generating."""
+        """Count the input tokens of a request without generating a reply."""
         request = build_request(text_generation_pb2.CountTokensRequest(), prompt, messages, raw, {})
         count_tokens = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).CountTokens
         response = await self._unary(count_tokens, request, timeout)
         return TokenCount(input_tokens=response.input_tokens, max_output_tokens=response.max_output_tokens)
 
     async def model_card(self, *, timeout: float | None = None) -> model_pb2.ModelCard:
-        """Ask for the model card in force, as the contract's own message."""
+        """Return the server's model card as a protobuf message."""
         get_model_card = model_pb2_grpc.ModelServiceStub(self._channel).GetModelCard
         return (await self._unary(get_model_card, model_pb2.GetModelCardRequest(), timeout)).model_card
 
     async def usage(
         self, *, since: date | None = None, until: date | None = None, timeout: float | None = None
     ) -> account_pb2.GetUsageResponse:
-        """Ask for this account's own usage by day and its quota, as the contract's own message; days are UTC's."""
+        """Return the account's daily usage and its quota as a protobuf message; days are in UTC."""
         request = account_pb2.GetUsageRequest()
         if since is not None:
             request.since = since.isoformat()
@@ -174,7 +181,10 @@ class Client:
         return await self._unary(account_pb2_grpc.AccountServiceStub(self._channel).GetUsage, request, timeout)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
-        """Ask how a service is, by its full name, or the whole server. Never retried: it says what is so now."""
+        """Return the health of a service, given its full name, or of the whole server.
+
+        Never retried, because the result is the status at this moment.
+        """
         check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
         check = self._channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -195,7 +205,7 @@ class Client:
         request: _Request,
         timeout: float | None,
     ) -> _Response:
-        with mapped():
+        with translate_errors():
             return await method(request, timeout=self._seconds(timeout), metadata=self._metadata)
 
     def _seconds(self, timeout: float | None) -> float | None:
@@ -204,7 +214,7 @@ class Client:
 
     @property
     def _channel(self) -> grpc.aio.Channel:
-        # A channel belongs to the event loop that runs when it is made: make it at the first call.
+        # Open the channel at the first call, because it is bound to the event loop that runs at that moment.
         if self._open_channel is None:
             self._open_channel = open_channel(self.target, self._credentials)
         return self._open_channel

@@ -1,18 +1,18 @@
-"""What can go wrong with a call, as exceptions that mirror the server's status details.
+"""Exceptions for failed calls, built from the server's status and its details.
 
     Llama2Error
-    ├── InvalidRequest           INVALID_ARGUMENT: `violations` names every field at fault
-    ├── Unauthenticated          UNAUTHENTICATED: no key, or not a valid one
-    ├── PermissionDenied         PERMISSION_DENIED: the account may not call this service
-    ├── ResourceExhausted        RESOURCE_EXHAUSTED
-    │   ├── QuotaExceeded          the account's quota; `retry_after` is the exact next time
-    │   └── QueueFull               the server has too many calls waiting
-    ├── Unavailable              UNAVAILABLE: not reachable, loading or draining
-    ├── DeadlineExceeded         DEADLINE_EXCEEDED: the call's deadline passed first
-    ├── InternalError              INTERNAL: a fault of the server; `request_id` finds it in the server's logs
-    └── Unimplemented            UNIMPLEMENTED: the server does not know the method
+    ├── InvalidRequest         INVALID_ARGUMENT: `violations` names every invalid field
+    ├── Unauthenticated        UNAUTHENTICATED: no API key, or an invalid one
+    ├── PermissionDenied       PERMISSION_DENIED: the account is disabled
+    ├── ResourceExhausted      RESOURCE_EXHAUSTED
+    │   ├── QuotaExceeded        the account's quota is used up
+    │   └── QueueFull            the request queue is full, or its wait too long
+    ├── Unavailable            UNAVAILABLE: the server is unreachable, loading or shutting down
+    ├── DeadlineExceeded       DEADLINE_EXCEEDED: the call's deadline passed
+    ├── InternalError          INTERNAL: the server failed
+    └── Unimplemented          UNIMPLEMENTED: the server does not have the method
 
-Any other code raises Llama2Error itself.
+Any other status code raises Llama2Error itself.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ _Detail = TypeVar("_Detail", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One field of a request and what is wrong with it."""
+    """One invalid field of a request."""
 
-    field: str  # a path such as "messages[2].content"; empty when the request as a whole is at fault
+    field: str  # a path such as "messages[2].content"; empty if the violation concerns the whole request
     description: str
 
 
 class Llama2Error(Exception):
-    """A call failed. Subclasses tell the kinds of failure apart."""
+    """A failed call; the base class of all errors of this client.
+
+    Raised itself for a status code without a subclass, such as CANCELLED or UNKNOWN. `code` has the status.
+    """
 
     default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
 
@@ -57,64 +60,70 @@ class Llama2Error(Exception):
         super().__init__(message)
         self.message = message
         self.code = code or self.default_code
-        self.reason = reason  # the server's word for it, in UPPER_SNAKE_CASE; None when the server did not speak
+        self.reason = reason  # the server's reason in UPPER_SNAKE_CASE; None if the status is not the service's own
         self.retry_after = retry_after  # seconds
         self.request_id = request_id
         self.violations = violations
 
 
 class InvalidRequest(Llama2Error):
-    """The request breaks a rule of the contract or of the model card; `violations` names every field at fault."""
+    """Raised if the request breaks a rule of the API or of the model card. Fix every field in `violations`."""
 
     default_code = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class Unauthenticated(Llama2Error):
-    """The API key is missing, unknown or revoked."""
+    """Raised if the API key is missing, unknown or revoked. Pass a valid `api_key` to the client."""
 
     default_code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class PermissionDenied(Llama2Error):
-    """The account is known and may not call this service."""
+    """Raised if the API key is valid but its account may not call the service. Ask the operator to enable it."""
 
     default_code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class ResourceExhausted(Llama2Error):
-    """Too much was asked for; the subclasses say of what, when the server does."""
+    """Raised if a limit is reached and the status names neither a quota nor a time to retry. Send less or wait."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class QuotaExceeded(ResourceExhausted):
-    """The account has used up its requests per minute; `retry_after` is the exact next time."""
+    """Raised if the account has used up its requests per minute. Retry after exactly `retry_after` seconds."""
 
 
 class QueueFull(ResourceExhausted):
-    """The waiting line is full, or longer than the call's deadline; retry later."""
+    """Raised if the request queue is full, or if the wait would exceed the deadline or the queue's limit.
+
+    Retry after `retry_after` seconds, or set a longer `timeout`.
+    """
 
 
 class Unavailable(Llama2Error):
-    """The server is not reachable, still loading, or draining."""
+    """Raised if the server is unreachable, loading or shutting down, or if its engine or a store is unavailable.
+
+    Raised only after the automatic retries have failed. Check the address, or retry after `retry_after` seconds.
+    """
 
     default_code = grpc.StatusCode.UNAVAILABLE
 
 
 class DeadlineExceeded(Llama2Error):
-    """The call's deadline passed before its end."""
+    """Raised if the call's deadline passes before the reply is complete. Set a longer `timeout`."""
 
     default_code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class InternalError(Llama2Error):
-    """The server failed; `request_id` finds the cause in its logs."""
+    """Raised if the server fails, or breaks off a stream. Report `request_id`: it finds the cause in the server log."""
 
     default_code = grpc.StatusCode.INTERNAL
 
 
 class Unimplemented(Llama2Error):
-    """The server does not know this method: it is older than this client, or another service."""
+    """Raised if the server does not have the method: it is an older server or another service. Check the address."""
 
     default_code = grpc.StatusCode.UNIMPLEMENTED
 
@@ -135,8 +144,8 @@ _BY_CODE: dict[grpc.StatusCode, type[Llama2Error]] = {
 
 
 @contextlib.contextmanager
-def mapped() -> Iterator[None]:
-    """Turn gRPC's error into ours: the one seam at which they meet."""
+def translate_errors() -> Iterator[None]:
+    """Raise gRPC errors as Llama2Error; no other place translates them."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
@@ -144,7 +153,7 @@ def mapped() -> Iterator[None]:
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> Llama2Error:
-    """Read the code and, where the server sent them, the rich details."""
+    """Return the exception for a gRPC error, with the status details that the server sent."""
     status = _status_details(error)
     info = _detail(status, error_details_pb2.ErrorInfo)
     retry = _detail(status, error_details_pb2.RetryInfo)
@@ -170,7 +179,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> Llama2Error:
 
 
 def _status_details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
-    """The google.rpc.Status of the trailers; an empty one where there is none, or what is there is not one."""
+    """Return the google.rpc.Status from the trailers; an empty one if it is missing or malformed."""
     trailers = error.trailing_metadata() or ()
     for key, value in trailers:
         if key == STATUS_DETAILS_TRAILER and isinstance(value, bytes):
@@ -180,7 +189,7 @@ def _status_details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
 
 
 def _detail(status: status_pb2.Status, kind: type[_Detail]) -> _Detail | None:
-    """The first detail of this kind, if there is one."""
+    """Return the first detail of this type, or None."""
     for packed in status.details:
         detail = kind()
         with contextlib.suppress(DecodeError):

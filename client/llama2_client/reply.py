@@ -1,4 +1,4 @@
-"""What the model says: `Message`, `Reply`, and `ReplyStream`, a reply as it comes."""
+"""Messages and replies: `Message`, `Reply` and the streamed `ReplyStream`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from llama2.v1 import text_generation_pb2
-from llama2_client.errors import InternalError, mapped
+from llama2_client.errors import InternalError, translate_errors
 
 
 class FinishReason(enum.StrEnum):
-    """Why a reply ended."""
+    """The reason why a reply ended."""
 
-    UNSPECIFIED = "UNSPECIFIED"  # a reason that this client does not know, from a newer server
-    END_OF_SEQUENCE = "END_OF_SEQUENCE"  # the model ended the reply by itself
+    UNSPECIFIED = "UNSPECIFIED"  # a newer server sent a reason that this client does not know
+    END_OF_SEQUENCE = "END_OF_SEQUENCE"  # the model ended the reply
     STOP_SEQUENCE = "STOP_SEQUENCE"  # the reply completed one of the request's `stop` texts
     MAX_TOKENS = "MAX_TOKENS"  # the reply reached `max_tokens`
+
+    @classmethod
+    def from_proto(cls, value: text_generation_pb2.FinishReason) -> FinishReason:
+        """Return the member for a protobuf value; UNSPECIFIED for an unknown one."""
+        try:
+            return cls(text_generation_pb2.FinishReason.Name(value).removeprefix("FINISH_REASON_"))
+        except ValueError:
+            return cls.UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +45,43 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """A whole reply, how it ended and what it cost."""
+    """A whole reply: its text, how it ended and its cost."""
 
     text: str
     finish_reason: FinishReason
     input_tokens: int
     output_tokens: int
     neurons: Decimal
-    reused_input_tokens: int
+    reused_input_tokens: int  # input tokens reused from the KV cache
     seed: int
-    cached: bool
+    cached: bool  # True: from the response cache, or shared with an identical request in progress
     request_id: str
     queue_time_seconds: float
     time_to_first_token_seconds: float
     total_time_seconds: float
 
+    @classmethod
+    def from_proto(cls, text: str, completion: text_generation_pb2.Completion) -> Reply:
+        """Build a reply from its text and the server's completion message."""
+        usage, timings = completion.usage, completion.timings
+        return cls(
+            text=text,
+            finish_reason=FinishReason.from_proto(completion.finish_reason),
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            neurons=Decimal(usage.neurons or 0),
+            reused_input_tokens=usage.reused_input_tokens,
+            seed=completion.seed,
+            cached=completion.cached,
+            request_id=completion.request_id,
+            queue_time_seconds=_seconds(timings.queue_time),
+            time_to_first_token_seconds=_seconds(timings.time_to_first_token),
+            total_time_seconds=_seconds(timings.total_time),
+        )
+
 
 class ReplyStream:
-    """A reply as it comes: iterate over its text; `reply` has the figures after the end.
+    """A reply while it is generated: an async iterator over its text. `reply` is available after the end.
 
     ```python
     async with client.stream("Tell me a story about a fox.") as stream:
@@ -63,7 +90,7 @@ class ReplyStream:
     print(stream.reply.finish_reason)
     ```
 
-    Leaving the `async with` block early, or `aclose`, cancels the call: the model stops within one step.
+    Leaving the `async with` block early, or calling `aclose`, cancels the call: the model stops within one decode step.
     """
 
     def __init__(
@@ -72,7 +99,7 @@ class ReplyStream:
     ) -> None:
         self._call = call
         self._messages = aiter(call)
-        self._when_complete: Callable[[Reply], None] | None = None
+        self._on_complete: Callable[[Reply], None] | None = None
         self._texts: list[str] = []
         self._completion: text_generation_pb2.Completion | None = None
         self._reply: Reply | None = None
@@ -80,27 +107,27 @@ class ReplyStream:
 
     @property
     def text(self) -> str:
-        """The text so far."""
+        """The text received so far."""
         return "".join(self._texts)
 
     @property
     def reply(self) -> Reply:
-        """The whole reply. RuntimeError before the stream's end, and for a stream that failed or was left early."""
+        """The whole reply. Raises RuntimeError if the stream has not ended, has failed or was closed early."""
         if self._reply is None:
-            raise RuntimeError("the stream has not come to its end")
+            raise RuntimeError("the reply is not complete; read the stream to its end")
         return self._reply
 
     @property
     def closed(self) -> bool:
-        """True once no more text can come: the stream ended, failed, or was closed."""
+        """True if no more text can follow: the stream ended, failed or was closed."""
         return self._closed
 
-    def when_complete(self, callback: Callable[[Reply], None]) -> None:
-        """Call `callback` with the reply at the stream's end; never for one that failed or was left early."""
-        self._when_complete = callback
+    def on_complete(self, callback: Callable[[Reply], None]) -> None:
+        """Call `callback` with the reply at the end of the stream; never if the stream fails or is closed early."""
+        self._on_complete = callback
 
     async def aclose(self) -> None:
-        """Cancel the call, if it has not ended, without waiting for the server."""
+        """Cancel the call if it is in progress, without waiting for the server."""
         self._closed = True
         self._call.cancel()
 
@@ -118,12 +145,12 @@ class ReplyStream:
     async def __anext__(self) -> str:
         while not self._closed:
             try:
-                with mapped():
+                with translate_errors():
                     message = await anext(self._messages)
             except StopAsyncIteration:
                 self._finish()
             except asyncio.CancelledError:
-                # gRPC raises it too when another task has closed the stream: then this one has merely come to its end.
+                # gRPC raises it also if another task closed the stream. Then the iteration ends, without an error.
                 closed_by_another, self._closed = self._closed, True
                 task = asyncio.current_task()
                 if not closed_by_another or (task is not None and task.cancelling()):
@@ -142,41 +169,15 @@ class ReplyStream:
     def _finish(self) -> None:
         self._closed = True
         if self._completion is None:
-            raise InternalError("the server ended the stream without saying how the reply ended")
-        self._reply = reply_of(self.text, self._completion)
-        if self._when_complete is not None:
-            self._when_complete(self._reply)
+            raise InternalError("the server ended the stream without a completion")
+        self._reply = Reply.from_proto(self.text, self._completion)
+        if self._on_complete is not None:
+            self._on_complete(self._reply)
 
     def __del__(self) -> None:
-        # A stream that was dropped without being closed stops the model too. The loop may be closed by now.
+        # Stop the model even if the stream is dropped without being closed. The event loop may be closed by then.
         with contextlib.suppress(RuntimeError):
             self._call.cancel()
-
-
-def reply_of(text: str, completion: text_generation_pb2.Completion) -> Reply:
-    """Put the text and the contract's figures together."""
-    usage, timings = completion.usage, completion.timings
-    return Reply(
-        text=text,
-        finish_reason=_finish_reason(completion.finish_reason),
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        neurons=Decimal(usage.neurons or 0),
-        reused_input_tokens=usage.reused_input_tokens,
-        seed=completion.seed,
-        cached=completion.cached,
-        request_id=completion.request_id,
-        queue_time_seconds=_seconds(timings.queue_time),
-        time_to_first_token_seconds=_seconds(timings.time_to_first_token),
-        total_time_seconds=_seconds(timings.total_time),
-    )
-
-
-def _finish_reason(value: text_generation_pb2.FinishReason) -> FinishReason:
-    try:
-        return FinishReason(text_generation_pb2.FinishReason.Name(value).removeprefix("FINISH_REASON_"))
-    except ValueError:
-        return FinishReason.UNSPECIFIED
 
 
 def _seconds(duration: Duration) -> float:

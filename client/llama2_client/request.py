@@ -1,4 +1,4 @@
-"""The generation options and the request that they make."""
+"""Generation options and the requests built from them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _PromptRequest = TypeVar("_PromptRequest", text_generation_pb2.GenerateRequest, 
 
 
 class GenerationOptions(TypedDict, total=False):
-    """How to generate. What is left out, or None, is not sent: the card's default is in force."""
+    """How to generate. An option that is missing or None is not sent, so that the card's default applies."""
 
-    max_tokens: int | None  # the most tokens to generate
+    max_tokens: int | None  # maximum number of tokens to generate
     temperature: float | None  # 0 is greedy
-    top_p: float | None
-    top_k: int | None  # 0 is all
-    seed: int | None  # any 64-bit value; an equal request with an equal seed gets an equal reply
+    top_p: float | None  # 1 considers all tokens
+    top_k: int | None  # 0 considers all tokens
+    seed: int | None  # any unsigned 64-bit value; equal requests with equal seeds get equal replies
     repetition_penalty: float | None  # 1 is off
     frequency_penalty: float | None  # 0 is off
     presence_penalty: float | None  # 0 is off
-    stop: str | Iterable[str] | None  # a text that ends the reply, or several
+    stop: str | Iterable[str] | None  # one text that ends the reply, or several
     no_cache: bool | None  # True: neither read nor write the response cache
-    timeout: float | None  # the call's deadline in seconds, waiting and retries included; None: the client's
+    timeout: float | None  # deadline in seconds, queue time and retries included; None: the client's default
 
 
 def build_request(
@@ -36,7 +36,10 @@ def build_request(
     raw: bool | None,
     options: GenerationOptions,
 ) -> _PromptRequest:
-    """Fill a request with what is set; InvalidRequest names what the wire cannot carry: a lone surrogate, 2**64."""
+    """Set the given fields of a request.
+
+    Raises InvalidRequest for values that protobuf cannot encode, such as a lone surrogate or 2**64.
+    """
     if unknown := options.keys() - GenerationOptions.__annotations__.keys():
         raise TypeError(f"unknown generation options: {', '.join(sorted(unknown))}")
     violations: list[Violation] = []
@@ -61,5 +64,5 @@ def build_request(
             fields = {"role": message.role, "content": message.content} if isinstance(message, Message) else message
             request.messages.add(**fields)
     if violations:
-        raise InvalidRequest("the request cannot be sent", violations=tuple(violations))
+        raise InvalidRequest("the request cannot be encoded", violations=tuple(violations))
     return request

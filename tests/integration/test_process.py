@@ -82,8 +82,9 @@ def test_cli_shows_usage_as_a_table(demo: str) -> None:
     subprocess.run(ask, capture_output=True, timeout=60, check=True, env=environment())
     table = subprocess.run([*call, "usage"], capture_output=True, text=True, timeout=60, check=True, env=environment())
     first, header, *days = table.stdout.splitlines()
-    assert re.match(r"account anonymous: \d+ of \d+ requests a minute left", first)
-    assert header.split() == ["date", "model", "requests", "tokens", "in", "tokens", "out", "from", "cache", "neurons"]
+    assert re.match(r"account anonymous: \d+ of \d+ requests per minute left", first)
+    counts = ["input", "tokens", "output", "tokens", "cached", "tokens"]
+    assert header.split() == ["date", "model", "requests", *counts, "neurons"]
     told = subprocess.run([*call, "usage", "--json"], capture_output=True, timeout=60, check=True, env=environment())
     (day,) = json.loads(told.stdout)["days"]
     assert days[0].split()[-1] == day["neurons"]

@@ -1,4 +1,4 @@
-"""Which server the `llama2` command talks to, and what becomes of a call that fails."""
+"""The server that a `llama2` command calls, and the handling of failed calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-# gRPC is imported when a call is made: `llama2 --help` shall not wait for it.
+# gRPC is imported when a call starts, because the import is slow and `llama2 --help` does not need it.
 if TYPE_CHECKING:
     import grpc
 
@@ -17,49 +17,54 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_FLAGS = {"api_key": "--api-key", "timeout": "--timeout"}
+
 
 @dataclass(frozen=True)
-class Identity:
-    """Who the caller is, for a server that asks for client certificates: PEM files."""
+class ClientCertificate:
+    """A client certificate for mutual TLS, as PEM files."""
 
     certificate: Path
     key: Path
 
 
 @dataclass(frozen=True)
-class Connection:
-    """Which server to call, and how."""
+class ServerConnection:
+    """The server's address and how to connect to it."""
 
     address: str
     api_key: str | None = field(repr=False)
     timeout: float
     tls: bool
     ca: Path | None
-    identity: Identity | None = None
+    client_certificate: ClientCertificate | None = None
 
     def client(self) -> Client:
-        """Make the client; it connects at the first call."""
+        """Create the client; it connects at its first call."""
         from llama2_client.client import Client
 
         try:
             return Client(self.address, api_key=self.api_key, timeout=self.timeout, tls=self._tls())
         except (OSError, ValueError) as error:
-            raise click.UsageError(str(error)) from error
+            # Name the flag, not the parameter of `Client`.
+            subject, colon, problem = str(error).partition(":")
+            raise click.UsageError(f"{_FLAGS.get(subject, subject)}{colon}{problem}") from error
 
     def _tls(self) -> bool | bytes | grpc.ChannelCredentials:
-        """What `Client` takes for it."""
-        if self.ca is None and self.identity is None:
+        """Return the `tls` argument of `Client`."""
+        if self.ca is None and self.client_certificate is None:
             return self.tls
         self._check_files()
         ca = None if self.ca is None else self.ca.read_bytes()
-        if self.identity is None:
+        if self.client_certificate is None:
             return self.tls if ca is None else ca
         import grpc
 
-        return grpc.ssl_channel_credentials(ca, self.identity.key.read_bytes(), self.identity.certificate.read_bytes())
+        key, chain = self.client_certificate.key.read_bytes(), self.client_certificate.certificate.read_bytes()
+        return grpc.ssl_channel_credentials(ca, key, chain)
 
     def _check_files(self) -> None:
-        """Raise ValueError for files that are not what they should be: gRPC would only say that it cannot connect."""
+        """Raise ValueError for invalid PEM files, which gRPC would only report as a failed connection."""
         import ssl
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -67,17 +72,17 @@ class Connection:
             try:
                 context.load_verify_locations(self.ca)
             except ssl.SSLError as error:
-                raise ValueError(f"--ca: {self.ca} holds no PEM certificate that can be read") from error
-        if self.identity is not None:
-            certificate, key = self.identity.certificate, self.identity.key
+                raise ValueError(f"--ca: {self.ca} does not contain a valid PEM certificate") from error
+        if self.client_certificate is not None:
+            certificate, key = self.client_certificate.certificate, self.client_certificate.key
             try:
                 context.load_cert_chain(certificate, key, password=lambda: "")
             except ssl.SSLError as error:
-                message = f"--certificate and --key: {certificate} and {key} are no pair of PEM files"
+                message = f"--certificate and --key: {certificate} and {key} are not a matching pair of PEM files"
                 raise ValueError(message) from error
 
     def run(self, call: Callable[[Client], Awaitable[T]], *, as_json: bool) -> T:
-        """Make a call; when it fails, print why and exit with the code that tells the kind."""
+        """Run a call. If it fails, print the error and exit with the code for its kind."""
         import asyncio
 
         from llama2_client.cli import output

@@ -1,4 +1,4 @@
-"""The `llama2` command: generate, chat, card, tokens, usage, health."""
+"""The `llama2` command and its subcommands: generate, chat, card, tokens, usage, health."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from llama2_client.cli.connection import Connection, Identity
+from llama2_client.cli.connection import ClientCertificate, ServerConnection
 from llama2_client.cli.options import input_options, json_option, read_input, sampling_options
 
-# gRPC is imported when a call is made: `llama2 --help` shall not wait for it.
+# gRPC is imported when a call starts, because the import is slow and `llama2 --help` does not need it.
 if TYPE_CHECKING:
     from datetime import datetime
 
     from llama2_client.client import Client
 
-INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -30,14 +30,14 @@ INTERRUPTED = 130
     metavar="HOST:PORT",
     show_default=True,
     show_envvar=True,
-    help="The server; any gRPC target will do.",
+    help="Address of the server, or any other gRPC target.",
 )
 @click.option(
     "--api-key",
     envvar="LLAMA2_API_KEY",
     metavar="KEY",
     show_envvar=True,
-    help="The account's key. The variable is safer: other users of the machine can read a command line.",
+    help="API key of the account. The variable is safer: other users of the machine can read command lines.",
 )
 @click.option(
     "--timeout",
@@ -47,26 +47,26 @@ INTERRUPTED = 130
     metavar="SECONDS",
     show_default=True,
     show_envvar=True,
-    help="When to give up a call, waiting in line included.",
+    help="Deadline of a call in seconds, including queue time and retries.",
 )
-@click.option("--tls", is_flag=True, help="Speak TLS, and trust the public root certificates.")
+@click.option("--tls", is_flag=True, help="Connect with TLS and trust the public root certificates.")
 @click.option(
     "--ca",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Speak TLS, and trust the root certificates of this PEM file instead.",
+    help="Connect with TLS and trust the root certificates in this PEM file instead.",
 )
 @click.option(
     "--certificate",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Show the server this certificate chain, PEM (mutual TLS).",
+    help="Client certificate chain for mutual TLS, in PEM; implies --tls.",
 )
 @click.option(
     "--key",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="The private key of the certificate, PEM.",
+    help="Private key of the client certificate, in PEM.",
 )
 @click.version_option(package_name="llama2-grpc", prog_name="llama2", message="%(prog)s %(version)s")
 @click.pass_context
@@ -80,33 +80,33 @@ def cli(
     certificate: Path | None,
     key: Path | None,
 ) -> None:
-    """Talk to a llama2-grpc server.
+    """Call a llama2-grpc server.
 
     \b
     Exit codes:
-      0    all went well
-      1    anything that is not below
-      2    wrong usage, or an invalid request
-      3    the server is not reachable, not ready, or not serving
-      4    refused for now: the quota is used up, or the waiting line is full
-      5    not authenticated, or not permitted
+      0    success
+      1    other error
+      2    wrong usage or invalid request
+      3    the server is unreachable, not ready or not serving
+      4    rejected for now: the quota is used up or the queue is full
+      5    not authenticated or not permitted
       6    the deadline passed
-      130  Ctrl-C
-    """  # noqa: D301 - click's own escape: keep these lines as they are
+      130  interrupted with Ctrl-C
+    """  # noqa: D301 - \b is click's escape that keeps these lines unwrapped
     if (certificate is None) != (key is None):
-        raise click.UsageError("Give --certificate and --key together.")
-    identity = None if certificate is None or key is None else Identity(certificate, key)
-    context.obj = Connection(address, api_key, timeout, tls, ca, identity)
+        raise click.UsageError("--certificate and --key: one of them is missing; give both")
+    client_certificate = None if certificate is None or key is None else ClientCertificate(certificate, key)
+    context.obj = ServerConnection(address, api_key, timeout, tls, ca, client_certificate)
 
 
 @cli.command(short_help="Generate a reply to TEXT.")
 @input_options
 @sampling_options
-@click.option("--no-stream", is_flag=True, help="Wait for the whole reply instead of printing it as it comes.")
+@click.option("--no-stream", is_flag=True, help="Print the whole reply at its end instead of streaming it.")
 @json_option
 @click.pass_obj
 def generate(
-    connection: Connection,
+    connection: ServerConnection,
     /,
     text: str | None,
     messages: TextIO | None,
@@ -117,12 +117,11 @@ def generate(
 ) -> None:
     """Generate a reply to TEXT, or to standard input if TEXT is "-".
 
-    The reply goes to standard output as it comes, one line of figures after it to standard error.
+    Streams the reply to standard output, then prints one line of statistics to standard error.
 
-    With --json every line is an object: {"response": DELTA} for each part, and for the last one
-    {"response": "", "completion": {…}}. With --no-stream as well there is one object, with the whole text in
-    "response". "seed" and "neurons" are strings, so that no digit is lost. An error is an object too, on standard
-    error.
+    With --json, each line is an object: {"response": DELTA} for each part, and at the end
+    {"response": "", "completion": {…}}. With --json and --no-stream, the output is one object with the whole text in
+    "response". "seed" and "neurons" are strings, so that no digit is lost. Errors are objects on standard error.
     """
     prompt, conversation = read_input(text, messages)
 
@@ -140,28 +139,28 @@ def generate(
 
 
 @cli.command()
-@click.option("--system", metavar="TEXT", help="How the model shall behave.")
+@click.option("--system", metavar="TEXT", help="System message: instructions for the model.")
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON as `generate` does, for scripts.")
 @click.pass_obj
-def chat(connection: Connection, /, system: str | None, as_json: bool, **sampling: Any) -> None:
-    """Talk with the model; it remembers the conversation.
+def chat(connection: ServerConnection, /, system: str | None, as_json: bool, **sampling: Any) -> None:
+    """Have a conversation with the model.
 
-    Ctrl-C stops a reply, /clear forgets the conversation, /help lists the commands, Ctrl-D or /exit leaves. When
-    standard input is not a terminal, each of its lines is a turn.
+    Ctrl-C stops a reply, /clear clears the conversation, /help lists the commands, Ctrl-D or /exit leaves. If standard
+    input is not a terminal, each of its lines is one turn.
     """
     from llama2_client.cli import repl
 
     client = connection.client()
     conversation = client.chat(system, **sampling)
-    raise click.exceptions.Exit(repl.converse(client, conversation, connection.address, as_json=as_json))
+    raise click.exceptions.Exit(repl.run_repl(client, conversation, connection.address, as_json=as_json))
 
 
 @cli.command()
 @json_option
 @click.pass_obj
-def card(connection: Connection, as_json: bool) -> None:
-    """Show the model card: limits, prices, defaults. With --json all of it, the schemas included."""
+def card(connection: ServerConnection, as_json: bool) -> None:
+    """Show the model card: limits, prices and defaults. With --json, show all of it, including the schemas."""
 
     async def call(client: Client) -> None:
         from llama2_client.cli import output
@@ -176,9 +175,9 @@ def card(connection: Connection, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def tokens(
-    connection: Connection, /, text: str | None, messages: TextIO | None, raw: bool | None, as_json: bool
+    connection: ServerConnection, /, text: str | None, messages: TextIO | None, raw: bool | None, as_json: bool
 ) -> None:
-    """Count the input tokens of TEXT, or of standard input if TEXT is "-", without generating."""
+    """Count the input tokens of TEXT, or of standard input if TEXT is "-", without generating a reply."""
     prompt, conversation = read_input(text, messages)
 
     async def call(client: Client) -> None:
@@ -189,13 +188,20 @@ def tokens(
     connection.run(call, as_json=as_json)
 
 
-@cli.command(short_help="Show what this account has used.")
-@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), metavar="YYYY-MM-DD", help="The first day, in UTC.")
-@click.option("--until", type=click.DateTime(["%Y-%m-%d"]), metavar="YYYY-MM-DD", help="The last day, in UTC.")
+@cli.command(short_help="Show the usage and quota of this account.")
+@click.option(
+    "--since",
+    type=click.DateTime(["%Y-%m-%d"]),
+    metavar="YYYY-MM-DD",
+    help="First day, in UTC; by default 30 days before the last one.",
+)
+@click.option(
+    "--until", type=click.DateTime(["%Y-%m-%d"]), metavar="YYYY-MM-DD", help="Last day, in UTC; by default today."
+)
 @json_option
 @click.pass_obj
-def usage(connection: Connection, /, since: datetime | None, until: datetime | None, as_json: bool) -> None:
-    """Show this account's requests, tokens and neurons by day, and what is left of its quota."""
+def usage(connection: ServerConnection, /, since: datetime | None, until: datetime | None, as_json: bool) -> None:
+    """Show this account's daily requests, tokens and neurons, and the rest of its quota."""
 
     async def call(client: Client) -> None:
         from llama2_client.cli import output
@@ -206,12 +212,12 @@ def usage(connection: Connection, /, since: datetime | None, until: datetime | N
     connection.run(call, as_json=as_json)
 
 
-@cli.command(short_help="Ask whether the server is serving.")
+@cli.command(short_help="Check whether the server is serving.")
 @click.argument("service", default="")
 @json_option
 @click.pass_obj
-def health(connection: Connection, /, service: str, as_json: bool) -> None:
-    """Ask whether the server, or one SERVICE of it by its full name, is serving."""
+def health(connection: ServerConnection, /, service: str, as_json: bool) -> None:
+    """Check whether the server is serving, or one SERVICE of it, given by its full name."""
 
     async def call(client: Client) -> int:
         from llama2_client.cli import output
@@ -225,11 +231,11 @@ def health(connection: Connection, /, service: str, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command and exit with its code."""
-    # Text is UTF-8 whatever the locale says; what is not comes as lone surrogates, which the client refuses by name.
+    # Text is UTF-8 in every locale. Other bytes become lone surrogates, which the client rejects with the field's name.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
-    # gRPC's own log lines would come between the model's.
+    # gRPC's own log lines would interrupt the reply.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         code = cli.main(prog_name="llama2", standalone_mode=False)
@@ -237,5 +243,5 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except click.Abort:
-        code = INTERRUPTED
+        code = EXIT_INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)

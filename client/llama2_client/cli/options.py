@@ -1,4 +1,4 @@
-"""What the commands of `llama2` share: options, and where the text to reply to comes from."""
+"""Options and inputs that the commands of `llama2` share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Put several options on a command, in this order."""
+    """Combine several option decorators into one, in this order."""
 
     def decorate(command: Command) -> Command:
         for decorator in reversed(decorators):
@@ -31,46 +31,68 @@ input_options = options(
         "--messages",
         type=click.File("r", encoding="utf-8"),
         metavar="FILE",
-        help='Reply to a conversation instead: a JSON list of {"role": …, "content": …}.',
+        help='Use the conversation in this file instead of TEXT: a JSON list of {"role": …, "content": …}.',
     ),
-    click.option("--raw", is_flag=True, default=None, help="Continue TEXT as it is, without the chat template."),
+    click.option("--raw", is_flag=True, default=None, help="Continue TEXT without the chat template."),
 )
 
-# Left out means unset: the server's card decides, and it alone knows the limits.
+# Options without a value are not sent: the server applies the card's defaults and checks the card's limits.
 sampling_options = options(
-    click.option("--max-tokens", type=int, metavar="N", help="The most tokens to generate."),
-    click.option("--temperature", type=float, metavar="X", help="How freely to sample; 0 is greedy."),
-    click.option("--top-p", type=float, metavar="X", help="Sample from the likeliest tokens that add up to this."),
-    click.option("--top-k", type=int, metavar="N", help="Sample from this many likeliest tokens; 0 is all."),
-    click.option("--seed", type=int, metavar="N", help="The same request with the same seed gets the same reply."),
-    click.option("--repetition-penalty", type=float, metavar="X", help="Above 1: repeat less."),
-    click.option("--frequency-penalty", type=float, metavar="X", help="Above 0: repeat less, the more often the less."),
-    click.option("--presence-penalty", type=float, metavar="X", help="Above 0: stay less with what was said."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text; may be repeated."),
+    click.option("--max-tokens", type=int, metavar="N", help="Maximum number of tokens to generate."),
+    click.option("--temperature", type=float, metavar="X", help="Sampling temperature; 0 is greedy."),
+    click.option(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="Sample from the most likely tokens whose probabilities add up to X; 1 is off.",
+    ),
+    click.option("--top-k", type=int, metavar="N", help="Sample from the N most likely tokens; 0 is off."),
+    click.option(
+        "--seed", type=int, metavar="N", help="Random seed; equal requests with equal seeds get equal replies."
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="Penalize tokens that appeared in the prompt or the reply; 1 is off.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=float,
+        metavar="X",
+        help="Penalize tokens by how often they appeared in the reply; 0 is off.",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        metavar="X",
+        help="Penalize tokens that already appeared in the reply; 0 is off.",
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the reply before this text; can be repeated."),
     click.option("--no-cache", is_flag=True, default=None, help="Neither read nor write the response cache."),
 )
 
 
 def read_input(text: str | None, messages: TextIO | None) -> tuple[str | None, list[Mapping[str, str]] | None]:
-    """What to reply to: TEXT, standard input, or the conversation of a file."""
+    """Return the prompt from TEXT or standard input, or the conversation from a file."""
     if text is not None and messages is not None:
-        raise click.UsageError("Give TEXT or --messages, not both.")
+        raise click.UsageError("TEXT and --messages: cannot be combined; give one of them")
     if messages is not None:
-        return None, _conversation(messages)
+        return None, _read_conversation(messages)
     if text is None:
-        raise click.UsageError('Give TEXT, "-" for standard input, or --messages.')
+        raise click.UsageError('TEXT: missing; give TEXT, "-" for standard input, or --messages')
     return sys.stdin.read().removesuffix("\n") if text == "-" else text, None
 
 
-def _conversation(file: TextIO) -> list[Mapping[str, str]]:
+def _read_conversation(file: TextIO) -> list[Mapping[str, str]]:
     try:
         conversation = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"--messages: {file.name} is not JSON: {error}") from error
-    texts = isinstance(conversation, list) and all(
+        raise click.UsageError(f"--messages: {file.name} is not valid JSON: {error}") from error
+    is_conversation = isinstance(conversation, list) and all(
         isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
         for message in conversation
     )
-    if not texts:
-        raise click.UsageError(f'--messages: {file.name} is not a list of {{"role": …, "content": …}}.')
+    if not is_conversation:
+        raise click.UsageError(f'--messages: {file.name} is not a list of {{"role": …, "content": …}}')
     return list(conversation)

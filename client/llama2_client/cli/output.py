@@ -1,4 +1,4 @@
-"""What the `llama2` command prints, for people and as JSON, and the exit codes that go with it."""
+"""Output of the `llama2` command, as text and as JSON, and its exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama2_client import errors
 from llama2_client.client import HealthStatus, TokenCount
 from llama2_client.reply import Reply, ReplyStream
 
-# The most specific class goes first; `llama2 --help` lists the codes.
+# The most specific class comes first. `llama2 --help` documents the codes.
 EXIT_CODES: tuple[tuple[type[errors.Llama2Error], int], ...] = (
     (errors.InvalidRequest, 2),
     (errors.Unavailable, 3),
@@ -26,15 +26,15 @@ EXIT_CODES: tuple[tuple[type[errors.Llama2Error], int], ...] = (
 )
 
 _HEADLINES: tuple[tuple[type[errors.Llama2Error], str], ...] = (
-    (errors.InvalidRequest, "the request is not valid"),
+    (errors.InvalidRequest, "invalid request"),
     (errors.Unauthenticated, "not authenticated"),
     (errors.PermissionDenied, "not permitted"),
     (errors.QueueFull, "the server is busy"),
-    (errors.ResourceExhausted, "too much was asked for"),
+    (errors.ResourceExhausted, "a limit is reached"),
     (errors.Unavailable, "the server is not available"),
-    (errors.DeadlineExceeded, "no reply in time"),
+    (errors.DeadlineExceeded, "the deadline passed"),
     (errors.InternalError, "the server failed"),
-    (errors.Unimplemented, "the server does not know this call; is it another service, or an older one"),
+    (errors.Unimplemented, "the server does not have this method; check --address and the server's version"),
 )
 
 HEALTH_EXIT_CODES: Mapping[HealthStatus, int] = {
@@ -46,12 +46,12 @@ HEALTH_EXIT_CODES: Mapping[HealthStatus, int] = {
 
 
 def exit_code(error: errors.Llama2Error) -> int:
-    """Return the exit code that tells this kind of failure."""
+    """Return the exit code for an error."""
     return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
 
 
 async def print_stream(stream: ReplyStream, *, as_json: bool) -> None:
-    """Print a reply as it comes and its figures after it; on the way out, however that is, the call is over."""
+    """Stream a reply to standard output, then print its statistics. The stream is closed in every case."""
     async with stream:
         if as_json:
             async for delta in stream:
@@ -64,35 +64,35 @@ async def print_stream(stream: ReplyStream, *, as_json: bool) -> None:
         finally:
             if stream.text and not stream.text.endswith("\n"):
                 click.echo()
-    print_figures(stream.reply)
+    print_statistics(stream.reply)
 
 
 def print_reply(reply: Reply, *, as_json: bool) -> None:
-    """Print a whole reply and its figures."""
+    """Print a whole reply and its statistics."""
     if as_json:
         _print_json({"response": reply.text, "completion": _completion(reply)})
     else:
         click.echo(reply.text)
-        print_figures(reply)
+        print_statistics(reply)
 
 
-def print_figures(reply: Reply) -> None:
-    """Print one line of figures on stderr, so that stdout has nothing but the text."""
-    note(" · ".join(_figures(reply)))
+def print_statistics(reply: Reply) -> None:
+    """Print one line of statistics on standard error, so that standard output has only the text."""
+    print_note(" · ".join(_statistics(reply)))
 
 
 def print_count(count: TokenCount, *, as_json: bool) -> None:
-    """Print a token count."""
+    """Print the number of input tokens and the largest possible number of output tokens."""
     if as_json:
         _print_json({"input_tokens": count.input_tokens, "max_output_tokens": count.max_output_tokens})
     elif count.max_output_tokens > 0:
-        click.echo(f"{count.input_tokens} input tokens; room for {count.max_output_tokens} output tokens")
+        click.echo(f"{count.input_tokens} input tokens; at most {count.max_output_tokens} output tokens")
     else:
-        click.echo(f"{count.input_tokens} input tokens: too many for the model's context")
+        click.echo(f"{count.input_tokens} input tokens; too many for the model's context")
 
 
 def print_health(service: str, status: HealthStatus, *, as_json: bool) -> None:
-    """Print how a service is."""
+    """Print the health of a service."""
     if as_json:
         _print_json({"service": service, "status": status.value})
     else:
@@ -100,7 +100,7 @@ def print_health(service: str, status: HealthStatus, *, as_json: bool) -> None:
 
 
 def print_card(card: model_pb2.ModelCard, *, as_json: bool) -> None:
-    """Print the model card: a summary, or all of it as JSON in the contract's own form."""
+    """Print a summary of the model card, or all of it in protobuf's JSON format."""
     if as_json:
         _print_json(MessageToDict(card, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
@@ -115,18 +115,18 @@ def print_card(card: model_pb2.ModelCard, *, as_json: bool) -> None:
 
 
 def print_usage(usage: account_pb2.GetUsageResponse, *, as_json: bool) -> None:
-    """Print an account's usage as a table, or in the contract's own JSON form."""
+    """Print an account's usage as a table, or in protobuf's JSON format."""
     if as_json:
         _print_json(MessageToDict(usage, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
     quota = usage.quota
-    left = f"{quota.requests_left} of {quota.max_requests_per_min} requests a minute left"
+    remaining = f"{quota.requests_left} of {quota.max_requests_per_min} requests per minute left"
     resets_in = math.ceil(quota.resets_in.seconds + quota.resets_in.nanos / 1e9)
-    click.echo(f"account {usage.account}: {left}" + (f", all of them in {resets_in} s" if resets_in else ""))
+    click.echo(f"account {usage.account}: {remaining}" + (f"; full again in {resets_in} s" if resets_in else ""))
     if not usage.days:
-        click.echo("no usage in these days")
+        click.echo("no usage on these days")
         return
-    header = ("date", "model", "requests", "tokens in", "tokens out", "from cache", "neurons")
+    header = ("date", "model", "requests", "input tokens", "output tokens", "cached tokens", "neurons")
     rows = [header, *(_usage_row(day) for day in usage.days)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     for row in rows:
@@ -136,25 +136,24 @@ def print_usage(usage: account_pb2.GetUsageResponse, *, as_json: bool) -> None:
 
 
 def print_error(error: errors.Llama2Error, address: str, *, as_json: bool) -> None:
-    """Print on stderr what went wrong and what to do about it."""
+    """Print an error and its remedy on standard error."""
     if as_json:
         click.echo(json.dumps({"error": _error_fields(error)}, ensure_ascii=False), err=True)
         return
     headline, *more = _error_lines(error, address)
     if error.retry_after is not None:
-        what = "next one" if isinstance(error, errors.QuotaExceeded) else "retry"
-        headline = f"{headline}; {what} in {max(1, math.ceil(error.retry_after))} s"
+        headline = f"{headline}; retry in {max(1, math.ceil(error.retry_after))} s"
     click.echo(f"{click.style('error:', fg='red', bold=True)} {headline}", err=True)
     for line in more:
         click.echo(f"  {line}", err=True)
 
 
-def note(text: str) -> None:
-    """Print a remark of the program itself, dimmed, on stderr."""
+def print_note(text: str) -> None:
+    """Print a message of the program itself on standard error, dimmed."""
     click.secho(text, dim=True, err=True)
 
 
-def _figures(reply: Reply) -> Iterator[str]:
+def _statistics(reply: Reply) -> Iterator[str]:
     yield reply.finish_reason.value.lower().replace("_", " ")
     reused = f" ({reply.reused_input_tokens} reused)" if reply.reused_input_tokens else ""
     yield f"{reply.input_tokens} in{reused}, {reply.output_tokens} out"
@@ -180,7 +179,7 @@ def _completion(reply: Reply) -> dict[str, object]:
         "input_tokens": reply.input_tokens,
         "output_tokens": reply.output_tokens,
         "reused_input_tokens": reply.reused_input_tokens,
-        # Exact decimals and 64-bit integers do not survive every JSON reader as numbers.
+        # Strings, because many JSON parsers round decimals and 64-bit integers.
         "neurons": str(reply.neurons),
         "seed": str(reply.seed),
         "cached": reply.cached,
@@ -197,9 +196,9 @@ def _card_rows(card: model_pb2.ModelCard) -> Iterator[tuple[str, str]]:
         yield "task", card.task.name
     if card.tags:
         yield "tags", ", ".join(card.tags)
-    yield "context", f"{limits.context_length_limit} tokens, of which {limits.sequence_length_limit} generated at most"
-    yield "concurrent requests", f"{limits.max_concurrent_requests}; others wait in line"
-    yield "quota", f"{card.quota.max_requests_per_min} requests a minute"
+    yield "context", f"{limits.context_length_limit} tokens, at most {limits.sequence_length_limit} of them generated"
+    yield "concurrent requests", f"{limits.max_concurrent_requests}; more requests wait in the queue"
+    yield "quota", f"{card.quota.max_requests_per_min} requests per minute"
     for price in card.prices:
         yield f"price of {price.metric}", f"{price.neuron_cost} neurons each"
     for field in defaults.DESCRIPTOR.fields:
@@ -209,22 +208,23 @@ def _card_rows(card: model_pb2.ModelCard) -> Iterator[tuple[str, str]]:
 
 
 def _error_lines(error: errors.Llama2Error, address: str) -> list[str]:
-    """The headline, and the lines below it."""
+    """Return the headline and the lines below it."""
     if error.violations:
-        return ["the request is not valid", *(_violation_line(violation) for violation in error.violations)]
-    if isinstance(error, errors.Unavailable) and error.reason is None:  # no word from the server itself
-        hint = "Is it running? Start it with `make run`, or name another one with --address."
-        return [f"no connection to {address}", hint, click.style(error.message, dim=True)]
+        return ["invalid request", *(_violation_line(violation) for violation in error.violations)]
+    if isinstance(error, errors.Unavailable) and error.reason is None:  # gRPC's own error: nothing came from the server
+        headline = f"cannot connect to {address}"
+        remedy = "start a server with `make run` or `llama2-server`, or set --address"
+        return [headline, remedy, click.style(error.message, dim=True)]
     headline = next((words for kind, words in _HEADLINES if isinstance(error, kind)), error.code.name)
     if isinstance(error, errors.DeadlineExceeded):
-        return [headline, "--timeout allows more."]
+        return [headline, "allow more time with --timeout"]
     if isinstance(error, errors.QuotaExceeded):
         return [error.message]
     lines = [f"{headline}: {error.message}"]
     if isinstance(error, errors.Unauthenticated):
-        lines.append("Give a key with --api-key or LLAMA2_API_KEY.")
+        lines.append("set a valid key with --api-key or LLAMA2_API_KEY")
     if isinstance(error, errors.InternalError) and error.request_id is not None:
-        lines.append(f"The server's logs tell more, under request {error.request_id}.")
+        lines.append(f"find the cause in the server's log under request id {error.request_id}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`llama2 chat`: a conversation in the terminal."""
+"""The interactive conversation of `llama2 chat`."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ import sys
 import click
 
 from llama2_client.chat import Chat
-from llama2_client.cli.output import exit_code, note, print_error, print_stream
+from llama2_client.cli.output import exit_code, print_error, print_note, print_stream
 from llama2_client.client import Client
 from llama2_client.errors import InvalidRequest, Llama2Error
 
 HELP = """\
-/clear   forget the conversation
-/exit    leave; Ctrl-D does too
-/help    print this list
-Ctrl-C   stop the reply; nothing of that turn is remembered"""
+/clear   clear the conversation
+/exit    leave; so does Ctrl-D
+/help    show this list
+Ctrl-C   stop the reply and drop the turn"""
 
 _PROMPT = "> "
 _COMMAND = re.compile(r"/[a-z]+")
 
 
-def converse(client: Client, chat: Chat, address: str, *, as_json: bool) -> int:
-    """Answer line after line until the input ends, and return the exit code.
+def run_repl(client: Client, chat: Chat, address: str, *, as_json: bool) -> int:
+    """Read and answer one line after another until the input ends. Return the exit code.
 
-    At a terminal a turn that fails is reported and the conversation goes on; in a script it ends there.
+    In a terminal, a failed turn prints its error and the conversation continues. In a script, it ends the conversation.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     if interactive:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401 - importing it gives `input` its editing and history
+        with contextlib.suppress(ImportError):  # Windows does not have readline
+            import readline  # noqa: F401 - its import gives `input` editing and history
 
-        note(f"Talking to {address}. Ctrl-C stops a reply, /help lists the commands, Ctrl-D leaves.")
+        print_note(f"Conversation with {address}. Ctrl-C stops a reply, /help lists the commands, Ctrl-D leaves.")
     with asyncio.Runner() as runner:
         try:
             while (line := _read_line(interactive)) is not None:
                 if not line.strip():
                     continue
                 if interactive and _COMMAND.fullmatch(line.strip()):
-                    if _obey(line.strip(), chat):
+                    if _run_command(line.strip(), chat):
                         return 0
                     continue
-                code = _take_turn(runner, chat, line, address, interactive=interactive, as_json=as_json)
+                code = _run_turn(runner, chat, line, address, interactive=interactive, as_json=as_json)
                 if code and not interactive:
                     return code
             return 0
@@ -53,7 +53,7 @@ def converse(client: Client, chat: Chat, address: str, *, as_json: bool) -> int:
 
 
 def _read_line(interactive: bool) -> str | None:
-    """The next line without its end; None when there are no more."""
+    """Return the next line without its newline; None at the end of the input."""
     if not interactive:
         line = sys.stdin.readline()
         return line.removesuffix("\n") if line else None
@@ -61,40 +61,42 @@ def _read_line(interactive: bool) -> str | None:
         try:
             return input(_PROMPT)
         except KeyboardInterrupt:
-            click.echo()  # the line that was being typed is dropped
+            click.echo()  # drop the partial line
         except EOFError:
             click.echo()
             return None
 
 
-def _obey(command: str, chat: Chat) -> bool:
-    """Carry out a command; True if it is the one that leaves."""
+def _run_command(command: str, chat: Chat) -> bool:
+    """Run a command of the conversation. Return True if it ends the conversation."""
     match command:
         case "/exit" | "/quit":
             return True
         case "/clear":
             chat.clear()
-            note("Forgotten.")
+            print_note("Conversation cleared.")
         case "/help":
-            note(HELP)
+            print_note(HELP)
         case _:
-            note(f"There is no {command}; /help lists the commands.")
+            print_note(f"Unknown command {command}; /help lists the commands.")
     return False
 
 
-def _take_turn(runner: asyncio.Runner, chat: Chat, line: str, address: str, *, interactive: bool, as_json: bool) -> int:
+def _run_turn(runner: asyncio.Runner, chat: Chat, line: str, address: str, *, interactive: bool, as_json: bool) -> int:
+    """Send a line and print the reply. Return the exit code of the turn."""
+
     async def turn() -> None:
         await print_stream(chat.stream(line), as_json=as_json)
 
     try:
-        runner.run(turn())  # it turns Ctrl-C into the cancellation of its task, and so of the call
+        runner.run(turn())  # Ctrl-C cancels the task, and the cancelled task cancels the call
     except KeyboardInterrupt:
         if not interactive:
             raise
-        note("Stopped; this turn is forgotten.")
+        print_note("Stopped. The conversation continues without this turn.")
     except Llama2Error as error:
         print_error(error, address, as_json=as_json)
         if interactive and isinstance(error, InvalidRequest) and len(chat.history) > 1:
-            note("If the conversation has grown too long, /clear forgets it.")
+            print_note("If the conversation is too long, clear it with /clear.")
         return exit_code(error)
     return 0
