@@ -1,4 +1,4 @@
-"""A small server of the contract that says what each test scripts and remembers what it received."""
+"""A small gRPC server that sends the replies a test scripts, and records the requests it receives."""
 
 from __future__ import annotations
 
@@ -73,13 +73,14 @@ class ScriptedServer(
     model_pb2_grpc.ModelServiceServicer,
     account_pb2_grpc.AccountServiceServicer,
 ):
-    """Plays one script a call: those given in their order, the last one for every call after it."""
+    """Plays one script per call, in the order they were added. The last script also serves all later calls."""
 
     def __init__(self) -> None:
         self.address = ""
         self.requests: list[Message] = []
         self.metadata: list[dict[str, str | bytes]] = []
-        self.seconds_left: list[float | None] = []
+        self.remaining_seconds: list[float | None] = []  # per call, until its deadline
+        self.hanging = asyncio.Event()  # set when a call reaches the end of `script_hang`
         self.cancelled = asyncio.Event()  # set when a call is cancelled while it generates
         self._scripts: list[Script] = []
 
@@ -88,14 +89,14 @@ class ScriptedServer(
     async def running(
         cls, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None
     ) -> AsyncIterator[Self]:
-        """Serve on a free port of this machine."""
+        """Serve on a free port of the loopback interface."""
         scripted = cls()
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         text_generation_pb2_grpc.add_TextGenerationServiceServicer_to_server(scripted, server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(scripted, server)
         account_pb2_grpc.add_AccountServiceServicer_to_server(scripted, server)
         statuses = health.aio.HealthServicer()
-        await statuses.set("tired", health_pb2.HealthCheckResponse.NOT_SERVING)
+        await statuses.set("paused", health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
         if credentials is None:
             port = server.add_insecure_port(address)
@@ -108,8 +109,8 @@ class ScriptedServer(
         finally:
             await server.stop(grace=None)
 
-    def says(self, *deltas: str, completion: text_generation_pb2.Completion | None = COMPLETION) -> None:
-        """Reply with these deltas, one message each, and then with the completion."""
+    def script_reply(self, *deltas: str, completion: text_generation_pb2.Completion | None = COMPLETION) -> None:
+        """Send these deltas, one message each, and then the completion."""
 
         async def script(context: Context) -> AsyncIterator[Part]:
             for delta in deltas:
@@ -119,16 +120,16 @@ class ScriptedServer(
 
         self._scripts.append(script)
 
-    def refuses(
+    def script_error(
         self,
         code: grpc.StatusCode,
-        message: str = "refused",
+        message: str = "rejected",
         *details: Message,
         after: tuple[str, ...] = (),
         pushback_ms: int | None = None,
         raw_details: bytes | None = None,
     ) -> None:
-        """Send these deltas, if any, and end the call with this status and these details."""
+        """Send the deltas in `after`, then end the call with this status and these details."""
         status = status_pb2.Status(code=code.value[0], message=message)
         for detail in details:
             status.details.add().Pack(detail)
@@ -145,12 +146,13 @@ class ScriptedServer(
 
         self._scripts.append(script)
 
-    def hangs(self, *, after: tuple[str, ...] = ()) -> None:
-        """Send these deltas and then nothing until the call is cancelled."""
+    def script_hang(self, *, after: tuple[str, ...] = ()) -> None:
+        """Send these deltas, set `hanging`, and then send nothing until the call is cancelled."""
 
         async def script(context: Context) -> AsyncIterator[Part]:
             for delta in after:
                 yield Part(response=delta)
+            self.hanging.set()
             await asyncio.Event().wait()
 
         self._scripts.append(script)
@@ -158,27 +160,27 @@ class ScriptedServer(
     async def Generate(
         self, request: text_generation_pb2.GenerateRequest, context: Context
     ) -> text_generation_pb2.GenerateResponse:
-        """Gather what the script says."""
-        whole = text_generation_pb2.GenerateResponse()
-        with self._noticing_cancellation():
+        """Send the whole text of the script in one message."""
+        response = text_generation_pb2.GenerateResponse()
+        with self._record_cancellation():
             async for part in self._play(request, context):
-                whole.response += part.response
+                response.response += part.response
                 if part.HasField("completion"):
-                    whole.completion.CopyFrom(part.completion)
-        return whole
+                    response.completion.CopyFrom(part.completion)
+        return response
 
     async def GenerateStream(
         self, request: text_generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[Part]:
-        """Stream what the script says."""
-        with self._noticing_cancellation():
+        """Stream the messages of the script."""
+        with self._record_cancellation():
             async for part in self._play(request, context):
                 yield part
 
     async def CountTokens(
         self, request: text_generation_pb2.CountTokensRequest, context: Context
     ) -> text_generation_pb2.CountTokensResponse:
-        """Count every prompt as 20 tokens, unless the script refuses."""
+        """Count every prompt as 20 tokens, unless the script ends with an error."""
         async for _ in self._play(request, context):
             pass
         return text_generation_pb2.CountTokensResponse(input_tokens=20, max_output_tokens=2500)
@@ -186,29 +188,29 @@ class ScriptedServer(
     async def GetModelCard(
         self, request: model_pb2.GetModelCardRequest, context: Context
     ) -> model_pb2.GetModelCardResponse:
-        """Return the one card, unless the script refuses."""
+        """Return CARD, unless the script ends with an error."""
         async for _ in self._play(request, context):
             pass
         return model_pb2.GetModelCardResponse(model_card=CARD)
 
     async def GetUsage(self, request: account_pb2.GetUsageRequest, context: Context) -> account_pb2.GetUsageResponse:
-        """Return the one usage, unless the script refuses."""
+        """Return USAGE, unless the script ends with an error."""
         async for _ in self._play(request, context):
             pass
         return USAGE
 
     @contextlib.contextmanager
-    def _noticing_cancellation(self) -> Iterator[None]:
+    def _record_cancellation(self) -> Iterator[None]:
         try:
             yield
-        except (asyncio.CancelledError, GeneratorExit):  # the latter where a generator is cancelled at its `yield`
+        except (asyncio.CancelledError, GeneratorExit):  # GeneratorExit if a generator is cancelled at its `yield`
             self.cancelled.set()
             raise
 
     def _play(self, request: Message, context: Context) -> AsyncIterator[Part]:
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata() or ()))
-        self.seconds_left.append(context.time_remaining())
+        self.remaining_seconds.append(context.time_remaining())
         if not self._scripts:
-            self.says("Hello", " world")
+            self.script_reply("Hello", " world")
         return (self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0])(context)

@@ -1,4 +1,4 @@
-"""What the client's tests share: a scripted server on a real socket, and a client of it."""
+"""Fixtures for the client's tests: a scripted server on a real socket and a client connected to it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llama2_client import Client
 
 @pytest.fixture
 async def server() -> AsyncIterator[ScriptedServer]:
-    """A running server that does what the test scripts."""
+    """Run a server that sends the replies the test scripts."""
     async with ScriptedServer.running() as server:
         yield server
 
 
 @pytest.fixture
 async def client(server: ScriptedServer) -> AsyncIterator[Client]:
-    """A client of that server whose calls end within ten seconds."""
+    """Connect a client with a deadline of ten seconds per call to the server."""
     async with Client(server.address, timeout=10) as client:
         yield client

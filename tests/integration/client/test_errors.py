@@ -1,4 +1,4 @@
-"""Every status and its details, as the exception that the caller sees."""
+"""The exception for every status, with the details of the status."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ from google.rpc import error_details_pb2
 from tests.support.scripted_server import ScriptedServer
 
 import llama2_client
-from llama2_client import Client, Llama2Error, Violation
-from llama2_client import errors as tree
+from llama2_client import Client, Llama2Error, Violation, errors
 
 RETRY_IN_11_SECONDS = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=11, nanos=500_000_000))
 QUOTA = error_details_pb2.QuotaFailure(
-    violations=[error_details_pb2.QuotaFailure.Violation(subject="account:demo", description="5 requests a minute")]
+    violations=[error_details_pb2.QuotaFailure.Violation(subject="account:demo", description="5 requests per minute")]
 )
 
 
 @pytest.mark.parametrize(
     ("code", "details", "kind"),
     [
-        (grpc.StatusCode.INVALID_ARGUMENT, [], tree.InvalidRequest),
-        (grpc.StatusCode.UNAUTHENTICATED, [], tree.Unauthenticated),
-        (grpc.StatusCode.PERMISSION_DENIED, [], tree.PermissionDenied),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, [QUOTA, RETRY_IN_11_SECONDS], tree.QuotaExceeded),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, [RETRY_IN_11_SECONDS], tree.QueueFull),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, [], tree.ResourceExhausted),
-        (grpc.StatusCode.UNAVAILABLE, [RETRY_IN_11_SECONDS], tree.Unavailable),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, [], tree.DeadlineExceeded),
-        (grpc.StatusCode.INTERNAL, [], tree.InternalError),
-        (grpc.StatusCode.UNIMPLEMENTED, [], tree.Unimplemented),
-        (grpc.StatusCode.UNKNOWN, [], tree.Llama2Error),
-        (grpc.StatusCode.CANCELLED, [], tree.Llama2Error),
-        (grpc.StatusCode.NOT_FOUND, [], tree.Llama2Error),
+        (grpc.StatusCode.INVALID_ARGUMENT, [], errors.InvalidRequest),
+        (grpc.StatusCode.UNAUTHENTICATED, [], errors.Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, [], errors.PermissionDenied),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, [QUOTA, RETRY_IN_11_SECONDS], errors.QuotaExceeded),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, [RETRY_IN_11_SECONDS], errors.QueueFull),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, [], errors.ResourceExhausted),
+        (grpc.StatusCode.UNAVAILABLE, [RETRY_IN_11_SECONDS], errors.Unavailable),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, [], errors.DeadlineExceeded),
+        (grpc.StatusCode.INTERNAL, [], errors.InternalError),
+        (grpc.StatusCode.UNIMPLEMENTED, [], errors.Unimplemented),
+        (grpc.StatusCode.UNKNOWN, [], errors.Llama2Error),
+        (grpc.StatusCode.CANCELLED, [], errors.Llama2Error),
+        (grpc.StatusCode.NOT_FOUND, [], errors.Llama2Error),
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_each_status_is_its_own_exception(
+async def test_each_status_has_its_own_exception(
     client: Client,
     server: ScriptedServer,
     code: grpc.StatusCode,
@@ -48,24 +47,24 @@ async def test_each_status_is_its_own_exception(
     kind: type[Llama2Error],
     streamed: bool,
 ) -> None:
-    """Each status raises its class, with its code and message, whether the reply is whole or streamed."""
-    server.refuses(code, "in plain words", *details, pushback_ms=-1)
-    ask = client.chat().say if streamed else client.generate
+    """Each status raises its exception with code and message, for whole replies and for streams."""
+    server.script_error(code, "the reason", *details, pushback_ms=-1)
+    send = client.chat().send if streamed else client.generate
     with pytest.raises(Llama2Error) as caught:
-        await ask("Hi")
+        await send("Hi")
     assert type(caught.value) is kind
     assert caught.value.code is code
-    assert caught.value.message == str(caught.value) == "in plain words"
+    assert caught.value.message == str(caught.value) == "the reason"
     assert caught.value.retry_after == (11.5 if RETRY_IN_11_SECONDS in details else None)
 
 
 async def test_every_detail_is_decoded(client: Client, server: ScriptedServer) -> None:
-    """The reason, the wait, the request's id and every violation are read from the details."""
+    """The exception has the reason, the time to retry, the request id and every violation of the details."""
     field_violation = error_details_pb2.BadRequest.FieldViolation
-    server.refuses(
+    server.script_error(
         grpc.StatusCode.INVALID_ARGUMENT,
         "2 violations",
-        error_details_pb2.DebugInfo(detail="a kind of detail that this client does not know"),
+        error_details_pb2.DebugInfo(detail="a type of detail that this client does not know"),
         error_details_pb2.ErrorInfo(reason="SCHEMA_VIOLATION", domain="llama2.v1"),
         error_details_pb2.RequestInfo(request_id="6d1a"),
         error_details_pb2.BadRequest(
@@ -75,7 +74,7 @@ async def test_every_detail_is_decoded(client: Client, server: ScriptedServer) -
             ]
         ),
     )
-    with pytest.raises(tree.InvalidRequest) as caught:
+    with pytest.raises(errors.InvalidRequest) as caught:
         await client.count_tokens("Hi")
     error = caught.value
     assert (error.reason, error.request_id, error.retry_after) == ("SCHEMA_VIOLATION", "6d1a", None)
@@ -85,36 +84,36 @@ async def test_every_detail_is_decoded(client: Client, server: ScriptedServer) -
     )
 
 
-async def test_broken_details_are_none(client: Client, server: ScriptedServer) -> None:
-    """Details that are not a google.rpc.Status do not hide the status itself."""
-    server.refuses(grpc.StatusCode.INTERNAL, "engine down", raw_details=b"\xff\xff\xff")
-    with pytest.raises(tree.InternalError, match="engine down") as caught:
+async def test_malformed_details_are_ignored(client: Client, server: ScriptedServer) -> None:
+    """If the details are not a google.rpc.Status, the exception still has the code and message."""
+    server.script_error(grpc.StatusCode.INTERNAL, "the engine failed", raw_details=b"\xff\xff\xff")
+    with pytest.raises(errors.InternalError, match="the engine failed") as caught:
         await client.generate("Hi")
     assert caught.value.reason is None
 
 
-async def test_a_detail_that_does_not_decode_is_passed_over(client: Client, server: ScriptedServer) -> None:
-    """One broken detail does not hide the others."""
-    broken = b"\x1a\x2e\n\x28type.googleapis.com/google.rpc.RetryInfo\x12\x02\xff\xff"
-    server.refuses(grpc.StatusCode.INTERNAL, "engine down", raw_details=broken)
-    with pytest.raises(tree.InternalError, match="engine down") as caught:
+async def test_a_malformed_detail_is_ignored(client: Client, server: ScriptedServer) -> None:
+    """One malformed detail does not hide the others."""
+    malformed = b"\x1a\x2e\n\x28type.googleapis.com/google.rpc.RetryInfo\x12\x02\xff\xff"
+    server.script_error(grpc.StatusCode.INTERNAL, "the engine failed", raw_details=malformed)
+    with pytest.raises(errors.InternalError, match="the engine failed") as caught:
         await client.generate("Hi")
     assert caught.value.retry_after is None
 
 
-async def test_nobody_listening_is_unavailable() -> None:
-    """A refused connection has no details and is Unavailable all the same."""
+async def test_a_refused_connection_is_unavailable() -> None:
+    """A refused TCP connection raises Unavailable, without a reason or details."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         async with Client(f"127.0.0.1:{unused.getsockname()[1]}", timeout=10) as client:
-            with pytest.raises(tree.Unavailable) as caught:
+            with pytest.raises(errors.Unavailable) as caught:
                 await client.model_card()
     assert caught.value.reason is None
     assert caught.value.violations == ()
 
 
-def test_the_package_exports_what_it_names() -> None:
-    """Every name in `__all__` is there, and no other name is made up."""
+def test_the_package_exports_the_names_in_all() -> None:
+    """The package has every name in `__all__` and raises AttributeError for other names."""
     for name in llama2_client.__all__:
         assert getattr(llama2_client, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):

@@ -1,4 +1,4 @@
-"""What the client's own install brings along."""
+"""The dependencies of the base install, which is the client."""
 
 from importlib import metadata
 from pathlib import Path
@@ -10,21 +10,21 @@ MEGABYTE = 10**6
 
 
 def base_install() -> set[str]:
-    """The names of all that `pip install llama2-grpc` installs, without extras, besides itself."""
+    """Return the distributions that `pip install llama2-grpc` installs in addition, without extras."""
     found: set[str] = set()
-    waiting = ["llama2-grpc"]
-    while waiting:
-        for line in metadata.requires(waiting.pop()) or ():
-            need = Requirement(line)
-            name = str(canonicalize_name(need.name))
-            if name not in found and (need.marker is None or need.marker.evaluate({"extra": ""})):
+    pending = ["llama2-grpc"]
+    while pending:
+        for line in metadata.requires(pending.pop()) or ():
+            requirement = Requirement(line)
+            name = str(canonicalize_name(requirement.name))
+            if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
                 found.add(name)
-                waiting.append(name)
+                pending.append(name)
     return found
 
 
 def test_the_base_install_is_small_and_has_no_torch() -> None:
-    """Under 30 MB of dependencies, none of them the server's."""
+    """The dependencies take less than 30 MB and include no dependency of the server."""
     names = base_install()
     assert "grpcio" in names
     assert not names & {"torch", "transformers", "pydantic", "sqlalchemy"}
