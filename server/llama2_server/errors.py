@@ -1,24 +1,24 @@
-"""Every way that this service refuses a call; each class carries its gRPC status code and its rich details.
+"""Errors of calls. Each class has its gRPC status code, its reason and its details.
 
     ServiceError
-    |-- InvalidRequest      INVALID_ARGUMENT      the request breaks a rule; lists every violation
-    |-- Unauthenticated     UNAUTHENTICATED       no key, or not a valid one: one message for all
-    |-- AccountDisabled     PERMISSION_DENIED     the key is good, and its account may not call
-    |-- ResourceExhausted   RESOURCE_EXHAUSTED
-    |   |-- QuotaExceeded                         the account's requests per minute are used up
-    |   |-- QueueFull                              no place in the waiting line
-    |   `-- QueueWaitTooLong                           the wait would outlast the deadline or the line's limit
-    |-- Unavailable         UNAVAILABLE
-    |   |-- ShuttingDown                              the server is shutting down
-    |   |-- QuotaStoreUnavailable                        quotas cannot be counted
-    |   |-- UsageJournalFull                            usage cannot be recorded
-    |   |-- UsageUnavailable                            usage cannot be read
-    |   `-- EngineUnavailable                            the engine has stopped
-    |-- DeadlineExceeded    DEADLINE_EXCEEDED     the call's deadline passed in the line
-    `-- InternalError       INTERNAL              a fault of the server
+    |-- InvalidRequest             INVALID_ARGUMENT
+    |-- Unauthenticated            UNAUTHENTICATED
+    |-- AccountDisabled            PERMISSION_DENIED
+    |-- ResourceExhausted          RESOURCE_EXHAUSTED
+    |   |-- QuotaExceeded
+    |   |-- QueueFull
+    |   `-- QueueWaitTooLong
+    |-- Unavailable                UNAVAILABLE
+    |   |-- ShuttingDown
+    |   |-- QuotaStoreUnavailable
+    |   |-- UsageJournalFull
+    |   |-- UsageUnavailable
+    |   `-- EngineUnavailable
+    |-- DeadlineExceeded           DEADLINE_EXCEEDED
+    `-- InternalError              INTERNAL
 
-`ServiceError.to_status` makes the status and the trailers that go on the wire; `interceptor.py` is the one place that
-sends it.
+The first line of each docstring is the meaning of the reason in docs/api.md. `ServiceError.to_status` builds the status
+and the trailers; only `api/interceptor.py` sends them.
 """
 
 import math
@@ -36,25 +36,25 @@ MAX_VIOLATIONS_BYTES = 1800
 
 
 class Violation(NamedTuple):
-    """One broken rule: the field's path, such as `messages[1].content`, and what is allowed, in plain words."""
+    """A violated rule: the field's path, such as `messages[1].content`, and the allowed values in plain words."""
 
     field: str
     description: str
 
 
 class ServiceError(Exception):
-    """A refusal; `str(error)` is the message for the caller and must never hold text of the request."""
+    """Base of all errors of calls; `str(error)` is sent to the client and must never contain text of the request."""
 
     code: ClassVar[grpc.StatusCode]
     reason: ClassVar[str]
     retry_after_seconds: float | None = None
 
     def details(self) -> list[Message]:
-        """The google.rpc details beside ErrorInfo, RetryInfo and RequestInfo."""
+        """Return the google.rpc details in addition to ErrorInfo, RetryInfo and RequestInfo."""
         return []
 
     def to_status(self, request_id: str) -> tuple[str, list[tuple[str, str | bytes]]]:
-        """The status message and the trailing metadata that carry this error."""
+        """Return the status message and the trailing metadata of this error."""
         status = status_pb2.Status(code=self.code.value[0], message=str(self))
         trailers: list[tuple[str, str | bytes]] = []
         status.details.add().Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN))
@@ -71,7 +71,7 @@ class ServiceError(Exception):
 
 
 class InvalidRequest(ServiceError):
-    """The request breaks at least one rule; nothing of it was run."""
+    """The request violates at least one rule; BadRequest lists the violations."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = "INVALID_REQUEST"
@@ -83,7 +83,7 @@ class InvalidRequest(ServiceError):
         super().__init__(f"{field}: {description}{more}" if field else f"{description}{more}")
 
     def details(self) -> list[Message]:
-        """One BadRequest; violations that do not fit the trailers are counted in a last entry."""
+        """Return one BadRequest; its last entry counts the violations that do not fit into the trailers."""
         bad_request = error_details_pb2.BadRequest()
         for count, (field, description) in enumerate(self.violations):
             if bad_request.ByteSize() + len(field) + len(description.encode()) > MAX_VIOLATIONS_BYTES:
@@ -95,7 +95,10 @@ class InvalidRequest(ServiceError):
 
 
 class Unauthenticated(ServiceError):
-    """No key, an unknown or a revoked one: one message for all, so that nobody learns which keys exist."""
+    """The call does not have exactly one valid API key.
+
+    Missing, unknown and revoked keys get the same message, which therefore does not reveal the existing keys.
+    """
 
     code = grpc.StatusCode.UNAUTHENTICATED
     reason = "UNAUTHENTICATED"
@@ -105,7 +108,7 @@ class Unauthenticated(ServiceError):
 
 
 class AccountDisabled(ServiceError):
-    """The key is known, and its account is disabled."""
+    """The API key is valid, but disabled."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
     reason = "ACCOUNT_DISABLED"
@@ -115,7 +118,7 @@ class AccountDisabled(ServiceError):
 
 
 class ResourceExhausted(ServiceError):
-    """There is no room for the call now; it may be tried again after `retry_after_seconds`."""
+    """The call cannot be accepted now; the client may retry after `retry_after_seconds`."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -125,7 +128,7 @@ class ResourceExhausted(ServiceError):
 
 
 class QuotaExceeded(ResourceExhausted):
-    """The account has used up its requests per minute; `retry_after_seconds` is exact."""
+    """The account has used up its requests per minute; the delay of RetryInfo is exact."""
 
     reason = "QUOTA_EXCEEDED"
 
@@ -136,25 +139,25 @@ class QuotaExceeded(ResourceExhausted):
         self._account = account
 
     def details(self) -> list[Message]:
-        """One QuotaFailure that names the account."""
+        """Return one QuotaFailure that names the account."""
         violation = error_details_pb2.QuotaFailure.Violation(subject=f"account:{self._account}", description=str(self))
         return [error_details_pb2.QuotaFailure(violations=[violation])]
 
 
 class QueueFull(ResourceExhausted):
-    """The waiting line is full; retry later."""
+    """The request queue is full."""
 
     reason = "QUEUE_FULL"
 
 
 class QueueWaitTooLong(ResourceExhausted):
-    """The wait for a slot would outlast the call's deadline or the line's limit."""
+    """The wait for a slot exceeds the call's deadline or the queue timeout."""
 
     reason = "QUEUE_WAIT_TOO_LONG"
 
 
 class Unavailable(ServiceError):
-    """This server cannot take calls now; another one, or this one a little later, can."""
+    """This server cannot accept calls now; the client may retry, on any server."""
 
     code = grpc.StatusCode.UNAVAILABLE
     retry_after_seconds = 1.0
@@ -167,19 +170,19 @@ class ShuttingDown(Unavailable):
 
 
 class QuotaStoreUnavailable(Unavailable):
-    """The store of the quotas does not answer, and the operator chose to refuse rather than to guess."""
+    """The quota store does not answer, and `--quota-fallback` is `reject`."""
 
     reason = "QUOTA_STORE_UNAVAILABLE"
 
 
 class UsageJournalFull(Unavailable):
-    """The ledger's store is down and its journal is full: work would go unrecorded."""
+    """The usage store is unavailable and the usage journal is full, so usage cannot be recorded."""
 
     reason = "USAGE_JOURNAL_FULL"
 
 
 class UsageUnavailable(Unavailable):
-    """The ledger's store does not answer, so that usage cannot be read now."""
+    """The usage store does not answer, so usage cannot be read."""
 
     reason = "USAGE_UNAVAILABLE"
 
@@ -188,20 +191,20 @@ class UsageUnavailable(Unavailable):
 
 
 class EngineUnavailable(Unavailable):
-    """The engine has stopped; nothing can be generated here."""
+    """The engine has stopped; this server cannot generate."""
 
     reason = "ENGINE_UNAVAILABLE"
 
 
 class DeadlineExceeded(ServiceError):
-    """The call's deadline passed before its work was done."""
+    """The call's deadline passed before it was complete."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "DEADLINE_EXCEEDED"
 
 
 class InternalError(ServiceError):
-    """A fault of the server; the cause is in its log under the request id, and never in the message."""
+    """The server has an error; its log has the cause under the request id, the message never has it."""
 
     code = grpc.StatusCode.INTERNAL
     reason = "INTERNAL"
