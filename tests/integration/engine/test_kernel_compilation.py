@@ -18,8 +18,9 @@ from llama2_server.engine.cuda import attention_kernels, matmul_kernels
 from llama2_server.engine.cuda.matmul import VARIANTS
 
 HALF, FLOAT, NUMBERS = "*fp16", "*fp32", "*i64"
-KINDS = {"parts": FLOAT, "scales": FLOAT, "slots": NUMBERS, "positions": NUMBERS, "epsilon": "fp32", "factor": "fp32"}
-COUNTS = ("columns", "width", "heads", "kv_heads", "context_length", "half", "head_dim", "splits")
+KINDS = {"partials": FLOAT, "log_sum_exps": FLOAT, "slots": NUMBERS, "positions": NUMBERS}
+KINDS |= {"epsilon": "fp32", "factor": "fp32"}
+COUNTS = ("N", "K", "heads", "kv_heads", "context_length", "half", "head_dim", "splits")
 
 def build(kernel, warps, **constants):
     names = kernel.arg_names
@@ -42,15 +43,15 @@ def check_loop(ptx, loads):
     assert "bar.sync" not in loops[0], loops[0]
     assert len(re.findall(r"ld\.global\S*evict_first\S*v4", loops[0])) == loads, loops[0]
 
-for way in filter(None, VARIANTS):
-    block = {"EVEN": True, "BLOCK_COLUMNS": way.columns, "BLOCK_WIDTH": way.width}
-    check_loop(build(matmul_kernels._product_kernel, way.warps, NORMED=True, ADDED=False, **block), way.columns)
-    check_loop(build(matmul_kernels._product_kernel, way.warps, NORMED=False, ADDED=True, **block), way.columns)
-    check_loop(build(matmul_kernels._gated_product_kernel, way.warps, **block), 2 * way.columns)
-build(attention_kernels._rotate_kernel, 1, BLOCK_HALF=64)
+for tile in filter(None, VARIANTS):
+    block = {"EVEN_K": True, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    for fused in ({"HAS_NORM": True, "HAS_RESIDUAL": False}, {"HAS_NORM": False, "HAS_RESIDUAL": True}):
+        check_loop(build(matmul_kernels._matmul_kernel, tile.num_warps, **fused, **block), tile.block_n)
+    check_loop(build(matmul_kernels._swiglu_kernel, tile.num_warps, **block), 2 * tile.block_n)
+build(attention_kernels._rotate_and_store_kernel, 1, BLOCK_HALF=64)
 split = {"SPLIT": attention_kernels.SPLIT_TOKENS, "BLOCK": attention_kernels.BLOCK_TOKENS}
-build(attention_kernels._attend_kernel, 4, **split, GROUP=1, BLOCK_GROUP=16, BLOCK_DIM=128)
-build(attention_kernels._attend_kernel, 4, **split, GROUP=8, BLOCK_GROUP=16, BLOCK_DIM=128)
+build(attention_kernels._split_attention_kernel, 4, **split, GROUP=1, BLOCK_GROUP=16, BLOCK_DIM=128)
+build(attention_kernels._split_attention_kernel, 4, **split, GROUP=8, BLOCK_GROUP=16, BLOCK_DIM=128)
 build(attention_kernels._combine_kernel, 4, BLOCK_SPLITS=32, BLOCK_DIM=128)
 """
 

@@ -1,4 +1,4 @@
-"""The decode step on a GPU: our own kernels and the sampling in one CUDA graph, one step ahead of who reads the tokens.
+"""The decode step on a GPU: custom Triton kernels and sampling in one CUDA graph, one step ahead of the token reader.
 
-Triton comes with torch's CUDA builds. Where it is missing, or the step cannot be built, the model runs in plain torch.
+Triton comes with torch's CUDA builds. If it is missing or the step cannot be built, the model runs in plain torch.
 """

@@ -1,4 +1,4 @@
-"""Which way of computing each product of one row is the fastest on this device: measured once, then kept in a file."""
+"""Autotuning: find the fastest variant of each one-row matmul on this device, and cache the result in a file."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -10,97 +10,102 @@ import torch
 import triton
 from torch import Tensor
 
-from llama2_server.engine.cuda.matmul import VARIANTS, Matmul, MatmulVariant, name_of
+from llama2_server.engine.cuda.matmul import VARIANTS, Matmul, MatmulVariant, matmul_name
 from llama2_server.engine.cuda.matmul_kernels import TileConfig
 from llama2_server.engine.disk_cache import load, save
 from llama2_server.engine.model.llama import LlamaModel
 
 logger = logging.getLogger(__name__)
 
-# Two ways of adding the same float16 products differ by about a thousandth.
+# Two summation orders of the same float16 products differ by about 0.001.
 MAX_RELATIVE_ERROR = 0.01
 REPLAYS = 5
 
-Work = Callable[[Matmul], Tensor]
-"""One product with the weights of all layers, one after another, so that no cache holds them; the last result."""
+Workload = Callable[[Matmul], Tensor]
+"""One matmul with the weights of all layers in sequence, so that no cache holds them; returns the last result."""
 Timer = Callable[[Callable[[], Tensor]], float]
 
 
 def autotune(model: LlamaModel, file: Path | None) -> dict[str, MatmulVariant]:
-    """The fastest way of each product of the model, by its name; from the file if it is of this device and software."""
+    """Return the fastest variant of each matmul by name, from the file if it matches this device and software."""
     key = f"{torch.cuda.get_device_name(model.device)}, torch {torch.__version__}, triton {triton.__version__}"
-    known = _ways(load(file, key))
-    works = dict(_works(model))
-    if known.keys() != works.keys():
-        known = {name: fastest(work, model.config.rms_norm_eps, name) for name, work in works.items()}
-        save(file, key, {name: astuple(way) if way else None for name, way in known.items()})
-    return known
+    variants = _parse_variants(load(file, key))
+    workloads = dict(_workloads(model))
+    if variants.keys() != workloads.keys():
+        epsilon = model.config.rms_norm_eps
+        variants = {name: fastest_variant(workload, epsilon, name) for name, workload in workloads.items()}
+        save(file, key, {name: astuple(variant) if variant else None for name, variant in variants.items()})
+    return variants
 
 
 def graph_seconds(run: Callable[[], Tensor]) -> float:
-    """How long the device takes, without the time that the host needs to ask for each kernel."""
+    """Return the device time of `run` in a CUDA graph, which excludes the host's kernel launch overhead."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     graph.replay()
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begun.record()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
     for _ in range(REPLAYS):
         graph.replay()
-    ended.record()
-    ended.synchronize()
-    return float(begun.elapsed_time(ended)) / 1000 / REPLAYS
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000 / REPLAYS
 
 
-def fastest(work: Work, epsilon: float, name: str, seconds: Timer = graph_seconds) -> MatmulVariant:
-    """The fastest way of a product, among those whose result is torch's but for rounding."""
-    expected = work(Matmul(epsilon)).double()
+def fastest_variant(workload: Workload, epsilon: float, name: str, timer: Timer = graph_seconds) -> MatmulVariant:
+    """Return the fastest variant of a matmul whose result equals torch's except for rounding."""
+    expected = workload(Matmul(epsilon)).double()
     best, best_seconds = None, float("inf")
-    for way in VARIANTS:
-        products = Matmul(epsilon, {name: way})
-        error = (work(products).double() - expected).norm() / expected.norm()
+    for variant in VARIANTS:
+        matmul = Matmul(epsilon, {name: variant})
+        error = (workload(matmul).double() - expected).norm() / expected.norm()
         if not error < MAX_RELATIVE_ERROR:
-            logger.warning("%s: %s is wrong by %.3f on this device and is not used", name, way, error)
+            logger.warning("matmul variant rejected: %s with %s has a relative error of %.3f", name, variant, error)
             continue
-        needed = seconds(lambda products=products: work(products))  # type: ignore[misc]
-        if needed < best_seconds:
-            best, best_seconds = way, needed
-    logger.info("%s: %s, %.1f us a pass", name, best or "torch", best_seconds * 1e6)
+        seconds = timer(lambda matmul=matmul: workload(matmul))  # type: ignore[misc]
+        if seconds < best_seconds:
+            best, best_seconds = variant, seconds
+    logger.info("fastest matmul variant of %s: %s, %.1f us per pass", name, best or "torch", best_seconds * 1e6)
     return best
 
 
-def _works(model: LlamaModel) -> Iterator[tuple[str, Work]]:
+def _workloads(model: LlamaModel) -> Iterator[tuple[str, Workload]]:
     config, weights = model.config, model.weights
     first = weights.layers[0]
 
-    def some(size: int) -> Tensor:
+    def random_row(size: int) -> Tensor:
         return torch.randn(1, size, device=model.device).to(model.dtype)
 
-    x, attended, inner = some(config.hidden_size), some(config.query_size), some(config.intermediate_size)
+    x, attended = random_row(config.hidden_size), random_row(config.query_size)
+    inner = random_row(config.intermediate_size)
 
-    def each(product: Callable[..., Tensor]) -> Tensor:
+    def all_layers(matmul: Callable[..., Tensor]) -> Tensor:
         for layer in weights.layers:
-            result = product(layer)
+            result = matmul(layer)
         return result
 
     yield (
-        name_of("normed", first.qkv),
-        lambda products: each(lambda layer: products.normed(x, layer.attention_norm, layer.qkv)),
+        matmul_name("rmsnorm_linear", first.qkv),
+        lambda matmul: all_layers(lambda layer: matmul.rmsnorm_linear(x, layer.attention_norm, layer.qkv)),
     )
     yield (
-        name_of("added", first.output),
-        lambda products: each(lambda layer: products.added(x, attended, layer.output)),
+        matmul_name("linear_residual", first.output),
+        lambda matmul: all_layers(lambda layer: matmul.linear_residual(x, attended, layer.output)),
     )
     yield (
-        name_of("gated", first.gate_up),
-        lambda products: each(lambda layer: products.gated(x, layer.mlp_norm, layer.gate_up)),
+        matmul_name("swiglu", first.gate_up),
+        lambda matmul: all_layers(lambda layer: matmul.swiglu(x, layer.mlp_norm, layer.gate_up)),
     )
-    yield name_of("added", first.down), lambda products: each(lambda layer: products.added(x, inner, layer.down))
-    yield name_of("logits", weights.head), lambda products: products.logits(x, weights.norm, weights.head)
+    yield (
+        matmul_name("linear_residual", first.down),
+        lambda matmul: all_layers(lambda layer: matmul.linear_residual(x, inner, layer.down)),
+    )
+    yield matmul_name("lm_head", weights.head), lambda matmul: matmul.lm_head(x, weights.norm, weights.head)
 
 
-def _ways(kept: Any) -> dict[str, MatmulVariant]:
+def _parse_variants(stored: Any) -> dict[str, MatmulVariant]:
     try:
-        return {name: TileConfig(*way) if way else None for name, way in kept.items()}
-    except (TypeError, AttributeError):  # nothing was kept, or no ways
+        return {name: TileConfig(*variant) if variant else None for name, variant in stored.items()}
+    except (TypeError, AttributeError):  # nothing was stored, or something else
         return {}

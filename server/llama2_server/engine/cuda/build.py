@@ -1,4 +1,4 @@
-"""Makes the fast steps of a model on a CUDA device, and proves them before anybody is served."""
+"""Build the step runner of a model; on CUDA, verify its kernels before the server accepts requests."""
 
 import logging
 import os
@@ -15,62 +15,67 @@ from llama2_server.engine.step_runner import HostStepRunner, StepRunner
 
 logger = logging.getLogger(__name__)
 
-MAX_RELATIVE_ERROR = 0.02  # of the logits, against the plain steps; float16 itself makes for a few thousandths
-PROOF_TOKENS = 48
+MAX_RELATIVE_ERROR = 0.02  # of the logits compared with plain torch; float16 rounding alone causes a few thousandths
+VERIFICATION_TOKENS = 48
 
 
 def build_step_runner(model: LlamaModel, *, compiled: bool, cache_directory: Path | None) -> StepRunner:
-    """The fastest steps to be had; where it is not the fast ones on CUDA, the log says why in one line.
+    """Return the fastest available step runner; if CUDA runs in plain torch, one log record gives the reason.
 
-    What is compiled and measured is kept under `cache_directory`, so that the next start need not do it again.
+    Compiled kernels and autotuning results are cached under `cache_directory` for the next start.
     """
     if model.device.type != "cuda":
         return HostStepRunner(model)
     if not compiled:
-        logger.info("running in plain torch, which is slower: the settings ask for it (gpu_kernels)")
+        logger.info("running in plain torch, which is slower: --gpu-kernels is torch")
         return HostStepRunner(model)
     try:
-        return _fast_steps(model, cache_directory)
-    except Exception as error:  # of the compiler, the driver or the device, in whatever form
+        return _build_cuda_step_runner(model, cache_directory)
+    except Exception as error:  # the compiler, the driver and the device raise many types
         logger.warning("running in plain torch, which is slower: %s: %s", type(error).__name__, error)
-        logger.debug("why the fast steps cannot be had", exc_info=error)
+        logger.debug("building the CUDA step runner failed", exc_info=error)
     torch.cuda.empty_cache()
     return HostStepRunner(model)
 
 
-def _fast_steps(model: LlamaModel, cache_directory: Path | None) -> StepRunner:
+def _build_cuda_step_runner(model: LlamaModel, cache_directory: Path | None) -> StepRunner:
     if cache_directory:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory / "triton"))
-    begun = time.monotonic()
-    # Imports Triton, which reads its environment then, and is not there without CUDA.
+    started_at = time.monotonic()
+    # Imported late: these modules import Triton, which reads its environment on import and is missing without CUDA.
     from llama2_server.engine.cuda.autotune import autotune
-    from llama2_server.engine.cuda.forward import Forward
+    from llama2_server.engine.cuda.forward import CudaForward
     from llama2_server.engine.cuda.matmul import Matmul
     from llama2_server.engine.cuda.step_runner import CudaStepRunner
 
     with torch.inference_mode():
-        ways = autotune(model, cache_directory / "ways.json" if cache_directory else None)
-        forward = Forward(model, Matmul(model.config.rms_norm_eps, ways))
-        error = proven_error(model, forward)
+        variants = autotune(model, cache_directory / "matmul_variants.json" if cache_directory else None)
+        forward = CudaForward(model, Matmul(model.config.rms_norm_eps, variants))
+        error = verify_logits(model, forward)
     step_runner = CudaStepRunner(model, forward)
-    graphs = step_runner.capture()
-    logger.info("made %d CUDA graphs in %.1f s; logits within %.4f", graphs, time.monotonic() - begun, error)
+    graphs = step_runner.capture_graphs()
+    seconds = time.monotonic() - started_at
+    logger.info("captured %d CUDA graphs in %.1f s; relative error of the logits: %.4f", graphs, seconds, error)
     return step_runner
 
 
-def proven_error(model: LlamaModel, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
-    """How far the logits of a step are from the model's own; raises EngineError where it is too far, or no number."""
-    # One row and several are computed in different ways.
+def verify_logits(model: LlamaModel, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
+    """Return the relative error of a step's logits compared with the model's own.
+
+    Raises:
+        EngineError: the error is too large or not a number.
+    """
+    # One row and several rows use different kernels.
     errors = [relative_error(model, forward, rows) for rows in sorted({1, model.slots})]
-    if not all(error < MAX_RELATIVE_ERROR for error in errors):  # each by itself: max() may pass over what is no number
-        raise EngineError(f"the fast step's logits differ by {errors} from the plain step's")
+    if not all(error < MAX_RELATIVE_ERROR for error in errors):  # not max(errors), which can ignore NaN
+        raise EngineError(f"logits of the CUDA kernels differ from plain torch by {errors}, limit {MAX_RELATIVE_ERROR}")
     return max(errors)
 
 
 def relative_error(model: LlamaModel, forward: Callable[[Tensor, Tensor, Tensor], Tensor], rows: int) -> float:
-    """How far the logits of a step are from the model's own: the norm of the difference over the norm."""
+    """Return the norm of the logits' difference from the model's own logits, divided by the norm of those."""
     slots = list(range(rows))
-    prompt = [1 + index % (model.vocab_size - 1) for index in range(min(PROOF_TOKENS, model.context_length - 1))]
+    prompt = [1 + index % (model.vocab_size - 1) for index in range(min(VERIFICATION_TOKENS, model.context_length - 1))]
     for slot in slots:
         model.prefill(slot, prompt[slot % len(prompt) :], 0)
     positions = [len(prompt) - slot % len(prompt) for slot in slots]

@@ -1,6 +1,6 @@
-"""Triton kernels for the product of one row and a weight, with what comes before and after it.
+"""Triton GEMV kernels: one row of activations times a weight, fused with the operations before and after it.
 
-Each weight is read once; sums are in float32, whatever the dtype of the tensors.
+Each weight is read once. Sums are in float32 for any dtype of the tensors.
 """
 
 from dataclasses import dataclass
@@ -13,140 +13,140 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """How much of a weight one program takes at a time, and with how many warps."""
+    """The tile of a weight that one program reads per iteration, and its number of warps."""
 
-    columns: int
-    width: int
-    warps: int
+    block_n: int
+    block_k: int
+    num_warps: int
 
 
 @triton.jit
-def _product_kernel(
-    x,  # (width,)
-    norm,  # (width,)
-    weight,  # (columns, width)
-    before,  # (columns,)
-    out,  # (columns,)
-    columns,
-    width,
+def _matmul_kernel(
+    x,  # (K,)
+    norm,  # (K,)
+    weight,  # (N, K)
+    residual,  # (N,)
+    out,  # (N,)
+    N,
+    K,
     epsilon,
-    NORMED: tl.constexpr,
-    ADDED: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """`[before +] weight @ [rms_norm](x)`: the norm's factor is one for all, so it can wait until the end."""
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    exists = column < columns
-    places = weight + column[:, None].to(tl.int64) * width
-    sums = tl.zeros((BLOCK_COLUMNS, BLOCK_WIDTH), tl.float32)
-    squares = tl.zeros((BLOCK_WIDTH,), tl.float32)
-    for start in range(0, width, BLOCK_WIDTH):
-        at = start + tl.arange(0, BLOCK_WIDTH)
-        inside = (at < width) | EVEN
-        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if NORMED:
+    """Compute `[residual +] weight @ [rms_norm](x)`; the norm's factor is a scalar, so it is applied at the end."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+    rows = weight + n[:, None].to(tl.int64) * K
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_mask = (k < K) | EVEN_K
+        values = tl.load(x + k, mask=k_mask, other=0.0).to(tl.float32)
+        if HAS_NORM:
             squares += values * values
-            values *= tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
-        mask = exists[:, None] & inside[None, :]
-        block = tl.load(places + at[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        sums += block.to(tl.float32) * values[None, :]
+            values *= tl.load(norm + k, mask=k_mask, other=0.0).to(tl.float32)
+        mask = n_mask[:, None] & k_mask[None, :]
+        tile = tl.load(rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        sums += tile.to(tl.float32) * values[None, :]
     total = tl.sum(sums, axis=1)
-    if NORMED:
-        total *= tl.rsqrt(tl.sum(squares, axis=0) / width + epsilon)
-    if ADDED:
-        total += tl.load(before + column, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out + column, total, mask=exists)
+    if HAS_NORM:
+        total *= tl.rsqrt(tl.sum(squares, axis=0) / K + epsilon)
+    if HAS_RESIDUAL:
+        total += tl.load(residual + n, mask=n_mask, other=0.0).to(tl.float32)
+    tl.store(out + n, total, mask=n_mask)
 
 
 @triton.jit
-def _gated_product_kernel(
-    x,  # (width,)
-    norm,  # (width,)
-    weight,  # (2 * columns, width): the gate's rows, then those of up
-    out,  # (columns,)
-    columns,
-    width,
+def _swiglu_kernel(
+    x,  # (K,)
+    norm,  # (K,)
+    weight,  # (2 * N, K): the rows of gate, then the rows of up
+    out,  # (N,)
+    N,
+    K,
     epsilon,
-    EVEN: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """SwiGLU: out = silu(gate @ rms_norm(x)) * (up @ rms_norm(x))."""
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    exists = column < columns
-    gate_places = weight + column[:, None].to(tl.int64) * width
-    up_places = weight + (columns + column)[:, None].to(tl.int64) * width
-    gates = tl.zeros((BLOCK_COLUMNS, BLOCK_WIDTH), tl.float32)
-    ups = tl.zeros((BLOCK_COLUMNS, BLOCK_WIDTH), tl.float32)
-    squares = tl.zeros((BLOCK_WIDTH,), tl.float32)
-    for start in range(0, width, BLOCK_WIDTH):
-        at = start + tl.arange(0, BLOCK_WIDTH)
-        inside = (at < width) | EVEN
-        mask = exists[:, None] & inside[None, :]
-        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    """Compute `silu(gate @ rms_norm(x)) * (up @ rms_norm(x))`."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+    gate_rows = weight + n[:, None].to(tl.int64) * K
+    up_rows = weight + (N + n)[:, None].to(tl.int64) * K
+    gate_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_mask = (k < K) | EVEN_K
+        mask = n_mask[:, None] & k_mask[None, :]
+        values = tl.load(x + k, mask=k_mask, other=0.0).to(tl.float32)
         squares += values * values
-        values *= tl.load(norm + at, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_places + at[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        up = tl.load(up_places + at[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        gates += gate.to(tl.float32) * values[None, :]
-        ups += up.to(tl.float32) * values[None, :]
-    factor = tl.rsqrt(tl.sum(squares, axis=0) / width + epsilon)
-    gate_sum = tl.sum(gates, axis=1) * factor
-    up_sum = tl.sum(ups, axis=1) * factor
-    tl.store(out + column, gate_sum * tl.sigmoid(gate_sum) * up_sum, mask=exists)
+        values *= tl.load(norm + k, mask=k_mask, other=0.0).to(tl.float32)
+        gate_tile = tl.load(gate_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        up_tile = tl.load(up_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        gate_sums += gate_tile.to(tl.float32) * values[None, :]
+        up_sums += up_tile.to(tl.float32) * values[None, :]
+    factor = tl.rsqrt(tl.sum(squares, axis=0) / K + epsilon)
+    gate = tl.sum(gate_sums, axis=1) * factor
+    up = tl.sum(up_sums, axis=1) * factor
+    tl.store(out + n, gate * tl.sigmoid(gate) * up, mask=n_mask)
 
 
-def product(
+def matmul(
     x: Tensor,
     weight: Tensor,
     *,
     norm: Tensor | None = None,
     epsilon: float = 0.0,
-    before: Tensor | None = None,
+    residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    tile: TileConfig,
-) -> Tensor:  # x (1, width), weight (columns, width) -> (1, columns)
-    """`[before +] linear([rms_norm](x), weight)` for one row."""
-    columns, width = weight.shape
-    out = x.new_empty((1, columns), dtype=dtype)
-    _product_kernel[(triton.cdiv(columns, tile.columns),)](
+    config: TileConfig,
+) -> Tensor:  # x (1, k), weight (n, k) -> (1, n)
+    """Return `[residual +] linear([rms_norm](x), weight)` of one row."""
+    n, k = weight.shape
+    out = x.new_empty((1, n), dtype=dtype)
+    _matmul_kernel[(triton.cdiv(n, config.block_n),)](
         x,
         x if norm is None else norm,
         weight,
-        x if before is None else before,
+        x if residual is None else residual,
         out,
-        columns,
-        width,
+        n,
+        k,
         epsilon,
-        NORMED=norm is not None,
-        ADDED=before is not None,
-        EVEN=width % tile.width == 0,
-        BLOCK_COLUMNS=tile.columns,
-        BLOCK_WIDTH=tile.width,
-        num_warps=tile.warps,
+        HAS_NORM=norm is not None,
+        HAS_RESIDUAL=residual is not None,
+        EVEN_K=k % config.block_k == 0,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
     )
     return out
 
 
-def gated_product(
-    x: Tensor, weight: Tensor, *, norm: Tensor, epsilon: float, tile: TileConfig
-) -> Tensor:  # x (1, width), weight (2 * columns, width) -> (1, columns)
-    """SwiGLU's first half for one row: `silu(gate) * up` of the normed x."""
-    columns, width = weight.shape[0] // 2, weight.shape[1]
-    out = x.new_empty((1, columns))
-    _gated_product_kernel[(triton.cdiv(columns, tile.columns),)](
+def swiglu(
+    x: Tensor, weight: Tensor, *, norm: Tensor, epsilon: float, config: TileConfig
+) -> Tensor:  # x (1, k), weight (2 * n, k) -> (1, n)
+    """Return `silu(gate) * up` of one normalized row, the first half of SwiGLU."""
+    n, k = weight.shape[0] // 2, weight.shape[1]
+    out = x.new_empty((1, n))
+    _swiglu_kernel[(triton.cdiv(n, config.block_n),)](
         x,
         norm,
         weight,
         out,
-        columns,
-        width,
+        n,
+        k,
         epsilon,
-        EVEN=width % tile.width == 0,
-        BLOCK_COLUMNS=tile.columns,
-        BLOCK_WIDTH=tile.width,
-        num_warps=tile.warps,
+        EVEN_K=k % config.block_k == 0,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
     )
     return out

@@ -1,6 +1,6 @@
-"""Sampling for all rows of a step at once, without a look from the host: what `engine/sampling.py` does, row by row.
+"""Batched sampling on the device, without host synchronization.
 
-The order and the meaning of penalties, temperature, top_k and top_p are those of `Sampler.sample`.
+Penalties, temperature, top_k and top_p have the order and meaning of `Sampler.sample` in `engine/sampling.py`.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from torch.nn.functional import pad
 from llama2_server.engine.sampling import GenerationParams
 
 NO_TOKEN = -1
-"""What stands for the token of a row whose logits are not finite."""
+"""The token id of a row whose logits are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
-class RowParams:
-    """How each row is sampled; every tensor is (rows, 1) and float64."""
+class BatchSamplingParams:
+    """Sampling parameters of each row; every tensor is (rows, 1) and float64."""
 
     temperature: Tensor  # 0 = greedy
     top_k: Tensor  # 0 = all
@@ -28,40 +28,42 @@ class RowParams:
     uniform: Tensor  # in [0, 1)
 
 
-def is_plain(params: GenerationParams) -> bool:
-    """Whether the token with the largest logit is the next one."""
-    return params.temperature == 0 and not is_penalised(params)
+def is_argmax(params: GenerationParams) -> bool:
+    """Return whether the next token is always the one with the largest logit."""
+    return params.temperature == 0 and not has_penalties(params)
 
 
-def is_penalised(params: GenerationParams) -> bool:
-    """Whether it matters which tokens came before."""
+def has_penalties(params: GenerationParams) -> bool:
+    """Return whether sampling depends on the previous tokens."""
     return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
 
 
 class PenaltyState:
-    """Which tokens each slot has seen, and how often it has generated each; kept where penalties need it.
+    """The tokens that each slot has seen and how often it generated each, maintained only for rows with penalties.
 
-    There is one place more than there are slots, for rows that only fill up a step.
+    One additional slot is for padding rows.
     """
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
         self._seen = torch.zeros(slots + 1, vocab_size, dtype=torch.bool, device=device)
         self._counts = torch.zeros(slots + 1, vocab_size, device=device)
 
-    def begin(self, slot: int, prompt_ids: list[int]) -> None:
-        """A new sequence has the slot."""
+    def reset(self, slot: int, prompt_ids: list[int]) -> None:
+        """Start a new sequence in the slot."""
         self._seen[slot] = False
         self._seen[slot, prompt_ids] = True
         self._counts[slot] = 0
 
-    def add(self, slots: Tensor, token_ids: Tensor) -> None:  # (rows,) each
-        """Each slot has generated a token."""
-        places = slots * self._seen.shape[1] + token_ids
-        self._seen.view(-1).index_fill_(0, places, True)
-        self._counts.view(-1).scatter_add_(0, places, torch.ones_like(places, dtype=self._counts.dtype))
+    def add_tokens(self, slots: Tensor, token_ids: Tensor) -> None:  # (rows,) each
+        """Record one generated token for each slot."""
+        indices = slots * self._seen.shape[1] + token_ids
+        self._seen.view(-1).index_fill_(0, indices, True)
+        self._counts.view(-1).scatter_add_(0, indices, torch.ones_like(indices, dtype=self._counts.dtype))
 
-    def penalised(self, logits: Tensor, slots: Tensor, params: RowParams) -> Tensor:  # (rows, vocab_size)
-        """The logits less the rows' penalties."""
+    def apply_penalties(
+        self, logits: Tensor, slots: Tensor, params: BatchSamplingParams
+    ) -> Tensor:  # (rows, vocab_size)
+        """Return the logits with the penalties of each row applied."""
         seen, counts = self._seen[slots], self._counts[slots]
         penalty = params.repetition_penalty.float()
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -69,24 +71,24 @@ class PenaltyState:
 
 
 def greedy(logits: Tensor) -> Tensor:  # (rows, vocab_size) -> (rows,)
-    """The token with the largest logit, or NO_TOKEN where a logit is not finite."""
+    """Return the token with the largest logit of each row, or NO_TOKEN if a logit is not finite."""
     return _only_finite(logits, logits.argmax(dim=1))
 
 
-def draw(logits: Tensor, params: RowParams) -> Tensor:  # (rows, vocab_size) -> (rows,)
-    """One token a row from its distribution (greedy rows: the likeliest), or NO_TOKEN where a logit is not finite."""
+def sample(logits: Tensor, params: BatchSamplingParams) -> Tensor:  # (rows, vocab_size) -> (rows,)
+    """Return one sampled token per row (temperature 0: the likeliest), or NO_TOKEN if a logit is not finite."""
     largest, order = logits.sort(dim=1, descending=True, stable=True)
     weights = _weights(largest, params)
     cumulative = weights.cumsum(dim=1)
     index = torch.searchsorted(cumulative, params.uniform * cumulative[:, -1:], right=True)
-    # Rounding may lead past the last token that has any weight.
+    # Rounding can move the index past the last token with a positive weight.
     index = torch.minimum(index, (weights > 0).sum(dim=1, keepdim=True) - 1).clamp(min=0)
     index = torch.where(params.temperature == 0, 0, index)
     return _only_finite(logits, order.gather(1, index).squeeze(1))
 
 
-def _weights(largest: Tensor, params: RowParams) -> Tensor:  # (rows, vocab_size), descending -> the same, float64
-    # Less the maximum and in float64, no temperature above zero can overflow the exponential.
+def _weights(largest: Tensor, params: BatchSamplingParams) -> Tensor:  # (rows, vocab_size), descending -> float64
+    # Subtracting the maximum in float64 prevents an overflow of exp() for any positive temperature.
     temperature = torch.where(params.temperature == 0, 1.0, params.temperature)
     weights = ((largest.double() - largest[:, :1]) / temperature).exp()
     vocab_size = largest.shape[1]

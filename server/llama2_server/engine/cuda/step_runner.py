@@ -1,8 +1,7 @@
-"""A step on the device from end to end: forward pass, sampling, and the tokens as the next step's input.
+"""A complete step on the device: forward pass, sampling, and the tokens as the next step's input.
 
-The host says which rows take part and draws their random numbers; it reads the tokens one step later, and so never
-keeps the device waiting. The whole step is one CUDA graph for each number of rows; without graphs the same code runs as
-it is.
+The host selects the rows and draws their random numbers. It reads the tokens one step later, so the device never waits
+for it. The whole step is one CUDA graph per batch size; without graphs the same code runs eagerly.
 """
 
 import itertools
@@ -15,148 +14,148 @@ from torch import Tensor
 
 from llama2_server.engine.cuda.sampling import (
     NO_TOKEN,
+    BatchSamplingParams,
     PenaltyState,
-    RowParams,
-    draw,
     greedy,
-    is_penalised,
-    is_plain,
+    has_penalties,
+    is_argmax,
+    sample,
 )
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sequence import Sequence
 from llama2_server.engine.step_runner import TokenOrError
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Token ids, slots and positions, each (rows,), to float32 logits (rows, vocab_size); see cuda/forward.py."""
+ForwardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps token ids, slots and positions, each (rows,), to float32 logits (rows, vocab_size); see cuda/forward.py."""
 
-# What the host tells about a row, in this order, as float64, which holds each of them exactly.
+# The columns of the table that the host uploads for each step; float64 holds each value exactly.
 SLOT, POSITION, TEMPERATURE, TOP_K, TOP_P, REPETITION, FREQUENCY, PRESENCE, UNIFORM = range(COLUMNS := 9)
-FILLER_POSITION = -1.0
+PADDING_POSITION = -1.0
 
 
 class _HostBuffers:
-    """What goes to the device for one step and what comes back, in memory that the device can reach by itself."""
+    """Input and output of one step on the host, in pinned memory, which the device accesses directly."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self.table = torch.empty(rows, COLUMNS, dtype=torch.float64, pin_memory=on_cuda)
         self.token_ids = torch.empty(rows, dtype=torch.long, pin_memory=on_cuda)
-        self._done = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
     def fetch(self, token_ids: Tensor) -> Iterator[TokenOrError]:  # (rows,)
-        """Begin to bring the tokens back; reading the first one waits until they are there."""
+        """Start to copy the tokens to the host; reading the first one waits for the copy."""
         self.token_ids[: token_ids.shape[0]].copy_(token_ids, non_blocking=True)
-        if self._done:
-            self._done.record()
+        if self._copied:
+            self._copied.record()
         return self._read(token_ids.shape[0])
 
     def _read(self, rows: int) -> Iterator[TokenOrError]:
-        if self._done:
-            self._done.synchronize()
+        if self._copied:
+            self._copied.synchronize()
         for token_id in self.token_ids[:rows].tolist():
             yield EngineError("the model's logits are not finite") if token_id == NO_TOKEN else token_id
 
 
 class CudaStepRunner:
-    """Steps of a model that sample on its device; `capture` makes graphs of them."""
+    """A step runner that samples on the device; `capture_graphs` records its steps as CUDA graphs."""
 
     lookahead = 1
 
-    def __init__(self, model: LlamaModel, forward: Forward) -> None:
+    def __init__(self, model: LlamaModel, forward: ForwardFunction) -> None:
         self._model = model
         self._forward = forward
-        # One place more than there are slots, for rows that only fill up a step.
+        # One additional slot is for padding rows.
         self._last_ids = torch.zeros(model.slots + 1, dtype=torch.long, device=model.device)
-        self._seen = PenaltyState(model.slots, model.vocab_size, model.device)
+        self._penalty_state = PenaltyState(model.slots, model.vocab_size, model.device)
         self._uniforms: list[Callable[[], float]] = [random.random] * model.slots
-        self._sizes = _sizes(model.slots)
-        self._table = torch.zeros(self._sizes[-1], COLUMNS, dtype=torch.float64, device=model.device)
-        self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.long, device=model.device)
-        # One is written while the device still works with the other.
-        self._exchanges = itertools.cycle(
-            _HostBuffers(self._sizes[-1], model.device) for _ in range(self.lookahead + 1)
+        self._batch_sizes = _batch_sizes(model.slots)
+        self._table = torch.zeros(self._batch_sizes[-1], COLUMNS, dtype=torch.float64, device=model.device)
+        self._token_ids = torch.zeros(self._batch_sizes[-1], dtype=torch.long, device=model.device)
+        # The host writes one buffer while the device still reads the other.
+        self._host_buffers = itertools.cycle(
+            _HostBuffers(self._batch_sizes[-1], model.device) for _ in range(self.lookahead + 1)
         )
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
-    def capture(self) -> int:
-        """Record a graph for each number of rows and way of sampling; how many they are."""
+    def capture_graphs(self) -> int:
+        """Record a CUDA graph for each batch size and kind of sampling, and return their number."""
         pool = None
-        for size, plain in itertools.product(reversed(self._sizes), (False, True)):
-            self._send([], size)
-            self._step(size, plain)  # whatever is made at the first use must not be made while recording
+        for size, argmax_only in itertools.product(reversed(self._batch_sizes), (False, True)):
+            self._upload([], size)
+            self._step(size, argmax_only)  # warm up: lazy initialization is not allowed during capture
             torch.cuda.synchronize(self._model.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._step(size, plain)
+                self._step(size, argmax_only)
             pool = graph.pool()
-            self._graphs[size, plain] = graph
+            self._graphs[size, argmax_only] = graph
         return len(self._graphs)
 
     @torch.inference_mode()
     def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:
-        """As in Steps."""
+        """Append a part of the prompt and, after the last part, sample the first token."""
         logits = self._model.prefill(sequence.slot, chunk, sequence.position)  # (vocab_size,)
         if sequence.position + len(chunk) < len(sequence.prompt_ids):
             return ()
-        # Python's generator, as on the host: a draw needs nothing from the device.
+        # Python's generator, as in HostStepRunner: drawing needs no device synchronization.
         self._uniforms[sequence.slot] = random.Random(sequence.params.seed).random  # noqa: S311 - no secret
-        if is_penalised(sequence.params):
-            self._seen.begin(sequence.slot, sequence.prompt_ids)
-        exchange = self._send([sequence], 1)
-        self._choose(logits[None], is_plain(sequence.params))
-        return exchange.fetch(self._token_ids[:1])
+        if has_penalties(sequence.params):
+            self._penalty_state.reset(sequence.slot, sequence.prompt_ids)
+        buffers = self._upload([sequence], 1)
+        self._sample(logits[None], is_argmax(sequence.params))
+        return buffers.fetch(self._token_ids[:1])
 
     @torch.inference_mode()
     def decode(self, rows: SequenceOf[Sequence]) -> Iterable[TokenOrError]:
-        """As in Steps."""
-        size = next(size for size in self._sizes if size >= len(rows))
-        plain = all(is_plain(sequence.params) for sequence in rows)
-        exchange = self._send(rows, size)
-        graph = self._graphs.get((size, plain))
+        """Append each row's last token and sample the next one."""
+        size = next(size for size in self._batch_sizes if size >= len(rows))
+        argmax_only = all(is_argmax(sequence.params) for sequence in rows)
+        buffers = self._upload(rows, size)
+        graph = self._graphs.get((size, argmax_only))
         if graph:
             graph.replay()
         else:
-            self._step(size, plain)
-        return exchange.fetch(self._token_ids[: len(rows)])
+            self._step(size, argmax_only)
+        return buffers.fetch(self._token_ids[: len(rows)])
 
-    def _send(self, rows: SequenceOf[Sequence], size: int) -> _HostBuffers:
-        filler = [0.0] * COLUMNS
-        filler[SLOT], filler[POSITION], filler[REPETITION] = self._model.slots, FILLER_POSITION, 1.0
-        lines = [*map(self._line, rows), *[filler] * (size - len(rows))]
-        exchange = next(self._exchanges)
-        exchange.table[:size] = torch.tensor(lines, dtype=torch.float64)
-        self._table[:size].copy_(exchange.table[:size], non_blocking=True)
-        return exchange
+    def _upload(self, rows: SequenceOf[Sequence], size: int) -> _HostBuffers:
+        padding = [0.0] * COLUMNS
+        padding[SLOT], padding[POSITION], padding[REPETITION] = self._model.slots, PADDING_POSITION, 1.0
+        table = [*map(self._row, rows), *[padding] * (size - len(rows))]
+        buffers = next(self._host_buffers)
+        buffers.table[:size] = torch.tensor(table, dtype=torch.float64)
+        self._table[:size].copy_(buffers.table[:size], non_blocking=True)
+        return buffers
 
-    def _line(self, sequence: Sequence) -> list[float]:
+    def _row(self, sequence: Sequence) -> list[float]:
         params = sequence.params
         uniform = 0.0 if params.temperature == 0 else self._uniforms[sequence.slot]()
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        drawing = (params.temperature, params.top_k, params.top_p)
-        return [sequence.slot, sequence.position, *drawing, *penalties, uniform]
+        sampling = (params.temperature, params.top_k, params.top_p)
+        return [sequence.slot, sequence.position, *sampling, *penalties, uniform]
 
-    def _step(self, size: int, plain: bool) -> None:
+    def _step(self, size: int, argmax_only: bool) -> None:
         slots, positions = self._table[:size, SLOT].long(), self._table[:size, POSITION].long()
-        self._choose(self._forward(self._last_ids[slots], slots, positions), plain)
+        self._sample(self._forward(self._last_ids[slots], slots, positions), argmax_only)
 
-    def _choose(self, logits: Tensor, plain: bool) -> None:  # (rows, vocab_size)
+    def _sample(self, logits: Tensor, argmax_only: bool) -> None:  # (rows, vocab_size)
         rows = logits.shape[0]
         table = self._table[:rows]
         slots = table[:, SLOT].long()
-        if plain:
+        if argmax_only:
             token_ids = greedy(logits)
         else:
-            params = RowParams(*(table[:, column : column + 1] for column in range(TEMPERATURE, COLUMNS)))
-            token_ids = draw(self._seen.penalised(logits, slots, params), params)
+            params = BatchSamplingParams(*(table[:, column : column + 1] for column in range(TEMPERATURE, COLUMNS)))
+            token_ids = sample(self._penalty_state.apply_penalties(logits, slots, params), params)
         self._token_ids[:rows] = token_ids
-        token_ids = token_ids.clamp(min=0)  # a row without a token ends, but its next step may be under way
+        token_ids = token_ids.clamp(min=0)  # a row without a token ends, but its next step may be in progress
         self._last_ids[slots] = token_ids
-        if not plain:
-            self._seen.add(slots, token_ids)
+        if not argmax_only:
+            self._penalty_state.add_tokens(slots, token_ids)
 
 
-def _sizes(slots: int) -> list[int]:
-    """The numbers of rows that steps are made for: powers of two, the last of them for all slots."""
+def _batch_sizes(slots: int) -> list[int]:
+    """Return the batch sizes of the steps: powers of two, up to the first that holds all slots."""
     return [2**power for power in range((slots - 1).bit_length() + 1)]

@@ -1,4 +1,4 @@
-"""The device of the CUDA engine's tests."""
+"""The device for the tests of the CUDA engine."""
 
 from importlib.util import find_spec
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels run in this session."""
+    """The device on which kernels run in this session."""
     if find_spec("triton") is None:
-        pytest.skip("NOT TESTED: the Triton kernels, for there is no triton here")
+        pytest.skip("NOT TESTED: the Triton kernels; triton is not installed")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

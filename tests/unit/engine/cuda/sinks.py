@@ -1,4 +1,4 @@
-"""Who reads a sequence's tokens in these tests."""
+"""A reader of a sequence's tokens."""
 
 from concurrent.futures import Future
 
@@ -6,7 +6,7 @@ from llama2_server.engine.sequence import SequenceResult
 
 
 class Reader:
-    """Keeps a sequence's tokens; `stop_at` ends it at so many of them, as a stop sequence would."""
+    """A listener that stores tokens; after `stop_at` tokens it ends the sequence, like a stop sequence."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.token_ids: list[int] = []
@@ -14,14 +14,14 @@ class Reader:
         self._stop_at = stop_at
 
     def on_token(self, token_id: int) -> bool:
-        """Keep it."""
+        """Store the token."""
         self.token_ids.append(token_id)
         return len(self.token_ids) == self._stop_at
 
-    def on_finish(self, finish: SequenceResult) -> None:
-        """Keep it."""
-        self.finish.set_result(finish)
+    def on_finish(self, result: SequenceResult) -> None:
+        """Store the result."""
+        self.finish.set_result(result)
 
     def result(self) -> SequenceResult:
-        """Wait for the end."""
+        """Wait until the sequence ends and return its result."""
         return self.finish.result(timeout=60)

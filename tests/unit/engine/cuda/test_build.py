@@ -1,4 +1,4 @@
-"""Which steps a model gets, the choice between ways of computing a product, and the proof before anybody is served."""
+"""Tests of the choice of the step runner, of autotuning, and of the verification of the logits."""
 
 import logging
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.build import build_step_runner, proven_error
+from llama2_server.engine.cuda.build import build_step_runner, verify_logits
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import HostStepRunner
@@ -31,133 +31,139 @@ def model(checkpoint: MakeCheckpoint) -> LlamaModel:
     )
 
 
-def on_cuda(model: LlamaModel) -> Any:
-    """What says that it is on a GPU, where there is none."""
+def on_fake_gpu(model: LlamaModel) -> Any:
+    """Return a stand-in for the model that claims to be on a GPU."""
     return SimpleNamespace(device=torch.device("cuda"), slots=model.slots, config=model.config, weights=model.weights)
 
 
-def test_a_model_on_the_cpu_is_sampled_by_the_host(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
-    """There is nothing to say about it."""
+def test_a_model_on_the_cpu_is_sampled_on_the_host(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is logged."""
     with caplog.at_level(logging.INFO):
         assert isinstance(build_step_runner(model, compiled=True, cache_directory=None), HostStepRunner)
     assert not caplog.records
 
 
-def test_steps_that_cannot_be_made_are_replaced_by_plain_ones(
+def test_plain_torch_replaces_kernels_that_cannot_be_built(
     model: LlamaModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whatever the compiler or the driver raises: the server serves, and one line says why it is slower."""
+    """If the compiler or the driver raises an error, the model runs in torch, and one log record gives the reason."""
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     if torch.cuda.is_available():
-        monkeypatch.setattr("torch.cuda.get_device_name", _refuse)
+        monkeypatch.setattr("torch.cuda.get_device_name", _fail)
     with caplog.at_level(logging.INFO):
-        assert isinstance(build_step_runner(on_cuda(model), compiled=True, cache_directory=tmp_path), HostStepRunner)
+        assert isinstance(
+            build_step_runner(on_fake_gpu(model), compiled=True, cache_directory=tmp_path), HostStepRunner
+        )
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith("running in plain torch, which is slower: ")
 
 
-def _refuse(*_: object) -> str:
+def _fail(*_: object) -> str:
     raise RuntimeError("no")
 
 
-def test_compile_off_asks_the_device_for_nothing(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
-    """It starts at once, and says that it is slower."""
+def test_gpu_kernels_torch_does_not_touch_the_device(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
+    """The model runs in torch at once, and the log states that it is slower."""
     with caplog.at_level(logging.INFO):
-        assert isinstance(build_step_runner(on_cuda(model), compiled=False, cache_directory=None), HostStepRunner)
-    assert "the settings ask for it (gpu_kernels)" in caplog.text
+        assert isinstance(build_step_runner(on_fake_gpu(model), compiled=False, cache_directory=None), HostStepRunner)
+    assert "running in plain torch, which is slower: --gpu-kernels is torch" in caplog.text
 
 
 @pytest.mark.parametrize("unwritten", [0.0, float("nan")])
-def test_the_proof_sees_a_wrong_step(model: LlamaModel, unwritten: float) -> None:
-    """The model's own step has no error; one that mixes up slots, or forgets a token, is refused.
+def test_verification_rejects_a_wrong_step(model: LlamaModel, unwritten: float) -> None:
+    """The model's own step has no error; a step that mixes up slots or omits a token is rejected.
 
-    So it is whatever the memory holds that it reads by mistake: an error that is no number is no small one.
+    This holds for any content of memory that the step reads by mistake: a NaN error is not a small error.
     """
 
-    def right(token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    def correct(token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         return model.decode(slots.tolist(), token_ids.tolist(), positions.tolist())
 
-    def slots_mixed_up(token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        return right(token_ids, slots.roll(1), positions)
+    def mixed_up_slots(token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        return correct(token_ids, slots.roll(1), positions)
 
-    def a_token_forgotten(token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        return right(token_ids, slots, positions - 1)
+    def omitted_token(token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        return correct(token_ids, slots, positions - 1)
 
     with torch.inference_mode():
         for tensor in (*model.kv_cache.keys, *model.kv_cache.values):
             tensor.fill_(unwritten)
-    assert proven_error(model, right) == 0
-    for wrong in (slots_mixed_up, a_token_forgotten):
+    assert verify_logits(model, correct) == 0
+    for wrong in (mixed_up_slots, omitted_token):
         with pytest.raises(EngineError, match="differ"):
-            proven_error(model, wrong)
+            verify_logits(model, wrong)
 
 
 @pytest.fixture
-def tuning(device: torch.device) -> Any:
-    """The module; imported late, because it needs Triton."""
-    from llama2_server.engine.cuda import autotune as tuning
+def autotuning(device: torch.device) -> Any:
+    """The autotune module; imported late, because it needs Triton."""
+    from llama2_server.engine.cuda import autotune
 
-    return tuning
-
-
-def test_the_fastest_way_is_taken(tuning: Any, model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
-    """Of those that compute the right thing."""
-    works = dict(tuning._works(model))
-    seconds = iter([0.3, 0.2, 0.1, *[0.4] * (len(tuning.VARIANTS) - 3)])
-    name, work = next(iter(works.items()))
-    assert tuning.fastest(work, 1e-5, name, lambda run: next(seconds)) == tuning.VARIANTS[2]
-
-    def wrong_in_our_kernels(products: Any) -> Tensor:
-        result: Tensor = work(products)
-        return result if products.ways.get(name) is None else result * 1.1
-
-    assert tuning.fastest(wrong_in_our_kernels, 1e-5, name, lambda run: 1.0) is None
-    assert caplog.text.count("is wrong by 0.100 on this device") == len(tuning.VARIANTS) - 1
+    return autotune
 
 
-def test_every_product_of_a_step_is_measured(tuning: Any, model: LlamaModel) -> None:
-    """By the name under which the step looks for its way; one that nobody measured would be torch's in silence."""
-    from llama2_server.engine.cuda.forward import Forward
+def test_the_fastest_correct_variant_is_selected(
+    autotuning: Any, model: LlamaModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fastest variant is selected; variants with wrong results are rejected and logged."""
+    workloads = dict(autotuning._workloads(model))
+    seconds = iter([0.3, 0.2, 0.1, *[0.4] * (len(autotuning.VARIANTS) - 3)])
+    name, workload = next(iter(workloads.items()))
+    assert autotuning.fastest_variant(workload, 1e-5, name, lambda run: next(seconds)) == autotuning.VARIANTS[2]
+
+    def wrong_in_custom_kernels(matmul: Any) -> Tensor:
+        result: Tensor = workload(matmul)
+        return result if matmul.variants.get(name) is None else result * 1.1
+
+    assert autotuning.fastest_variant(wrong_in_custom_kernels, 1e-5, name, lambda run: 1.0) is None
+    assert caplog.text.count("has a relative error of 0.100") == len(autotuning.VARIANTS) - 1
+
+
+def test_every_matmul_of_a_step_is_autotuned(autotuning: Any, model: LlamaModel) -> None:
+    """Autotuning uses the same names as the step; a name that differs would silently fall back to torch."""
+    from llama2_server.engine.cuda.forward import CudaForward
     from llama2_server.engine.cuda.matmul import Matmul
 
-    asked: set[str] = set()
+    requested: set[str] = set()
 
-    class Noting(dict[str, Any]):
+    class RecordingDict(dict[str, Any]):
         def get(self, name: str, default: Any = None) -> Any:
-            asked.add(name)
+            requested.add(name)
             return default
 
-    products = Matmul(1e-5)
-    products.ways = Noting()
+    matmul = Matmul(1e-5)
+    matmul.variants = RecordingDict()
     numbers = torch.tensor([0])
-    Forward(model, products)(numbers, numbers, numbers)
-    assert asked == dict(tuning._works(model)).keys()
+    CudaForward(model, matmul)(numbers, numbers, numbers)
+    assert requested == dict(autotuning._workloads(model)).keys()
 
 
-def test_ways_are_kept_for_the_same_device_and_software(
-    tuning: Any, model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_variants_are_cached_for_the_same_device_and_software(
+    autotuning: Any, model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second start measures nothing; another device, another version and a broken file are measured anew."""
+    """The second start measures nothing; another device, another version or a broken file is measured again."""
     measured: list[str] = []
 
-    def fastest(work: object, epsilon: float, name: str) -> Any:
+    def fastest_variant(workload: object, epsilon: float, name: str) -> Any:
         measured.append(name)
-        return tuning.VARIANTS[len(measured) % 2]
+        return autotuning.VARIANTS[len(measured) % 2]
 
-    monkeypatch.setattr(tuning, "fastest", fastest)
+    monkeypatch.setattr(autotuning, "fastest_variant", fastest_variant)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
-    file = tmp_path / "there" / "ways.json"
-    first = tuning.autotune(model, file)
+    file = tmp_path / "there" / "variants.json"
+    first = autotuning.autotune(model, file)
     assert list(first) == measured
-    assert tuning.autotune(model, file) == first
+    assert autotuning.autotune(model, file) == first
     assert list(first) == measured
     file.write_text(file.read_text().replace("4", "four", 1))
-    tuning.autotune(model, file)
+    autotuning.autotune(model, file)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "another GPU")
-    tuning.autotune(model, file)
+    autotuning.autotune(model, file)
     file.write_text("{")
-    tuning.autotune(model, file)
+    autotuning.autotune(model, file)
     assert len(measured) == 4 * len(first)
     (tmp_path / "file").write_text("")
-    tuning.autotune(model, tmp_path / "file" / "ways.json")  # nowhere to keep them, and no harm
+    autotuning.autotune(
+        model, tmp_path / "file" / "variants.json"
+    )  # the cache cannot be written, which is not an error

@@ -1,4 +1,4 @@
-"""Sampling of many rows at once against transformers' probabilities and against the sampler of one row."""
+"""Tests of batched sampling against the probabilities of transformers and against single rows."""
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -7,7 +7,15 @@ import pytest
 import torch
 from tests.support.transformers_oracle import HISTORY, PROMPT, expected_probabilities
 
-from llama2_server.engine.cuda.sampling import NO_TOKEN, PenaltyState, RowParams, draw, greedy, is_penalised, is_plain
+from llama2_server.engine.cuda.sampling import (
+    NO_TOKEN,
+    BatchSamplingParams,
+    PenaltyState,
+    greedy,
+    has_penalties,
+    is_argmax,
+    sample,
+)
 from llama2_server.engine.sampling import GenerationParams
 
 VOCAB_SIZE = 40
@@ -27,87 +35,87 @@ PARAMS = {
 }
 
 
-def row_params(params: SequenceOf[GenerationParams], uniforms: SequenceOf[float]) -> RowParams:
-    lines = [
+def batch_params(params: SequenceOf[GenerationParams], uniforms: SequenceOf[float]) -> BatchSamplingParams:
+    rows = [
         (p.temperature, p.top_k, p.top_p, p.repetition_penalty, p.frequency_penalty, p.presence_penalty, uniform)
         for p, uniform in zip(params, uniforms, strict=True)
     ]
-    table = torch.tensor(lines, dtype=torch.float64)
-    return RowParams(*(table[:, column : column + 1] for column in range(table.shape[1])))
+    table = torch.tensor(rows, dtype=torch.float64)
+    return BatchSamplingParams(*(table[:, column : column + 1] for column in range(table.shape[1])))
 
 
-def seen_so_far(slots: int) -> PenaltyState:
-    """Every slot has got PROMPT and generated HISTORY; another sequence had it before."""
-    seen = PenaltyState(slots, VOCAB_SIZE, torch.device("cpu"))
+def penalty_state(slots: int) -> PenaltyState:
+    """Return the state in which every slot got PROMPT and generated HISTORY, after an earlier sequence."""
+    state = PenaltyState(slots, VOCAB_SIZE, torch.device("cpu"))
     every = torch.arange(slots)
-    seen.begin(0, [7, 8])
-    seen.add(every, torch.full((slots,), 9))
+    state.reset(0, [7, 8])
+    state.add_tokens(every, torch.full((slots,), 9))
     for slot in range(slots):
-        seen.begin(slot, PROMPT)
+        state.reset(slot, PROMPT)
     for token_id in HISTORY:
-        seen.add(every, torch.full((slots,), token_id))
-    return seen
+        state.add_tokens(every, torch.full((slots,), token_id))
+    return state
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 def test_draws_are_the_inverse_of_the_distribution(params: GenerationParams) -> None:
-    """Evenly spaced uniform numbers give each token exactly its share, to the one draw at each of its two ends."""
+    """Evenly spaced uniform numbers give each token its exact share, except for one draw at each end."""
     uniforms = [(index + 0.5) / DRAWS for index in range(DRAWS)]
-    rows = row_params([params] * DRAWS, uniforms)
+    rows = batch_params([params] * DRAWS, uniforms)
     for seed in range(3):
         logits = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 2
         slots = torch.zeros(DRAWS, dtype=torch.long)
-        drawn = draw(seen_so_far(1).penalised(logits.expand(DRAWS, -1), slots, rows), rows)
+        drawn = sample(penalty_state(1).apply_penalties(logits.expand(DRAWS, -1), slots, rows), rows)
         found = torch.bincount(drawn, minlength=VOCAB_SIZE)
         expected = expected_probabilities(params, logits, HISTORY) * DRAWS
         assert (found - expected).abs().max() <= 2
         assert found[expected == 0].sum() == 0
 
 
-def test_rows_of_a_step_do_not_touch_one_another() -> None:
-    """Rows with other parameters, slots and histories share a step; each gets what it gets alone."""
+def test_rows_of_a_step_are_independent() -> None:
+    """Rows with different parameters, slots and histories share a step and get the same tokens as alone."""
     logits = torch.randn(len(PARAMS), VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 2
     uniforms = torch.rand(len(PARAMS), generator=torch.Generator().manual_seed(2)).tolist()
-    seen, slots = seen_so_far(len(PARAMS)), torch.arange(len(PARAMS)).flip(0)
-    rows = row_params(list(PARAMS.values()), uniforms)
-    together = draw(seen.penalised(logits, slots, rows), rows)
+    state, slots = penalty_state(len(PARAMS)), torch.arange(len(PARAMS)).flip(0)
+    rows = batch_params(list(PARAMS.values()), uniforms)
+    together = sample(state.apply_penalties(logits, slots, rows), rows)
     for index, params in enumerate(PARAMS.values()):
-        row = row_params([params], uniforms[index : index + 1])
-        alone = draw(seen.penalised(logits[index : index + 1], slots[index : index + 1], row), row)
+        row = batch_params([params], uniforms[index : index + 1])
+        alone = sample(state.apply_penalties(logits[index : index + 1], slots[index : index + 1], row), row)
         assert together[index] == alone[0]
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 def test_a_token_without_weight_is_never_drawn(uniform: float) -> None:
-    """Not at either end of the draw, and not where all weights but one vanish."""
-    row = row_params([replace(PLAIN, temperature=0.01)], [uniform])
+    """This holds at both ends of the range, and if only one token has a weight."""
+    row = batch_params([replace(PLAIN, temperature=0.01)], [uniform])
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 11] = 1000.0
-    assert draw(logits, row).tolist() == [11]
+    assert sample(logits, row).tolist() == [11]
 
 
 def test_greedy_rows_take_the_likeliest() -> None:
-    """Temperature 0 in a step that samples, and a step of greedy rows only, say the same."""
+    """A step that samples at temperature 0 and a greedy step return the same tokens."""
     logits = torch.randn(8, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    rows = row_params([replace(PLAIN, temperature=0, top_k=3, top_p=0.5)] * 8, [0.99] * 8)
-    assert torch.equal(draw(logits, rows), logits.argmax(dim=1))
+    rows = batch_params([replace(PLAIN, temperature=0, top_k=3, top_p=0.5)] * 8, [0.99] * 8)
+    assert torch.equal(sample(logits, rows), logits.argmax(dim=1))
     assert torch.equal(greedy(logits), logits.argmax(dim=1))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
-def test_a_row_that_is_no_number_has_no_token(broken: float) -> None:
-    """And its neighbours keep theirs."""
+def test_a_row_with_non_finite_logits_has_no_token(broken: float) -> None:
+    """The other rows keep their tokens."""
     logits = torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     expected = logits.argmax(dim=1)
     logits[1, 5] = broken
-    rows = row_params([replace(PLAIN, temperature=0.001)] * 3, [0.5] * 3)
-    for found in (greedy(logits), draw(logits, rows)):
+    rows = batch_params([replace(PLAIN, temperature=0.001)] * 3, [0.5] * 3)
+    for found in (greedy(logits), sample(logits, rows)):
         assert found.tolist() == [expected[0], NO_TOKEN, expected[2]]
 
 
-def test_what_a_step_must_look_at() -> None:
-    """Greedy requests without penalties need no more than the largest logit."""
-    assert is_plain(replace(PLAIN, temperature=0))
-    assert not is_plain(PLAIN)
-    assert not is_plain(replace(PLAIN, temperature=0, presence_penalty=0.1))
-    assert not is_penalised(PLAIN)
+def test_which_requests_need_more_than_argmax() -> None:
+    """Greedy requests without penalties need only the largest logit."""
+    assert is_argmax(replace(PLAIN, temperature=0))
+    assert not is_argmax(PLAIN)
+    assert not is_argmax(replace(PLAIN, temperature=0, presence_penalty=0.1))
+    assert not has_penalties(PLAIN)

@@ -1,4 +1,4 @@
-"""Each kernel against plain torch: on the GPU where there is one, else in Triton's interpreter."""
+"""Tests of each kernel against plain torch, on a GPU if available, otherwise in Triton's interpreter."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 @pytest.fixture(scope="module")
 def kernels(device: torch.device) -> Any:
-    """Both modules in one; imported late, because they need Triton."""
+    """Both kernel modules in one namespace; imported late, because they need Triton."""
     from llama2_server.engine.cuda import attention_kernels, matmul_kernels
 
     return SimpleNamespace(**(vars(attention_kernels) | vars(matmul_kernels)))
@@ -22,12 +22,12 @@ def kernels(device: torch.device) -> Any:
 
 @pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    found: torch.dtype = request.param
-    return found
+    dtype: torch.dtype = request.param
+    return dtype
 
 
-class Random:
-    """Random tensors of one device and dtype, the same in every run."""
+class RandomTensors:
+    """A factory of random tensors of one device and dtype, the same in every run."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(0)
@@ -38,8 +38,8 @@ class Random:
 
 
 @pytest.fixture
-def some(device: torch.device, dtype: torch.dtype) -> Random:
-    return Random(device, dtype)
+def random(device: torch.device, dtype: torch.dtype) -> RandomTensors:
+    return RandomTensors(device, dtype)
 
 
 def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -49,30 +49,30 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 128), (33, 100), (8, 17)], ids=str)
 @pytest.mark.parametrize("block", [(4, 32), (16, 64)], ids=str)
-def test_product(
-    kernels: Any, some: Random, dtype: torch.dtype, shape: tuple[int, int], block: tuple[int, int]
+def test_matmul(
+    kernels: Any, random: RandomTensors, dtype: torch.dtype, shape: tuple[int, int], block: tuple[int, int]
 ) -> None:
-    """A row times a weight, normed or not, with something added or not; also where blocks stick out."""
-    columns, width = shape
-    x, weight, norm, before = some(1, width), some(columns, width), some(width), some(1, columns)
-    tile = kernels.TileConfig(*block, warps=4)
-    normed = rms_norm(x.double(), (width,), norm.double(), EPSILON)
+    """One row times a weight, with and without norm and residual, including sizes that do not fill a block."""
+    n, k = shape
+    x, weight, norm, residual = random(1, k), random(n, k), random(k), random(1, n)
+    config = kernels.TileConfig(*block, num_warps=4)
+    normalized = rms_norm(x.double(), (k,), norm.double(), EPSILON)
     plain = linear(x.double(), weight.double())
-    assert_near(kernels.product(x, weight, tile=tile), plain, dtype)
-    assert_near(kernels.product(x, weight, before=before, tile=tile), plain + before.double(), dtype)
-    found = kernels.product(x, weight, norm=norm, epsilon=EPSILON, dtype=torch.float32, tile=tile)
+    assert_near(kernels.matmul(x, weight, config=config), plain, dtype)
+    assert_near(kernels.matmul(x, weight, residual=residual, config=config), plain + residual.double(), dtype)
+    found = kernels.matmul(x, weight, norm=norm, epsilon=EPSILON, dtype=torch.float32, config=config)
     assert found.dtype == torch.float32
-    assert_near(found, linear(normed, weight.double()), dtype)
+    assert_near(found, linear(normalized, weight.double()), dtype)
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (33, 100)], ids=str)
-def test_gated_product(kernels: Any, some: Random, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """SwiGLU's first half, from one matrix that holds the gate's rows and those of up."""
-    columns, width = shape
-    x, weight, norm = some(1, width), some(2 * columns, width), some(width)
-    normed = rms_norm(x.double(), (width,), norm.double(), EPSILON)
-    gate, up = linear(normed, weight.double()).chunk(2, dim=1)
-    found = kernels.gated_product(x, weight, norm=norm, epsilon=EPSILON, tile=kernels.TileConfig(8, 64, warps=4))
+def test_swiglu(kernels: Any, random: RandomTensors, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """The first half of SwiGLU, from one matrix that holds the rows of gate and of up."""
+    n, k = shape
+    x, weight, norm = random(1, k), random(2 * n, k), random(k)
+    normalized = rms_norm(x.double(), (k,), norm.double(), EPSILON)
+    gate, up = linear(normalized, weight.double()).chunk(2, dim=1)
+    found = kernels.swiglu(x, weight, norm=norm, epsilon=EPSILON, config=kernels.TileConfig(8, 64, num_warps=4))
     assert_near(found, silu(gate) * up, dtype)
 
 
@@ -80,40 +80,40 @@ HEADS = {"multi-head": (4, 4, 16), "grouped": (8, 2, 32), "one key head": (3, 1,
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_rotate_and_store(kernels: Any, some: Random, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
-    """Queries and keys are turned as in the plain model; keys and values land in their slot, and nowhere else."""
+def test_rotate_and_store(kernels: Any, random: RandomTensors, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
+    """Queries and keys are rotated as in plain torch; keys and values are written to their slots only."""
     from llama2_server.engine.model.llama import _rotate
 
     count, kv_count, head_dim = heads
     context, slots, positions = 20, [2, 0, 3], [7, 0, -1]
-    qkv = some(3, (count + 2 * kv_count) * head_dim)
-    cosines, sines = (some(context, head_dim // 2).repeat(1, 2) for _ in range(2))
+    qkv = random(3, (count + 2 * kv_count) * head_dim)
+    cosines, sines = (random(context, head_dim // 2).repeat(1, 2) for _ in range(2))
     sines[:, : head_dim // 2] *= -1
-    keys, values = some(3, kv_count, context, head_dim), some(3, kv_count, context, head_dim)
+    keys, values = random(3, kv_count, context, head_dim), random(3, kv_count, context, head_dim)
     expected_keys, expected_values = keys.clone(), values.clone()
     parts = qkv.view(3, -1, head_dim).double()
     table = [rotary[positions].unsqueeze(1).double() for rotary in (cosines, sines)]
-    turned = _rotate(parts[:, : count + kv_count], *table)
-    for row in range(2):  # the third only fills up the step
-        expected_keys[slots[row], :, positions[row]] = turned[row, count:].to(dtype)
+    rotated = _rotate(parts[:, : count + kv_count], *table)
+    for row in range(2):  # the third row is padding
+        expected_keys[slots[row], :, positions[row]] = rotated[row, count:].to(dtype)
         expected_values[slots[row], :, positions[row]] = parts[row, count + kv_count :].to(dtype)
     rows = (torch.tensor(slots, device=qkv.device), torch.tensor(positions, device=qkv.device))
     queries = kernels.rotate_and_store(qkv, (cosines, sines), *rows, keys, values)
-    assert_near(queries[:2], turned[:2, :count], dtype)
+    assert_near(queries[:2], rotated[:2, :count], dtype)
     assert_near(keys, expected_keys, dtype)
     assert torch.equal(values, expected_values)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_attend(kernels: Any, some: Random, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
-    """Attention over a slot's own tokens: the first one, ends of blocks and parts, a full slot, and no slot at all."""
+def test_attend(kernels: Any, random: RandomTensors, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
+    """Attention over a slot's tokens: the first token, ends of blocks and splits, a full slot, and a padding row."""
     count, kv_count, head_dim = heads
     split, block = kernels.SPLIT_TOKENS, kernels.BLOCK_TOKENS
     context = 2 * split + 10
     positions = [0, block - 1, block, split - 1, split, split + block, context - 1, -1]
     slots = [3, 1, 0, 2, 3, 1, 0, len(positions)]
-    queries = some(len(positions), count, head_dim)
-    keys, values = some(4, kv_count, context, head_dim), some(4, kv_count, context, head_dim)
+    queries = random(len(positions), count, head_dim)
+    keys, values = random(4, kv_count, context, head_dim), random(4, kv_count, context, head_dim)
     rows = (torch.tensor(slots, device=queries.device), torch.tensor(positions, device=queries.device))
     found = kernels.attend(queries, *rows, keys, values)
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, its own arithmetic, its memory. `make bench-gpu` runs these before it measures."""
+"""Tests that need a GPU: CUDA graphs, arithmetic and memory. `make bench-gpu` runs them before it measures."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.build import build_step_runner, proven_error
+from llama2_server.engine.cuda.build import build_step_runner, verify_logits
 from llama2_server.engine.cuda.step_runner import CudaStepRunner
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineError
@@ -25,14 +25,14 @@ from llama2_server.engine.sequence import FinishReason, SequenceResult
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: no NVIDIA GPU here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: no NVIDIA GPU found"),
     pytest.mark.timeout(300),  # kernels are compiled
 ]
 
 CONTEXT = 512
 SLOTS = 16
 NO_EOS: frozenset[int] = frozenset()
-NEAR_TIE = 0.02  # of the logits' standard deviation: float16 decides such a pair by chance
+NEAR_TIE = 0.02  # of the logits' standard deviation: float16 rounding decides between such a pair
 SHAPES: dict[str, dict[str, Any]] = {
     "multi-head": {"hidden": 256, "heads": 4, "kv_heads": 4, "ffn": 704, "context": CONTEXT},
     "grouped": {"hidden": 512, "heads": 8, "kv_heads": 2, "ffn": 1024, "context": CONTEXT},
@@ -48,7 +48,7 @@ def load(directory: Path, device: str = "cuda", dtype: torch.dtype = torch.float
 
 @contextmanager
 def running(model: LlamaModel) -> Iterator[Engine]:
-    """An engine whose steps are graphs."""
+    """Run an engine whose steps are CUDA graphs."""
     step_runner = build_step_runner(model, compiled=True, cache_directory=None)
     assert isinstance(step_runner, CudaStepRunner)
     engine = Engine(model, NO_EOS, step_runner=step_runner)
@@ -68,23 +68,23 @@ def reference(directory: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def assert_same_but_for_ties(model: Any, prompt: list[int], found: list[int], expected: list[int]) -> None:
-    """Where the two part, the reference itself hardly prefers its own token; after that they may say anything."""
-    parted = next((at for at in range(len(expected)) if found[at] != expected[at]), None)
-    if parted is None:
+def assert_same_except_ties(model: Any, prompt: list[int], found: list[int], expected: list[int]) -> None:
+    """At the first difference, the reference hardly prefers its own token; later tokens may differ."""
+    first_difference = next((at for at in range(len(expected)) if found[at] != expected[at]), None)
+    if first_difference is None:
         return
-    ids = torch.tensor([prompt + expected[:parted]], device="cuda")
+    ids = torch.tensor([prompt + expected[:first_difference]], device="cuda")
     logits = model(ids).logits[0, -1].double()
-    gap = logits[expected[parted]] - logits[found[parted]]
-    assert gap <= NEAR_TIE * logits.std(), f"parted at token {parted}"
+    gap = logits[expected[first_difference]] - logits[found[first_difference]]
+    assert gap <= NEAR_TIE * logits.std(), f"tokens differ at {first_difference}"
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_greedy_tokens_are_those_of_transformers(
+def test_greedy_tokens_match_transformers(
     checkpoint: MakeCheckpoint, shape: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """On the device, alone and sixteen at once, for prompts from one token to nearly the full context."""
+    """On the device, 16 at once, for prompts from one token to nearly the full context."""
     directory = checkpoint(dtype=dtype, **shape)
     model = reference(directory, dtype)
     prompts = [some_ids(count, count) for count in (1, 2, 17, 64, 127, 129, 300, CONTEXT - 24)] * 2
@@ -96,32 +96,32 @@ def test_greedy_tokens_are_those_of_transformers(
             assert reader.result().reason is FinishReason.MAX_TOKENS
             ids = torch.tensor([prompt], device="cuda")
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-            assert_same_but_for_ties(model, prompt, reader.token_ids, output[0, len(prompt) :].tolist())
+            assert_same_except_ties(model, prompt, reader.token_ids, output[0, len(prompt) :].tolist())
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_float16_logits_are_near_those_of_float32_on_the_cpu(checkpoint: MakeCheckpoint, shape: dict[str, Any]) -> None:
-    """Half a percent in the relative Euclidean norm, for the prefill and for the step from our kernels."""
-    from llama2_server.engine.cuda.forward import Forward
+def test_float16_logits_match_float32_on_the_cpu(checkpoint: MakeCheckpoint, shape: dict[str, Any]) -> None:
+    """The relative Euclidean error is below 0.5%, for the prefill and for a step of the custom kernels."""
+    from llama2_server.engine.cuda.forward import CudaForward
     from llama2_server.engine.cuda.matmul import Matmul
 
     directory = checkpoint(dtype=torch.float16, **shape)
     model, exact = load(directory), load(directory, "cpu", torch.float32)
     prompt = some_ids(200, 1)
     found, expected = model.prefill(3, prompt, 0), exact.prefill(3, prompt, 0)
-    assert distance(found, expected) < 0.005
+    assert relative_error(found, expected) < 0.005
     rows = [torch.tensor([number], device="cuda") for number in (7, 3, 200)]
     with torch.inference_mode():
-        step = Forward(model, Matmul(model.config.rms_norm_eps))(*rows)
-    assert distance(step, exact.decode([3], [7], [200])) < 0.005
+        step = CudaForward(model, Matmul(model.config.rms_norm_eps))(*rows)
+    assert relative_error(step, exact.decode([3], [7], [200])) < 0.005
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.cpu() - expected).norm() / expected.norm())
 
 
 def test_a_seed_repeats_alone_and_among_others(checkpoint: MakeCheckpoint) -> None:
-    """The same device and the same number of rows: the same tokens. Another seed: others."""
+    """The same seed gives the same tokens on the same device with one row; another seed gives others."""
     with running(load(checkpoint(dtype=torch.float16, **SHAPES["grouped"]))) as engine:
         results = []
         for seed in (1, 1, 2):
@@ -133,7 +133,7 @@ def test_a_seed_repeats_alone_and_among_others(checkpoint: MakeCheckpoint) -> No
 
 
 def test_draws_follow_the_distribution(checkpoint: MakeCheckpoint) -> None:
-    """The second token of 3,200 replies, sixteen at a time through the graph, against its exact probabilities."""
+    """The second tokens of 3,200 replies, 16 per graph, follow their exact probabilities."""
     directory = checkpoint(dtype=torch.float32, **SHAPES["multi-head"])
     model = load(directory, dtype=torch.float32)
     prompt, params = some_ids(8, 0), GenerationParams(2, temperature=1.3, top_k=6, top_p=0.95)
@@ -151,30 +151,30 @@ def test_draws_follow_the_distribution(checkpoint: MakeCheckpoint) -> None:
                 drawn.setdefault(reader.token_ids[0], []).append(reader.token_ids[1])
     first, seconds = max(drawn.items(), key=lambda item: len(item[1]))
     logits = exact.decode([0], [first], [len(prompt)])[0].double() / 1.3
-    kept = logits.topk(6)
-    weights = kept.values.softmax(0)
+    top = logits.topk(6)
+    weights = top.values.softmax(0)
     weights = weights * (weights.cumsum(0) - weights < 0.95)
-    counts = torch.tensor([seconds.count(int(token_id)) for token_id in kept.indices])
+    counts = torch.tensor([seconds.count(int(token_id)) for token_id in top.indices])
     assert counts.sum() == len(seconds)
     used = weights > 0
     assert counts[~used].sum() == 0
     assert chisquare(counts[used], (weights / weights.sum() * len(seconds))[used]).pvalue > 1e-3
 
 
-def test_graphs_compute_what_the_step_computes(checkpoint: MakeCheckpoint) -> None:
-    """Recorded or not, the same tokens; and its logits are the plain step's but for rounding."""
-    from llama2_server.engine.cuda.forward import Forward
+def test_graphs_compute_the_same_tokens_as_the_eager_step(checkpoint: MakeCheckpoint) -> None:
+    """Tokens are the same with and without graphs, and the logits match plain torch except for rounding."""
+    from llama2_server.engine.cuda.forward import CudaForward
     from llama2_server.engine.cuda.matmul import Matmul
 
     model = load(checkpoint(dtype=torch.float16, **SHAPES["grouped"]))
-    forward = Forward(model, Matmul(model.config.rms_norm_eps))
+    forward = CudaForward(model, Matmul(model.config.rms_norm_eps))
     with torch.inference_mode():
-        assert proven_error(model, forward) < 0.01
+        assert verify_logits(model, forward) < 0.01
     results = []
-    for recorded in (False, True):
+    for captured in (False, True):
         step_runner = CudaStepRunner(model, forward)
-        if recorded:
-            assert step_runner.capture() == 10  # 1, 2, 4, 8, 16 rows, greedy and sampled
+        if captured:
+            assert step_runner.capture_graphs() == 10  # 1, 2, 4, 8, 16 rows, greedy and sampled
         engine, readers = Engine(model, NO_EOS, step_runner=step_runner), [Reader() for _ in range(5)]
         for seed, reader in enumerate(readers):
             params = GenerationParams(40, temperature=0.9 * (seed % 2), seed=seed, repetition_penalty=1.0 + seed / 10)
@@ -185,20 +185,20 @@ def test_graphs_compute_what_the_step_computes(checkpoint: MakeCheckpoint) -> No
     assert results[0] == results[1]
 
 
-def test_logits_that_are_no_numbers_end_their_sequence(checkpoint: MakeCheckpoint) -> None:
-    """One broken embedding row breaks the reply that it is part of, and no other."""
+def test_nan_logits_fail_their_sequence(checkpoint: MakeCheckpoint) -> None:
+    """A NaN embedding row fails only the reply that uses it."""
     model = load(checkpoint(dtype=torch.float16, **SHAPES["multi-head"]))
     with running(model) as engine:
         model.weights.embedding[599] = float("nan")
-        broken, whole = Reader(), Reader()
+        broken, intact = Reader(), Reader()
         engine.submit([5, 599, 6], GenerationParams(9, temperature=0), broken)
-        engine.submit([5, 7, 6], GenerationParams(9, temperature=0), whole)
+        engine.submit([5, 7, 6], GenerationParams(9, temperature=0), intact)
         assert broken.result() == SequenceResult(FinishReason.FAILED, 3, 0)
-        assert whole.result().reason is FinishReason.MAX_TOKENS
+        assert intact.result().reason is FinishReason.MAX_TOKENS
 
 
-def test_a_prefill_that_does_not_fit_gives_its_memory_back(checkpoint: MakeCheckpoint) -> None:
-    """It fails in words, what it held is free again, and the next prompt runs."""
+def test_a_prefill_that_runs_out_of_memory_releases_it(checkpoint: MakeCheckpoint) -> None:
+    """The prefill fails with a clear message, its memory is released, and the next prompt runs."""
     model = load(checkpoint(dtype=torch.float16, **SHAPES["multi-head"]), slots=1)
     model.prefill(0, some_ids(8, 0), 0)
     torch.cuda.empty_cache()
@@ -213,12 +213,12 @@ def test_a_prefill_that_does_not_fit_gives_its_memory_back(checkpoint: MakeCheck
     model.prefill(0, some_ids(500, 0), 0)
 
 
-def test_weights_arrive_as_they_are_stored(checkpoint: MakeCheckpoint) -> None:
-    """Through pinned memory, block by block, converted on the device where the card asks for another precision."""
+def test_weights_on_the_device_equal_the_stored_weights(checkpoint: MakeCheckpoint) -> None:
+    """Weights pass through pinned memory in blocks; the device converts them if the card needs another precision."""
     for stored, dtype in ((torch.float16, torch.float16), (torch.float32, torch.float16)):
         directory = checkpoint(dtype=stored, **SHAPES["sharded"])
         found, expected = load(directory, dtype=dtype).weights, load(directory, "cpu", dtype).weights
         assert torch.equal(found.embedding.cpu(), expected.embedding)
-        for mine, theirs in zip(found.layers, expected.layers, strict=True):
+        for found_layer, expected_layer in zip(found.layers, expected.layers, strict=True):
             for name in ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down"):
-                assert torch.equal(getattr(mine, name).cpu(), getattr(theirs, name))
+                assert torch.equal(getattr(found_layer, name).cpu(), getattr(expected_layer, name))

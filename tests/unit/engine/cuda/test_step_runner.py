@@ -1,4 +1,4 @@
-"""The step that runs on the device, without its graph: tokens against the plain engine, and the loop around it."""
+"""Tests of the device step runner without CUDA graphs, against plain torch and in the engine's loop."""
 
 import random
 import threading
@@ -12,7 +12,7 @@ from tests.unit.engine.cuda.sinks import Reader
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.step_runner import CudaStepRunner, _sizes
+from llama2_server.engine.cuda.step_runner import CudaStepRunner, _batch_sizes
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sampling import GenerationParams
@@ -36,7 +36,7 @@ def model(checkpoint: MakeCheckpoint) -> LlamaModel:
 
 
 class PlainForward:
-    """The model's own decode step, by the interface of the fast one; counts steps, and can be made to go wrong."""
+    """The model's own decode step behind the interface of CudaForward; records steps and can return NaN logits."""
 
     def __init__(self, model: LlamaModel) -> None:
         self._model = model
@@ -85,7 +85,7 @@ def submit(engine: Engine, reader: Reader, prompt_tokens: int = 5, seed: int = 0
 
 
 def plain_tokens(model: LlamaModel, prompt_tokens: int = 5, seed: int = 0, **params: Any) -> list[int]:
-    """What the engine generates when the host samples."""
+    """Return the tokens that the engine generates if the host samples."""
     engine, reader = Engine(model, NO_EOS), Reader()
     submit(engine, reader, prompt_tokens, seed, **params)
     reader.result()
@@ -93,7 +93,7 @@ def plain_tokens(model: LlamaModel, prompt_tokens: int = 5, seed: int = 0, **par
     return reader.token_ids
 
 
-# With top_p the tokens stand in the same order on device and host, so that the same numbers draw the same tokens.
+# With top_p, device and host sort the tokens in the same order, so the same random numbers select the same tokens.
 CASES: list[dict[str, Any]] = [
     {},
     {"max_tokens": 1},
@@ -104,8 +104,8 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def test_tokens_are_those_of_the_plain_engine(checkpoint: MakeCheckpoint, engine: Engine) -> None:
-    """Greedy or sampled, penalised or not, alone or with neighbours that come and go: the same tokens."""
+def test_tokens_match_the_host_step_runner(checkpoint: MakeCheckpoint, engine: Engine) -> None:
+    """Tokens are the same for greedy or sampled requests, with or without penalties, alone or with other requests."""
     chance = random.Random(0)
     requests = [(case, seed) for case in CASES for seed in range(3)]
     chance.shuffle(requests)
@@ -122,7 +122,7 @@ def test_tokens_are_those_of_the_plain_engine(checkpoint: MakeCheckpoint, engine
 
 
 def test_a_seed_repeats(engine: Engine) -> None:
-    """The same seed gives the same tokens, whoever shares the steps; another seed gives others."""
+    """The same seed gives the same tokens with any other rows in the steps; another seed gives other tokens."""
     alone, shared, neighbour, other = Reader(), Reader(), Reader(), Reader()
     engine.submit(some_ids(5, 0), GenerationParams(20, temperature=1.0, seed=1), alone)
     alone.result()
@@ -132,8 +132,8 @@ def test_a_seed_repeats(engine: Engine) -> None:
     assert shared.token_ids == alone.token_ids != other.token_ids
 
 
-def test_the_next_step_is_under_way_before_a_token_is_read(engine: Engine, forward: PlainForward) -> None:
-    """The device is asked for step N+1 first; a stop at token N costs one step that is thrown away and not counted."""
+def test_the_next_step_starts_before_a_token_is_read(engine: Engine, forward: PlainForward) -> None:
+    """Step N+1 starts before token N is read; a stop at token N wastes one step, which is not counted."""
     reader = Reader(stop_at=3)
     submit(engine, reader, max_tokens=20)
     assert reader.result() == SequenceResult(FinishReason.STOP_SEQUENCE, 5, 3)
@@ -141,7 +141,7 @@ def test_the_next_step_is_under_way_before_a_token_is_read(engine: Engine, forwa
 
 
 def test_no_step_goes_beyond_max_tokens(engine: Engine, forward: PlainForward) -> None:
-    """Up to the last token of a full context: nothing is asked for that cannot be used."""
+    """Up to the last token of a full context, no step is started whose token cannot be used."""
     reader = Reader()
     submit(engine, reader, prompt_tokens=CONTEXT - 4, max_tokens=4)
     assert reader.result() == SequenceResult(FinishReason.MAX_TOKENS, CONTEXT - 4, 4)
@@ -149,7 +149,7 @@ def test_no_step_goes_beyond_max_tokens(engine: Engine, forward: PlainForward) -
 
 
 def test_a_cancelled_row_leaves_before_the_next_step(engine: Engine, forward: PlainForward) -> None:
-    """After a cancel at most the step under way is computed, its token is dropped, and the slot serves the next one."""
+    """After a cancel only the current step is computed, its token is dropped, and the slot serves the next sequence."""
     forward.gate = threading.Semaphore(0)
     reader, others = Reader(), [Reader() for _ in range(SLOTS)]
     sequence = submit(engine, reader, max_tokens=50)
@@ -165,31 +165,31 @@ def test_a_cancelled_row_leaves_before_the_next_step(engine: Engine, forward: Pl
 
 
 def test_a_row_without_a_token_fails_alone(engine: Engine, forward: PlainForward, model: LlamaModel) -> None:
-    """Logits that are no numbers end their sequence; the neighbour's tokens are untouched, and the slot works again."""
+    """NaN logits fail their sequence; the other sequence keeps its tokens, and the slot works again."""
     forward.broken_slot = 0
     forward.gate = threading.Semaphore(0)
-    broken, whole, after = Reader(), Reader(), Reader()
+    broken, intact, after = Reader(), Reader(), Reader()
     submit(engine, broken)
-    submit(engine, whole, seed=1)
+    submit(engine, intact, seed=1)
     forward.gate.release(1000)
     assert broken.result() == SequenceResult(FinishReason.FAILED, 5, 1)
-    assert whole.result().reason is FinishReason.MAX_TOKENS
+    assert intact.result().reason is FinishReason.MAX_TOKENS
     forward.broken_slot = None
     submit(engine, after, seed=1)
     assert after.result().reason is FinishReason.MAX_TOKENS
-    assert after.token_ids == whole.token_ids
+    assert after.token_ids == intact.token_ids
 
 
-def test_a_prompt_that_is_no_number_fails(engine: Engine, model: LlamaModel) -> None:
-    """The first token is looked at like every other."""
+def test_a_prompt_with_nan_logits_fails(engine: Engine, model: LlamaModel) -> None:
+    """The logits of the first token are checked too."""
     model.weights.norm.fill_(float("nan"))
     reader = Reader()
     submit(engine, reader)
     assert reader.result() == SequenceResult(FinishReason.FAILED, 5, 0)
 
 
-def test_steps_are_filled_up_to_the_next_size(engine: Engine, forward: PlainForward) -> None:
-    """Three rows run in the step for four; the row that fills it up changes nobody's tokens."""
+def test_steps_are_padded_to_the_next_batch_size(engine: Engine, forward: PlainForward) -> None:
+    """Three rows run in the step for four; the padding row does not change any tokens."""
     forward.gate = threading.Semaphore(0)
     readers = [Reader() for _ in range(SLOTS)]
     for seed, reader in enumerate(readers):
@@ -199,28 +199,28 @@ def test_steps_are_filled_up_to_the_next_size(engine: Engine, forward: PlainForw
     assert (3, 4) in set(zip(forward.rows, forward.sizes, strict=True))
 
 
-def test_sizes_hold_every_number_of_rows() -> None:
-    """One graph for one slot, and for 16 those of the powers of two."""
-    assert [_sizes(slots) for slots in (1, 2, 3, 16)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8, 16]]
+def test_batch_sizes_cover_every_number_of_rows() -> None:
+    """One slot needs one batch size; 16 slots need the powers of two up to 16."""
+    assert [_batch_sizes(slots) for slots in (1, 2, 3, 16)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8, 16]]
 
 
-@pytest.mark.parametrize("tiles", [False, True], ids=["torch's products", "our products"])
-def test_the_whole_fast_step_has_the_plain_steps_tokens(
-    checkpoint: MakeCheckpoint, device: torch.device, tiles: bool
+@pytest.mark.parametrize("custom", [False, True], ids=["torch matmul", "custom matmul"])
+def test_the_whole_cuda_step_matches_plain_torch(
+    checkpoint: MakeCheckpoint, device: torch.device, custom: bool
 ) -> None:
-    """From the embedding to the sampled token through our kernels, in float32: token for token the plain engine."""
-    from llama2_server.engine.cuda.forward import Forward
-    from llama2_server.engine.cuda.matmul import Matmul, name_of
+    """In float32, the custom kernels from the embedding to the sampled token give the same tokens as plain torch."""
+    from llama2_server.engine.cuda.forward import CudaForward
+    from llama2_server.engine.cuda.matmul import Matmul, matmul_name
     from llama2_server.engine.cuda.matmul_kernels import TileConfig
 
     if device.type == "cuda":
-        pytest.skip("NOT TESTED HERE: test_on_gpu.py does this with graphs")
+        pytest.skip("NOT TESTED HERE: test_on_gpu.py tests this with graphs")
     model = load(checkpoint(heads=4, kv_heads=2))
-    layer, tile = model.weights.layers[0], TileConfig(16, 64, 4)
-    weights = {"normed": [layer.qkv], "added": [layer.output, layer.down], "gated": [layer.gate_up]}
-    weights["logits"] = [model.weights.head]
-    names = [name_of(kind, weight) for kind, found in weights.items() for weight in found]
-    forward = Forward(model, Matmul(model.config.rms_norm_eps, dict.fromkeys(names, tile) if tiles else {}))
+    layer, config = model.weights.layers[0], TileConfig(16, 64, 4)
+    weights = {"rmsnorm_linear": [layer.qkv], "linear_residual": [layer.output, layer.down], "swiglu": [layer.gate_up]}
+    weights["lm_head"] = [model.weights.head]
+    names = [matmul_name(kind, weight) for kind, found in weights.items() for weight in found]
+    forward = CudaForward(model, Matmul(model.config.rms_norm_eps, dict.fromkeys(names, config) if custom else {}))
     engine, readers = Engine(model, NO_EOS, step_runner=CudaStepRunner(model, forward)), [Reader() for _ in range(2)]
     for seed, reader in enumerate(readers):
         submit(engine, reader, seed=seed, max_tokens=4)
