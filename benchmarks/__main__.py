@@ -19,12 +19,13 @@ from pathlib import Path
 
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
-from benchmarks import report, results, service_alone
-from benchmarks.figures import DECODE_PROMPT, PREFILL_PROMPT
-from benchmarks.measuring import MAX_ATTEMPTS, Figures
-from benchmarks.peers import Peer, chosen, groups, interpreter
-from benchmarks.rounds import Case, Ground, Rounds
-from benchmarks.service import Service
+from benchmarks import report, results
+from benchmarks.engines.peers import Peer, chosen, groups, interpreter
+from benchmarks.engines.service import Service
+from benchmarks.measurement import service_only
+from benchmarks.measurement.disturbance import MAX_ATTEMPTS, Figures
+from benchmarks.measurement.interleaved_runs import Case, Ground, Rounds
+from benchmarks.reporting.metrics import DECODE_PROMPT, PREFILL_PROMPT
 from llama2_server.engine.checkpoint.files import read_config
 
 FOLDER = Path("build/benchmarks")
@@ -112,11 +113,11 @@ class Benchmark:
     def _alone(self, name: str, model: str, ground: Ground) -> None:
         count = self._arguments.rounds or ALONE[name]
         if name == "start":
-            found = [service_alone.start_up(ground) for _ in range(count)]
+            found = [service_only.start_up(ground) for _ in range(count)]
         else:
             with closing(Service(ground.checkpoint, context_length=2048, slots=1)) as service:
-                service_alone.second_turn(ground, service)  # warm up
-                found = [service_alone.second_turn(ground, service) for _ in range(count)]
+                service_only.second_turn(ground, service)  # warm up
+                found = [service_only.second_turn(ground, service) for _ in range(count)]
         measurements = [
             {"part": name, "model": model, "group": "", "round": number} | figures
             for number, figures in enumerate(found)

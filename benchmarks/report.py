@@ -8,8 +8,10 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.charts import picture
-from benchmarks.figures import (
+from benchmarks.measurement.disturbance import MAX_FOREIGN_CPU, Figures
+from benchmarks.reporting.charts import picture
+from benchmarks.reporting.goals import goals
+from benchmarks.reporting.metrics import (
     DECODE_PROMPT,
     PREFILL_PROMPT,
     bandwidth_share,
@@ -21,8 +23,6 @@ from benchmarks.figures import (
     together,
     where,
 )
-from benchmarks.goals import goals
-from benchmarks.measuring import MAX_FOREIGN_CPU, Figures
 from benchmarks.results import Results
 
 ORDER = ("service", "engine")  # ours first

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import Figures
+from benchmarks.measurement.disturbance import Figures
 
 Results = dict[str, Any]
 REPLACES = ("part", "model", "group")  # what is measured anew takes the place of what agrees in these

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.measuring import Figures
+from benchmarks.measurement.disturbance import Figures
 from benchmarks.results import Results
 
 QUIET = {"others": 0.0, "discarded": [], "contended": False}

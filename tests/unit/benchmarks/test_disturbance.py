@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.measuring import MAX_ATTEMPTS, Figures, measured
-from benchmarks.processor import TICKS_A_SECOND, others_share, our_ticks
+from benchmarks.measurement.cpu_usage import TICKS_A_SECOND, others_share, our_ticks
+from benchmarks.measurement.disturbance import MAX_ATTEMPTS, Figures, measured
 
 BUSY_SECONDS = 0.5
 BUSY = f"import time\nwhile time.process_time() < {BUSY_SECONDS}: pass"

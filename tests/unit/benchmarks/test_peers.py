@@ -3,10 +3,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmarks.contenders import NotRun, Worker
-from benchmarks.peers import PEERS, chosen, groups, interpreter
+from benchmarks.engines.peers import PEERS, chosen, groups, interpreter
+from benchmarks.engines.under_test import NotRun, Worker
+from benchmarks.measurement.interleaved_runs import Case, Ground, Rounds
 from benchmarks.prompts import Prompts
-from benchmarks.rounds import Case, Ground, Rounds
 from benchmarks.workers.protocol import Setup
 from tools.make_checkpoint import Shape, make_checkpoint
 

@@ -5,9 +5,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from benchmarks import report
-from benchmarks.charts import picture
-from benchmarks.figures import decode_speed, decoding, median, ratio, where
-from benchmarks.goals import goals
+from benchmarks.reporting.charts import picture
+from benchmarks.reporting.goals import goals
+from benchmarks.reporting.metrics import decode_speed, decoding, median, ratio, where
 from benchmarks.results import add, load, new_results, save
 from benchmarks.svg import spread
 from tests.unit.benchmarks.sample_results import generation, results

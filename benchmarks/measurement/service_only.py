@@ -6,10 +6,10 @@ from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.measuring import Figures, measured
+from benchmarks.engines.service import Service
+from benchmarks.measurement.disturbance import Figures, measured
+from benchmarks.measurement.interleaved_runs import Ground
 from benchmarks.prompts import Prompts
-from benchmarks.rounds import Ground
-from benchmarks.service import Service
 from llama2_client import Message
 
 FIRST_TURN, REPLY, SECOND_TURN = 1_400, 40, 60  # digits, about one token each; the template adds some

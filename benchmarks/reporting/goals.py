@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 
-from benchmarks.figures import (
+from benchmarks.reporting.metrics import (
     bandwidth_share,
     decode_speed,
     decoding,

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.processor import others_share
+from benchmarks.measurement.cpu_usage import others_share
 
 MAX_FOREIGN_CPU = 0.03  # of all processors' time; the kernel's own threads take up to a hundredth
 MAX_ATTEMPTS = 5

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from benchmarks.figures import DECODE_PROMPT, decode_speed, decoding, first_token, median, together, where
-from benchmarks.measuring import Figures
+from benchmarks.measurement.disturbance import Figures
+from benchmarks.reporting.metrics import DECODE_PROMPT, decode_speed, decoding, first_token, median, together, where
 from benchmarks.results import Results
 from benchmarks.svg import Look, Series, bar_chart, document, line_chart, note_chart
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from benchmarks.measuring import Figures
+from benchmarks.measurement.disturbance import Figures
 from benchmarks.results import Results
 
 Value = Callable[[Figures], float]

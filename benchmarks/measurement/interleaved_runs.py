@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import Contender, NotRun, Run, Worker
-from benchmarks.measuring import Figures, measured
-from benchmarks.peers import Peer
-from benchmarks.processor import others_share
+from benchmarks.engines.peers import Peer
+from benchmarks.engines.service import Service
+from benchmarks.engines.under_test import Contender, NotRun, Run, Worker
+from benchmarks.measurement.cpu_usage import others_share
+from benchmarks.measurement.disturbance import Figures, measured
 from benchmarks.prompts import Prompt, Prompts
-from benchmarks.service import Service
 from benchmarks.workers.protocol import Setup
 
 WARM_UP_PROMPT = 16

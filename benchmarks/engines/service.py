@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.contenders import NotRun, Run
+from benchmarks.engines.under_test import NotRun, Run
 from benchmarks.prompts import Prompt
 from llama2_client import Client, Message, ReplyStream
 from llama2_server.engine.checkpoint.files import read_config
