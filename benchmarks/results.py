@@ -1,4 +1,7 @@
-"""A results file: the machine, the contenders, and every measurement; a run in parts adds to it what it measured."""
+"""The results file: the machine, the engines under test and every measurement.
+
+A partial run adds its measurements to the file of the same day.
+"""
 
 import json
 import os
@@ -7,14 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measurement.disturbance import Figures
+from benchmarks.measurement.disturbance import Measurement
 
 Results = dict[str, Any]
-REPLACES = ("part", "model", "group")  # what is measured anew takes the place of what agrees in these
+REPLACED_BY = ("part", "model", "group")  # new measurements replace old ones that agree on these keys
 
 
 def new_results(threads: int) -> Results:
-    """No measurements yet, on this machine, today."""
+    """Return empty results for this machine and today's date."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {
@@ -33,34 +36,42 @@ def new_results(threads: int) -> Results:
 
 
 def load(path: Path, threads: int) -> Results:
-    """The file's results, or none where there is no file; raises ValueError if they are another machine's or day's."""
+    """Return the results of a file, or empty results if the file does not exist.
+
+    Raises:
+        ValueError: the results are from another machine or another day.
+    """
     fresh = new_results(threads)
     if not path.exists():
         return fresh
     results: Results = json.loads(path.read_text(encoding="utf-8"))
     for key in ("date", "machine"):
         if results[key] != fresh[key]:
-            raise ValueError(f"{path}: is of {results[key]}, this is {fresh[key]}: name another file")
+            raise ValueError(f"{path}: {key} is {results[key]}, not {fresh[key]}; name another file with --results")
     return results
 
 
-def add(results: Results, measurements: list[Figures]) -> None:
-    """Put measurements in, in place of those of the same part, model and group."""
-    kinds = {tuple(figures[key] for key in REPLACES) for figures in measurements}
-    kept = [figures for figures in results["measurements"] if tuple(figures[key] for key in REPLACES) not in kinds]
+def add(results: Results, measurements: list[Measurement]) -> None:
+    """Add measurements; they replace the existing ones of the same part, model and group."""
+    kinds = {_kind(measurement) for measurement in measurements}
+    kept = [measurement for measurement in results["measurements"] if _kind(measurement) not in kinds]
     results["measurements"] = kept + measurements
 
 
+def _kind(measurement: Measurement) -> tuple[Any, ...]:
+    return tuple(measurement[key] for key in REPLACED_BY)
+
+
 def save(results: Results, path: Path) -> None:
-    """Write the file, a measurement a line, so that a difference can be read."""
+    """Write the file with one line per measurement, so that diffs are readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join("    " + json.dumps(figures) for figures in results["measurements"])
+    lines = ",\n".join("    " + json.dumps(measurement) for measurement in results["measurements"])
     head = json.dumps({key: value for key, value in results.items() if key != "measurements"}, indent=2)
     path.write_text(f'{head[:-2]},\n  "measurements": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
 
 
 def _processor() -> str:
-    """Its name, and the vector instructions that the figures depend on."""
+    """Return the processor's name and the vector instructions that affect the measurements."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Whom we compare ourselves with, and in which Python environment each of them is to be found."""
+"""The registry of peers, and the lookup of a Python environment for each."""
 
 import subprocess
 import sys
@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ENVIRONMENTS = Path(".venv/peers")  # one a family, where this environment does not have it; see README.md
+ENVIRONMENTS = Path(".venv/peers")  # one environment per family; see README.md
 
-OURS_COPIES = 2.5
+# Memory of our engine and our service together, in multiples of the float16 weights.
+OWN_COPIES = 2.5
 
-_MISSING = """
+_LIST_MISSING = """
 import sys
 from importlib.util import find_spec
 missing = [name for name in sys.argv[1:] if find_spec(name) is None]
@@ -20,14 +21,14 @@ print(", ".join(missing))
 
 @dataclass(frozen=True)
 class Peer:
-    """A way of running another library."""
+    """One configuration of another inference library."""
 
     name: str
     module: str  # under benchmarks.workers
-    family: str  # its environment's name
-    needs: tuple[str, ...]  # what has to be importable
+    family: str  # the name of its environment
+    required_modules: tuple[str, ...]
     arithmetic: str = ""
-    copies: float = 1.1  # memory that it takes, in float16 weights
+    copies: float = 1.1  # its memory, in multiples of the float16 weights
 
 
 _LLAMA_CPP = ("llama_cpp", "gguf", "safetensors", "sentencepiece")
@@ -46,38 +47,44 @@ PEERS = (
 )
 
 
-def chosen(wanted: str) -> list[Peer]:
-    """The peers whose names hold one of the words, which commas separate; or "all", or "none"."""
-    if wanted in ("all", "none"):
-        return list(PEERS) if wanted == "all" else []
-    words = [word.strip().lower() for word in wanted.split(",")]
+def select_peers(pattern: str) -> list[Peer]:
+    """Return the peers whose names contain one of the comma-separated words; "all" and "none" are also accepted."""
+    if pattern in ("all", "none"):
+        return list(PEERS) if pattern == "all" else []
+    words = [word.strip().lower() for word in pattern.split(",")]
     return [peer for peer in PEERS if any(word in peer.name.lower() for word in words)]
 
 
-def interpreter(peer: Peer, given: Mapping[str, str]) -> tuple[str | None, str]:
-    """The Python that has what a peer needs, and otherwise what is missing; `given` are Pythons by family."""
+def find_interpreter(peer: Peer, pythons: Mapping[str, str]) -> tuple[str | None, str]:
+    """Return a Python that has the required modules of a peer, or None and the reason.
+
+    `pythons` maps families to interpreters that the command line names.
+    """
     own = ENVIRONMENTS / peer.family / "bin" / "python"
-    if peer.family in given:
-        candidates = [given[peer.family]]
+    if peer.family in pythons:
+        candidates = [pythons[peer.family]]
     else:
         candidates = [*([str(own)] if own.exists() else []), sys.executable]
     for candidate in candidates:
-        found = subprocess.run([candidate, "-c", _MISSING, *peer.needs], capture_output=True, text=True, check=True)
-        missing = found.stdout.strip()
+        command = [candidate, "-c", _LIST_MISSING, *peer.required_modules]
+        missing = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         if not missing:
             return candidate, ""
     return None, f"not installed: {missing}"
 
 
-def groups(peers: Iterable[Peer], weights_bytes: int, free_bytes: int) -> list[list[Peer]]:
-    """Peers that fit into memory together, beside our engine and our service; a peer that never fits is alone."""
-    room = 0.95 * free_bytes / weights_bytes - OURS_COPIES
-    result: list[list[Peer]] = []
+def group_by_memory(peers: Iterable[Peer], weights_bytes: int, free_bytes: int) -> list[list[Peer]]:
+    """Split peers into groups that fit into memory together with our engine and our service.
+
+    A peer that never fits gets its own group. Without peers there is one empty group.
+    """
+    available_copies = 0.95 * free_bytes / weights_bytes - OWN_COPIES
+    groups: list[list[Peer]] = []
     for peer in peers:
-        fitting = (group for group in result if sum(other.copies for other in group) + peer.copies <= room)
+        fitting = (g for g in groups if sum(other.copies for other in g) + peer.copies <= available_copies)
         group = next(fitting, None)
         if group is None:
-            result.append([peer])
+            groups.append([peer])
         else:
             group.append(peer)
-    return result or [[]]
+    return groups or [[]]

@@ -1,38 +1,39 @@
-"""One measurement: taken again while other processes take the processor, and kept with a note when they do not stop."""
+"""Repetition of measurements that foreign processes disturb."""
 
 import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.measurement.cpu_usage import others_share
+from benchmarks.measurement.cpu_usage import foreign_cpu_share
 
-MAX_FOREIGN_CPU = 0.03  # of all processors' time; the kernel's own threads take up to a hundredth
+MAX_FOREIGN_CPU = 0.03  # share of all CPU time; the kernel's own threads take up to 0.01
 MAX_ATTEMPTS = 5
-PAUSE_SECONDS = 2.0  # times the attempts so far
+PAUSE_SECONDS = 2.0  # multiplied by the number of attempts so far
 
-Figures = dict[str, Any]
+Measurement = dict[str, Any]
 
 
-def measured(
-    measure: Callable[[], Figures],
+def measure_undisturbed(
+    measure: Callable[[], Measurement],
     *,
     attempts: int = MAX_ATTEMPTS,
-    watch: Callable[[Callable[[], Figures]], tuple[Figures, float | None]] = others_share,
+    watch: Callable[[Callable[[], Measurement]], tuple[Measurement, float | None]] = foreign_cpu_share,
     pause: Callable[[float], None] = time.sleep,
-) -> Figures:
-    """The figures of the first attempt that others left alone, else of the last one, which is then "contended".
+) -> Measurement:
+    """Return the first undisturbed measurement, or the last attempt, which is then marked as "contended".
 
-    `others` is their share, None where the system does not tell; `discarded` the shares of the attempts before.
+    "others" is the foreign CPU share, or None if the system does not report it. "discarded" lists the shares of the
+    discarded attempts.
     """
     discarded: list[float] = []
     while True:
-        figures, others = watch(measure)
-        quiet = others is None or others <= MAX_FOREIGN_CPU
-        if quiet or len(discarded) == attempts - 1:
-            return figures | {
-                "others": None if others is None else round(others, 4),
-                "discarded": [round(share, 4) for share in discarded],
-                "contended": not quiet,
+        measurement, share = watch(measure)
+        undisturbed = share is None or share <= MAX_FOREIGN_CPU
+        if undisturbed or len(discarded) == attempts - 1:
+            return measurement | {
+                "others": None if share is None else round(share, 4),
+                "discarded": [round(earlier, 4) for earlier in discarded],
+                "contended": not undisturbed,
             }
-        discarded.append(others or 0.0)
+        discarded.append(share or 0.0)
         pause(PAUSE_SECONDS * len(discarded))

@@ -1,4 +1,4 @@
-"""What only a service does: it starts, and it takes up a chat where it was."""
+"""Measurements that only a service allows: start-up, and the second turn of a chat."""
 
 import random
 import time
@@ -7,45 +7,46 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.engines.service import Service
-from benchmarks.measurement.disturbance import Figures, measured
-from benchmarks.measurement.interleaved_runs import Ground
+from benchmarks.measurement.disturbance import Measurement, measure_undisturbed
+from benchmarks.measurement.interleaved_runs import Environment
 from benchmarks.prompts import Prompts
 from llama2_client import Message
 
-FIRST_TURN, REPLY, SECOND_TURN = 1_400, 40, 60  # digits, about one token each; the template adds some
+# Digits, about one token each; the chat template adds some tokens.
+FIRST_TURN_DIGITS, REPLY_DIGITS, SECOND_TURN_DIGITS = 1_400, 40, 60
 BLOCK_BYTES = 4 * 2**20
 
 
-def start_up(ground: Ground) -> Figures:
-    """Seconds from exec to SERVING, for the first time and once more, and of reading the weights' files once."""
+def start_up(environment: Environment) -> Measurement:
+    """Measure the seconds from exec to SERVING for a first and a later start, and of one read of the weight files."""
 
-    def start() -> Figures:
-        begun = time.perf_counter()
-        _read(ground.checkpoint)
-        read = time.perf_counter() - begun
-        with TemporaryDirectory() as kept:
-            first, again = (_start_seconds(ground.checkpoint, Path(kept)) for _ in range(2))
-        return {"read_seconds": round(read, 3), "first_start_seconds": first, "later_start_seconds": again}
+    def measure() -> Measurement:
+        started_at = time.perf_counter()
+        _read_weights(environment.checkpoint)
+        read_seconds = time.perf_counter() - started_at
+        with TemporaryDirectory() as data_directory:
+            first, later = (_start_seconds(environment.checkpoint, Path(data_directory)) for _ in range(2))
+        return {"read_seconds": round(read_seconds, 3), "first_start_seconds": first, "later_start_seconds": later}
 
-    _read(ground.checkpoint)  # both take the files from the system's cache
-    return measured(start, attempts=ground.attempts)
+    _read_weights(environment.checkpoint)  # so that both read the files from the page cache
+    return measure_undisturbed(measure, attempts=environment.attempts)
 
 
-def second_turn(ground: Ground, service: Service) -> Figures:
-    """Seconds to the first token of a chat's second turn after its first one, and of such a prompt nobody knows."""
-    prompts = Prompts(ground.checkpoint, random.SystemRandom().getrandbits(32))
+def second_turn(environment: Environment, service: Service) -> Measurement:
+    """Measure the time to first token of a second turn, once after the first turn and once without it."""
+    prompts = Prompts(environment.checkpoint, random.SystemRandom().getrandbits(32))
 
-    def turns() -> Figures:
+    def measure() -> Measurement:
         chats = []
         for _ in range(2):
-            first, reply, second = (prompts.digits(count) for count in (FIRST_TURN, REPLY, SECOND_TURN))
+            first, reply, second = map(prompts.digits, (FIRST_TURN_DIGITS, REPLY_DIGITS, SECOND_TURN_DIGITS))
             chats.append([Message("user", first), Message("assistant", reply), Message("user", second)])
         cold = service.first_token_seconds(chats[0])
         service.first_token_seconds(chats[1][:1])
         warm = service.first_token_seconds(chats[1])
         return {"cold_seconds": round(cold, 4), "warm_seconds": round(warm, 4)}
 
-    return measured(turns, attempts=ground.attempts)
+    return measure_undisturbed(measure, attempts=environment.attempts)
 
 
 def _start_seconds(checkpoint: Path, data_directory: Path) -> float:
@@ -53,7 +54,7 @@ def _start_seconds(checkpoint: Path, data_directory: Path) -> float:
         return round(service.start_seconds, 3)
 
 
-def _read(checkpoint: Path) -> None:
+def _read_weights(checkpoint: Path) -> None:
     block = bytearray(BLOCK_BYTES)
     for path in checkpoint.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:

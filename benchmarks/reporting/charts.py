@@ -1,85 +1,97 @@
-"""The picture of a run: what to draw of its measurements; svg.py draws it."""
+"""The charts of a results file."""
 
-from collections.abc import Callable
-
-from benchmarks.measurement.disturbance import Figures
-from benchmarks.reporting.metrics import DECODE_PROMPT, decode_speed, decoding, first_token, median, together, where
+from benchmarks.measurement.disturbance import Measurement
+from benchmarks.reporting.metrics import (
+    DECODE_PROMPT_TOKENS,
+    Metric,
+    aggregate_tokens_per_second,
+    decode_speed,
+    first_token_seconds,
+    median,
+    models_of,
+    select,
+    select_decoding,
+    versions_of,
+)
+from benchmarks.reporting.plots import Panel, Series, Style, bar_panel, line_panel, notes_panel, render_svg
 from benchmarks.results import Results
-from benchmarks.svg import Look, Series, bar_chart, document, line_chart, note_chart
 
-LOOKS = {
-    "service": Look("#d9480f", bold=True),
-    "engine": Look("#e8842c", dashed=True),
-    "transformers.generate": Look("#7d8590"),
-    "llama.cpp F16": Look("#2f81f7"),
-    "llama.cpp BF16": Look("#2f81f7", dashed=True),
-    "OpenVINO f16": Look("#8250df"),
-    "OpenVINO bf16": Look("#a371f7", dashed=True),
-    "OpenVINO f32": Look("#a371f7"),
-    "CTranslate2 bfloat16": Look("#1b9e77", dashed=True),
-    "CTranslate2 float32": Look("#1b9e77"),
+STYLES = {
+    "service": Style("#d9480f", bold=True),
+    "engine": Style("#e8842c", dashed=True),
+    "transformers.generate": Style("#7d8590"),
+    "llama.cpp F16": Style("#2f81f7"),
+    "llama.cpp BF16": Style("#2f81f7", dashed=True),
+    "OpenVINO f16": Style("#8250df"),
+    "OpenVINO bf16": Style("#a371f7", dashed=True),
+    "OpenVINO f32": Style("#a371f7"),
+    "CTranslate2 bfloat16": Style("#1b9e77", dashed=True),
+    "CTranslate2 float32": Style("#1b9e77"),
 }
-NAMES = {"service": "our service", "engine": "our engine", "transformers.generate": "transformers"}
+DISPLAY_NAMES = {"service": "our service", "engine": "our engine only", "transformers.generate": "transformers"}
 
 
-def picture(results: Results) -> str:
-    """An SVG with a chart for each thing that was measured."""
-    charts = [_decoding(results, model) for model in _models(results, "speed")]
-    for model in _models(results, "lengths"):
-        lengths = where(results["measurements"], part="lengths", model=model)
-        speed = _series(lengths, "prompt_tokens", decode_speed)
-        charts.append(line_chart(f"Decode against context, {model.upper()}", "tokens/s after so many tokens", speed))
-        waiting = _series(lengths, "prompt_tokens", first_token)
-        title = f"Time to first token, {model.upper()}"
-        charts.append(line_chart(title, "seconds, for a prompt of so many tokens", waiting, logarithmic=True))
-    for model in _models(results, "requests"):
-        shared = _series(where(results["measurements"], part="requests", model=model), "requests", together)
-        title = f"Requests at once, {model.upper()}"
-        charts.append(line_chart(title, "tokens/s of all together, prefill included; 128 + 128 tokens each", shared))
-    charts.append(_notes(results))
-    return document(f"Benchmarks of {results['date']}, {results['machine']['processor']}", charts)
+def draw_svg(results: Results) -> str:
+    """Return an SVG figure with a chart for each measured part."""
+    panels = [_decoding(results, model) for model in models_of(results, "speed")]
+    for model in models_of(results, "lengths"):
+        panels += _by_prompt_length(results, model)
+    panels += [_by_requests(results, model) for model in models_of(results, "requests")]
+    panels.append(_notes(results))
+    return render_svg(f"Benchmarks of {results['date']}, {results['machine']['processor']}", panels)
 
 
-def _decoding(results: Results, model: str) -> str:
-    speed = decoding(results, model)
-    names = dict.fromkeys(figures["contender"] for figures in speed)
-    medians = {name: median(where(speed, contender=name), decode_speed) or 0.0 for name in names}
+def _decoding(results: Results, model: str) -> Panel:
+    measurements = select_decoding(results, model)
+    names = dict.fromkeys(one["contender"] for one in measurements)
+    medians = {name: median(select(measurements, contender=name), decode_speed) or 0.0 for name in names}
     bars = [
-        (NAMES.get(name, name), value, _look(name))
+        (DISPLAY_NAMES.get(name, name), value, _style(name))
         for name, value in sorted(medians.items(), key=lambda item: -item[1])
     ]
-    return bar_chart(f"Decoding, {model.upper()}", f"tokens/s of one request, after a prompt of {DECODE_PROMPT}", bars)
+    label = f"tokens/s of one request after a prompt of {DECODE_PROMPT_TOKENS} tokens"
+    return bar_panel(f"Decoding, {model.upper()}", label, bars)
 
 
-def _notes(results: Results) -> str:
-    """What the figures hold for."""
+def _by_prompt_length(results: Results, model: str) -> list[Panel]:
+    measurements = select(results["measurements"], part="lengths", model=model)
+    speeds = _series(measurements, "prompt_tokens", decode_speed)
+    waits = _series(measurements, "prompt_tokens", first_token_seconds)
+    title = f"Time to first token, {model.upper()}"
+    return [
+        line_panel(f"Decoding by prompt length, {model.upper()}", "prompt tokens", "tokens/s", speeds),
+        line_panel(title, "prompt tokens", "seconds", waits, logarithmic=True),
+    ]
+
+
+def _by_requests(results: Results, model: str) -> Panel:
+    measurements = select(results["measurements"], part="requests", model=model)
+    series = _series(measurements, "requests", aggregate_tokens_per_second)
+    label = "concurrent requests of 128 + 128 tokens"
+    return line_panel(f"Concurrent requests, {model.upper()}", label, "tokens/s in total, prefill included", series)
+
+
+def _notes(results: Results) -> Panel:
     machine = results["machine"]
-    versions: dict[str, str] = {}
-    for about in results["contenders"].values():
-        versions |= about["versions"]
     lines = [
         machine["processor"],
         f"{machine['threads']} threads on {machine['cores']} cores, {machine['memory_gib']} GiB, no GPU",
-        *(f"{name} {version}" for name, version in sorted(versions.items())),
-        "Random float16 weights of Llama's shape, greedy, no quantization.",
+        *(f"{name} {version}" for name, version in versions_of(results).items()),
+        "Random float16 weights in Llama's shape, greedy, no quantization.",
         "Medians of interleaved rounds; the service is called over gRPC.",
     ]
-    return note_chart(f"Measured on {results['date']}", lines)
+    return notes_panel(f"Measured on {results['date']}", lines)
 
 
-def _series(measurements: list[Figures], key: str, value: Callable[[Figures], float]) -> list[Series]:
+def _series(measurements: list[Measurement], key: str, metric: Metric) -> list[Series]:
     series = []
-    for name in dict.fromkeys(figures["contender"] for figures in measurements):
-        own = where(measurements, contender=name)
-        columns = sorted({figures[key] for figures in own})
-        points = [(column, median(where(own, **{key: column}), value) or 0.0) for column in columns]
-        series.append(Series(NAMES.get(name, name), points, _look(name)))
+    for name in dict.fromkeys(one["contender"] for one in measurements):
+        own = select(measurements, contender=name)
+        columns = sorted({one[key] for one in own})
+        points = [(column, median(select(own, **{key: column}), metric) or 0.0) for column in columns]
+        series.append(Series(DISPLAY_NAMES.get(name, name), points, _style(name)))
     return series
 
 
-def _look(name: str) -> Look:
-    return LOOKS.get(name, Look("#7d8590", dashed=True))
-
-
-def _models(results: Results, part: str) -> list[str]:
-    return list(dict.fromkeys(figures["model"] for figures in where(results["measurements"], part=part)))
+def _style(name: str) -> Style:
+    return STYLES.get(name, Style("#7d8590", dashed=True))

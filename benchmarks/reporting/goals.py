@@ -1,119 +1,120 @@
-"""What we set out to reach on a CPU, and what was reached."""
+"""The speed goals on a CPU, compared with the measurements."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 
 from benchmarks.reporting.metrics import (
+    aggregate_tokens_per_second,
     bandwidth_share,
     decode_speed,
-    decoding,
-    first_token,
+    first_token_seconds,
     median,
-    paired,
+    paired_median,
     ratio,
-    together,
-    where,
+    select,
+    select_decoding,
 )
 from benchmarks.results import Results
 
 LARGE, SMALL = "1.2b", "134m"
-# Service's decode speed over each peer's, at least: by model, then by peer.
-DECODE = {
-    LARGE: {"transformers.generate": 2.0, "llama.cpp F16": 1.5, "": 1.2},
-    SMALL: {"transformers.generate": 2.5, "llama.cpp F16": 1.5, "": 1.25},
+FASTEST_PEER = ""
+# Minimum decode speed of the service relative to each peer, by model and peer.
+MIN_DECODE_RATIOS = {
+    LARGE: {"transformers.generate": 2.0, "llama.cpp F16": 1.5, FASTEST_PEER: 1.2},
+    SMALL: {"transformers.generate": 2.5, "llama.cpp F16": 1.5, FASTEST_PEER: 1.25},
 }
+# Maximum start-up time: this factor times one read of the weights, plus these seconds.
 START_FACTOR, START_SECONDS = 1.3, 3.0
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A number and what it should be."""
+    """A measured quantity with its target and its value."""
 
-    what: str
-    wanted: str
-    found: str
+    description: str
+    target: str
+    reached: str
     met: bool
 
 
-def goals(results: Results) -> Iterator[Goal]:
-    """All that the measurements tell of."""
+def evaluate_goals(results: Results) -> Iterator[Goal]:
+    """Yield each goal for which the results have measurements."""
     yield from _decoding(results)
-    yield from _engine_and_service(results)
+    yield from _service_overhead(results)
     yield from _prefill(results)
-    yield from _sharing(results)
-    yield from _alone(results)
+    yield from _concurrency(results)
+    yield from _service_only(results)
 
 
-def best_peer(results: Results, model: str) -> str:
-    """The one that decodes fastest; "" where none was measured."""
-    speed = decoding(results, model)
-    peers = {one["contender"] for one in speed} - {"engine", "service"}
-    return max(peers, key=lambda peer: median(where(speed, contender=peer), decode_speed) or 0.0, default="")
+def fastest_peer(results: Results, model: str) -> str:
+    """Return the name of the peer that decodes fastest, or "" without peers."""
+    measurements = select_decoding(results, model)
+    peers = {one["contender"] for one in measurements} - {"engine", "service"}
+    return max(peers, key=lambda peer: median(select(measurements, contender=peer), decode_speed) or 0.0, default="")
 
 
 def _decoding(results: Results) -> Iterator[Goal]:
-    for model, wanted in DECODE.items():
-        speed = decoding(results, model)
-        for peer, least in wanted.items():
-            name = peer or best_peer(results, model)
-            found = ratio(speed, "service", name, decode_speed)
+    for model, targets in MIN_DECODE_RATIOS.items():
+        measurements = select_decoding(results, model)
+        for peer, target in targets.items():
+            name = peer or fastest_peer(results, model)
+            found = ratio(measurements, "service", name, decode_speed)
             if found is not None:
-                what = f"service's decode speed to {'the fastest peer, ' if not peer else ''}{name}, {model.upper()}"
-                yield _at_least(what, found, least, "{:.2f} x")
+                label = f"the fastest peer, {name}" if peer == FASTEST_PEER else name
+                yield _at_least(f"decode speed of the service / {label}, {model.upper()}", found, target, "{:.2f} x")
 
 
-def _engine_and_service(results: Results) -> Iterator[Goal]:
+def _service_overhead(results: Results) -> Iterator[Goal]:
     for model in (LARGE, SMALL):
-        speed = decoding(results, model)
-        found = ratio(speed, "service", "engine", decode_speed)
+        found = ratio(select_decoding(results, model), "service", "engine", decode_speed)
         if found is not None:
-            yield _at_least(f"service's decode speed to the engine's, {model.upper()}", found, 0.95, "{:.2f} x")
-    speed = decoding(results, LARGE)
-    late = paired(speed, "service", "engine", lambda a, b: first_token(a) - first_token(b))
-    if late is not None:
-        yield _at_most("service's time to the first token beyond the bare prefill", late * 1000, 60, "{:.0f} ms")
-    engine = where(speed, contender="engine")
+            yield _at_least(f"decode speed of the service / engine only, {model.upper()}", found, 0.95, "{:.2f} x")
+    large = select_decoding(results, LARGE)
+    delay = paired_median(large, "service", "engine", lambda a, b: first_token_seconds(a) - first_token_seconds(b))
+    if delay is not None:
+        yield _at_most("time to first token of the service minus engine only", delay * 1000, 60, "{:.0f} ms")
+    engine = select(large, contender="engine")
     share = bandwidth_share(engine, results["weights"][LARGE]["bytes_a_token"]) if engine else None
     if share is not None:
-        yield _at_least(f"engine's share of the memory's read bandwidth, {LARGE.upper()}", share, 0.85, "{:.0%}")
+        yield _at_least(f"share of the memory's read bandwidth, engine only, {LARGE.upper()}", share, 0.85, "{:.0%}")
 
 
 def _prefill(results: Results) -> Iterator[Goal]:
-    prefills = where(results["measurements"], part="prefill", model=LARGE)
-    found = ratio(prefills, "llama.cpp F16", "service", first_token)
+    measurements = select(results["measurements"], part="prefill", model=LARGE)
+    found = ratio(measurements, "llama.cpp F16", "service", first_token_seconds)
     if found is not None:
-        yield _at_least("service's prefill of 512 tokens to llama.cpp F16's", found, 1.5, "{:.2f} x")
+        yield _at_least("prefill speed of the service / llama.cpp F16, 512 tokens", found, 1.5, "{:.2f} x")
 
 
-def _sharing(results: Results) -> Iterator[Goal]:
-    for name in ("engine", "service"):
-        requests = where(results["measurements"], part="requests", contender=name)
-        # Both sides are of one round: the number of requests is not a part of the pair here.
-        alone = [one | {"contender": "alone", "requests": 0} for one in where(requests, requests=1)]
-        eight = [one | {"requests": 0} for one in where(requests, requests=8)]
-        found = ratio([*alone, *eight], name, "alone", together)
+def _concurrency(results: Results) -> Iterator[Goal]:
+    for name, label in (("engine", "engine only"), ("service", "service")):
+        measurements = select(results["measurements"], part="requests", contender=name)
+        # Both sides of a pair are from one round; a constant number of requests makes them a pair.
+        single = [one | {"contender": "single", "requests": 0} for one in select(measurements, requests=1)]
+        eight = [one | {"requests": 0} for one in select(measurements, requests=8)]
+        found = ratio([*single, *eight], name, "single", aggregate_tokens_per_second)
         if found is not None:
-            yield _at_least(f"{name}: 8 requests at once to one after another", found, 4.0, "{:.2f} x")
+            yield _at_least(f"throughput of 8 requests / 1 request, {label}", found, 4.0, "{:.2f} x")
 
 
-def _alone(results: Results) -> Iterator[Goal]:
-    starts = where(results["measurements"], part="start")
+def _service_only(results: Results) -> Iterator[Goal]:
+    starts = select(results["measurements"], part="start")
     if starts:
         limit = median(starts, lambda one: START_FACTOR * one["read_seconds"] + START_SECONDS) or 0.0
         for which in ("first", "later"):
             found = median(starts, itemgetter(f"{which}_start_seconds")) or 0.0
-            yield _at_most(f"{which} start-up, from exec to SERVING", found, limit, "{:.1f} s")
-    share = median(where(results["measurements"], part="chat"), lambda one: one["warm_seconds"] / one["cold_seconds"])
+            yield _at_most(f"{which} start, from exec to SERVING", found, limit, "{:.1f} s")
+    chats = select(results["measurements"], part="chat")
+    share = median(chats, lambda one: one["warm_seconds"] / one["cold_seconds"])
     if share is not None:
-        yield _at_most(
-            "second turn of a chat of 1,500 tokens: time to first token to the cold one", share, 0.15, "{:.1%}"
-        )
+        description = "time to first token of a second turn, with / without the first turn (1,500 tokens)"
+        yield _at_most(description, share, 0.15, "{:.1%}")
 
 
-def _at_least(what: str, found: float, wanted: float, form: str) -> Goal:
-    return Goal(what, f"at least {form.format(wanted)}", form.format(found), found >= wanted)
+def _at_least(description: str, reached: float, target: float, form: str) -> Goal:
+    return Goal(description, f"at least {form.format(target)}", form.format(reached), reached >= target)
 
 
-def _at_most(what: str, found: float, wanted: float, form: str) -> Goal:
-    return Goal(what, f"at most {form.format(wanted)}", form.format(found), found <= wanted)
+def _at_most(description: str, reached: float, target: float, form: str) -> Goal:
+    return Goal(description, f"at most {form.format(target)}", form.format(reached), reached <= target)

@@ -1,5 +1,5 @@
-"""One module a contender, each run as a process of its own, so that thread pools do not disturb one another.
+"""Worker processes, one module per engine under test; separate processes keep thread pools from disturbing each other.
 
-A worker may run in another Python environment than the benchmark: it imports its own libraries, `protocol`, and nothing
-else of this project, but for `engine`, which is ours.
+A worker may run in a different Python environment than the benchmark. It imports only its own libraries and
+`protocol`; `engine` also imports our engine.
 """

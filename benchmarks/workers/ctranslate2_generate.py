@@ -1,6 +1,6 @@
-"""CTranslate2's generator, in float32 or in one of 16 bits; on a processor without the latter it refuses.
+"""CTranslate2's generator in float32 or a 16-bit type; it exits if the CPU does not support the type.
 
-It says tokens as pieces and ends at an end of sequence, which its `min_length` keeps from coming.
+CTranslate2 takes tokens as pieces. It stops at the end of a sequence, which `min_length` suppresses.
 """
 
 import json
@@ -15,13 +15,13 @@ from benchmarks.workers.protocol import Generated, Setup, serve
 
 
 class CTranslate2:
-    """A checkpoint in CTranslate2, greedy; several prompts are one batch."""
+    """A checkpoint in CTranslate2 with greedy decoding; several prompts form one batch."""
 
     packages = ("ctranslate2",)
 
     def __init__(self, setup: Setup) -> None:
         if setup.arithmetic not in ctranslate2.get_supported_compute_types("cpu"):
-            raise SystemExit(f"it computes no {setup.arithmetic} on this processor")
+            raise SystemExit(f"CTranslate2 does not support {setup.arithmetic} on this CPU")
         path = Path(setup.folder) / f"ctranslate2-{setup.arithmetic}"
         if not path.exists():
             unfinished = path.with_suffix(".part")
@@ -36,11 +36,11 @@ class CTranslate2:
         self._pieces: list[str] = json.loads((path / "vocabulary.json").read_text(encoding="utf-8"))
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """One call of generate_batch."""
-        begun = time.perf_counter()
+        """Continue all prompts with one call of generate_batch."""
+        started_at = time.perf_counter()
         times: list[float] = []
 
-        def note(_: object) -> bool:
+        def record_time(_: object) -> bool:
             times.append(time.perf_counter())
             return False
 
@@ -49,11 +49,13 @@ class CTranslate2:
             max_length=tokens,
             min_length=tokens,
             include_prompt_in_result=False,
-            callback=note,
+            callback=record_time,
         )
-        ended = time.perf_counter()
+        finished_at = time.perf_counter()
         return Generated(
-            [result.sequences_ids[0] for result in results], times[len(prompts) - 1] - begun, ended - begun
+            [result.sequences_ids[0] for result in results],
+            times[len(prompts) - 1] - started_at,
+            finished_at - started_at,
         )
 
 

@@ -1,4 +1,4 @@
-"""Our engine without the service around it: token ids in, token ids out."""
+"""Our engine without the service; it takes and returns token ids."""
 
 import queue
 import time
@@ -17,27 +17,27 @@ BANDWIDTH_BYTES = 2**30  # far beyond any cache
 BANDWIDTH_READS = 5
 
 
-class Times:
-    """A listener that keeps the tokens, and tells when the first one and the end came."""
+class TimingListener:
+    """A sequence listener that stores the tokens and the times of the first token and the end."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
-        self.first = 0.0
-        self.ended: queue.Queue[tuple[float, SequenceResult]] = queue.Queue()
+        self.first_token_at = 0.0
+        self.finished: queue.Queue[tuple[float, SequenceResult]] = queue.Queue()
 
     def on_token(self, token_id: int) -> bool:
-        """Keep it."""
-        self.first = self.first or time.perf_counter()
+        """Store the token, and the time if it is the first."""
+        self.first_token_at = self.first_token_at or time.perf_counter()
         self.token_ids.append(token_id)
         return False
 
-    def on_finish(self, finish: SequenceResult) -> None:
-        """Note the time."""
-        self.ended.put((time.perf_counter(), finish))
+    def on_finish(self, result: SequenceResult) -> None:
+        """Store the result and the time."""
+        self.finished.put((time.perf_counter(), result))
 
 
-class BareEngine:
-    """The engine, and the memory's own speed beside it."""
+class EngineOnly:
+    """Our engine, and a measurement of the memory bandwidth."""
 
     packages = ("torch",)
 
@@ -57,20 +57,21 @@ class BareEngine:
         self.arithmetic = "float16 weights, float32"
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """All prompts at once; a slot for each."""
-        begun = time.perf_counter()
-        listeners = [Times() for _ in prompts]
+        """Continue all prompts at once, one slot per prompt."""
+        started_at = time.perf_counter()
+        listeners = [TimingListener() for _ in prompts]
         for prompt_ids, listener in zip(prompts, listeners, strict=True):
             self._engine.submit(prompt_ids, GenerationParams(tokens, temperature=0), listener)
-        ends = [listener.ended.get() for listener in listeners]
-        if any(finish.reason is FinishReason.FAILED for _, finish in ends):
-            raise SystemExit("the engine failed; the log above says why")
-        first = max(listener.first for listener in listeners)
-        ended = max(at for at, _ in ends)
-        return Generated([listener.token_ids for listener in listeners], first - begun, ended - begun)
+        ends = [listener.finished.get() for listener in listeners]
+        if any(result.reason is FinishReason.FAILED for _, result in ends):
+            raise SystemExit("the engine failed; the log above has the reason")
+        first_token_at = max(listener.first_token_at for listener in listeners)
+        finished_at = max(at for at, _ in ends)
+        token_ids = [listener.token_ids for listener in listeners]
+        return Generated(token_ids, first_token_at - started_at, finished_at - started_at)
 
     def read_bandwidth(self) -> float | None:
-        """Bytes a second at which as many threads read memory; the median of some reads. None without native code."""
+        """Return the memory bandwidth of all threads in bytes per second, a median; None without native code."""
         try:
             reads = sorted(read_bandwidth(self._memory, self._threads) for _ in range(BANDWIDTH_READS))
         except NativeUnavailable:
@@ -79,4 +80,4 @@ class BareEngine:
 
 
 if __name__ == "__main__":
-    serve(BareEngine)
+    serve(EngineOnly)

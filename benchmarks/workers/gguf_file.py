@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint written as the GGUF file that llama.cpp reads, in 16 bits."""
+"""A converter from a Hugging Face checkpoint to a 16-bit GGUF file, the format of llama.cpp."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 FILE_TYPES = {"F16": gguf.LlamaFileType.MOSTLY_F16, "BF16": gguf.LlamaFileType.MOSTLY_BF16}
-NAMES = {
+LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -22,11 +22,11 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+GLOBAL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def write_gguf(checkpoint: Path, path: Path, arithmetic: str) -> None:
-    """Write float16 weights as they are ("F16") or rounded to bfloat16 ("BF16")."""
+    """Write float16 weights unchanged ("F16") or rounded to bfloat16 ("BF16")."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     writer: Any = gguf.GGUFWriter(path, "llama")
@@ -45,7 +45,7 @@ def write_gguf(checkpoint: Path, path: Path, arithmetic: str) -> None:
     for file in sorted(checkpoint.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             values = _permuted(tensor, heads if "q_proj" in name else kv_heads, name)
-            _add_tensor(writer, _name(name), values, arithmetic)
+            _add_tensor(writer, _gguf_name(name), values, arithmetic)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -80,17 +80,17 @@ def _add_vocabulary(writer: Any, checkpoint: Path, vocab_size: int) -> None:
     writer.add_eos_token_id(pieces.eos_id())
 
 
-def _name(name: str) -> str:
-    """A tensor's name in GGUF."""
+def _gguf_name(name: str) -> str:
+    """Return the name of a tensor in GGUF."""
     stem = name.removesuffix(".weight")
-    if stem in WHOLE:
-        return f"{WHOLE[stem]}.weight"
+    if stem in GLOBAL_NAMES:
+        return f"{GLOBAL_NAMES[stem]}.weight"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[part]}.weight"
+    return f"blk.{layer}.{LAYER_NAMES[part]}.weight"
 
 
 def _permuted(tensor: NDArray[Any], heads: int, name: str) -> NDArray[Any]:
-    """Queries and keys in the order of llama.cpp's rotary embedding: pairs side by side, not in halves."""
+    """Reorder query and key weights for llama.cpp's rotary embedding, which interleaves pairs instead of halves."""
     if "q_proj" not in name and "k_proj" not in name:
         return tensor
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, tensor.shape[1])

@@ -1,6 +1,6 @@
-"""llama.cpp through its C interface: no sampler and no Python per token but one `argmax`.
+"""llama.cpp through its C interface, without its sampler; the only Python per token is one `argmax`.
 
-Several prompts are several sequences of one context, which share each step. The key-value cache is float16, as ours is.
+Several prompts are sequences of one context and share each decode step. The KV cache is float16, as in our engine.
 """
 
 import os
@@ -18,7 +18,7 @@ BATCH_TOKENS = 512  # llama.cpp's own default
 
 
 class LlamaCpp:
-    """A checkpoint in llama.cpp, greedy."""
+    """A checkpoint in llama.cpp with greedy decoding."""
 
     packages = ("llama-cpp-python",)
 
@@ -38,47 +38,47 @@ class LlamaCpp:
         self._batch: Any = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """Prefill one prompt after another, then decode all in step."""
+        """Prefill one prompt after another, then decode all together."""
         llama_cpp.llama_memory_clear(self._memory, False)
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         latest = [self._prefill(sequence, prompt) for sequence, prompt in enumerate(prompts)]
-        first = time.perf_counter()
+        first_token_at = time.perf_counter()
         replies = [[token] for token in latest]
         for position in range(len(prompts[0]), len(prompts[0]) + tokens - 1):
             latest = self._step([(sequence, token, position, True) for sequence, token in enumerate(latest)])
             for reply, token in zip(replies, latest, strict=True):
                 reply.append(token)
-        return Generated(replies, first - begun, time.perf_counter() - begun)
+        return Generated(replies, first_token_at - started_at, time.perf_counter() - started_at)
 
     def _prefill(self, sequence: int, prompt: list[int]) -> int:
         for start in range(0, len(prompt), BATCH_TOKENS):
             piece = list(enumerate(prompt))[start : start + BATCH_TOKENS]
-            found = self._step([(sequence, token, at, at == len(prompt) - 1) for at, token in piece])
-        return found[0]
+            next_tokens = self._step([(sequence, token, at, at == len(prompt) - 1) for at, token in piece])
+        return next_tokens[0]
 
     def _step(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Rows of sequence, token, position, and whether the next token is wanted; the wanted tokens."""
+        """Decode rows of (sequence, token, position, needs logits); return the next tokens of rows that need logits."""
         batch = self._batch
         batch.n_tokens = len(rows)
-        for index, (sequence, token, position, wanted) in enumerate(rows):
+        for index, (sequence, token, position, needs_logits) in enumerate(rows):
             batch.token[index], batch.pos[index] = token, position
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
-            batch.logits[index] = wanted
+            batch.logits[index] = needs_logits
         if llama_cpp.llama_decode(self._context, batch) != 0:
             raise SystemExit("llama_decode failed")
-        return [self._best(index) for index, row in enumerate(rows) if row[3]]
+        return [self._argmax(index) for index, row in enumerate(rows) if row[3]]
 
-    def _best(self, index: int) -> int:
+    def _argmax(self, index: int) -> int:
         logits = llama_cpp.llama_get_logits_ith(self._context, index)
         return int(np.argmax(np.ctypeslib.as_array(logits, (self._vocab_size,))))
 
 
 def _load(path: Path, setup: Setup) -> tuple[Any, Any]:
     model_params = llama_cpp.llama_model_default_params()
-    model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # mapped, the weights would have no huge pages
+    model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # memory-mapped weights would have no huge pages
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
     params = llama_cpp.llama_context_default_params()
-    # As its own server does it: one pool of cells for all sequences.
+    # Like llama.cpp's own server: one pool of KV cells for all sequences.
     params.kv_unified = True
     params.n_ctx = setup.context_length * setup.slots
     params.n_batch = BATCH_TOKENS

@@ -1,8 +1,7 @@
-"""OpenVINO on the float16 weights as optimum-intel exports them, called without optimum's own loop around it.
+"""OpenVINO on float16 weights that optimum-intel exports, called without optimum's generation loop.
 
-Left to itself its CPU plugin keeps keys and values in 8 bits and quantizes activations where it can, and optimum-intel
-quantizes the weights of large models: all three are turned off. Logits are computed for the last token only, as
-OpenVINO GenAI does it.
+By default the CPU plugin stores keys and values in 8 bits and quantizes activations, and optimum-intel quantizes the
+weights of large models. All three are turned off. As in OpenVINO GenAI, logits are computed for the last token only.
 """
 
 import time
@@ -18,7 +17,7 @@ from benchmarks.workers.protocol import Generated, Setup, serve
 
 
 class OpenVino:
-    """A checkpoint in OpenVINO, greedy; several prompts are one batch."""
+    """A checkpoint in OpenVINO with greedy decoding; several prompts form one batch."""
 
     packages = ("openvino", "optimum-intel")
 
@@ -42,24 +41,25 @@ class OpenVino:
         )
         used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if used != setup.arithmetic:
-            raise SystemExit(f"asked for {setup.arithmetic}, it computes in {used} on this processor")
+            raise SystemExit(f"OpenVINO computes in {used} instead of {setup.arithmetic} on this CPU")
         cache = compiled.get_property("KV_CACHE_PRECISION").get_type_name()
         self.arithmetic = f"float16 weights, {used} (keys and values {cache})"
         self._request: Any = compiled.create_infer_request()
         self._inputs = {name for port in compiled.inputs for name in port.get_names()}
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """Prefill all, then decode all in step."""
+        """Prefill all prompts together, then decode them together."""
         self._request.reset_state()
         length = len(prompts[0])
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         latest = self._step(np.array(prompts), 0)
-        first = time.perf_counter()
+        first_token_at = time.perf_counter()
         replies = [latest]
         for position in range(length, length + tokens - 1):
             latest = self._step(latest[:, None], position)
             replies.append(latest)
-        return Generated(np.stack(replies, axis=1).tolist(), first - begun, time.perf_counter() - begun)
+        seconds = time.perf_counter() - started_at
+        return Generated(np.stack(replies, axis=1).tolist(), first_token_at - started_at, seconds)
 
     def _step(self, token_ids: NDArray[Any], position: int) -> NDArray[Any]:  # (rows, tokens) -> (rows,)
         rows, count = token_ids.shape
@@ -71,8 +71,8 @@ class OpenVino:
         }
         self._request.infer({name: value for name, value in inputs.items() if name in self._inputs}, share_inputs=True)
         logits = self._request.get_tensor("logits").data  # (rows, 1, vocab_size)
-        best: NDArray[Any] = logits[:, -1].argmax(axis=-1)
-        return best
+        tokens: NDArray[Any] = logits[:, -1].argmax(axis=-1)
+        return tokens
 
 
 def _export(checkpoint: Path, path: Path) -> None:
@@ -86,9 +86,9 @@ def _export(checkpoint: Path, path: Path) -> None:
 
 
 def _only_last_logits(model: Any) -> None:
-    """Cut all tokens but the last off the head's input, (rows, tokens, hidden)."""
+    """Slice the input of the output layer, (rows, tokens, hidden), to the last token."""
     head = model.output("logits").node.input_value(0).node
-    while head.get_type_name() != "MatMul":  # a conversion to float32 may come after it
+    while head.get_type_name() != "MatMul":  # a conversion to float32 may follow it
         head = head.input_value(0).node
     last = opset15.slice(head.input_value(0), [-1], [np.iinfo(np.int64).max], [1], [1])
     head.input(0).replace_source_output(last.output(0))

@@ -1,7 +1,7 @@
-"""What the benchmark and a worker process say to each other: a line of JSON there, a line of JSON back.
+"""The protocol between the benchmark and a worker process: one line of JSON per request and per response.
 
-The first line is a `Setup`; the answer tells what the worker computes with. Every other line names a method, and the
-answer is what it returns.
+The first request is a `Setup`, and its response describes the worker. Every other request names a method with its
+arguments, and the response is the result.
 """
 
 import json
@@ -10,61 +10,60 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Protocol
+from typing import Protocol, TextIO
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What to load, and how."""
+    """The checkpoint to load, and how to load it."""
 
     checkpoint: str
-    folder: str  # for converted weights; empty at first, the same for all runs of a checkpoint
-    arithmetic: str  # which of a contender's precisions; "" where it has one
+    folder: str  # for converted weights; empty at first, and shared by all runs of a checkpoint
+    arithmetic: str  # the precision; "" if the engine has only one
     context_length: int  # tokens of one sequence
-    slots: int  # sequences at once
+    slots: int  # concurrent sequences
     threads: int
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One generation of as many replies as there were prompts, together; greedy, and no end of sequence ends it."""
+    """One greedy generation of all prompts at once; it ignores ends of sequence."""
 
     token_ids: list[list[int]]
-    first_seconds: float  # until every reply had its first token
+    first_token_seconds: float  # until every reply has its first token
     total_seconds: float
 
 
 class Generator(Protocol):
-    """A contender's side."""
+    """The worker's side of the protocol."""
 
     @property
     def arithmetic(self) -> str:
-        """What weights are stored in, and what they are multiplied in, in words."""
+        """A description of the types in which weights are stored and multiplied."""
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Distributions whose versions belong beside the figures."""
+        """Distributions whose versions the results record."""
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """Continue prompts of one length by so many tokens each."""
+        """Continue prompts of equal length by `tokens` tokens each."""
 
 
 def serve(load: Callable[[Setup], Generator]) -> None:
-    """Answer on stdin and stdout until stdin ends."""
-    # What a library prints must not get between the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    """Load the generator, then serve requests from stdin on stdout until stdin ends."""
+    # The output of libraries must not mix with the responses.
+    responses = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     generator = load(Setup(**json.loads(sys.stdin.readline())))
     versions = {package: metadata.version(package) for package in generator.packages}
-    _say(answers.write, {"arithmetic": generator.arithmetic, "versions": versions})
-    answers.flush()
+    _write(responses, {"arithmetic": generator.arithmetic, "versions": versions})
     for line in sys.stdin:
-        question = json.loads(line)
-        method = question.pop("method")
-        answer = getattr(generator, method)(**question)
-        _say(answers.write, asdict(answer) if isinstance(answer, Generated) else answer)
-        answers.flush()
+        request = json.loads(line)
+        method = request.pop("method")
+        result = getattr(generator, method)(**request)
+        _write(responses, asdict(result) if isinstance(result, Generated) else result)
 
 
-def _say(write: Callable[[str], object], answer: object) -> None:
-    write(json.dumps(answer) + "\n")
+def _write(responses: TextIO, content: object) -> None:
+    responses.write(json.dumps(content) + "\n")
+    responses.flush()

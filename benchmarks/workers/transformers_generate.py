@@ -1,4 +1,4 @@
-"""`LlamaForCausalLM.generate` as its documentation shows it."""
+"""`LlamaForCausalLM.generate`, called as in its documentation."""
 
 import time
 from typing import Any
@@ -9,8 +9,8 @@ import transformers
 from benchmarks.workers.protocol import Generated, Setup, serve
 
 
-class _Clock(transformers.StoppingCriteria):
-    """Notes when tokens come, and never stops: generate asks it after every one."""
+class _TokenTimes(transformers.StoppingCriteria):
+    """A stopping criterion that records the time of each token and never stops the generation."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -21,7 +21,7 @@ class _Clock(transformers.StoppingCriteria):
 
 
 class TransformersGenerate:
-    """Several prompts are one static batch."""
+    """A checkpoint in transformers with greedy decoding; several prompts form one static batch."""
 
     packages = ("transformers", "torch")
     arithmetic = "float16"
@@ -33,19 +33,20 @@ class TransformersGenerate:
         self._model.generation_config.eos_token_id = None
 
     def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """One call of generate."""
+        """Continue all prompts with one call of generate."""
         inputs = torch.tensor(prompts)
-        clock, begun = _Clock(), time.perf_counter()
+        token_times, started_at = _TokenTimes(), time.perf_counter()
         with torch.inference_mode():
             output = self._model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=tokens,
                 do_sample=False,
-                stopping_criteria=[clock],
+                stopping_criteria=[token_times],
             )
-        ended = time.perf_counter()
-        return Generated(output[:, inputs.shape[1] :].tolist(), clock.times[0] - begun, ended - begun)
+        finished_at = time.perf_counter()
+        token_ids = output[:, inputs.shape[1] :].tolist()
+        return Generated(token_ids, token_times.times[0] - started_at, finished_at - started_at)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent.parent
 ACCELERATORS = ("cpu", "cuda")
-NOT_IN_THE_IMAGE = {"dev"}
+NOT_IN_THE_IMAGE = {"dev", "bench"}
 MAKE_AGAIN = "run `make lock`"
 
 

@@ -1,21 +1,21 @@
-"""Results that nobody measured, small enough to work out by hand."""
+"""Invented results, small enough to check by hand."""
 
 from typing import Any
 
-from benchmarks.measurement.disturbance import Figures
+from benchmarks.measurement.disturbance import Measurement
 from benchmarks.results import Results
 
-QUIET = {"others": 0.0, "discarded": [], "contended": False}
+UNDISTURBED = {"others": 0.0, "discarded": [], "contended": False}
 
 
-def generation(part: str, contender: str, round_number: int, first: float, total: float, **others: Any) -> Figures:
-    """One request of 128 tokens and 11 new ones, unless `others` say otherwise."""
-    figures = {
+def generation(part: str, name: str, round_number: int, first: float, total: float, **changes: Any) -> Measurement:
+    """Return a measurement of one request of 128 prompt tokens and 11 new tokens, with `changes` applied."""
+    measurement = {
         "part": part,
         "model": "1.2b",
         "group": "llama.cpp F16",
         "round": round_number,
-        "contender": contender,
+        "contender": name,
         "prompt_tokens": 128,
         "requests": 1,
         "output_tokens": 11,
@@ -23,12 +23,12 @@ def generation(part: str, contender: str, round_number: int, first: float, total
         "total_seconds": total,
         "agreeing": 11,
     }
-    return figures | QUIET | others
+    return measurement | UNDISTURBED | changes
 
 
-def results() -> Results:
-    """Three rounds in which the machine slows down; the service decodes 10, 5 and 2.5 tokens a second."""
-    measurements: list[Figures] = []
+def sample_results() -> Results:
+    """Return three rounds on a machine that slows down: the service decodes 10, 5 and 2.5 tokens per second."""
+    measurements: list[Measurement] = []
     for number, second in enumerate((1.0, 2.0, 4.0)):
         engine = generation("speed", "engine", number, 0.5, 0.5 + second, read_bytes_a_second=int(12.5e9 / second))
         measurements += [
@@ -46,11 +46,11 @@ def results() -> Results:
             generation("requests", name, 0, 0.1, 1.0, requests=requests, output_tokens=10 * requests)
             for requests in (1, 2, 8)
         ]
-    alone = {"model": "1.2b", "group": "", "round": 0} | QUIET
+    service_only = {"model": "1.2b", "group": "", "round": 0} | UNDISTURBED
     starts = {"first_start_seconds": 4.5, "later_start_seconds": 3.5}
-    measurements.append({"part": "start", "read_seconds": 1.0} | starts | alone)
-    measurements.append({"part": "chat", "cold_seconds": 5.0, "warm_seconds": 0.5} | alone)
-    about = {"arithmetic": "float16", "versions": {"torch": "2.13.0"}}
+    measurements.append({"part": "start", "read_seconds": 1.0} | starts | service_only)
+    measurements.append({"part": "chat", "cold_seconds": 5.0, "warm_seconds": 0.5} | service_only)
+    description = {"arithmetic": "float16", "versions": {"torch": "2.13.0"}}
     return {
         "date": "2026-11-22",
         "machine": {
@@ -62,7 +62,7 @@ def results() -> Results:
             "python": "3.11",
         },
         "weights": {"1.2b": {"bytes": 1_100_000_000, "bytes_a_token": 1_000_000_000}},
-        "contenders": dict.fromkeys(("engine", "service", "llama.cpp F16"), about),
+        "contenders": dict.fromkeys(("engine", "service", "llama.cpp F16"), description),
         "not_run": {"OpenVINO bf16": "not installed: openvino"},
         "measurements": measurements,
     }

@@ -6,97 +6,103 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.measurement.cpu_usage import TICKS_A_SECOND, others_share, our_ticks
-from benchmarks.measurement.disturbance import MAX_ATTEMPTS, Figures, measured
+from benchmarks.measurement.cpu_usage import TICKS_PER_SECOND, foreign_cpu_share, process_tree_ticks
+from benchmarks.measurement.disturbance import MAX_ATTEMPTS, Measurement, measure_undisturbed
 
 BUSY_SECONDS = 0.5
 BUSY = f"import time\nwhile time.process_time() < {BUSY_SECONDS}: pass"
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/stat").exists(), reason="NOT TESTED: only Linux reports the CPU time of other processes"
+)
 
 
 def no_pause(seconds: float) -> None:
     pytest.fail(f"a pause of {seconds} seconds")
 
 
-class Watch:
-    """Tells one share after another, and counts the attempts."""
+class FakeWatch:
+    """A fake of `foreign_cpu_share` that returns the given shares in turn and counts the attempts."""
 
     def __init__(self, *shares: float | None) -> None:
         self.shares: Iterator[float | None] = iter(shares)
         self.attempts = 0
 
-    def __call__(self, measure: Callable[[], Figures]) -> tuple[Figures, float | None]:
+    def __call__(self, measure: Callable[[], Measurement]) -> tuple[Measurement, float | None]:
         self.attempts += 1
         return measure(), next(self.shares)
 
 
-def test_a_quiet_measurement_is_kept() -> None:
-    """It is taken once."""
-    watch = Watch(0.01)
-    figures = measured(lambda: {"seconds": 1.0}, watch=watch, pause=no_pause)
-    assert figures == {"seconds": 1.0, "others": 0.01, "discarded": [], "contended": False}
+def test_undisturbed_measurement_is_kept() -> None:
+    """The first attempt counts."""
+    watch = FakeWatch(0.01)
+    measurement = measure_undisturbed(lambda: {"seconds": 1.0}, watch=watch, pause=no_pause)
+    assert measurement == {"seconds": 1.0, "others": 0.01, "discarded": [], "contended": False}
 
 
-def test_a_disturbed_measurement_is_discarded() -> None:
-    """It is taken again, after pauses that grow, and the figures are the quiet attempt's."""
+def test_disturbed_measurement_is_repeated() -> None:
+    """The result is from the undisturbed attempt, after pauses of growing length."""
     seconds, pauses = iter([9.0, 8.0, 1.0]), list[float]()
-    figures = measured(lambda: {"seconds": next(seconds)}, watch=Watch(0.5, 0.2, 0.0), pause=pauses.append)
-    assert figures == {"seconds": 1.0, "others": 0.0, "discarded": [0.5, 0.2], "contended": False}
+    measurement = measure_undisturbed(
+        lambda: {"seconds": next(seconds)}, watch=FakeWatch(0.5, 0.2, 0.0), pause=pauses.append
+    )
+    assert measurement == {"seconds": 1.0, "others": 0.0, "discarded": [0.5, 0.2], "contended": False}
     assert pauses == [2.0, 4.0]
 
 
-def test_attempts_end() -> None:
-    """Where others never stop, the last attempt is kept and says so."""
-    watch = Watch(*[0.5] * MAX_ATTEMPTS)
-    figures = measured(dict, watch=watch, pause=lambda _: None)
+def test_attempts_are_limited() -> None:
+    """If every attempt is disturbed, the last one is kept and marked as contended."""
+    watch = FakeWatch(*[0.5] * MAX_ATTEMPTS)
+    measurement = measure_undisturbed(dict, watch=watch, pause=lambda _: None)
     assert watch.attempts == MAX_ATTEMPTS
-    assert figures["contended"]
-    assert len(figures["discarded"]) == MAX_ATTEMPTS - 1
+    assert measurement["contended"]
+    assert len(measurement["discarded"]) == MAX_ATTEMPTS - 1
 
 
-def test_a_system_that_does_not_tell() -> None:
-    """The measurement is kept, and `others` is None."""
-    figures = measured(dict, watch=Watch(None), pause=no_pause)
-    assert figures == {"others": None, "discarded": [], "contended": False}
+def test_unknown_share_keeps_the_measurement() -> None:
+    """If the system reports no CPU share, the first attempt is kept and `others` is None."""
+    measurement = measure_undisturbed(dict, watch=FakeWatch(None), pause=no_pause)
+    assert measurement == {"others": None, "discarded": [], "contended": False}
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="NOT TESTED: only Linux tells who took the processor")
-def test_a_child_is_no_other() -> None:
-    """What our own child computes is ours, also when it has ended."""
-    before = sum(our_ticks(os.getpid()).values())
+@needs_proc
+def test_child_process_is_not_foreign() -> None:
+    """The CPU time of a child process is our own, even after the child has ended."""
+    before = sum(process_tree_ticks(os.getpid()).values())
     subprocess.run([sys.executable, "-c", BUSY], check=True)
-    assert sum(our_ticks(os.getpid()).values()) - before >= BUSY_SECONDS * TICKS_A_SECOND * 0.9
+    ticks = sum(process_tree_ticks(os.getpid()).values()) - before
+    assert ticks >= BUSY_SECONDS * TICKS_PER_SECOND * 0.9
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="NOT TESTED: only Linux tells who took the processor")
-def test_a_child_that_should_rest_is_another() -> None:
-    """What a contender does while another one is measured is not that one's."""
+@needs_proc
+def test_idle_child_process_is_foreign() -> None:
+    """The CPU time of an engine that should be idle counts as foreign."""
 
-    def until_it_ends() -> float:
-        begun = time.perf_counter()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # its ticks would be ours if it were gone
-        return time.perf_counter() - begun
+    def wait_for_child() -> float:
+        started_at = time.perf_counter()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a reaped child's ticks would count as our own
+        return time.perf_counter() - started_at
 
     with subprocess.Popen([sys.executable, "-c", BUSY]) as child:
-        seconds, share = others_share(until_it_ends, resting={child.pid})
+        seconds, share = foreign_cpu_share(wait_for_child, idle={child.pid})
     assert share is not None
     assert share * seconds * (os.cpu_count() or 1) >= BUSY_SECONDS * 0.5
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="NOT TESTED: only Linux tells who took the processor")
-def test_a_stranger_is_another() -> None:
-    """What it computes counts as others' share."""
+@needs_proc
+def test_unrelated_process_is_foreign() -> None:
+    """The CPU time of a process that does not descend from this one counts as foreign."""
 
-    def a_stranger() -> float:
-        # Its parent ends at once, so that nothing says any more that it descends from us.
+    def run_orphan() -> float:
+        # The parent of the busy process ends at once, so nothing links it to this process.
         reader, writer = os.pipe()
         launcher = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])"
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         subprocess.run([sys.executable, "-c", launcher, BUSY], stdout=writer, check=True)
         os.close(writer)
-        with os.fdopen(reader) as said:
-            said.read()  # to its end
-        return time.perf_counter() - begun
+        with os.fdopen(reader) as output:
+            output.read()  # until the process ends
+        return time.perf_counter() - started_at
 
-    seconds, share = others_share(a_stranger)
+    seconds, share = foreign_cpu_share(run_orphan)
     assert share is not None
     assert share * seconds * (os.cpu_count() or 1) >= BUSY_SECONDS * 0.9
