@@ -79,13 +79,13 @@ class Unauthenticated(Llama2Error):
 
 
 class PermissionDenied(Llama2Error):
-    """Raised if the API key is valid but its account may not call the service. Ask the operator to enable it."""
+    """Raised if the API key is valid but its account is disabled. Ask the operator to enable the account."""
 
     default_code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class ResourceExhausted(Llama2Error):
-    """Raised if a limit is reached and the status names neither a quota nor a time to retry. Send less or wait."""
+    """Raised itself if the request exceeds a limit of gRPC, such as the message size. Send a smaller request."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -117,13 +117,19 @@ class DeadlineExceeded(Llama2Error):
 
 
 class InternalError(Llama2Error):
-    """Raised if the server fails, or breaks off a stream. Report `request_id`: it finds the cause in the server log."""
+    """Raised if the server fails or ends a stream without a completion.
+
+    Report `request_id` to the operator, if it is set: it identifies the call in the server's log.
+    """
 
     default_code = grpc.StatusCode.INTERNAL
 
 
 class Unimplemented(Llama2Error):
-    """Raised if the server does not have the method: it is an older server or another service. Check the address."""
+    """Raised if the server does not have the method, because it is older than the client or another service.
+
+    Check the address and the version of the server.
+    """
 
     default_code = grpc.StatusCode.UNIMPLEMENTED
 
