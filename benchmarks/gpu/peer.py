@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.gpu.bare import ROUNDS
 from benchmarks.gpu.ceilings import synchronize
-from llama2_server.engine.checkpoint.loader import places
+from llama2_server.engine.checkpoint.loader import tensor_destinations
 from llama2_server.engine.model.llama import LlamaModel
 
 
@@ -35,7 +35,7 @@ class TransformersGenerate:
                     dtype=model.dtype,
                 )
             )
-        self._model.load_state_dict(places(config, model.weights), assign=True, strict=True)
+        self._model.load_state_dict(tensor_destinations(config, model.weights), assign=True, strict=True)
         # The one buffer that no checkpoint holds.
         with model.device:
             self._model.model.rotary_emb = type(self._model.model.rotary_emb)(self._model.config)

@@ -74,7 +74,7 @@ def test_a_fetch_that_was_cut_off_is_not_taken_for_whole_and_goes_on(hub: Hub, t
     hub.breaks_after = 2
     cut_off = fetch(directory)
     assert cut_off.exit_code == 2
-    assert "llama2-server: org/name: could not be fetched" in cut_off.output
+    assert "llama2-server: org/name: download from the Hugging Face Hub failed" in cut_off.output
     assert "reset by peer" in cut_off.output
     assert not directory.exists()
     hub.breaks_after = None
@@ -107,9 +107,10 @@ def test_what_was_not_fetched_here_is_neither_used_nor_overwritten(hub: Hub, tmp
     (directory / "config.json").write_text("half of something")
     refused = fetch(directory)
     assert refused.exit_code == 2
-    assert f"{directory}: holds something else, not org/name; empty it, or fetch into another" in refused.output
+    expected = f"{directory}: contains files of unknown origin, not org/name; empty it, or pass another directory"
+    assert expected in refused.output
     fetch(tmp_path / "second", "--revision", "v1")
-    assert "holds org/name@v1, not org/name;" in fetch(tmp_path / "second").output
+    assert "contains org/name@v1, not org/name;" in fetch(tmp_path / "second").output
     assert hub.asked == [("org/name", "v1")]
 
 
@@ -150,7 +151,7 @@ def test_says_that_a_revision_is_unknown(tmp_path: Path, hub: Hub, monkeypatch: 
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     refused = fetch(tmp_path / "name", "--revision", "v9")
-    assert "org/name: the Hugging Face Hub has no revision v9 of it" in refused.output
+    assert "org/name: has no revision v9 on the Hugging Face Hub" in refused.output
 
 
 def test_a_place_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_a_place_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     refused = fetch(tmp_path / "file" / "name")
     assert refused.exit_code == 2
-    assert f"{tmp_path / 'file' / 'name'}: cannot be fetched into: " in refused.output
+    assert f"{tmp_path / 'file' / 'name'}: cannot be written: " in refused.output
     assert refused.output.count("\n") == 1
 
 

@@ -19,6 +19,7 @@ from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.config_cache import read_metadata
 from llama2_server.engine.checkpoint.loader import fetch_checkpoint, load_model
 from llama2_server.engine.cuda.build import build_step_runner
+from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.interface import Model
 from llama2_server.engine.step_runner import StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
@@ -48,12 +49,19 @@ def load(settings: Settings, card: ModelCard, accounts: Authenticator) -> Loaded
     """Load the weights onto the device; takes up to minutes, and may be called on any thread.
 
     Raises:
-        WeightsError, ConfigurationError: each with one line for the operator.
+        ConfigurationError: with one line for the operator.
     """
+    try:
+        return _load(settings, card, accounts)
+    except WeightsError as error:
+        raise ConfigurationError(f"--weights: {error}") from error
+
+
+def _load(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
     begun = time.monotonic()
     checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
-    description = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
+    metadata = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
     with LoadingProgress(on_terminal=sys.stderr.isatty()) as progress:
         model = load_model(
             checkpoint,
@@ -61,7 +69,7 @@ def load(settings: Settings, card: ModelCard, accounts: Authenticator) -> Loaded
             dtype=getattr(torch, settings.dtype or card.generation_config.dtype),
             context_length=card.context_length_limit,
             slots=card.max_concurrent_requests,
-            config=description.config,
+            config=metadata.config,
             progress=progress.show,
             cpu_kernels=settings.cpu_kernels,
         )
@@ -69,7 +77,7 @@ def load(settings: Settings, card: ModelCard, accounts: Authenticator) -> Loaded
     step_runner = build_step_runner(
         model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
     )
-    return LoadedModel(card, accounts, tokenizer, model, description.eos_ids, model.weights.fingerprint(), step_runner)
+    return LoadedModel(card, accounts, tokenizer, model, metadata.eos_ids, model.weights.fingerprint(), step_runner)
 
 
 class LoadingProgress:

@@ -1,1 +1,1 @@
-"""Find, read and load a Hugging Face Llama checkpoint."""
+"""Find, check and load a Hugging Face Llama checkpoint."""

@@ -1,6 +1,6 @@
-"""What a checkpoint's configuration says, which transformers is asked only once.
+"""A cache of the parsed configuration of a checkpoint, so that later starts do not import transformers.
 
-Importing transformers takes longer than all the rest of a small model's start.
+For a small model, that import takes longer than the rest of the start.
 """
 
 import hashlib
@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llama2_server.engine.checkpoint import files as checkpoint
-from llama2_server.engine.disk_cache import load, save
+from llama2_server.engine import disk_cache
+from llama2_server.engine.checkpoint import files
 from llama2_server.engine.model.weights import LlamaConfig
 
 
@@ -23,32 +23,32 @@ class ModelMetadata:
 
 
 def read_metadata(directory: Path, file: Path) -> ModelMetadata:
-    """Read config.json and generation_config.json; `file` keeps the answer for the next start.
+    """Return the content of config.json and generation_config.json, cached in `file` for the next start.
 
-    They are read anew when they, transformers, or our own reading of its answer have changed. What is refused is never
-    kept.
+    The files are read again if they, the version of transformers or our parser have changed. A rejected configuration
+    is never cached.
 
     Raises:
-        WeightsError: the model is none that can be served.
+        WeightsError: the server cannot serve this model.
     """
     key = _key(directory)
-    description = _kept(load(file, key))
-    if description is None:
-        description = ModelMetadata(checkpoint.read_config(directory), checkpoint.read_eos_ids(directory))
-        save(file, key, {"config": asdict(description.config), "eos_ids": sorted(description.eos_ids)})
-    return description
+    metadata = _from_json(disk_cache.load(file, key))
+    if metadata is None:
+        metadata = ModelMetadata(files.read_config(directory), files.read_eos_ids(directory))
+        disk_cache.save(file, key, {"config": asdict(metadata.config), "eos_ids": sorted(metadata.eos_ids)})
+    return metadata
 
 
-def _kept(kept: Any) -> ModelMetadata | None:
+def _from_json(value: Any) -> ModelMetadata | None:
     try:
-        return ModelMetadata(LlamaConfig(**kept["config"]), frozenset(kept["eos_ids"]))
-    except (TypeError, KeyError):  # nothing was kept, or no description
+        return ModelMetadata(LlamaConfig(**value["config"]), frozenset(value["eos_ids"]))
+    except (TypeError, KeyError):  # not cached, or not the fields of ModelMetadata
         return None
 
 
 def _key(directory: Path) -> str:
     digest = hashlib.sha256()
-    for path in (directory / "config.json", directory / "generation_config.json", Path(checkpoint.__file__)):
+    for path in (directory / "config.json", directory / "generation_config.json", Path(files.__file__)):
         content = path.read_bytes() if path.is_file() else b""
         digest.update(len(content).to_bytes(8) + content)
     return f"{digest.hexdigest()}, transformers {version('transformers')}"

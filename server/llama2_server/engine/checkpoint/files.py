@@ -1,4 +1,4 @@
-"""A Hugging Face Llama checkpoint on disk: its configuration and where its tensors lie. Nothing big is read here."""
+"""The files of a Hugging Face Llama checkpoint: configuration and tensor table. No tensor is read here."""
 
 import json
 import struct
@@ -44,12 +44,16 @@ class TensorEntry:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes in the file."""
+        """Size of the tensor in the file, in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """The model's shape; raises WeightsError if config.json is unreadable or asks for more than a plain Llama."""
+    """Return the model's shape.
+
+    Raises:
+        WeightsError: config.json is unreadable, or needs features beyond a plain Llama.
+    """
     path = directory / "config.json"
     raw = _read_json(path)
     _check_architecture(path, raw)
@@ -71,7 +75,11 @@ def read_config(directory: Path) -> LlamaConfig:
 
 
 def read_eos_ids(directory: Path) -> frozenset[int]:
-    """The ids that end a generation: generation_config.json's, else config.json's; raises WeightsError without any."""
+    """Return the token ids that end a generation, from generation_config.json or else config.json.
+
+    Raises:
+        WeightsError: neither file contains such ids, or a file is unreadable.
+    """
     from transformers import GenerationConfig  # takes seconds to import
 
     ids = None
@@ -82,21 +90,27 @@ def read_eos_ids(directory: Path) -> frozenset[int]:
         ids = _read_json(directory / "config.json").get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(type(token_id) is int for token_id in ids):
-        raise WeightsError(f"{directory}: eos_token_id is {ids}, expected token ids; without one no reply would end")
+        raise WeightsError(
+            f"{directory}: eos_token_id is {ids}, expected token ids that end a reply; set it in generation_config.json"
+        )
     return frozenset(ids)
 
 
 def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
-    """Where each tensor of the checkpoint lies.
+    """Return the file, dtype, shape and offset of each tensor of the checkpoint.
 
-    Raises WeightsError for files that are missing, cut off or not safetensors. Pickles are never opened: loading one
-    runs whatever code is in it.
+    Pickle files are never opened, because loading one can run any code in it.
+
+    Raises:
+        WeightsError: a file is missing, truncated or not safetensors, or two files contain the same tensor.
     """
     table: dict[str, TensorEntry] = {}
     for path in _shards(directory):
         for name, tensor in _read_header(path):
             if name in table:
-                raise WeightsError(f"{path}: holds {name}, which {table[name].path.name} holds already")
+                raise WeightsError(
+                    f"{path}: contains tensor {name}, which {table[name].path.name} contains too; fetch both again"
+                )
             table[name] = tensor
     return table
 
@@ -105,20 +119,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file; expected a Hugging Face Llama checkpoint") from error
+        raise WeightsError(f"{path}: no such file; pass the directory of a Hugging Face Llama checkpoint") from error
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not JSON: {error}") from error
+        raise WeightsError(f"{path}: not valid JSON: {error}; fetch it again") from error
     if not isinstance(content, dict):
-        raise WeightsError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+        raise WeightsError(f"{path}: contains a JSON {type(content).__name__}, expected an object; fetch it again")
     return content
 
 
 def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
     if raw.get("architectures") != ["LlamaForCausalLM"] or raw.get("model_type") != "llama":
         found = f"{raw.get('architectures')} of model_type {raw.get('model_type')!r}"
-        raise WeightsError(f"{path}: architectures is {found}, expected ['LlamaForCausalLM'] of model_type 'llama'")
+        raise WeightsError(
+            f"{path}: architectures is {found}, expected ['LlamaForCausalLM'] of model_type 'llama'; "
+            "pass a Llama checkpoint"
+        )
     if raw.get("quantization_config") is not None:
-        raise WeightsError(f"{path}: has a quantization_config; expected unquantized weights")
+        raise WeightsError(f"{path}: has a quantization_config; pass a checkpoint with unquantized weights")
 
 
 def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
@@ -128,11 +145,11 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
     try:
         config = HFConfig.from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise WeightsError(f"{path}: {' '.join(str(error).split())}") from error
+        raise WeightsError(f"{path}: {' '.join(str(error).split())}; fetch it again") from error
     for name in REQUIRED_SIZES:
         size = getattr(config, name)
         if type(size) is not int or size < 1:
-            raise WeightsError(f"{path}: {name} is {size!r}, expected a positive integer")
+            raise WeightsError(f"{path}: {name} is {size!r}, expected a positive integer; fetch it again")
     return config
 
 
@@ -146,7 +163,7 @@ def _check_config(path: Path, config: "HFConfig") -> None:
         ("num_attention_heads modulo num_key_value_heads", heads % kv_heads, 0),
     ):
         if found != expected:
-            raise WeightsError(f"{path}: {name} is {found!r}, expected {expected!r}")
+            raise WeightsError(f"{path}: {name} is {found!r}, expected {expected!r}; pass a plain Llama checkpoint")
 
 
 def _rope(config: "HFConfig") -> dict[str, Any]:
@@ -162,29 +179,29 @@ def _shards(directory: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in directory.glob(pattern))
     if pickles:
         raise WeightsError(
-            f"{directory}: has only pickles ({pickles[0]}), which can run code when loaded; fetch the checkpoint's "
-            "safetensors, or convert it with transformers' save_pretrained"
+            f"{directory}: has only pickle files ({pickles[0]}), which can run code when loaded; fetch the "
+            "checkpoint's safetensors files, or convert it with transformers' save_pretrained"
         )
-    raise WeightsError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise WeightsError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the checkpoint again")
 
 
 def _indexed_shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{index}: has no weight_map of tensor names to files")
+        raise WeightsError(f"{index}: has no weight_map of tensor names to files; fetch it again")
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if Path(name).name != name:
-            raise WeightsError(f"{index}: names {name!r}, expected a file beside it")
+            raise WeightsError(f"{index}: names {name!r}, expected a file in the same directory; fetch it again")
         if not (index.parent / name).is_file():
             raise WeightsError(f"{index.parent / name}: no such file, but {index.name} names it; fetch it again")
     return [index.parent / name for name in names]
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
-    """The file's tensors, by https://github.com/huggingface/safetensors#format."""
+    """Yield the tensors of a file by name; https://github.com/huggingface/safetensors#format describes the format."""
     try:
-        # The library checks the header against itself and against the file's size; only offsets are left to be read.
+        # The library validates the header and the size of the file, but does not return the offsets.
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
@@ -195,6 +212,9 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise WeightsError(f"{path}: {name} is of dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+            raise WeightsError(
+                f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}; "
+                "pass an unquantized checkpoint"
+            )
         start = 8 + length + entry["data_offsets"][0]
         yield name, TensorEntry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)

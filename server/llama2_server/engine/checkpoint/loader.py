@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, verified and read straight into their final place on the device."""
+"""Check the tensors of a checkpoint and read them directly into the weights of a model on its device."""
 
 import re
 import threading
@@ -20,12 +20,15 @@ from llama2_server.engine.text.tokenizer import Tokenizer
 
 __all__ = ["fetch_checkpoint", "load_model"]
 
-# Checkpoints from before transformers 4.31 carry the rotary frequencies, which follow from the configuration.
+# Checkpoints from before transformers 4.31 contain the rotary frequencies, which follow from the configuration.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-# Threads that fill memory: new pages take one longer than the reading does.
+# Number of threads that read tensors. One thread would spend more time on new memory pages than on reading.
 CPU_READERS = 2
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+LOWER_MEMORY_USE = "free memory, or lower context_length_limit or max_concurrent_requests in the card (--card)"
+MATCHING_FILES = "use the config.json and the weights of the same checkpoint"
+
+Progress = Callable[[int, int], None]  # called with the loaded and the total number of bytes
 
 
 def load_model(
@@ -39,27 +42,39 @@ def load_model(
     progress: Progress | None = None,
     cpu_kernels: CpuKernels = "auto",
 ) -> LlamaModel:
-    """The checkpoint as a model with room for `slots` sequences of `context_length` tokens.
+    """Load a checkpoint as a model with `slots` slots of `context_length` tokens each.
 
-    `config` is what `read_config` says, where that is known.
+    Args:
+        directory: the checkpoint.
+        device: a torch device, such as "cpu" or "cuda".
+        dtype: the precision of the loaded weights.
+        context_length: maximum number of tokens per sequence.
+        slots: maximum number of concurrent sequences.
+        config: the result of `read_config`, if known.
+        progress: called after each tensor.
+        cpu_kernels: "auto" uses the native kernels on a CPU if they are available.
 
-    Raises WeightsError, before any memory is taken where the headers tell, if the checkpoint is incomplete, of another
-    architecture, does not fit its tokenizer, or holds values that are not finite in `dtype`.
+    Raises:
+        WeightsError: the checkpoint is incomplete, has another architecture, does not match its tokenizer, contains
+            values that are not finite in `dtype`, or does not fit in memory. Errors that the headers reveal are raised
+            before memory is allocated.
     """
     config = config or read_config(directory)
     _check_context(directory, config, context_length)
     _check_tokenizer(directory, config)
     stored = {name: tensor for name, tensor in read_tensor_table(directory).items() if not IGNORED.fullmatch(name)}
-    imagined = LlamaWeights.allocate(config, "meta", dtype)
-    _check_tensors(directory, stored, places(config, imagined))
+    meta_weights = LlamaWeights.allocate(config, "meta", dtype)
+    _check_tensors(directory, stored, tensor_destinations(config, meta_weights))
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
-    _check_memory(directory, device, imagined.size_bytes, cache_bytes, f"{slots} x {context_length} tokens")
+    _check_memory(directory, device, meta_weights.size_bytes, cache_bytes, f"{slots} x {context_length} tokens")
     try:
         weights = LlamaWeights.allocate(config, device, dtype)
-        _fill(stored, places(config, weights), progress or _no_progress)
+        _read_tensors(stored, tensor_destinations(config, weights), progress or _no_progress)
         return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
     except torch.OutOfMemoryError as error:
-        raise WeightsError(f"{directory}: weights and KV cache do not fit on {device}: {error}") from error
+        raise WeightsError(
+            f"{directory}: weights and KV cache do not fit on {device}: {error}; {LOWER_MEMORY_USE}"
+        ) from error
 
 
 def _no_progress(done_bytes: int, total_bytes: int) -> None:
@@ -67,16 +82,16 @@ def _no_progress(done_bytes: int, total_bytes: int) -> None:
 
 
 def _check_memory(directory: Path, device: str, weights_bytes: int, cache_bytes: int, tokens: str) -> None:
-    """Say before anything is read that it cannot fit; what else there is in the device's memory counts as taken."""
+    """Raise WeightsError before any tensor is read, if the memory that is free on a CUDA device is too small."""
     if torch.device(device).type != "cuda":
         return
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     needed_bytes = weights_bytes + cache_bytes
     if needed_bytes > free_bytes:
         raise WeightsError(
-            f"{directory}: needs {needed_bytes / 1e9:.1f} GB on {device} ({weights_bytes / 1e9:.1f} of weights, "
-            f"{cache_bytes / 1e9:.1f} of KV cache for {tokens}), and {free_bytes / 1e9:.1f} of "
-            f"{total_bytes / 1e9:.1f} GB are free; free some, or lower the card's context length or number of slots"
+            f"{directory}: needs {needed_bytes / 1e9:.1f} GB on {device} ({weights_bytes / 1e9:.1f} GB of weights, "
+            f"{cache_bytes / 1e9:.1f} GB of KV cache for {tokens}), but only {free_bytes / 1e9:.1f} of "
+            f"{total_bytes / 1e9:.1f} GB are free; {LOWER_MEMORY_USE}"
         )
 
 
@@ -84,7 +99,7 @@ def _check_context(directory: Path, config: LlamaConfig, context_length: int) ->
     if context_length > config.max_positions:
         raise WeightsError(
             f"{directory / 'config.json'}: max_position_embeddings is {config.max_positions}, "
-            f"expected at least the context length of {context_length}"
+            f"expected at least {context_length}; lower context_length_limit in the card (--card)"
         )
 
 
@@ -92,32 +107,40 @@ def _check_tokenizer(directory: Path, config: LlamaConfig) -> None:
     path = directory / "tokenizer.model"
     pieces = Tokenizer(path).vocab_size
     if pieces > config.vocab_size:
-        raise WeightsError(f"{path}: has {pieces} tokens, expected at most the {config.vocab_size} of the embedding")
+        raise WeightsError(
+            f"{path}: has {pieces} tokens, expected at most {config.vocab_size}, the rows of the embedding; "
+            "copy it from the same checkpoint"
+        )
 
 
-def _check_tensors(directory: Path, stored: dict[str, TensorEntry], places: dict[str, Tensor]) -> None:
-    for name, place in places.items():
+def _check_tensors(directory: Path, stored: dict[str, TensorEntry], destinations: dict[str, Tensor]) -> None:
+    for name, destination in destinations.items():
+        expected = tuple(destination.shape)
         if name not in stored:
-            raise WeightsError(f"{directory}: tensor {name} is missing, expected one of shape {tuple(place.shape)}")
-        if stored[name].shape != place.shape:
-            found, expected = stored[name].shape, tuple(place.shape)
-            raise WeightsError(f"{stored[name].path}: tensor {name} is of shape {found}, expected {expected}")
-    for name in stored.keys() - places.keys():
-        raise WeightsError(f"{stored[name].path}: tensor {name} is not part of a Llama with this config.json")
+            raise WeightsError(f"{directory}: tensor {name} of shape {expected} is missing; fetch the checkpoint again")
+        if stored[name].shape != expected:
+            found = stored[name].shape
+            raise WeightsError(
+                f"{stored[name].path}: tensor {name} has shape {found}, expected {expected}; {MATCHING_FILES}"
+            )
+    for name in stored.keys() - destinations.keys():
+        raise WeightsError(
+            f"{stored[name].path}: tensor {name} is not part of a Llama with this config.json; {MATCHING_FILES}"
+        )
 
 
-def places(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
-    """Where each tensor of a checkpoint belongs, by its name there; parts of a fused matrix are views of it."""
-    places = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+def tensor_destinations(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
+    """Return the memory for each tensor of a checkpoint, by its name there; parts of a fused matrix are views."""
+    destinations = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     if not config.tied_embeddings:
-        places["lm_head.weight"] = weights.head
+        destinations["lm_head.weight"] = weights.head
     for index, layer in enumerate(weights.layers):
-        parts = _layer_places(config, layer)
-        places |= {f"model.layers.{index}.{name}.weight": place for name, place in parts.items()}
-    return places
+        parts = _layer_destinations(config, layer)
+        destinations |= {f"model.layers.{index}.{name}.weight": part for name, part in parts.items()}
+    return destinations
 
 
-def _layer_places(config: LlamaConfig, layer: LayerWeights) -> dict[str, Tensor]:
+def _layer_destinations(config: LlamaConfig, layer: LayerWeights) -> dict[str, Tensor]:
     keys = config.query_size
     values = keys + config.kv_size
     return {
@@ -133,46 +156,46 @@ def _layer_places(config: LlamaConfig, layer: LayerWeights) -> dict[str, Tensor]
     }
 
 
-def _fill(stored: dict[str, TensorEntry], places: dict[str, Tensor], progress: Progress) -> None:
-    """Read each tensor into its place, in the order of the files, which spinning and network disks like best."""
+def _read_tensors(stored: dict[str, TensorEntry], destinations: dict[str, Tensor], progress: Progress) -> None:
+    """Read each tensor to its destination, in file order, which is fastest on spinning and network disks."""
     total_bytes = sum(tensor.size_bytes for tensor in stored.values())
     done_bytes = 0
-    device = next(iter(places.values())).device
-    own = threading.local()
+    device = next(iter(destinations.values())).device
+    local = threading.local()
 
-    def prepare() -> None:
-        own.staging = ReadBuffers(device)
+    def create_buffers() -> None:
+        local.buffers = ReadBuffers(device)
 
-    def fill(item: tuple[str, TensorEntry]) -> int:
+    def read(item: tuple[str, TensorEntry]) -> int:
         name, tensor = item
-        _fill_one(name, tensor, places[name], own.staging)
+        _read_tensor(name, tensor, destinations[name], local.buffers)
         return tensor.size_bytes
 
     order = sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset))
-    with ThreadPoolExecutor(CPU_READERS if device.type == "cpu" else 1, initializer=prepare) as pool:
-        for size_bytes in pool.map(fill, order):
+    with ThreadPoolExecutor(CPU_READERS if device.type == "cpu" else 1, initializer=create_buffers) as pool:
+        for size_bytes in pool.map(read, order):
             done_bytes += size_bytes
             progress(done_bytes, total_bytes)
 
 
-def _fill_one(name: str, tensor: TensorEntry, place: Tensor, staging: ReadBuffers) -> None:
-    if _read(name, tensor, place, staging):
+def _read_tensor(name: str, tensor: TensorEntry, destination: Tensor, buffers: ReadBuffers) -> None:
+    if _read_finite(name, tensor, destination, buffers):
         return
-    # As it is stored, so that whoever made it knows what is wrong.
-    as_stored = torch.empty(place.shape, dtype=tensor.dtype)
-    if _read(name, tensor, as_stored, ReadBuffers(as_stored.device)):
-        found = f"holds values that do not fit in {place.dtype}; serve it with the dtype of the checkpoint"
+    # Read again in the stored dtype, to find out whether the checkpoint or the conversion is the cause.
+    as_stored = torch.empty(destination.shape, dtype=tensor.dtype)
+    if _read_finite(name, tensor, as_stored, ReadBuffers(as_stored.device)):
+        problem = f"contains values that do not fit in {destination.dtype}; set --dtype to the checkpoint's own dtype"
     else:
-        found = "holds NaN or infinity; expected finite numbers: fetch it again"
-    raise WeightsError(f"{tensor.path}: tensor {name} {found}")
+        problem = "contains NaN or infinity, expected finite numbers; fetch it again"
+    raise WeightsError(f"{tensor.path}: tensor {name} {problem}")
 
 
-def _read(name: str, tensor: TensorEntry, place: Tensor, staging: ReadBuffers) -> bool:
-    """Whether all its numbers are finite."""
+def _read_finite(name: str, tensor: TensorEntry, destination: Tensor, buffers: ReadBuffers) -> bool:
+    """Read a tensor and return whether all its numbers are finite."""
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         try:
-            return staging.fill(place, tensor.dtype, file)
+            return buffers.fill(destination, tensor.dtype, file)
         except EOFError:
-            message = f"{tensor.path}: ended inside tensor {name} while being read; fetch it again"
+            message = f"{tensor.path}: the file ends inside tensor {name}; fetch it again"
             raise WeightsError(message) from None

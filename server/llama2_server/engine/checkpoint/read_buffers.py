@@ -1,4 +1,4 @@
-"""The way of a tensor's bytes from its file to its place on the device."""
+"""Buffers between the file of a tensor and its destination on the device."""
 
 import itertools
 from io import BufferedReader
@@ -7,52 +7,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What is read at a time. Mapped files would count towards the process's memory until they are unmapped; this does not.
-BLOCK_BYTES = 4 * 2**20
+# Files are read into buffers of this size. Mapped files would count as memory of the process until they are unmapped.
+BUFFER_BYTES = 4 * 2**20
 
 
 class ReadBuffers:
-    """Blocks of memory that a file is read into; on CUDA one is read into while the other is on its way."""
+    """Buffers that a file is read into; on CUDA, one is read into while the device copies the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self._blocks = itertools.cycle([_Block(device) for _ in range(2 if device.type == "cuda" else 1)])
+        self._buffers = itertools.cycle([_Buffer(device) for _ in range(2 if device.type == "cuda" else 1)])
 
-    def fill(self, place: Tensor, dtype: torch.dtype, file: BufferedReader) -> bool:
-        """Read a contiguous tensor from where the file stands, stored as `dtype`; whether all its numbers are finite.
+    def fill(self, destination: Tensor, dtype: torch.dtype, file: BufferedReader) -> bool:
+        """Read a contiguous tensor, stored as `dtype`, from the current position of the file.
 
-        Raises EOFError where the file ends too early.
+        Return whether all its numbers are finite in the dtype of `destination`.
+
+        Raises:
+            EOFError: the file ends inside the tensor.
         """
-        flat = place.view(-1)  # rows of a fused matrix follow one another
+        flat = destination.view(-1)  # parts of a fused matrix are contiguous rows
         extremes: list[Tensor] = []
-        step = BLOCK_BYTES // dtype.itemsize
+        step = BUFFER_BYTES // dtype.itemsize
         for start in range(0, flat.shape[0], step):
             target = flat[start : start + step]
-            next(self._blocks).bring(target, dtype, file)
-            # The extremes tell of NaN and infinity alike, and cost a fiftieth of looking at each number.
+            next(self._buffers).copy_into(target, dtype, file)
+            # Minimum and maximum reveal NaN and infinity, in a fiftieth of the time of checking each number.
             extremes += torch.aminmax(target)
         return bool(torch.stack(extremes).isfinite().all()) if extremes else True
 
 
-class _Block:
+class _Buffer:
     def __init__(self, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self._device = device
-        self._memory = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=on_cuda)
-        self._bytes: Any = self._memory.numpy()  # the same memory, as what a file reads into
-        self._sent = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        self._memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_cuda)
+        self._bytes: Any = self._memory.numpy()  # the same memory, in the form that `readinto` accepts
+        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
-    def bring(self, target: Tensor, dtype: torch.dtype, file: BufferedReader) -> None:
-        if self._sent:
-            self._sent.synchronize()
+    def copy_into(self, target: Tensor, dtype: torch.dtype, file: BufferedReader) -> None:
+        if self._copied:
+            self._copied.synchronize()
         size_bytes = target.shape[0] * dtype.itemsize
-        # Straight into its place where it stays as it is: each page is touched once.
-        stays = self._device.type == "cpu" and target.dtype == dtype
-        into: Any = target.view(torch.uint8).numpy() if stays else self._bytes[:size_bytes]
-        if file.readinto(into) != size_bytes:
+        # On the CPU, unconverted numbers are read directly into the target, so that each page is written once.
+        direct = self._device.type == "cpu" and target.dtype == dtype
+        destination: Any = target.view(torch.uint8).numpy() if direct else self._bytes[:size_bytes]
+        if file.readinto(destination) != size_bytes:
             raise EOFError
-        if stays:
+        if direct:
             return
-        # As it is stored: the device converts it, if need be.
+        # Copied in the stored dtype; the device converts it if necessary.
         target.copy_(self._memory[:size_bytes].view(dtype).to(self._device, non_blocking=True))
-        if self._sent:
-            self._sent.record()
+        if self._copied:
+            self._copied.record()

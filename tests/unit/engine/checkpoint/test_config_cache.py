@@ -1,4 +1,4 @@
-"""What is kept of a checkpoint's configuration: it must say what transformers would, and nothing that was refused."""
+"""The configuration cache returns the result of transformers, and never caches a rejected configuration."""
 
 import json
 import shutil
@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 from tests.support.checkpoints import MakeCheckpoint
 
-from llama2_server.engine.checkpoint import config_cache as description_module
-from llama2_server.engine.checkpoint import files as checkpoint_module
+from llama2_server.engine.checkpoint import config_cache, files
 from llama2_server.engine.checkpoint.config_cache import ModelMetadata, read_metadata
 from llama2_server.engine.errors import WeightsError
 
 
 @pytest.fixture
 def directory(checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
-    """The configuration of a checkpoint, which a test may change."""
+    """A copy of a checkpoint's configuration, which a test may change."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("config.json", "generation_config.json"):
@@ -25,16 +24,16 @@ def directory(checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Each time that the configuration was read by transformers."""
-    made: list[Path] = []
-    read_config = checkpoint_module.read_config
+    """One entry for each time that transformers reads the configuration."""
+    calls: list[Path] = []
+    read_config = files.read_config
 
     def counted(directory: Path) -> object:
-        made.append(directory)
+        calls.append(directory)
         return read_config(directory)
 
-    monkeypatch.setattr(checkpoint_module, "read_config", counted)
-    return made
+    monkeypatch.setattr(files, "read_config", counted)
+    return calls
 
 
 def edit(directory: Path, name: str, **changes: object) -> None:
@@ -42,25 +41,25 @@ def edit(directory: Path, name: str, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def plain(directory: Path) -> ModelMetadata:
-    return ModelMetadata(checkpoint_module.read_config(directory), checkpoint_module.read_eos_ids(directory))
+def uncached(directory: Path) -> ModelMetadata:
+    return ModelMetadata(files.read_config(directory), files.read_eos_ids(directory))
 
 
-def test_the_second_start_says_the_same(directory: Path, tmp_path: Path, reads: list[Path]) -> None:
-    """What was kept is what was read, to the last digit, and is not read again."""
+def test_the_second_start_returns_the_same(directory: Path, tmp_path: Path, reads: list[Path]) -> None:
+    """The cached configuration equals the read one to the last digit, and is not read again."""
     edit(directory, "config.json", rms_norm_eps=1.2345678901234567e-06)
     edit(directory, "generation_config.json", eos_token_id=[2, 5])
     file = tmp_path / "there" / "checkpoint.json"
     first = read_metadata(directory, file)
     assert read_metadata(directory, file) == first
     assert len(reads) == 1
-    assert first == plain(directory)
+    assert first == uncached(directory)
 
 
-def test_what_has_changed_is_read_anew(
+def test_changes_are_read_again(
     directory: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Either file, the version of transformers, and our own code, which says what of its answer is used."""
+    """A change of either file, of the version of transformers, or of our parser."""
     file = tmp_path / "checkpoint.json"
     read_metadata(directory, file)
     edit(directory, "config.json", rope_theta=5e5)
@@ -70,21 +69,21 @@ def test_what_has_changed_is_read_anew(
     (directory / "generation_config.json").unlink()
     read_metadata(directory, file)
     assert len(reads) == 4
-    monkeypatch.setattr(description_module, "version", lambda package: "another")
+    monkeypatch.setattr(config_cache, "version", lambda package: "another")
     read_metadata(directory, file)
-    monkeypatch.setattr(checkpoint_module, "__file__", str(Path(__file__)))
+    monkeypatch.setattr(files, "__file__", str(Path(__file__)))
     read_metadata(directory, file)
     assert len(reads) == 6
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", "null", '{"key": 1}', None])
-def test_a_broken_file_is_read_anew(directory: Path, tmp_path: Path, reads: list[Path], broken: str | None) -> None:
-    """Whatever became of the file, the answer is the same; None stands for one that misses a part."""
+def test_a_broken_cache_is_replaced(directory: Path, tmp_path: Path, reads: list[Path], broken: str | None) -> None:
+    """A damaged cache file does not change the result; None stands for a file with a missing field."""
     file = tmp_path / "checkpoint.json"
     first = read_metadata(directory, file)
     if broken is None:
         document = json.loads(file.read_text())
-        del document["kept"]["config"]["layers"]
+        del document["value"]["config"]["layers"]
         broken = json.dumps(document)
     file.write_text(broken)
     assert read_metadata(directory, file) == first
@@ -92,19 +91,19 @@ def test_a_broken_file_is_read_anew(directory: Path, tmp_path: Path, reads: list
     assert len(reads) == 2
 
 
-def test_nowhere_to_keep_it_is_no_harm(
+def test_an_unwritable_cache_is_only_logged(
     directory: Path, tmp_path: Path, reads: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A data directory that cannot be written to costs time at the next start, and a line in the log."""
+    """If the data directory is not writable, the configuration is read each time and a warning is logged."""
     (tmp_path / "file").write_text("")
     for _ in range(2):
-        assert read_metadata(directory, tmp_path / "file" / "checkpoint.json") == plain(directory)
+        assert read_metadata(directory, tmp_path / "file" / "checkpoint.json") == uncached(directory)
     assert len(reads) == 2 + 2
-    assert caplog.text.count("the next start has to find out again what takes time") == 2
+    assert caplog.text.count("cannot write the cache file; the next start will be slower: ") == 2
 
 
-def test_what_is_refused_is_not_kept(directory: Path, tmp_path: Path) -> None:
-    """A model that cannot be served is refused at each start, for the same reason."""
+def test_a_rejected_configuration_is_not_cached(directory: Path, tmp_path: Path) -> None:
+    """An unusable model is rejected at each start, for the same reason."""
     edit(directory, "generation_config.json", eos_token_id=[])
     for _ in range(2):
         with pytest.raises(WeightsError, match="eos_token_id is"):
