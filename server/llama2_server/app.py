@@ -16,16 +16,16 @@ import grpc.aio
 
 from llama2_server.admission.accounts import ApiKeyAuthenticator, Authenticator
 from llama2_server.admission.request_queue import RequestQueue
-from llama2_server.api.health import HealthServicer
+from llama2_server.api.health import HealthServicer, ReadinessCollector
 from llama2_server.api.interceptor import CallInterceptor
-from llama2_server.api.server import add_port, health_port, make_server
+from llama2_server.api.server import METHODS, add_port, health_port, make_server
 from llama2_server.api.text_generation import Parts, TextGenerationServicer
 from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.engine import Engine
+from llama2_server.generation.response_cache import ResponseCacheCollector
 from llama2_server.generation.supervised_engine import SupervisedEngine
-from llama2_server.lifecycle.gauges import show
 from llama2_server.lifecycle.model_loading import LoadedModel, load
 from llama2_server.lifecycle.preflight import read_card_and_accounts
 from llama2_server.lifecycle.probe import probe
@@ -145,7 +145,11 @@ async def running(
         )
         servicer, interceptor = TextGenerationServicer(parts), CallInterceptor(ground.telemetry)
         server = make_server(settings, parts, servicer, health, interceptor)
-        show(metrics, parts, loaded.model, health)
+        cache = ResponseCacheCollector(parts.cache)
+        for part in (parts.slots, parts.quota, cache, parts.ledger, ReadinessCollector(health)):
+            metrics.registry.register(part)
+        metrics.register_model(loaded.card.name, loaded.model)
+        metrics.preregister_methods(METHODS)
         try:
             await _unless(ending, _warm_up(settings, parts, loaded.model.prefill_chunk_tokens))
             address = add_port(server, settings)

@@ -6,8 +6,13 @@ own. What is decided, and when the next request fits, comes from one look, so th
 
 import asyncio
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable
@@ -65,7 +70,7 @@ class _Window(NamedTuple):
     empty_in: int
 
 
-class Quota:
+class Quota(Collector):
     """Requests in any `window_seconds`, per account.
 
     Args:
@@ -101,6 +106,13 @@ class Quota:
     def store_up(self) -> bool:
         """Whether the store answered when it was last asked; always, in memory."""
         return self._shared is None or self._shared.up
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the quota store's metrics, on the scrape thread."""
+        up = "1 if the quota store answered the last command, or if quotas are kept in memory; else 0."
+        yield GaugeMetricFamily("llama2_quota_store_up", up, self.store_up)
+        errors = "Requests that could not be counted in the shared quota store."
+        yield CounterMetricFamily("llama2_quota_store_errors", errors, self.store_failures)
 
     async def take(self, account: str) -> None:
         """Count one request.

@@ -7,9 +7,13 @@ another. All of it runs on the event loop: there are no locks because nothing aw
 import asyncio
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
@@ -27,7 +31,7 @@ class SlotLease:
     """When it was got, by the loop's clock."""
 
 
-class RequestQueue:
+class RequestQueue(Collector):
     """`limit` slots behind a line of at most `max_queue_size` calls, each waiting at most `queue_timeout_seconds`.
 
     `on_waited` hears how long each call waited for its slot, or until it left the line without one.
@@ -59,7 +63,15 @@ class RequestQueue:
     @property
     def waiting(self) -> int:
         """Calls in line."""
-        return sum(len(waiters) for waiters in self._line.values())
+        # tuple() copies in one step, because the scrape thread reads this too.
+        return sum(map(len, tuple(self._line.values())))
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the queue's metrics, on the scrape thread."""
+        yield GaugeMetricFamily("llama2_requests_queued", "Number of requests in the queue.", self.waiting)
+        yield GaugeMetricFamily("llama2_requests_running", "Number of slots in use.", self.running)
+        limit = "Number of slots: the card's max_concurrent_requests."
+        yield GaugeMetricFamily("llama2_max_concurrent_requests", limit, self._limit)
 
     @asynccontextmanager
     async def acquire(self, account: str, deadline: float | None) -> AsyncIterator[SlotLease]:

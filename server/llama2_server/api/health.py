@@ -5,13 +5,19 @@ keeps watches open through a drain, so that a graceful stop waits its whole grac
 """
 
 import asyncio
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LOOP_TIMEOUT_SECONDS = 1.0
 LIVENESS = "liveness"
 """The name that is SERVING for as long as the event loop lives, also while the service loads or drains."""
 
@@ -67,3 +73,30 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         if service not in self._services:
             return None
         return SERVING if self._serving else NOT_SERVING
+
+
+class ReadinessCollector(Collector):
+    """The gauge `llama2_ready`; it has no value while the event loop does not answer, because no call is served then.
+
+    Create it on the event loop that serves the calls.
+    """
+
+    def __init__(self, health: HealthServicer) -> None:
+        self._health = health
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric, on the scrape thread or on the event loop."""
+        ready = GaugeMetricFamily("llama2_ready", "1 while the health service reports SERVING, else 0.")
+        if threading.get_ident() == self._loop_thread or self._loop_answers():
+            ready.add_metric([], self._health.serving)
+        yield ready
+
+    def _loop_answers(self) -> bool:
+        answered = threading.Event()
+        try:
+            self._loop.call_soon_threadsafe(answered.set)
+        except RuntimeError:  # the loop is closed
+            return False
+        return answered.wait(LOOP_TIMEOUT_SECONDS)

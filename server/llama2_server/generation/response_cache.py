@@ -5,12 +5,16 @@ import hashlib
 import json
 import math
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cachetools import TTLCache
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from llama2_server.redis_client import RedisClient, RedisUnavailable
 
@@ -79,11 +83,30 @@ class ResponseCache(Protocol):
         """Let go of the store."""
 
 
+class ResponseCacheCollector(Collector):
+    """Metrics of the response cache; all are 0 if there is none."""
+
+    def __init__(self, cache: ResponseCache | None) -> None:
+        self._cache = cache
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the cache's metrics, on the scrape thread."""
+        cache = self._cache
+        hits, misses, size = (cache.hits, cache.misses, cache.bytes_used) if cache is not None else (0, 0, 0)
+        answered = "Requests answered from the response cache."
+        yield CounterMetricFamily("llama2_response_cache_hits", answered, hits)
+        yield CounterMetricFamily("llama2_response_cache_misses", "Response cache misses.", misses)
+        memory = "Memory of the response cache in this process; 0 if the cache is in Redis or off."
+        yield GaugeMetricFamily("llama2_response_cache_bytes", memory, size)
+
+
 class MemoryResponseCache:
     """In this process, at most `max_bytes`, keys included; those go first that were not asked for the longest."""
 
     def __init__(self, *, max_bytes: int, ttl_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes = max_bytes
+        # The scrape thread reads `bytes_used`, which removes expired entries.
+        self._lock = threading.Lock()
         self._entries: TTLCache[CacheKey, _Entry] = TTLCache(max_bytes, ttl_seconds, clock, lambda entry: entry.size)
         self.hits = 0
         self.misses = 0
@@ -91,12 +114,13 @@ class MemoryResponseCache:
     @property
     def bytes_used(self) -> int:
         """Keys and replies, and the tables that hold them."""
-        self._entries.expire()
-        return int(self._entries.currsize)
+        with self._lock:
+            return int(self._entries.currsize)
 
     async def get(self, key: CacheKey) -> CacheEntry | None:
         """The reply of an equal request, if it is still there."""
-        entry = self._entries.get(key)
+        with self._lock:
+            entry = self._entries.get(key)
         if entry is None:
             self.misses += 1
             return None
@@ -107,11 +131,13 @@ class MemoryResponseCache:
         """Keep a complete reply; one that is larger than the whole cache is not kept."""
         size = ENTRY_OVERHEAD_BYTES + _bytes_of(key) + _bytes_of(reply)
         if size <= self._max_bytes:
-            self._entries[key] = _Entry(reply, size)
+            with self._lock:
+                self._entries[key] = _Entry(reply, size)
 
     async def close(self) -> None:
         """Forget everything."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
 
 
 class RedisResponseCache:

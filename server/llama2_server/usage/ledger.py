@@ -8,11 +8,15 @@ record whose request id it has, so that a batch may be written twice and counts 
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Self
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from llama2_server.errors import UsageUnavailable
 from llama2_server.usage.errors import LedgerError, StoreUnavailable
@@ -62,7 +66,7 @@ async def read_totals(
         await store.close()
 
 
-class Ledger:
+class Ledger(Collector):
     """Takes no longer than a small write for a request's call; `open` makes one, and `close` ends it."""
 
     def __init__(
@@ -129,6 +133,14 @@ class Ledger:
         """How long ago the request ended whose record has waited longest for the store; 0 if none waits."""
         oldest = self._journal.oldest_finished_at
         return 0.0 if oldest is None else max(0.0, (self._now() - oldest).total_seconds())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the ledger's metrics, on the scrape thread."""
+        lag = "Age of the oldest usage record that is not in the usage store yet; 0 if there is none."
+        yield GaugeMetricFamily("llama2_usage_lag_seconds", lag, self.lag_seconds)
+        pending = "Number of usage records that are not in the usage store yet."
+        yield GaugeMetricFamily("llama2_usage_pending_records", pending, self.pending)
+        yield GaugeMetricFamily("llama2_usage_journal_bytes", "Size of the usage journal on disk.", self.journal_bytes)
 
     def check_capacity(self, request_id: str, account_id: str, model: str) -> None:
         """Look whether there is room to admit a request, before anything is counted for it.

@@ -34,12 +34,15 @@ from tests.support.service import (
     until,
     with_config,
 )
+from tools.metrics_reference import PAGE
 
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_server.admission.request_queue import RequestQueue
+from llama2_server.api import health as health_module
+from llama2_server.api.health import HealthServicer, ReadinessCollector
 from llama2_server.card import ModelCard, RequestsPerMinute
-from llama2_server.telemetry import metrics as metrics_module
 from llama2_server.telemetry.errors import TelemetryError
-from llama2_server.telemetry.metrics import GAUGES, GaugeSnapshot, Metrics
+from llama2_server.telemetry.metrics import Metrics
 from llama2_server.telemetry.metrics_server import metrics_server
 from llama2_server.telemetry.telemetry import open_telemetry
 
@@ -102,7 +105,10 @@ async def test_scrape_passes_the_linters(serve_scripted: ServiceMaker) -> None:
     assert [problem for family in families for problem in problems(family)] == []
     names = [family.name for family in families]
     assert len(set(names)) == len(names)
-    assert {f"llama2_{name}" for name in GAUGES} <= set(names)
+    documented = re.findall(r"^\| `(llama2_\w+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name in names if name.startswith("llama2_")} == {
+        re.sub("_(total|info)$", "", name) for name in documented
+    }
 
 
 async def test_scrape_passes_promtool(serve_scripted: ServiceMaker) -> None:
@@ -309,17 +315,19 @@ async def test_silent_peers_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> No
         writer.close()
 
 
-async def test_hanging_event_loop_costs_its_readings_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scrape that the event loop does not answer shows what is known without it, such as the engine's steps."""
-    monkeypatch.setattr(metrics_module, "SNAPSHOT_TIMEOUT_SECONDS", 0.01)
+async def test_hanging_event_loop_costs_the_readiness_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape that the event loop does not answer shows all other metrics, and no readiness: no call is served."""
     metrics = Metrics(CollectorRegistry())
-    metrics.read_from(lambda: GaugeSnapshot(1, 2, 3, True, 4, 5, 6, 7, True, 8.0, 9, 10, 11))
+    metrics.registry.register(ReadinessCollector(HealthServicer(())))
+    metrics.registry.register(RequestQueue(1, max_queue_size=1, queue_timeout_seconds=1.0))
     metrics.on_step("decode", 0.02, 1)
     with metrics_server(metrics.registry, "127.0.0.1:0") as address:
-        assert sample(await scrape(address), "llama2_requests_queued") == 1
+        assert sample(await scrape(address), "llama2_ready") == 0
+        monkeypatch.setattr(health_module, "LOOP_TIMEOUT_SECONDS", 0.01)
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:  # it blocks this very loop
             text = answer.read().decode()
-    assert "\nllama2_requests_queued" not in text
+    assert "\nllama2_ready" not in text
+    assert sample(text, "llama2_max_concurrent_requests") == 1
     assert sample(text, 'llama2_engine_step_duration_seconds_count{phase="decode"}') == 1
 
 
