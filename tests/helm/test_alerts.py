@@ -41,9 +41,9 @@ FIRES = [
         'llama2_requests_total{code="INTERNAL",method="Generate"}': "0+2x60",
         'llama2_requests_total{code="UNAVAILABLE",method="GenerateStream"}': "0+1x60",
     }, 30),
-    Case("Llama2LedgerLag", {"llama2_usage_lag_seconds": "0+60x60"}, 30),
-    Case("Llama2JournalFilling", {"llama2_usage_journal_bytes": "0+2000000x60"}, 30),
-    Case("Llama2QuotaStoreDown", {"llama2_quota_store_up": "0x60"}, 10),
+    Case("Llama2UsageLag", {"llama2_usage_lag_seconds": "0+60x60"}, 30),
+    Case("Llama2UsageJournalFilling", {"llama2_usage_journal_bytes": "0+2000000x60"}, 30),
+    Case("Llama2QuotaStoreUnavailable", {"llama2_quota_store_up": "0x60"}, 10),
 ]  # fmt: skip
 QUIET = [
     Case("Llama2NotServing", {"llama2_ready": "1x60"}, 30),
@@ -61,9 +61,9 @@ QUIET = [
         'llama2_requests_total{code="INVALID_ARGUMENT",method="Generate"}': "0+50x60",
     }, 30),  # the caller's fault
     Case("Llama2Errors", {'llama2_requests_total{code="OK",method="Generate"}': "0x60"}, 30),  # nobody calls
-    Case("Llama2LedgerLag", {"llama2_usage_lag_seconds": "60x60"}, 30),
-    Case("Llama2JournalFilling", {"llama2_usage_journal_bytes": "1000000x60"}, 30),
-    Case("Llama2QuotaStoreDown", {"llama2_quota_store_up": "1x60"}, 30),
+    Case("Llama2UsageLag", {"llama2_usage_lag_seconds": "60x60"}, 30),
+    Case("Llama2UsageJournalFilling", {"llama2_usage_journal_bytes": "1000000x60"}, 30),
+    Case("Llama2QuotaStoreUnavailable", {"llama2_quota_store_up": "1x60"}, 30),
 ]  # fmt: skip
 
 

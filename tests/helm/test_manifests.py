@@ -234,9 +234,9 @@ def test_the_server_takes_its_environment(release: Rendered) -> None:
     assert given == settings.model_fields_set
     for name, value in release.values["settings"].items():
         assert getattr(settings, name) == value
-    assert settings.allow_unauthenticated is (not release.values["keys"]["secret"])
+    assert settings.allow_unauthenticated is (not release.values["apiKeys"]["secret"])
     assert (settings.redis_url is not None) is bool(release.values["redis"]["secret"])
-    assert (settings.usage_url is not None) is bool(release.values["ledger"]["secret"])
+    assert (settings.usage_url is not None) is bool(release.values["usage"]["secret"])
     assert (settings.device == "cuda") is any(
         release.values["gpu"]["resource"] in limits for limits in [release.server["resources"]["limits"]]
     )
@@ -310,12 +310,12 @@ def secrets_in(node: Any) -> set[str]:
 def test_secrets_are_the_ones_that_the_values_name(release: Rendered) -> None:
     """The chart makes no Secret, and no value of one stands in a manifest."""
     values = release.values
-    named = {values[place]["secret"] for place in ("keys", "redis", "ledger", "tls")}
+    named = {values[section]["secret"] for section in ("apiKeys", "redis", "usage", "tls")}
     named |= {values["tls"]["clientCaSecret"], values["weights"]["hubToken"]["secret"], values["test"]["clientSecret"]}
     named |= {values["test"]["apiKey"]["secret"], values["test"]["caSecret"]}
     assert secrets_in(release.manifests) <= named - {""}
     assert not release.of("Secret")
-    server = {values[place]["secret"] for place in ("keys", "redis", "ledger", "tls")} | {
+    server = {values[section]["secret"] for section in ("apiKeys", "redis", "usage", "tls")} | {
         values["tls"]["clientCaSecret"]
     }
     assert server - {""} <= secrets_in(release.pod)
@@ -439,7 +439,7 @@ def test_replicas_are_spread_and_scaled(release: Rendered) -> None:
         (trigger,) = scaler["spec"]["triggers"]
         assert (trigger["type"], trigger["metricType"]) == ("prometheus", "Value")
         # KEDA takes texts only.
-        assert trigger["metadata"]["threshold"] == str(values["autoscaling"]["queueSeconds"])
+        assert trigger["metadata"]["threshold"] == str(values["autoscaling"]["queueTimeSeconds"])
         assert trigger["metadata"]["serverAddress"] == values["autoscaling"]["prometheus"]
     assert bool(release.of("ScaledObject")) is scaled
 
@@ -516,7 +516,7 @@ def test_the_test_pod_calls_as_a_client_has_to(release: Rendered) -> None:
         assert options["--address"] == f"llama2.{NAMESPACE}.svc:{values['service']['port']}"
         assert ("--ca" in options) is bool(values["tls"]["secret"])
         assert ("--certificate" in options) is ("--key" in options) is bool(values["tls"]["clientCaSecret"])
-        assert ("LLAMA2_API_KEY" in environment_of(container)) is bool(values["keys"]["secret"])
+        assert ("LLAMA2_API_KEY" in environment_of(container)) is bool(values["apiKeys"]["secret"])
         assert "generate" in container["args"]
     assert len(release.test_pods) == (f"test {'llama2'}" in release.notes)
 

@@ -198,8 +198,8 @@ def test_alerts_say_what_is_wrong_and_where_to_look() -> None:
         assert re.fullmatch(r"\d+m", rule["for"])
     assert rules["Llama2SlowFirstToken"]["expr"].endswith("> 10")
     assert rules["Llama2Errors"]["expr"].endswith("> 0.01")
-    assert rules["Llama2LedgerLag"]["expr"].endswith("> 120")
-    assert rules["Llama2JournalFilling"]["expr"].endswith("> 33554432")
+    assert rules["Llama2UsageLag"]["expr"].endswith("> 120")
+    assert rules["Llama2UsageJournalFilling"]["expr"].endswith("> 33554432")
     assert rules["Llama2ReplicaNotReady"]["for"] == "20m"  # startupSeconds, and five minutes
 
 
@@ -207,7 +207,7 @@ def test_an_alert_about_redis_is_there_with_redis() -> None:
     """Without Redis nothing can be down."""
     values = values_of("demo") | {"alerts": {"enabled": True}, "serviceMonitor": {"enabled": True}}
     names = {rule["alert"] for rule in rules_of(render(values).one("PrometheusRule"))}
-    assert "Llama2QuotaStoreDown" not in names
+    assert "Llama2QuotaStoreUnavailable" not in names
     assert {rule["alert"] for rule in rules_of(rendered("everything-on").one("PrometheusRule"))} - names == {
-        "Llama2QuotaStoreDown"
+        "Llama2QuotaStoreUnavailable"
     }

@@ -17,7 +17,7 @@ from llama2_server.admission.accounts import new_key
 from llama2_server.cli.admin import admin
 from llama2_server.config.settings import Settings
 
-WITH_KEYS: Values = {"demo": True, "keys": {"secret": "keys"}, "test": {"apiKey": {"secret": "key"}}}
+WITH_KEYS: Values = {"demo": True, "apiKeys": {"secret": "keys"}, "test": {"apiKey": {"secret": "key"}}}
 
 
 @contextmanager

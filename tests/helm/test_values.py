@@ -13,8 +13,8 @@ from tools.chart import CHART, SCHEMA, cards, values_schema
 
 from llama2_server.config.settings import Settings
 
-ELSEWHERE: Values = {"weights": {"existingClaim": "c"}, "allowOpen": True}
-STORES: Values = {"redis": {"secret": "r"}, "ledger": {"secret": "l"}}
+ELSEWHERE: Values = {"weights": {"existingClaim": "c"}, "allowUnauthenticated": True}
+STORES: Values = {"redis": {"secret": "r"}, "usage": {"secret": "l"}}
 
 
 def refusal(values: Values) -> str:
@@ -50,15 +50,15 @@ def refusal(values: Values) -> str:
         ({"demo": True, "slowestTokenSeconds": 0}, "at '/slowestTokenSeconds': exclusiveMinimum: got 0, want 0"),
         ({"demo": True, "drain": {"flushSeconds": 5}}, "at '/drain/flushSeconds': minimum: got 5, want 20"),
         ({"demo": True, "data": {"size": "big"}}, "at '/data/size': 'big' does not match pattern"),
-        ({"demo": True, "keys": {"secret": "Not_A_Name"}}, "at '/keys/secret': 'Not_A_Name' does not match pattern"),
+        ({"demo": True, "apiKeys": {"secret": "Not_A_Name"}}, "at '/apiKeys/secret': 'Not_A_Name' does not match pattern"),
         ({"weights": {"hubId": "./here"}}, "at '/weights/hubId': './here' does not match pattern"),
         ({"weights": {"directory": "../up"}}, "at '/weights/directory': '../up' does not match pattern"),
         ({"demo": True, "extraEnv": [{"name": "LLAMA2_LISTEN", "value": "x"}]}, "at '/extraEnv/0/name': 'not' failed"),
         ({"demo": True, "alerts": {"errorRatio": 5}}, "at '/alerts/errorRatio': maximum: got 5, want 1"),
         # What only the templates can say: what is wrong, and what to do.
         ({}, "weights: there are none; set weights.hubId to fetch them, or weights.existingClaim"),
-        ({"weights": {"existingClaim": "c"}}, "keys.secret: without keys anybody who reaches the port may call; name"),
-        (ELSEWHERE | {"keys": {"secret": "k"}}, "allowOpen: there are keys too; leave one of keys.secret and"),
+        ({"weights": {"existingClaim": "c"}}, "apiKeys.secret: without keys anybody who reaches the port may call; name"),
+        (ELSEWHERE | {"apiKeys": {"secret": "k"}}, "allowUnauthenticated: there are keys too; leave one of apiKeys.secret and"),
         ({"demo": True, "weights": {"hubId": "a/b"}}, "demo: the demo model brings its own card and weights; leave"),
         ({"demo": True, "card": {"content": "x"}}, "demo: the demo model brings its own card and weights; leave"),
         (ELSEWHERE | {"card": {"name": "13b"}}, 'card.name: no card "13b" ships with the chart, only demo, llama-2-7b'),
@@ -66,12 +66,12 @@ def refusal(values: Values) -> str:
         (ELSEWHERE | {"card": {"content": "a: b"}}, "card: model.properties has no positive context_length_limit"),
         (ELSEWHERE | {"card": {"content": "model: x"}}, "card: model.properties has no positive context_length_limit"),
         (
-            {"allowOpen": True, "weights": {"hubId": "a/b", "directory": "d"}},
+            {"allowUnauthenticated": True, "weights": {"hubId": "a/b", "directory": "d"}},
             "weights.directory: with weights.hubId the chart names the directory itself; leave it empty",
         ),
         (ELSEWHERE | {"tls": {"clientCaSecret": "ca"}}, "tls.clientCaSecret: mutual TLS needs the server's own cert"),
         (
-            {"allowOpen": True, "weights": {"hubId": "a/b"}, "replicas": 2} | STORES,
+            {"allowUnauthenticated": True, "weights": {"hubId": "a/b"}, "replicas": 2} | STORES,
             "weights.accessMode: 2 replicas cannot share a ReadWriteOnce volume; set ReadWriteMany and",
         ),
         (
@@ -105,7 +105,7 @@ MANY: list[Values] = [
 
 
 @pytest.mark.parametrize("many", MANY)
-@pytest.mark.parametrize("missing", ["redis", "ledger"])
+@pytest.mark.parametrize("missing", ["redis", "usage"])
 def test_replicas_with_quotas_need_redis_and_postgresql(many: Values, missing: str) -> None:
     """The schema refuses several replicas that would count for themselves, and lists every way out."""
     stores = {name: store for name, store in STORES.items() if name != missing}

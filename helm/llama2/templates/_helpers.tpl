@@ -73,25 +73,25 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "llama2.derived" -}}
 {{- $v := .Values -}}
 {{- $replicas := ternary $v.autoscaling.maxReplicas $v.replicas $v.autoscaling.enabled | int -}}
-{{- $longest := mulf (include "llama2.contextLength" . | int) $v.slowestTokenSeconds | ceil | int -}}
+{{- $maxGenerationSeconds := mulf (include "llama2.contextLength" . | int) $v.slowestTokenSeconds | ceil | int -}}
 {{- $hubDirectory := printf "%s%s" $v.weights.hubId (ternary (printf "@%s" $v.weights.revision) "" (not (empty $v.weights.revision))) | replace "/" "--" -}}
-{{- $keepsData := or (not (empty $v.data.existingClaim)) (and (not $v.demo) (not $v.ledger.secret) (eq $replicas 1)) -}}
-{{- $makesWeights := and (not $v.demo) (not (empty $v.weights.hubId)) (not $v.weights.existingClaim) -}}
+{{- $persistentData := or (not (empty $v.data.existingClaim)) (and (not $v.demo) (not $v.usage.secret) (eq $replicas 1)) -}}
+{{- $createWeightsClaim := and (not $v.demo) (not (empty $v.weights.hubId)) (not $v.weights.existingClaim) -}}
 name: {{ include "llama2.name" . }}
 maxReplicas: {{ $replicas }}
 gpus: {{ ternary (ternary 0 1 $v.demo) ($v.gpu.count | int) (kindIs "invalid" $v.gpu.count) }}
-open: {{ and (not $v.keys.secret) (or $v.demo $v.allowOpen) }}
+unauthenticated: {{ and (not $v.apiKeys.secret) (or $v.demo $v.allowUnauthenticated) }}
 weights: {{ ternary "" (printf "/weights/%s" (ternary $v.weights.directory $hubDirectory (empty $v.weights.hubId)) | trimSuffix "/") $v.demo | quote }}
-makesWeights: {{ $makesWeights }}
-keepsData: {{ $keepsData }}
-makesData: {{ and $keepsData (not $v.data.existingClaim) }}
-exclusive: {{ or $keepsData (and $makesWeights (hasPrefix "ReadWriteOnce" $v.weights.accessMode)) }}
-longestGenerationSeconds: {{ $longest }}
-terminationGraceSeconds: {{ add $v.drain.preStopSeconds $longest $v.drain.flushSeconds }}
+createWeightsClaim: {{ $createWeightsClaim }}
+persistentData: {{ $persistentData }}
+createDataClaim: {{ and $persistentData (not $v.data.existingClaim) }}
+recreate: {{ or $persistentData (and $createWeightsClaim (hasPrefix "ReadWriteOnce" $v.weights.accessMode)) }}
+maxGenerationSeconds: {{ $maxGenerationSeconds }}
+terminationGraceSeconds: {{ add $v.drain.preStopSeconds $maxGenerationSeconds $v.drain.flushSeconds }}
 {{- /* A call may come just before its connection ends, wait in line and then generate; a minute more is for the rest. */}}
-connectionAgeGraceSeconds: {{ add ($v.settings.queue_timeout_seconds | default 300 | ceil | int) $longest 60 }}
-callsOut: {{ or (not (empty (cat $v.weights.hubId $v.redis.secret $v.ledger.secret ($v.settings.otlp_endpoint | default "") | trim))) false }}
-tests: {{ and $v.test.enabled (or (not $v.keys.secret) (not (empty $v.test.apiKey.secret))) (or (not $v.tls.clientCaSecret) (not (empty $v.test.clientSecret))) }}
+connectionAgeGraceSeconds: {{ add ($v.settings.queue_timeout_seconds | default 300 | ceil | int) $maxGenerationSeconds 60 }}
+connectsOut: {{ or (not (empty (cat $v.weights.hubId $v.redis.secret $v.usage.secret ($v.settings.otlp_endpoint | default "") | trim))) false }}
+testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test.apiKey.secret))) (or (not $v.tls.clientCaSecret) (not (empty $v.test.clientSecret))) }}
 {{- end -}}
 
 {{/* What a schema cannot say; each message says what to do. */}}
@@ -106,12 +106,12 @@ tests: {{ and $v.test.enabled (or (not $v.keys.secret) (not (empty $v.test.apiKe
 {{- if not (or $v.weights.hubId $v.weights.existingClaim) -}}
 {{- fail "weights: there are none; set weights.hubId to fetch them, or weights.existingClaim to a volume that holds them, or demo to true" -}}
 {{- end -}}
-{{- if not (or $v.keys.secret $v.allowOpen) -}}
-{{- fail "keys.secret: without keys anybody who reaches the port may call; name the Secret with the keys file, or set allowOpen to true" -}}
+{{- if not (or $v.apiKeys.secret $v.allowUnauthenticated) -}}
+{{- fail "apiKeys.secret: without keys anybody who reaches the port may call; name the Secret with the keys file, or set allowUnauthenticated to true" -}}
 {{- end -}}
 {{- end -}}
-{{- if and $v.keys.secret $v.allowOpen -}}
-{{- fail "allowOpen: there are keys too; leave one of keys.secret and allowOpen empty" -}}
+{{- if and $v.apiKeys.secret $v.allowUnauthenticated -}}
+{{- fail "allowUnauthenticated: there are keys too; leave one of apiKeys.secret and allowUnauthenticated empty" -}}
 {{- end -}}
 {{- if and $v.weights.hubId $v.weights.directory -}}
 {{- fail "weights.directory: with weights.hubId the chart names the directory itself; leave it empty" -}}
@@ -119,11 +119,11 @@ tests: {{ and $v.test.enabled (or (not $v.keys.secret) (not (empty $v.test.apiKe
 {{- if and $v.tls.clientCaSecret (not $v.tls.secret) -}}
 {{- fail "tls.clientCaSecret: mutual TLS needs the server's own certificate too; set tls.secret" -}}
 {{- end -}}
-{{- if and $d.makesWeights (gt (int $d.maxReplicas) 1) (hasPrefix "ReadWriteOnce" $v.weights.accessMode) -}}
+{{- if and $d.createWeightsClaim (gt (int $d.maxReplicas) 1) (hasPrefix "ReadWriteOnce" $v.weights.accessMode) -}}
 {{- fail (printf "weights.accessMode: %d replicas cannot share a %s volume; set ReadWriteMany and a weights.storageClass that has it, or weights.existingClaim" (int $d.maxReplicas) $v.weights.accessMode) -}}
 {{- end -}}
 {{- if and $v.data.existingClaim (gt (int $d.maxReplicas) 1) -}}
-{{- fail "data.existingClaim: one volume cannot be the data volume of several replicas; leave it empty, and keep usage in PostgreSQL (ledger.secret)" -}}
+{{- fail "data.existingClaim: one volume cannot be the data volume of several replicas; leave it empty, and keep usage in PostgreSQL (usage.secret)" -}}
 {{- end -}}
 {{- if and $v.autoscaling.enabled (lt (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
 {{- fail (printf "autoscaling.maxReplicas: %d is less than minReplicas, %d" (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
@@ -152,11 +152,11 @@ tests: {{ and $v.test.enabled (or (not $v.keys.secret) (not (empty $v.test.apiKe
   "CARD" (ternary "demo" "/etc/llama2/card/card.yaml" $v.demo)
   "DEVICE" (ternary "cuda" "cpu" (gt (int $d.gpus) 0))
   "DATA_DIRECTORY" "/data"
-  "SHUTDOWN_GRACE_SECONDS" (toString $d.longestGenerationSeconds)
+  "SHUTDOWN_GRACE_SECONDS" (toString $d.maxGenerationSeconds)
   "MAX_CONNECTION_AGE_GRACE_SECONDS" (toString $d.connectionAgeGraceSeconds) -}}
 {{- if $d.weights -}}{{- $_ := set $env "WEIGHTS" $d.weights -}}{{- end -}}
-{{- if $d.open -}}{{- $_ := set $env "ALLOW_UNAUTHENTICATED" "true" -}}{{- end -}}
-{{- if $v.keys.secret -}}{{- $_ := set $env "API_KEYS_FILE" (printf "/etc/llama2/keys/%s" $v.keys.key) -}}{{- end -}}
+{{- if $d.unauthenticated -}}{{- $_ := set $env "ALLOW_UNAUTHENTICATED" "true" -}}{{- end -}}
+{{- if $v.apiKeys.secret -}}{{- $_ := set $env "API_KEYS_FILE" (printf "/etc/llama2/keys/%s" $v.apiKeys.key) -}}{{- end -}}
 {{- if $v.tls.secret -}}
 {{- $_ := set $env "TLS_CERTIFICATE" "/etc/llama2/tls/tls.crt" -}}
 {{- $_ := set $env "TLS_KEY" "/etc/llama2/tls/tls.key" -}}
@@ -173,9 +173,9 @@ tests: {{ and $v.test.enabled (or (not $v.keys.secret) (not (empty $v.test.apiKe
 - name: LLAMA2_REDIS_URL
   valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.redis.key }}}}
 {{- end }}
-{{- with $v.ledger.secret }}
+{{- with $v.usage.secret }}
 - name: LLAMA2_USAGE_URL
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.ledger.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.usage.key }}}}
 {{- end }}
 {{- with $v.extraEnv }}
 {{ toYaml . }}
