@@ -1,13 +1,18 @@
-"""The chart as Helm's own engine renders it, and what the tests of it look for in the manifests."""
+"""The chart, rendered by Helm's engine, and helpers that read the manifests."""
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import helm_python
+import pytest
 import yaml
 from tools.chart import CHART
+
+from llama2_server.card import ModelCard, load_card, parse_card
+from llama2_server.config.settings import Settings
 
 Manifest: TypeAlias = dict[str, Any]
 Values: TypeAlias = dict[str, Any]
@@ -18,29 +23,29 @@ VALUE_SETS = sorted(path.stem for path in (CHART / "ci").glob("*.yaml"))
 
 @cache
 def chart() -> helm_python.Chart:
-    """The chart, loaded once."""
+    """Load the chart once."""
     return helm_python.Chart.load(CHART)
 
 
 def values_of(value_set: str) -> Values:
-    """One of the value sets under `ci`."""
+    """Return a value set under `ci`."""
     values: Values = yaml.safe_load((CHART / "ci" / f"{value_set}.yaml").read_text(encoding="utf-8"))
     return values
 
 
 def render(values: Values, release: str = "llama2") -> "Rendered":
-    """The manifests of an install with these values; HelmError where they are refused."""
+    """Render an install with these values; raise HelmError if they are invalid."""
     return Rendered(chart().render(values, name=release, namespace=NAMESPACE), merged=chart().merge_values(values))
 
 
 @cache
 def rendered(value_set: str) -> "Rendered":
-    """The manifests of a value set under `ci`."""
+    """Render a value set under `ci`."""
     return render(values_of(value_set))
 
 
 class Rendered:
-    """What one install consists of."""
+    """The manifests and notes of an install."""
 
     def __init__(self, files: dict[str, str], merged: Values) -> None:
         self.values = merged
@@ -54,17 +59,17 @@ class Rendered:
         self.manifests = [manifest for manifests in self.by_template.values() for manifest in manifests]
 
     def of(self, kind: str) -> list[Manifest]:
-        """All manifests of a kind."""
+        """Return all manifests of a kind."""
         return [manifest for manifest in self.manifests if manifest["kind"] == kind]
 
     def one(self, kind: str) -> Manifest:
-        """The only manifest of a kind."""
+        """Return the only manifest of a kind."""
         (manifest,) = self.of(kind)
         return manifest
 
     @property
     def pod(self) -> Manifest:
-        """The server's pod, as the Deployment makes it."""
+        """The pod template of the Deployment."""
         template: Manifest = self.one("Deployment")["spec"]["template"]
         return template
 
@@ -77,7 +82,7 @@ class Rendered:
 
     @property
     def env(self) -> dict[str, Any]:
-        """The server's environment: texts, or where they come from."""
+        """The server's environment: values, or references to their sources."""
         return environment_of(self.server)
 
     @property
@@ -86,29 +91,48 @@ class Rendered:
         return self.of("Pod")
 
     def pods(self) -> Iterator[Manifest]:
-        """Every pod there will be."""
+        """Yield the server's pod and the test pods."""
         yield self.pod
         yield from self.test_pods
 
     def services(self) -> Iterator[tuple[Manifest, Manifest]]:
-        """The normal Service and the headless one."""
+        """Yield the normal and the headless Service, each with its spec."""
         for service in self.of("Service"):
             yield service, service["spec"]
 
 
 def environment_of(container: Manifest) -> dict[str, Any]:
-    """A container's environment: texts, or where they come from."""
+    """Return a container's environment: values, or references to their sources."""
     entries = container.get("env", [])
     environment = {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in entries}
-    assert len(environment) == len(entries), "a variable stands there twice"
+    assert len(environment) == len(entries), "a variable is defined twice"
     return environment
 
 
 def containers_of(pod: Manifest) -> list[Manifest]:
-    """All containers of a pod, the ones that run first included."""
+    """Return all containers of a pod, init containers included."""
     return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
 
 
 def selects(labels: dict[str, str], manifest: Manifest) -> bool:
-    """Whether a selector by these labels takes a manifest."""
+    """Return whether a selector with these labels matches a manifest."""
     return bool(labels.items() <= manifest["metadata"]["labels"].items())
+
+
+def settings_of(release: Rendered, secrets: dict[str, str] | None = None) -> Settings:
+    """Return the settings of a server with the rendered environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("LLAMA2_")]:
+            patch.delenv(name)
+        for name, value in release.env.items():
+            if name.startswith("LLAMA2_"):
+                patch.setenv(name, value if isinstance(value, str) else (secrets or {}).get(name, "x://y"))
+        return Settings.model_validate({})
+
+
+def card_of(release: Rendered) -> ModelCard:
+    """Return the card that the server reads."""
+    if release.env["LLAMA2_CARD"] == "demo":
+        return load_card("demo")
+    (card,) = (found for found in release.of("ConfigMap") if found["metadata"]["name"].endswith("-card"))
+    return parse_card(card["data"]["card.yaml"])

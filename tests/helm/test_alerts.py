@@ -1,4 +1,4 @@
-"""The alerts and the autoscaling query, as Prometheus itself evaluates them on made-up series."""
+"""The alerts and the autoscaling query, evaluated by Prometheus on sample series."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from tests.helm.chart import rendered
 
 PROMTOOL = shutil.which("promtool")
 pytestmark = pytest.mark.skipif(
-    PROMTOOL is None, reason="NOT TESTED: promtool is not installed (Debian: it is in the package prometheus)"
+    PROMTOOL is None, reason="NOT TESTED: promtool is not installed (Debian package: prometheus)"
 )
 
 TARGET = 'namespace="text",service="llama2-headless",pod="a"'
@@ -19,7 +19,7 @@ OTHERS = 'namespace="text",service="other-headless",pod="b"'
 
 
 class Case(NamedTuple):
-    """Series by name and labels, in promtool's notation for one value a minute, and an alert that fires on them."""
+    """An alert, series in promtool's notation with one value per minute, and the minute of the evaluation."""
 
     alert: str
     series: dict[str, str]
@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
 FIRES = [
     Case("Llama2NotServing", {"llama2_ready": "1x5 0x30"}, 10),
-    Case("Llama2NotServing", {"llama2_max_concurrent_requests": "1x30"}, 10),  # no pod shows whether it serves
+    Case("Llama2NotServing", {"llama2_max_concurrent_requests": "1x30"}, 10),  # no pod exports its readiness
     Case("Llama2ReplicaNotReady", {"llama2_ready": "0x60"}, 25),
     Case("Llama2QueueGrowing", {"llama2_requests_queued": "1+1x60"}, 30),
     Case("Llama2SlowFirstToken", {
@@ -45,12 +45,12 @@ FIRES = [
     Case("Llama2UsageJournalFilling", {"llama2_usage_journal_bytes": "0+2000000x60"}, 30),
     Case("Llama2QuotaStoreUnavailable", {"llama2_quota_store_up": "0x60"}, 10),
 ]  # fmt: skip
-QUIET = [
+DOES_NOT_FIRE = [
     Case("Llama2NotServing", {"llama2_ready": "1x60"}, 30),
-    Case("Llama2NotServing", {"llama2_ready": "1x20 0 1x60"}, 22),  # for a moment only
-    Case("Llama2ReplicaNotReady", {"llama2_ready": "0x15 1x60"}, 30),  # it loaded
+    Case("Llama2NotServing", {"llama2_ready": "1x20 0 1x60"}, 22),  # for one minute only
+    Case("Llama2ReplicaNotReady", {"llama2_ready": "0x15 1x60"}, 30),  # loading has finished
     Case("Llama2QueueGrowing", {"llama2_requests_queued": "0 5 0 7 0 8x60"}, 4),
-    Case("Llama2QueueGrowing", {"llama2_requests_queued": "30-1x30"}, 25),  # it shrinks
+    Case("Llama2QueueGrowing", {"llama2_requests_queued": "30-1x30"}, 25),  # the queue shrinks
     Case("Llama2SlowFirstToken", {
         'llama2_time_to_first_token_seconds_bucket{le="5"}': "0+10x60",
         'llama2_time_to_first_token_seconds_bucket{le="+Inf"}': "0+10x60",
@@ -59,8 +59,8 @@ QUIET = [
         'llama2_requests_total{code="OK",method="Generate"}': "0+97x60",
         'llama2_requests_total{code="RESOURCE_EXHAUSTED",method="Generate"}': "0+50x60",
         'llama2_requests_total{code="INVALID_ARGUMENT",method="Generate"}': "0+50x60",
-    }, 30),  # the caller's fault
-    Case("Llama2Errors", {'llama2_requests_total{code="OK",method="Generate"}': "0x60"}, 30),  # nobody calls
+    }, 30),  # client errors
+    Case("Llama2Errors", {'llama2_requests_total{code="OK",method="Generate"}': "0x60"}, 30),  # no requests
     Case("Llama2UsageLag", {"llama2_usage_lag_seconds": "60x60"}, 30),
     Case("Llama2UsageJournalFilling", {"llama2_usage_journal_bytes": "1000000x60"}, 30),
     Case("Llama2QuotaStoreUnavailable", {"llama2_quota_store_up": "1x60"}, 30),
@@ -68,7 +68,7 @@ QUIET = [
 
 
 def series_of(case: Case, target: str = TARGET) -> list[dict[str, str]]:
-    """A case's series as promtool reads them."""
+    """Return the series of a case in promtool's format."""
     series = []
     for series_name, values in case.series.items():
         name, _, labels = series_name.removesuffix("}").partition("{")
@@ -76,8 +76,8 @@ def series_of(case: Case, target: str = TARGET) -> list[dict[str, str]]:
     return series
 
 
-def promtool_says(directory: Path, test: dict[str, Any]) -> str:
-    """What `promtool test rules` finds; raises where the rules or the test cannot be read."""
+def promtool_failures(directory: Path, test: dict[str, Any]) -> str:
+    """Run `promtool test rules`; return its output if the test fails, else an empty string."""
     assert PROMTOOL is not None
     rules = rendered("everything-on").one("PrometheusRule")["spec"]
     (directory / "rules.json").write_text(json.dumps(rules))
@@ -90,16 +90,16 @@ def promtool_says(directory: Path, test: dict[str, Any]) -> str:
 
 
 def alerts_at(case: Case, directory: Path, target: str = TARGET) -> bool:
-    """Whether the alert fires at its minute."""
-    # promtool compares with the alerts that are expected: none fires if that is what it finds.
-    none = {"eval_time": f"{case.minute}m", "alertname": case.alert, "exp_alerts": []}
-    said = promtool_says(directory, {"input_series": series_of(case, target), "alert_rule_test": [none]})
-    assert not said or f"alertname: {case.alert}" in said.replace(",", ""), said
-    return bool(said)
+    """Return whether the alert fires at the minute of the case."""
+    # promtool compares with the expected alerts: the test passes if none fires.
+    expected = {"eval_time": f"{case.minute}m", "alertname": case.alert, "exp_alerts": []}
+    failures = promtool_failures(directory, {"input_series": series_of(case, target), "alert_rule_test": [expected]})
+    assert not failures or f"alertname: {case.alert}" in failures.replace(",", ""), failures
+    return bool(failures)
 
 
-def test_promtool_takes_the_rules(tmp_path: Path) -> None:
-    """Prometheus' own checker finds nothing wrong, templates in the annotations included."""
+def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
+    """Prometheus' linter finds no error in the rules and the templates of their annotations."""
     assert PROMTOOL is not None
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps(rendered("everything-on").one("PrometheusRule")["spec"]))
@@ -110,41 +110,41 @@ def test_promtool_takes_the_rules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", FIRES, ids=str)
-def test_it_fires(case: Case, tmp_path: Path) -> None:
-    """Each alert fires when what it is about goes on for as long as it waits."""
+def test_the_alert_fires(case: Case, tmp_path: Path) -> None:
+    """Each alert fires when its condition lasts for its `for` duration."""
     assert alerts_at(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", QUIET, ids=str)
-def test_it_is_quiet(case: Case, tmp_path: Path) -> None:
-    """None fires in good health, for a moment's trouble, or for the callers' own mistakes."""
+@pytest.mark.parametrize("case", DOES_NOT_FIRE, ids=str)
+def test_the_alert_does_not_fire(case: Case, tmp_path: Path) -> None:
+    """No alert fires for a healthy service, a short error or client errors."""
     assert not alerts_at(case, tmp_path)
 
 
 @pytest.mark.parametrize("case", [case for case in FIRES if case.alert != "Llama2NotServing"], ids=str)
-def test_another_release_does_not_fire_it(case: Case, tmp_path: Path) -> None:
-    """The same series of another Service in the namespace are none of this release's alerts' business."""
+def test_series_of_another_release_do_not_fire_the_alert(case: Case, tmp_path: Path) -> None:
+    """The alerts ignore the same series of another Service in the namespace."""
     assert not alerts_at(case, tmp_path, OTHERS)
 
 
-def test_every_alert_was_tried() -> None:
-    """No alert without a case in which it fires and one in which it does not."""
+def test_every_alert_has_cases() -> None:
+    """Each alert has a case that fires it and a case that does not."""
     alerts = {rule["alert"] for rule in rendered("everything-on").one("PrometheusRule")["spec"]["groups"][0]["rules"]}
-    assert {case.alert for case in FIRES} == {case.alert for case in QUIET} == alerts
+    assert {case.alert for case in FIRES} == {case.alert for case in DOES_NOT_FIRE} == alerts
 
 
 @pytest.mark.parametrize(
     ("total", "count", "expected"),
     [
-        ("0+120x30", "0+6x30", 20.0),  # six calls a minute, which waited for 20 s each
-        ("0x30", "0x30", 0.0),  # nobody called
-        ("_x30", "_x30", 0.0),  # nothing was scraped
+        ("0+120x30", "0+6x30", 20.0),  # six requests per minute, each queued for 20 s
+        ("0x30", "0x30", 0.0),  # no requests
+        ("_x30", "_x30", 0.0),  # no scraped samples
     ],
 )
-def test_autoscaling_reads_the_mean_wait(total: str, count: str, expected: float, tmp_path: Path) -> None:
-    """KEDA's query is one number, in seconds, whether or not anybody calls."""
+def test_autoscaling_uses_the_mean_queue_time(total: str, count: str, expected: float, tmp_path: Path) -> None:
+    """KEDA's query returns one number in seconds, with and without requests."""
     (trigger,) = rendered("everything-on").one("ScaledObject")["spec"]["triggers"]
     case = Case("", {"llama2_queue_time_seconds_sum": total, "llama2_queue_time_seconds_count": count}, 20)
     sample = {"labels": "{}", "value": expected}
     expression = {"expr": trigger["metadata"]["query"], "eval_time": "20m", "exp_samples": [sample]}
-    assert promtool_says(tmp_path, {"input_series": series_of(case), "promql_expr_test": [expression]}) == ""
+    assert promtool_failures(tmp_path, {"input_series": series_of(case), "promql_expr_test": [expression]}) == ""

@@ -1,4 +1,4 @@
-"""Alerts, dashboard and autoscaling ask for metrics and labels that a server shows, in queries that parse."""
+"""The queries of alerts, dashboard and autoscaling parse, and use metrics and labels that the server exports."""
 
 import json
 import re
@@ -16,15 +16,15 @@ from tools.chart import CHART
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
 
-# What a scrape shows: each sample's name, and the names of its labels.
+# The sample names of a scrape, each with its label names.
 Samples: TypeAlias = dict[str, set[str]]
 
-# What Prometheus adds to a scrape's samples for a ServiceMonitor's target.
+# Labels that Prometheus adds to the samples of a ServiceMonitor's target.
 TARGET_LABELS = {"namespace", "service", "pod", "job", "instance"}
 
 
 def samples_of(exposition: str) -> Samples:
-    """The samples of a scrape, given its text."""
+    """Parse the text of a scrape."""
     samples: Samples = {}
     for name, labels in re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", exposition, re.MULTILINE):
         samples.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))
@@ -33,7 +33,7 @@ def samples_of(exposition: str) -> Samples:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Samples:
-    """What a running server shows that has served a call."""
+    """The samples of a running server after one request."""
     metrics = f"127.0.0.1:{free_port()}"
     with (
         server(tmp_path_factory.mktemp("served"), "--metrics-listen", metrics) as (_, address),
@@ -45,13 +45,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 class Query(NamedTuple):
-    """A query of the chart's, and where it stands."""
+    """A PromQL query of the chart, and its location."""
 
-    place: str
+    location: str
     text: str
 
     def selectors(self) -> Iterator[promql_parser.VectorSelector]:
-        """What it asks Prometheus for."""
+        """Yield the vector selectors of the query."""
         found: list[promql_parser.VectorSelector] = []
 
         def visit(node: promql_parser.Expr) -> None:
@@ -62,7 +62,7 @@ class Query(NamedTuple):
         yield from found
 
     def grouped_by(self) -> set[str]:
-        """The labels that its aggregations keep."""
+        """Return the labels that its aggregations keep."""
         kept: set[str] = set()
 
         def visit(node: promql_parser.Expr) -> None:
@@ -74,7 +74,7 @@ class Query(NamedTuple):
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard that ships."""
+    """Load the chart's dashboard."""
     content: dict[str, Any] = json.loads((CHART / "files/dashboard.json").read_text(encoding="utf-8"))
     return content
 
@@ -84,15 +84,15 @@ def panels() -> list[dict[str, Any]]:
 
 
 def dashboard_queries() -> list[Query]:
-    """Every query of the dashboard, with Grafana's own variable for a duration filled in."""
+    """Return every query of the dashboard, with Grafana's duration variable replaced."""
     texts = [(panel["title"], target["expr"]) for panel in panels() for target in panel["targets"]]
     variables = [v for v in dashboard()["templating"]["list"] if v["type"] == "query"]
     for variable in variables:
-        asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"])
-        assert asked is not None
-        assert asked[2] == variable["name"]
-        texts.append((variable["name"], f"sum by ({asked[2]}) ({asked[1]})"))
-    return [Query(f"dashboard: {place}", text.replace("$__rate_interval", "5m")) for place, text in texts]
+        query = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"])
+        assert query is not None
+        assert query[2] == variable["name"]
+        texts.append((variable["name"], f"sum by ({query[2]}) ({query[1]})"))
+    return [Query(f"dashboard: {title}", text.replace("$__rate_interval", "5m")) for title, text in texts]
 
 
 def rules_of(manifest: Manifest) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def rules_of(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def chart_queries(value_set: str) -> list[Query]:
-    """Every query that an install with these values makes, but the dashboard's."""
+    """Return every query of an install with these values, except the dashboard's."""
     release = rendered(value_set)
     queries = [
         Query(f"alert: {rule['alert']}", rule["expr"])
@@ -115,14 +115,14 @@ def chart_queries(value_set: str) -> list[Query]:
 QUERIES = sorted({*dashboard_queries(), *(query for name in VALUE_SETS for query in chart_queries(name))})
 
 
-def test_there_are_queries_of_all_three_kinds() -> None:
-    """The tests below look at something."""
-    assert {query.place.split(":")[0] for query in QUERIES} == {"alert", "autoscaling", "dashboard"}
+def test_queries_of_all_three_kinds_were_found() -> None:
+    """The parametrized tests below cover alerts, autoscaling and dashboard."""
+    assert {query.location.split(":")[0] for query in QUERIES} == {"alert", "autoscaling", "dashboard"}
 
 
-@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.place)
-def test_metrics_and_labels_are_served(query: Query, served: Samples) -> None:
-    """Each metric of a query is in a scrape, with the labels that the query selects and groups by."""
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.location)
+def test_the_server_exports_metrics_and_labels(query: Query, served: Samples) -> None:
+    """Each metric of a query is in a scrape, with the labels that the query uses."""
     selectors = list(query.selectors())
     assert selectors
     for selector in selectors:
@@ -132,9 +132,9 @@ def test_metrics_and_labels_are_served(query: Query, served: Samples) -> None:
         assert query.grouped_by() <= labels
 
 
-@pytest.mark.parametrize("query", [query for query in QUERIES if query.place[:9] != "dashboard"], ids=str)
-def test_alerts_and_autoscaling_see_their_own_release_only(query: Query) -> None:
-    """Another release in the cluster neither fires them nor quiets them."""
+@pytest.mark.parametrize("query", [query for query in QUERIES if query.location[:9] != "dashboard"], ids=str)
+def test_alerts_and_autoscaling_select_their_release_only(query: Query) -> None:
+    """Another release in the cluster does not affect them."""
     for selector in query.selectors():
         matchers = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
         assert matchers["namespace"] == "text"
@@ -142,15 +142,15 @@ def test_alerts_and_autoscaling_see_their_own_release_only(query: Query) -> None
 
 
 def test_every_metric_is_on_the_dashboard(served: Samples) -> None:
-    """What the server counts can be seen; a histogram by its buckets."""
+    """The dashboard shows each metric of the server, a histogram by its buckets."""
     shown = {str(selector.name) for query in dashboard_queries() for selector in query.selectors()}
     parts = re.compile(r"_(sum|count|created)$")
     buckets = {parts.sub("_bucket", name) for name in served}
     assert {name for name in buckets if name.startswith("llama2_")} <= shown
 
 
-def test_panels_name_what_they_show() -> None:
-    """Each has a title and a description, and its legends use labels that its query keeps."""
+def test_panels_are_described() -> None:
+    """Each panel has a title and a description, and its legends use labels that its query keeps."""
     for panel in panels():
         assert panel["title"]
         assert panel["description"]
@@ -163,31 +163,31 @@ def test_panels_name_what_they_show() -> None:
             )
 
 
-def test_panels_lie_beside_one_another() -> None:
-    """Grafana gets ids and places that do not clash, and one datasource that the reader chooses."""
+def test_panels_do_not_overlap() -> None:
+    """Panel ids and grid cells are unique, and all panels use the selected data source."""
     ids = [panel["id"] for panel in dashboard()["panels"]]
     assert len(set(ids)) == len(ids)
     cells = [
         (x, y)
         for panel in dashboard()["panels"]
-        for place in [panel["gridPos"]]
-        for x in range(place["x"], place["x"] + place["w"])
-        for y in range(place["y"], place["y"] + place["h"])
+        for grid in [panel["gridPos"]]
+        for x in range(grid["x"], grid["x"] + grid["w"])
+        for y in range(grid["y"], grid["y"] + grid["h"])
     ]
     assert len(set(cells)) == len(cells)
     assert max(x for x, _ in cells) < 24
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels())
 
 
-def test_the_dashboard_arrives_as_it_is() -> None:
-    """The ConfigMap has the file to the letter, under the label that Grafana's sidecar looks for."""
+def test_the_dashboard_is_deployed_unchanged() -> None:
+    """The ConfigMap has the exact text of the file, and the label that Grafana's sidecar selects."""
     (config,) = rendered("everything-on").by_template["dashboard.yaml"]
     assert config["data"] == {"llama2.json": (CHART / "files/dashboard.json").read_text(encoding="utf-8")}
     assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
-def test_alerts_say_what_is_wrong_and_where_to_look() -> None:
-    """Each has a severity, a summary and a description, waits a while, and follows the values' thresholds."""
+def test_alerts_are_described_and_use_the_thresholds() -> None:
+    """Each alert has a severity, a summary, a description and a delay; thresholds come from the values."""
     release = rendered("everything-on")
     manifest = release.one("PrometheusRule")
     assert manifest["metadata"]["labels"]["release"] == "prometheus"
@@ -200,11 +200,11 @@ def test_alerts_say_what_is_wrong_and_where_to_look() -> None:
     assert rules["Llama2Errors"]["expr"].endswith("> 0.01")
     assert rules["Llama2UsageLag"]["expr"].endswith("> 120")
     assert rules["Llama2UsageJournalFilling"]["expr"].endswith("> 33554432")
-    assert rules["Llama2ReplicaNotReady"]["for"] == "20m"  # startupSeconds, and five minutes
+    assert rules["Llama2ReplicaNotReady"]["for"] == "20m"  # startupSeconds plus five minutes
 
 
-def test_an_alert_about_redis_is_there_with_redis() -> None:
-    """Without Redis nothing can be down."""
+def test_the_redis_alert_requires_redis() -> None:
+    """Without Redis, the chart has no alert about it."""
     values = values_of("demo") | {"alerts": {"enabled": True}, "serviceMonitor": {"enabled": True}}
     names = {rule["alert"] for rule in rules_of(render(values).one("PrometheusRule"))}
     assert "Llama2QuotaStoreUnavailable" not in names

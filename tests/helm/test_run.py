@@ -1,4 +1,4 @@
-"""What the chart would have containers run, run here: the server, the test and the fetching of weights."""
+"""The containers' commands run as local processes: server, test and weights download."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ WITH_KEYS: Values = {"demo": True, "apiKeys": {"secret": "keys"}, "test": {"apiK
 
 @contextmanager
 def container_of(release: Rendered, files: dict[str, Path]) -> Iterator[str]:
-    """A server with a container's environment, on free ports and with these files for the mounted ones; its port."""
+    """Run a server with a container's environment, free ports and these mounted files; yield its port."""
     settings = {name: files.get(value, value) for name, value in release.env.items()}
     settings |= {name: "0.0.0.0:0" for name in settings if name.endswith("LISTEN")}
     variables = {name: str(value) for name, value in settings.items()}
@@ -40,7 +40,7 @@ def container_of(release: Rendered, files: dict[str, Path]) -> Iterator[str]:
 
 
 def helm_test(pod: Manifest, port: str, secrets: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run the test pod's command against this port of this machine."""
+    """Run the test pod's command against a local port."""
     (container,) = pod["spec"]["containers"]
     assert container["command"] == ["llama2"]
     arguments = [re.sub(r"^--address=.*", f"--address=127.0.0.1:{port}", argument) for argument in container["args"]]
@@ -53,7 +53,7 @@ def helm_test(pod: Manifest, port: str, secrets: dict[str, str]) -> subprocess.C
 
 
 def test_the_demo_generates(tmp_path: Path) -> None:
-    """With the demo's environment a server starts, and the test pod's command gets eight tokens of a story from it."""
+    """A server with the demo's environment starts, and the test pod's command generates eight tokens."""
     release = rendered("demo")
     with container_of(release, {"/data": tmp_path}) as port:
         done = helm_test(release.test_pods[0], port, {})
@@ -62,8 +62,8 @@ def test_the_demo_generates(tmp_path: Path) -> None:
     assert "8 " in done.stderr
 
 
-def test_with_keys_the_test_needs_its_key(tmp_path: Path) -> None:
-    """With the keys Secret mounted the server asks for keys, and the test pod brings the one of its own Secret."""
+def test_with_api_keys_the_test_needs_a_key(tmp_path: Path) -> None:
+    """With the API keys Secret mounted, the server requires a key; the test pod sends the key of its Secret."""
     release = render(WITH_KEYS)
     key, line = new_key("tests")
     api_keys_file = tmp_path / "keys.yaml"
@@ -75,14 +75,14 @@ def test_with_keys_the_test_needs_its_key(tmp_path: Path) -> None:
         assert done.returncode == 5
 
 
-def test_the_init_container_fetches_what_the_server_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`llama2-server` has its command and arguments, and they lead to the directory of the server's setting."""
+def test_the_init_container_downloads_the_served_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`llama2-server` accepts the command, which downloads to the directory of the server's setting."""
     release = rendered("production-gpu")
     (init,) = release.pod["spec"]["initContainers"]
-    asked: list[tuple[str, str | None]] = []
+    requested: list[tuple[str, str | None]] = []
 
     def download(repository: str, *, revision: str | None, local_dir: Path, **_: Any) -> str:
-        asked.append((repository, revision))
+        requested.append((repository, revision))
         local_dir.mkdir(parents=True)
         return str(local_dir)
 
@@ -92,7 +92,7 @@ def test_the_init_container_fetches_what_the_server_takes(tmp_path: Path, monkey
     result = CliRunner().invoke(admin, [*init["command"][1:], *arguments])
     assert result.exit_code == 0, result.output
     values = release.values["weights"]
-    assert asked == [(values["hubId"], values["revision"])]
+    assert requested == [(values["hubId"], values["revision"])]
     served = Settings.model_validate({"card": "x", "weights": release.env["LLAMA2_WEIGHTS"]}).weights
     assert served is not None
     assert (tmp_path / Path(served).name).is_dir()

@@ -45,19 +45,19 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if not $text -}}
 {{- $shipped := list -}}
 {{- range $path, $_ := .Files.Glob "files/cards/*.yaml" -}}{{- $shipped = append $shipped (base $path | trimSuffix ".yaml") -}}{{- end -}}
-{{- fail (printf "card.name: no card %q ships with the chart, only %s; give your own with --set-file card.content=FILE" .Values.card.name (join ", " $shipped)) -}}
+{{- fail (printf "card.name: %q does not ship with the chart (available: %s); choose one of these or set a custom card with --set-file card.content=FILE" .Values.card.name (join ", " $shipped)) -}}
 {{- end -}}
 {{- $text -}}
 {{- end -}}
 {{- end -}}
 
-{{/* The card's context_length_limit: the most tokens of a prompt and its reply together. */}}
+{{/* The card's context_length_limit: the maximum number of tokens of a prompt and its reply together. */}}
 {{- define "llama2.contextLength" -}}
 {{- $card := dict -}}
 {{- range regexSplit "(?m)^---[ \\t]*$" (include "llama2.card" .) -1 -}}
 {{- if and (not $card) (trim .) -}}{{- $card = fromYaml . -}}{{- end -}}
 {{- end -}}
-{{- if $card.Error -}}{{- fail (printf "card: not YAML: %s" $card.Error) -}}{{- end -}}
+{{- if $card.Error -}}{{- fail (printf "card: not valid YAML: %s" $card.Error) -}}{{- end -}}
 {{- $found := 0 -}}
 {{- $model := get $card "model" -}}
 {{- if kindIs "map" $model -}}
@@ -65,11 +65,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if eq (toString .property_id) "context_length_limit" -}}{{- $found = int .value -}}{{- end -}}
 {{- end -}}
 {{- end -}}
-{{- if lt $found 1 -}}{{- fail "card: model.properties has no positive context_length_limit; is this a model card?" -}}{{- end -}}
+{{- if lt $found 1 -}}{{- fail "card: model.properties has no positive context_length_limit; check that the file is a model card" -}}{{- end -}}
 {{- $found -}}
 {{- end -}}
 
-{{/* What follows from the card and the values; every template reads it from here. */}}
+{{/* Values derived from the card and the chart's values, for all templates. */}}
 {{- define "llama2.derived" -}}
 {{- $v := .Values -}}
 {{- $replicas := ternary $v.autoscaling.maxReplicas $v.replicas $v.autoscaling.enabled | int -}}
@@ -88,60 +88,60 @@ createDataClaim: {{ and $persistentData (not $v.data.existingClaim) }}
 recreate: {{ or $persistentData (and $createWeightsClaim (hasPrefix "ReadWriteOnce" $v.weights.accessMode)) }}
 maxGenerationSeconds: {{ $maxGenerationSeconds }}
 terminationGraceSeconds: {{ add $v.drain.preStopSeconds $maxGenerationSeconds $v.drain.flushSeconds }}
-{{- /* A call may come just before its connection ends, wait in line and then generate; a minute more is for the rest. */}}
+{{- /* A request may arrive just before its connection ends, wait in the queue and then generate; 60 s is a margin. */}}
 connectionAgeGraceSeconds: {{ add ($v.settings.queue_timeout_seconds | default 300 | ceil | int) $maxGenerationSeconds 60 }}
 connectsOut: {{ or (not (empty (cat $v.weights.hubId $v.redis.secret $v.usage.secret ($v.settings.otlp_endpoint | default "") | trim))) false }}
 testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test.apiKey.secret))) (or (not $v.tls.clientCaSecret) (not (empty $v.test.clientSecret))) }}
 {{- end -}}
 
-{{/* What a schema cannot say; each message says what to do. */}}
+{{/* Checks that a schema cannot express. */}}
 {{- define "llama2.check" -}}
 {{- $v := .Values -}}
 {{- $d := include "llama2.derived" . | fromYaml -}}
 {{- if $v.demo -}}
 {{- if or $v.card.content $v.weights.hubId $v.weights.existingClaim -}}
-{{- fail "demo: the demo model brings its own card and weights; leave card.content and weights.* empty, or set demo to false" -}}
+{{- fail "demo: the demo model has its own card and weights; leave card.content and weights.* empty, or set demo to false" -}}
 {{- end -}}
 {{- else -}}
 {{- if not (or $v.weights.hubId $v.weights.existingClaim) -}}
-{{- fail "weights: there are none; set weights.hubId to fetch them, or weights.existingClaim to a volume that holds them, or demo to true" -}}
+{{- fail "weights: not set; set weights.hubId to download them, or weights.existingClaim to a volume that has them, or demo to true" -}}
 {{- end -}}
 {{- if not (or $v.apiKeys.secret $v.allowUnauthenticated) -}}
-{{- fail "apiKeys.secret: without keys anybody who reaches the port may call; name the Secret with the keys file, or set allowUnauthenticated to true" -}}
+{{- fail "apiKeys.secret: not set, so every client that can reach the port may call; set the Secret with the API keys file, or set allowUnauthenticated to true" -}}
 {{- end -}}
 {{- end -}}
 {{- if and $v.apiKeys.secret $v.allowUnauthenticated -}}
-{{- fail "allowUnauthenticated: there are keys too; leave one of apiKeys.secret and allowUnauthenticated empty" -}}
+{{- fail "allowUnauthenticated: apiKeys.secret is also set; set only one of them" -}}
 {{- end -}}
 {{- if and $v.weights.hubId $v.weights.directory -}}
-{{- fail "weights.directory: with weights.hubId the chart names the directory itself; leave it empty" -}}
+{{- fail "weights.directory: the chart derives the directory from weights.hubId; leave it empty" -}}
 {{- end -}}
 {{- if and $v.tls.clientCaSecret (not $v.tls.secret) -}}
-{{- fail "tls.clientCaSecret: mutual TLS needs the server's own certificate too; set tls.secret" -}}
+{{- fail "tls.clientCaSecret: mutual TLS also needs the server's certificate; set tls.secret" -}}
 {{- end -}}
 {{- if and $d.createWeightsClaim (gt (int $d.maxReplicas) 1) (hasPrefix "ReadWriteOnce" $v.weights.accessMode) -}}
-{{- fail (printf "weights.accessMode: %d replicas cannot share a %s volume; set ReadWriteMany and a weights.storageClass that has it, or weights.existingClaim" (int $d.maxReplicas) $v.weights.accessMode) -}}
+{{- fail (printf "weights.accessMode: %d replicas cannot share a %s volume; set ReadWriteMany and a weights.storageClass that supports it, or set weights.existingClaim" (int $d.maxReplicas) $v.weights.accessMode) -}}
 {{- end -}}
 {{- if and $v.data.existingClaim (gt (int $d.maxReplicas) 1) -}}
-{{- fail "data.existingClaim: one volume cannot be the data volume of several replicas; leave it empty, and keep usage in PostgreSQL (usage.secret)" -}}
+{{- fail "data.existingClaim: several replicas cannot share one data volume; leave it empty and store usage in PostgreSQL (usage.secret)" -}}
 {{- end -}}
 {{- if and $v.autoscaling.enabled (lt (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
-{{- fail (printf "autoscaling.maxReplicas: %d is less than minReplicas, %d" (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
+{{- fail (printf "autoscaling.maxReplicas: %d is less than minReplicas (%d); raise it" (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
 {{- end -}}
 {{- if and (or $v.autoscaling.enabled $v.alerts.enabled) (not $v.serviceMonitor.enabled) -}}
-{{- fail "serviceMonitor.enabled: autoscaling and alerts ask Prometheus for what it scraped; set it to true" -}}
+{{- fail "serviceMonitor.enabled: autoscaling and alerts need scraped metrics; set it to true" -}}
 {{- end -}}
 {{- if and (eq (toString $v.rollingUpdate.maxSurge | trimSuffix "%") "0") (eq (toString $v.rollingUpdate.maxUnavailable | trimSuffix "%") "0") -}}
-{{- fail "rollingUpdate: with maxSurge and maxUnavailable both 0 no pod could ever be replaced; raise one" -}}
+{{- fail "rollingUpdate: no pod can be replaced if maxSurge and maxUnavailable are both 0; raise one" -}}
 {{- end -}}
 {{- end -}}
 
-{{/* A setting as text: Helm holds every number as a float and would write 16777216 as 1.6777216e+07. */}}
+{{/* A setting as text. Helm stores every number as a float and would write 16777216 as 1.6777216e+07. */}}
 {{- define "llama2.settingText" -}}
 {{- if and (kindIs "float64" .) (eq . (floor .)) -}}{{- int64 . -}}{{- else -}}{{- . -}}{{- end -}}
 {{- end -}}
 
-{{/* The server's environment: the names are `LLAMA2_` and a setting's name. */}}
+{{/* The server's environment; each variable is `LLAMA2_` and the name of a setting. */}}
 {{- define "llama2.env" -}}
 {{- $v := .Values -}}
 {{- $d := include "llama2.derived" . | fromYaml -}}
@@ -182,7 +182,7 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 {{- end }}
 {{- end -}}
 
-{{/* CPU and memory of the server; the GPU comes beside them. */}}
+{{/* CPU and memory of the server; deployment.yaml adds the GPU. */}}
 {{- define "llama2.resources" -}}
 {{- if .Values.resources -}}
 {{- toYaml .Values.resources -}}
@@ -195,7 +195,7 @@ limits: {memory: 20Gi}
 {{- end -}}
 {{- end -}}
 
-{{/* The restricted Pod Security profile, and a root that cannot be written. */}}
+{{/* The restricted Pod Security profile, with a read-only root file system. */}}
 {{- define "llama2.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 65532
@@ -211,7 +211,7 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* Which series are this release's: the labels are those that the ServiceMonitor's scrapes bear. */}}
+{{/* Selector of this release's time series, by the labels that the ServiceMonitor adds. */}}
 {{- define "llama2.series" -}}
 namespace="{{ .Release.Namespace }}",service="{{ include "llama2.name" . }}-headless"
 {{- end -}}

@@ -1,0 +1,82 @@
+"""Rendered manifests are valid, for each value set under helm/llama2/ci."""
+
+import json
+from pathlib import Path
+
+import helm_python
+import kubernetes_validate
+import pytest
+from tests.helm.chart import NAMESPACE, VALUE_SETS, Rendered, render, rendered, selects, values_of
+from tools.chart import CHART
+
+# The oldest version that Chart.yaml allows, the newest version, and one in between.
+KUBERNETES = ("1.30", "1.34", "1.37")
+# Kinds of other projects, for which Kubernetes has no schemas. Other tests check the required fields.
+CUSTOM = {
+    "ServiceMonitor": "monitoring.coreos.com/v1",
+    "PrometheusRule": "monitoring.coreos.com/v1",
+    "ScaledObject": "keda.sh/v1alpha1",
+}
+INFO = 1
+
+
+@pytest.mark.parametrize("value_set", VALUE_SETS)
+def test_helm_lint_passes(value_set: str) -> None:
+    """Helm's strict lint reports no warnings."""
+    report = helm_python.lint(CHART, values_of(value_set), strict=True)
+    assert report["errors"] == []
+    assert [found for found in report["messages"] if found["severity"] > INFO] == []
+
+
+@pytest.mark.parametrize("kubernetes", KUBERNETES)
+def test_manifests_match_the_schemas_of_kubernetes(release: Rendered, kubernetes: str) -> None:
+    """Every manifest is strictly valid in three versions of Kubernetes."""
+    for manifest in release.manifests:
+        if manifest["kind"] in CUSTOM:
+            assert manifest["apiVersion"] == CUSTOM[manifest["kind"]]
+        else:
+            assert kubernetes_validate.validate(manifest, kubernetes, strict=True) == kubernetes
+
+
+def test_the_oldest_allowed_kubernetes_is_tested() -> None:
+    """Chart.yaml allows no version older than the tested ones."""
+    assert helm_python.Chart.load(CHART).metadata["kubeVersion"] == f">={KUBERNETES[0]}.0-0"
+
+
+def test_value_sets_render_every_template() -> None:
+    """The value sets cover every template, and every optional manifest can be disabled."""
+    templates = {name for value_set in VALUE_SETS for name in rendered(value_set).by_template}
+    used = {name for value_set in VALUE_SETS for name, found in rendered(value_set).by_template.items() if found}
+    assert used == templates - {"_helpers.tpl"}
+    minimum = [manifest["kind"] for manifest in rendered("everything-off").manifests]
+    assert sorted(minimum) == ["ConfigMap", "Deployment", "PersistentVolumeClaim", "Service", "Service"]
+    assert {manifest["kind"] for manifest in rendered("everything-on").manifests} > set(CUSTOM)
+
+
+def test_names_are_unique_and_labels_name_the_release(release: Rendered) -> None:
+    """Names are unique, and all manifests have the release's namespace and labels."""
+    names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in release.manifests]
+    assert len(set(names)) == len(names)
+    for manifest in release.manifests:
+        assert manifest["metadata"]["namespace"] == NAMESPACE
+        assert selects({"app.kubernetes.io/instance": "llama2", "app.kubernetes.io/managed-by": "Helm"}, manifest)
+
+
+def test_long_release_names_are_truncated() -> None:
+    """Helm's longest release name results in names that Kubernetes accepts."""
+    for release in ("a" * 53, "llama2-" + "b" * 46):
+        for manifest in render(values_of("everything-on"), release).manifests:
+            assert len(manifest["metadata"]["name"]) <= 63
+            if manifest["kind"] not in CUSTOM:
+                kubernetes_validate.validate(manifest, KUBERNETES[-1], strict=True)
+
+
+def test_the_packaged_chart_renders_the_same(tmp_path: Path) -> None:
+    """`helm package` includes every file that templates read, and excludes the value sets."""
+    archive = helm_python.package(CHART, destination=tmp_path)
+    with helm_python.Chart.load(archive) as packaged:
+        values = values_of("everything-on")
+        assert json.dumps(packaged.render(values, name="llama2", namespace=NAMESPACE)) == json.dumps(
+            helm_python.Chart.load(CHART).render(values, name="llama2", namespace=NAMESPACE)
+        )
+        assert not [file["name"] for file in packaged.files if file["name"].startswith("ci/")]

@@ -1,0 +1,101 @@
+"""Volumes, mounts, weights and the card."""
+
+from pathlib import Path
+
+from tests.helm.chart import Manifest, Rendered, card_of, containers_of, environment_of, rendered
+from tools.chart import CHART
+
+
+def mounted_files(release: Rendered, pod: Manifest, container: Manifest) -> dict[str, set[str] | None]:
+    """Return the files under each mount of a container; None if the chart does not define them."""
+    contents: dict[str, set[str] | None] = {}
+    volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
+    for mount in container.get("volumeMounts", []):
+        volume = volumes[mount["name"]]
+        if "configMap" in volume:
+            (found,) = (m for m in release.of("ConfigMap") if m["metadata"]["name"] == volume["configMap"]["name"])
+            contents[mount["mountPath"]] = set(found["data"])
+        elif "secret" in volume:
+            items = volume["secret"].get("items")
+            # The files of Secrets of type kubernetes.io/tls.
+            contents[mount["mountPath"]] = {item["path"] for item in items} if items else {"tls.crt", "tls.key"}
+        else:
+            contents[mount["mountPath"]] = None
+    return contents
+
+
+def test_paths_are_mounted(release: Rendered) -> None:
+    """Every path in the environment and the arguments exists in a mounted volume."""
+    for pod in release.pods():
+        for container in containers_of(pod):
+            contents = mounted_files(release, pod, container)
+            texts = [value for value in environment_of(container).values() if isinstance(value, str)]
+            texts += [argument.rpartition("=")[2] for argument in container.get("args", [])]
+            for path in (Path(text) for text in texts if text.startswith("/")):
+                (mount,) = (mount for mount in contents if path.is_relative_to(mount))
+                names = contents[mount]
+                assert names is None or str(path.relative_to(mount)) in names
+
+
+def test_volumes_are_mounted_and_claims_exist(release: Rendered) -> None:
+    """Every volume is mounted; each claim exists in the chart or in the values, and every created claim is used."""
+    values = release.values
+    created = {claim["metadata"]["name"] for claim in release.of("PersistentVolumeClaim")}
+    claimed = set()
+    for pod in release.pods():
+        volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])}
+        mounts = [mount for container in containers_of(pod) for mount in container.get("volumeMounts", [])]
+        assert {mount["name"] for mount in mounts} == volumes
+        for volume in pod["spec"].get("volumes", []):
+            if "persistentVolumeClaim" in volume:
+                claimed.add(volume["persistentVolumeClaim"]["claimName"])
+    existing = {values["weights"]["existingClaim"], values["data"]["existingClaim"]} - {""}
+    assert claimed == created | existing
+
+
+def test_the_server_writes_to_data_and_tmp_only(release: Rendered) -> None:
+    """The weights, which only the init container writes, are read-only for the server."""
+    written = {mount["mountPath"] for mount in release.server["volumeMounts"] if not mount.get("readOnly")}
+    assert written == {"/data", "/tmp"}  # noqa: S108 - in the pod
+
+
+def test_the_ledger_file_outlives_the_release() -> None:
+    """Without PostgreSQL, one replica stores usage on a claim that an uninstall keeps."""
+    claims = {claim["metadata"]["name"]: claim for claim in rendered("production-gpu").of("PersistentVolumeClaim")}
+    assert claims["llama2-data"]["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    for value_set in ("demo", "many-replicas", "per-replica"):
+        (data,) = (volume for volume in rendered(value_set).pod["spec"]["volumes"] if volume["name"] == "data")
+        assert data["emptyDir"] == {"sizeLimit": "1Gi"}
+
+
+def test_weights_are_downloaded_to_the_served_directory(release: Rendered) -> None:
+    """The init container downloads to the path of --weights, in the same volume, with the Hub token."""
+    values = release.values["weights"]
+    inits = release.pod["spec"].get("initContainers", [])
+    if not values["hubId"]:
+        assert inits == []
+        return
+    (init,) = inits
+    assert init["command"] == ["llama2-server", "weights", "fetch"]
+    assert init["args"][:2] == [values["hubId"], f"--to={release.env['LLAMA2_WEIGHTS']}"]
+    assert init["args"][2:] == ([f"--revision={values['revision']}"] if values["revision"] else [])
+    token = {"secretKeyRef": {"name": values["hubToken"]["secret"], "key": values["hubToken"]["key"]}}
+    assert environment_of(init)["HF_TOKEN"] == token
+    assert {"name": "weights", "mountPath": "/weights"} in init["volumeMounts"]
+
+
+def test_weights_of_an_existing_claim_are_served_from_their_directory() -> None:
+    """`weights.directory` is a path in the claim, which is mounted read-only."""
+    release = rendered("many-replicas")
+    assert release.env["LLAMA2_WEIGHTS"] == "/weights/checkpoints/Llama-2-7b-chat-hf"
+    assert rendered("mtls").env["LLAMA2_WEIGHTS"] == "/weights"
+    (volume,) = (volume for volume in release.pod["spec"]["volumes"] if volume["name"] == "weights")
+    assert volume["persistentVolumeClaim"] == {"claimName": "llama-2-7b", "readOnly": True}
+
+
+def test_the_card_is_mounted_unchanged() -> None:
+    """The ConfigMap has the exact text of the card; the demo's card is in the image."""
+    shipped = (CHART / "files/cards/llama-2-7b-chat-fp16.yaml").read_text(encoding="utf-8")
+    assert rendered("mtls").by_template["card.yaml"][0]["data"] == {"card.yaml": shipped}
+    assert card_of(rendered("own-card")).context_length_limit == 4096
+    assert rendered("demo").by_template["card.yaml"] == []
