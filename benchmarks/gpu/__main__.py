@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import ceilings, loading
-from benchmarks.gpu.bare import BareEngine
+from benchmarks.gpu.measurement import ceilings, loading
+from benchmarks.gpu.measurement.engine_only import BareEngine
 from benchmarks.gpu.models import SHAPES, random_model
-from benchmarks.gpu.peer import TransformersGenerate
-from benchmarks.gpu.picture import picture
+from benchmarks.gpu.measurement.transformers_generate import TransformersGenerate
+from benchmarks.gpu.chart import picture
 from benchmarks.gpu.report import report
 from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.engine import Engine
@@ -125,7 +125,7 @@ def _speed(bare: BareEngine, **options: Any) -> dict[str, Any]:
 
 def _profile(step_runner: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
     if type(step_runner).__name__ == "CudaStepRunner":
-        from benchmarks.gpu.kernels import step_profile  # needs CUDA
+        from benchmarks.gpu.measurement.kernel_profile import step_profile  # needs CUDA
 
         seconds, shares = step_profile(step_runner, [3 + index % (vocab_size - 3) for index in range(128)])
         yield "profile", {"step_seconds": seconds, "kernels": [asdict(share) for share in shares]}
@@ -136,7 +136,7 @@ def service(shape: str, device: str) -> dict[str, Any]:
     missing = [name for name in SERVICE_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         return {"not run": f"no {', '.join(missing)} here"}
-    from benchmarks.gpu.service import measure  # needs what was just looked for
+    from benchmarks.gpu.measurement.service import measure  # needs what was just looked for
 
     speed, first, second = measure(shape, device, new_tokens=128)
     return asdict(speed) | {"first_start_seconds": first, "second_start_seconds": second}

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 from benchmarks.gpu.models import SHAPES, cached_a_token, multiplications_a_token, read_a_token
 from benchmarks.gpu.packages import NAMES, pinned
-from benchmarks.gpu.picture import picture
+from benchmarks.gpu.chart import picture
 from benchmarks.gpu.report import LINES, report
 
 

@@ -1,4 +1,4 @@
-"""The whole server process around a model of random weights: `python -m benchmarks.gpu.server SHAPE DEVICE FLAGS`."""
+"""The whole server process around a model of random weights: `python -m benchmarks.gpu.measurement.server SHAPE DEVICE FLAGS`."""
 
 import functools
 import sys

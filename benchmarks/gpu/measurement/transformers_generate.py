@@ -9,8 +9,8 @@ from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.gpu.bare import ROUNDS
-from benchmarks.gpu.ceilings import synchronize
+from benchmarks.gpu.measurement.ceilings import synchronize
+from benchmarks.gpu.measurement.engine_only import ROUNDS
 from llama2_server.engine.checkpoint.loader import tensor_destinations
 from llama2_server.engine.model.llama import LlamaModel
 

@@ -52,7 +52,7 @@ def served(shape: str, device: str, data_directory: Path) -> Iterator[str]:
     """A server process; its address."""
     with tempfile.TemporaryDirectory() as folder:
         card = _card(Path(folder) / "card.yaml")
-        command = [sys.executable, "-m", "benchmarks.gpu.server", shape, device, "--listen", "127.0.0.1:0"]
+        command = [sys.executable, "-m", "benchmarks.gpu.measurement.server", shape, device, "--listen", "127.0.0.1:0"]
         # The card wants weights; the server makes them.
         command += ["--card", str(card), "--data-directory", str(data_directory), "--weights", folder]
         command += ["--log-level", "warning"]

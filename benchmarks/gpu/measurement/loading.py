@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tools.make_checkpoint import Shape, make_checkpoint
 
-from benchmarks.gpu.ceilings import synchronize
+from benchmarks.gpu.measurement.ceilings import synchronize
 from llama2_server.engine.checkpoint.loader import load_model
 
 # Llama-2-7B with 6 of its 32 layers: enough to tell, and made in half a minute.
