@@ -1,8 +1,9 @@
-"""Measures the GPU path: `make bench-gpu`, or `python -m benchmarks.gpu` where the packages are there already.
+"""Measure the GPU path: `make bench-gpu`, or `python -m benchmarks.gpu` if the packages are already installed.
 
-First the tests that need a GPU; then ceilings, bare engine, transformers, a profile of one step, loading, and the
-service with its client in another process. Weights are random, of Llama-2-7B's shape, made on the device. The results
-go to benchmarks/results/. `--shape tiny --device cpu` tries the benchmark itself where there is no GPU.
+It runs the tests that need a GPU. Then it measures ceilings, the engine only, transformers, a profile of one step,
+loading, and the service with its client in another process. Weights are random, have Llama-2-7B's shape, and are
+created on the device. The results go to benchmarks/results/. Without a GPU, `--shape tiny --device cpu` tests the
+benchmark itself.
 """
 
 import argparse
@@ -21,125 +22,127 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.chart import draw_svg
 from benchmarks.gpu.measurement import ceilings, loading
-from benchmarks.gpu.measurement.engine_only import BareEngine
-from benchmarks.gpu.models import SHAPES, random_model
+from benchmarks.gpu.measurement.engine_only import EngineOnly
 from benchmarks.gpu.measurement.transformers_generate import TransformersGenerate
-from benchmarks.gpu.chart import picture
+from benchmarks.gpu.models import SHAPES, random_model
 from benchmarks.gpu.report import report
 from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.engine import Engine
 
 CONTEXT_LENGTH = 3072
 RESULTS = Path(__file__).parent.parent / "results"
-# What the service needs beyond the engine; where one is missing it is not run, and the report says so.
-SERVICE_NEEDS = ("grpc_health", "grpc_reflection", "pydantic_settings", "structlog", "sqlalchemy", "jsonschema")
+# Packages of the service beyond the engine's. If one is missing, the service is not measured.
+SERVICE_PACKAGES = ("grpc_health", "grpc_reflection", "pydantic_settings", "structlog", "sqlalchemy", "jsonschema")
 TESTS = ("-m", "pytest", "-c", "benchmarks/gpu/pytest.ini", "--rootdir", ".", "--confcutdir", "tests/unit/engine")
 
 
 def main() -> None:
-    """Parse the flags, measure, write the results, print the report."""
+    """Parse the flags, measure, write the results and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--rows", type=int, default=16, help="requests at once, and slots of the bare engine")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b", help="Shape of the model.")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="Device to measure.")
+    parser.add_argument(
+        "--rows", type=int, default=16, help="Number of simultaneous requests, and of slots of the engine."
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="Folder for the results.")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU that torch can use; --shape tiny --device cpu tries the benchmark itself")
+        sys.exit("--device cuda: torch finds no GPU; test the benchmark itself with --shape tiny --device cpu")
     results: dict[str, Any] = {}
-    for name, found in measurements(arguments.shape, arguments.device, arguments.rows):
-        print(f"{name}: {found}", file=sys.stderr, flush=True)
-        results[name] = found
+    for name, result in measure_all(arguments.shape, arguments.device, arguments.rows):
+        print(f"{name}: {result}", file=sys.stderr, flush=True)
+        results[name] = result
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = f"{results['about']['date']}-gpu-{arguments.shape}"
     (arguments.out / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.out / f"{name}.svg").write_text(picture(results), encoding="utf-8")
+    (arguments.out / f"{name}.svg").write_text(draw_svg(results), encoding="utf-8")
     print(report(results))
 
 
-def measurements(shape: str, device: str, rows: int) -> Iterator[tuple[str, Any]]:
-    """Each part's name and figures, one after another; seconds and bytes throughout."""
-    yield "about", about(shape, device)
+def measure_all(shape: str, device: str, rows: int) -> Iterator[tuple[str, Any]]:
+    """Measure each part and yield its name and results; units are seconds and bytes."""
+    yield "about", environment(shape, device)
     if device == "cuda":
-        yield "tests", tests()
+        yield "tests", run_gpu_tests()
     large = device == "cuda"
     sizes = {"size_bytes": 2**33, "matrix": 8192} if large else {"size_bytes": 2**24, "matrix": 256}
     yield "ceilings", asdict(ceilings.measure(device, **sizes))
-    yield from in_process(shape, device, rows)
-    if device == "cuda":  # the server is a process of its own, and needs the room
+    yield from measure_in_process(shape, device, rows)
+    if device == "cuda":  # the server process needs the memory
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
     yield "loading", dict(zip(("read", "load"), loading.bytes_per_second(shape, device), strict=True))
-    yield "service", service(shape, device)
+    yield "service", measure_service(shape, device)
 
 
-def about(shape: str, device: str) -> dict[str, Any]:
-    """Date, machine and versions."""
+def environment(shape: str, device: str) -> dict[str, Any]:
+    """Return date, machine and versions."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "grpcio")}
-    found = {"date": time.strftime("%Y-%m-%d"), "shape": shape, "device": device, "versions": versions}
+    about = {"date": time.strftime("%Y-%m-%d"), "shape": shape, "device": device, "versions": versions}
     if device == "cpu":
-        return found | {"processor": platform.machine()}
+        return about | {"processor": platform.machine()}
     query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     versions |= {"triton": metadata.version("triton"), "CUDA": str(torch.version.cuda), "driver, memory": driver}
-    return found | {"processor": torch.cuda.get_device_name()}
+    return about | {"processor": torch.cuda.get_device_name()}
 
 
-def tests() -> str:
-    """The last line of what the tests that need a GPU say."""
+def run_gpu_tests() -> str:
+    """Run the tests that need a GPU and return the last line of their output."""
     command = [sys.executable, *TESTS, "--import-mode=importlib", "-q", "tests/unit/engine/cuda", "-m", "gpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout, file=sys.stderr)
-    return (done.stdout.strip().splitlines() or ["they did not run"])[-1]
+    return (done.stdout.strip().splitlines() or ["not run"])[-1]
 
 
-def in_process(shape: str, device: str, rows: int) -> Iterator[tuple[str, Any]]:
-    """The bare engine, transformers over the same memory, and the profile."""
+def measure_in_process(shape: str, device: str, rows: int) -> Iterator[tuple[str, Any]]:
+    """Measure the engine only, transformers with the same memory, and the profile of a step."""
     model = random_model(shape, device, slots=rows, context_length=CONTEXT_LENGTH)
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     step_runner = build_step_runner(model, compiled=True, cache_directory=None)
-    yield "building steps", {"seconds": time.perf_counter() - begun, "kind": type(step_runner).__name__}
+    yield "step runner", {"seconds": time.perf_counter() - started_at, "kind": type(step_runner).__name__}
     engine = Engine(model, frozenset(), step_runner=step_runner)
-    bare = BareEngine(engine, model.vocab_size)
-    yield "one row", _speed(bare, prompt_tokens=128, new_tokens=128)
-    yield "one row, sampled", _speed(bare, prompt_tokens=128, new_tokens=128, temperature=0.6)
-    yield "long context", _speed(bare, prompt_tokens=2500, new_tokens=64)
-    yield "rows at once", _speed(bare, prompt_tokens=128, new_tokens=128, rows=rows)
-    yield "prefill", _speed(bare, prompt_tokens=2048, new_tokens=2)
+    engine_only = EngineOnly(engine, model.vocab_size)
+    yield "one row", _speed(engine_only, prompt_tokens=128, new_tokens=128)
+    yield "one row, sampled", _speed(engine_only, prompt_tokens=128, new_tokens=128, temperature=0.6)
+    yield "long context", _speed(engine_only, prompt_tokens=2500, new_tokens=64)
+    yield "rows at once", _speed(engine_only, prompt_tokens=128, new_tokens=128, rows=rows)
+    yield "prefill", _speed(engine_only, prompt_tokens=2048, new_tokens=2)
     yield "memory", {"bytes": model.memory_bytes}
     engine.close()
-    peer = TransformersGenerate(model)
-    yield "transformers.generate", {"tokens_per_second": peer.tokens_per_second(128, 128)}
+    transformers = TransformersGenerate(model)
+    yield "transformers.generate", {"tokens_per_second": transformers.tokens_per_second(128, 128)}
     if device == "cuda":
-        static = peer.tokens_per_second(128, 128, cache_implementation="static")
+        static = transformers.tokens_per_second(128, 128, cache_implementation="static")
         yield "transformers.generate, static cache and compile", {"tokens_per_second": static}
         yield from _profile(step_runner, model.vocab_size)
 
 
-def _speed(bare: BareEngine, **options: Any) -> dict[str, Any]:
-    return options | asdict(bare.speed(**options))
+def _speed(engine_only: EngineOnly, **options: Any) -> dict[str, Any]:
+    return options | asdict(engine_only.speed(**options))
 
 
 def _profile(step_runner: Any, vocab_size: int) -> Iterator[tuple[str, Any]]:
     if type(step_runner).__name__ == "CudaStepRunner":
-        from benchmarks.gpu.measurement.kernel_profile import step_profile  # needs CUDA
+        from benchmarks.gpu.measurement.kernel_profile import profile_step  # needs CUDA
 
-        seconds, shares = step_profile(step_runner, [3 + index % (vocab_size - 3) for index in range(128)])
-        yield "profile", {"step_seconds": seconds, "kernels": [asdict(share) for share in shares]}
+        seconds, kernels = profile_step(step_runner, [3 + index % (vocab_size - 3) for index in range(128)])
+        yield "profile", {"step_seconds": seconds, "kernels": [asdict(kernel) for kernel in kernels]}
 
 
-def service(shape: str, device: str) -> dict[str, Any]:
-    """The service's figures, or what it lacks."""
-    missing = [name for name in SERVICE_NEEDS if importlib.util.find_spec(name) is None]
+def measure_service(shape: str, device: str) -> dict[str, Any]:
+    """Measure the service, or return which packages are missing."""
+    missing = [name for name in SERVICE_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        return {"not run": f"no {', '.join(missing)} here"}
-    from benchmarks.gpu.measurement.service import measure  # needs what was just looked for
+        return {"not run": f"missing packages: {', '.join(missing)}"}
+    from benchmarks.gpu.measurement.service import measure  # needs SERVICE_PACKAGES
 
-    speed, first, second = measure(shape, device, new_tokens=128)
-    return asdict(speed) | {"first_start_seconds": first, "second_start_seconds": second}
+    speed, first_start, second_start = measure(shape, device, new_tokens=128)
+    return asdict(speed) | {"first_start_seconds": first_start, "second_start_seconds": second_start}
 
 
 if __name__ == "__main__":

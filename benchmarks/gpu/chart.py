@@ -1,25 +1,25 @@
-"""The picture of a run on a GPU, for the README."""
+"""The chart of a GPU run, for the README."""
 
 from collections.abc import Callable
 
-from benchmarks.gpu.report import ONE, PEER, STATIC, Figures, Results
+from benchmarks.gpu.report import ONE_ROW, TRANSFORMERS, TRANSFORMERS_STATIC, DerivedMetrics, Results
 from benchmarks.svg import Look, bar_chart, document, note_chart
 
-OURS, OTHERS = "#d9480f", "#7d8590"
+OUR_COLOR, OTHER_COLOR = "#d9480f", "#7d8590"
 
 
-def picture(results: Results) -> str:
-    """An SVG with the decode speeds beside the roofline, and what they hold for; what was not measured is left out."""
-    figures = Figures(results)
-    ways: list[tuple[str, Callable[[], float], Look]] = [
-        ("roofline", lambda: figures.roofline, Look(OTHERS, dashed=True)),
-        ("our engine", lambda: figures.speed(ONE), Look("#e8842c")),
-        ("our service", lambda: figures.speed("service"), Look(OURS, bold=True)),
-        ("transformers, static", lambda: figures.speed(STATIC), Look(OTHERS)),
-        ("transformers", lambda: figures.speed(PEER), Look(OTHERS)),
+def draw_svg(results: Results) -> str:
+    """Return an SVG with the decode speeds, the roofline and notes; parts that were not measured are omitted."""
+    metrics = DerivedMetrics(results)
+    candidates: list[tuple[str, Callable[[], float], Look]] = [
+        ("roofline", lambda: metrics.roofline, Look(OTHER_COLOR, dashed=True)),
+        ("our engine only", lambda: metrics.speed(ONE_ROW), Look("#e8842c")),
+        ("our service", lambda: metrics.speed("service"), Look(OUR_COLOR, bold=True)),
+        ("transformers, static", lambda: metrics.speed(TRANSFORMERS_STATIC), Look(OTHER_COLOR)),
+        ("transformers", lambda: metrics.speed(TRANSFORMERS), Look(OTHER_COLOR)),
     ]
     bars = []
-    for name, value, look in ways:
+    for name, value, look in candidates:
         try:
             bars.append((name, value(), look))
         except KeyError:
@@ -29,8 +29,8 @@ def picture(results: Results) -> str:
         about["processor"],
         *(f"{name} {version}" for name, version in about["versions"].items()),
         "Random float16 weights, greedy, no quantization.",
-        "The roofline is the measured read bandwidth over the weights' bytes.",
+        "The roofline is the measured read bandwidth divided by the bytes of the weights.",
     ]
     title = f"Decoding, Llama-2-{about['shape'].upper()}"
-    chart = bar_chart(title, "tokens/s of one request, after a prompt of 128", bars)
+    chart = bar_chart(title, "tokens/s of one request after a prompt of 128 tokens", bars)
     return document(f"Measured on {about['date']}", [chart, note_chart(f"Measured on {about['date']}", notes)])

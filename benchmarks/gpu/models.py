@@ -1,13 +1,13 @@
-"""Models of random weights, made where they run: nothing is downloaded, and speed does not depend on the numbers."""
+"""Models with random weights, created on the device: nothing is downloaded, and speed does not depend on the values."""
 
 import torch
 
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.model.weights import LlamaConfig, LlamaWeights
 
-SPREAD = 0.02  # transformers' initializer_range
+INITIALIZER_RANGE = 0.02  # the default of transformers
 SHAPES = {
-    # meta-llama/Llama-2-7b-chat-hf, as its config.json has it.
+    # config.json of meta-llama/Llama-2-7b-chat-hf.
     "7b": LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
@@ -21,7 +21,7 @@ SHAPES = {
         max_positions=4096,
         tied_embeddings=False,
     ),
-    # For trying the benchmark itself, also on a CPU.
+    # For testing the benchmark itself, even on a CPU.
     "tiny": LlamaConfig(
         vocab_size=600,
         hidden_size=64,
@@ -39,36 +39,36 @@ SHAPES = {
 
 
 def random_weights(config: LlamaConfig, device: str, dtype: torch.dtype = torch.float16, seed: int = 0) -> LlamaWeights:
-    """Normally distributed matrices, and norms of one."""
+    """Return weights with normally distributed matrices and with norms of 1."""
     weights = LlamaWeights.allocate(config, device, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for table in (weights.embedding, weights.head, *_matrices(weights)):
-        table.normal_(0, SPREAD, generator=generator)
+        table.normal_(0, INITIALIZER_RANGE, generator=generator)
     for norm in (weights.norm, *(norm for layer in weights.layers for norm in (layer.attention_norm, layer.mlp_norm))):
         norm.fill_(1)
     return weights
 
 
 def random_model(shape: str, device: str, *, slots: int, context_length: int) -> LlamaModel:
-    """A float16 model of one of SHAPES."""
+    """Return a float16 model with one of SHAPES."""
     config = SHAPES[shape]
     return LlamaModel(config, random_weights(config, device), context_length=context_length, slots=slots)
 
 
-def read_a_token(config: LlamaConfig) -> int:
-    """Bytes of float16 weights that a decode step has to read: all but the embedding, of which it reads one row."""
+def weight_bytes_per_token(config: LlamaConfig) -> int:
+    """Return the bytes of float16 weights that a decode step reads: all, but only one row of the embedding."""
     layer = config.hidden_size * (2 * config.query_size + 2 * config.kv_size + 3 * config.intermediate_size)
     norms = (2 * config.layers + 1) * config.hidden_size
     return 2 * (config.layers * layer + norms + config.hidden_size * config.vocab_size)
 
 
-def cached_a_token(config: LlamaConfig) -> int:
-    """Bytes of float16 keys and values of one token."""
+def cache_bytes_per_token(config: LlamaConfig) -> int:
+    """Return the bytes of float16 keys and values of one token."""
     return 2 * 2 * config.layers * config.kv_size
 
 
-def multiplications_a_token(config: LlamaConfig) -> int:
-    """Those of the layers' matrices; a prompt's logits are taken once."""
+def multiplications_per_token(config: LlamaConfig) -> int:
+    """Return the multiplications in the matrices of the layers; the logits are computed once per prompt."""
     return (
         config.layers * config.hidden_size * (2 * config.query_size + 2 * config.kv_size + 3 * config.intermediate_size)
     )

@@ -1,6 +1,6 @@
-"""Puts what the service needs into a folder that travels to a machine without a network: `make gpu-packages`.
+"""Download the service's packages into a folder for a machine without a network: `make gpu-packages`.
 
-torch, transformers and what comes with them are not among it: they are there already, and are what is measured.
+torch, transformers and their dependencies are not included: they are already installed there, and are measured.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
-NAMES = (
+PACKAGES = (
     *("grpcio", "protobuf", "grpcio-health-checking", "grpcio-reflection", "googleapis-common-protos"),
     *("jsonschema", "jsonschema-specifications", "referencing", "rpds-py", "attrs"),
     *("pydantic", "pydantic_core", "pydantic-settings", "annotated-types", "typing-inspection", "python-dotenv"),
@@ -19,10 +19,10 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 
 
 def main() -> None:
-    """Parse the flags and fill the folder."""
+    """Parse the flags and download the packages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--python", default="3.12", help="the version of the other machine's Python")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--python", default="3.12", help="Python version of the other machine.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for the packages.")
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--no-compile"]
     command += [
@@ -36,14 +36,14 @@ def main() -> None:
     ]
     for platform in PLATFORMS:
         command += ["--platform", platform]
-    subprocess.run([*command, *pinned()], check=True)
+    subprocess.run([*command, *pinned_requirements()], check=True)
 
 
-def pinned() -> list[str]:
-    """The packages in the versions that the project is tested with."""
+def pinned_requirements() -> list[str]:
+    """Return the packages, pinned to the versions in constraints.txt."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     versions = {line.partition("==")[0].lower().replace("_", "-"): line for line in lines if "==" in line}
-    return [versions[name.lower().replace("_", "-")] for name in NAMES]
+    return [versions[name.lower().replace("_", "-")] for name in PACKAGES]
 
 
 if __name__ == "__main__":

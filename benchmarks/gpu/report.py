@@ -1,95 +1,107 @@
-"""The results as a table beside the goals."""
+"""A Markdown table of the results and the goals."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu.models import SHAPES, cached_a_token, multiplications_a_token, read_a_token
+from benchmarks.gpu.models import SHAPES, cache_bytes_per_token, multiplications_per_token, weight_bytes_per_token
 
 Results = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Line:
-    """One figure: what it is, how it follows from the results, how it is written, and the goal."""
+class Row:
+    """A row of the table: name, value derived from the results, format, and goal."""
 
     name: str
-    value: "Callable[[Figures], float]"
-    form: str
+    value: "Callable[[DerivedMetrics], float]"
+    value_format: str
     goal: str = ""
 
 
-class Figures:
-    """What follows from the results; KeyError where a part was not measured."""
+class DerivedMetrics:
+    """Values derived from the results; accessing a part that was not measured raises KeyError."""
 
     def __init__(self, results: Results) -> None:
         self._results = results
         self._shape = SHAPES[results["about"]["shape"]]
 
     def speed(self, part: str) -> float:
-        """Tokens a second."""
+        """Return the tokens per second of a part."""
         return float(self._results[part]["tokens_per_second"])
 
     def ceiling(self, name: str) -> float:
-        """Bytes or multiplications a second."""
+        """Return a device limit in bytes or multiplications per second."""
         return float(self._results["ceilings"][f"{name}_per_second"])
 
-    def of_service(self, name: str) -> float:
-        """Seconds."""
+    def service_seconds(self, name: str) -> float:
+        """Return a duration of the service in seconds."""
         return float(self._results["service"][f"{name}_seconds"])
 
     @property
     def roofline(self) -> float:
-        """Tokens a second, if a step did nothing but read the weights."""
-        return self.ceiling("read_bytes") / read_a_token(self._shape)
+        """Tokens per second of a step that only reads the weights."""
+        return self.ceiling("read_bytes") / weight_bytes_per_token(self._shape)
 
     @property
-    def long_context_share(self) -> float:
-        """Of the read bandwidth, by the weights and the tokens that a step has to read on average."""
+    def long_context_efficiency(self) -> float:
+        """Share of the read bandwidth, given the weights and the average number of cached tokens that a step reads."""
         part = self._results["long context"]
         tokens = part["prompt_tokens"] + part["new_tokens"] / 2
-        read = read_a_token(self._shape) + tokens * cached_a_token(self._shape)
+        read = weight_bytes_per_token(self._shape) + tokens * cache_bytes_per_token(self._shape)
         return float(self.speed("long context") * read / self.ceiling("read_bytes"))
 
     @property
-    def prefill_share(self) -> float:
-        """Of the rate of a large matrix product."""
+    def prefill_efficiency(self) -> float:
+        """Share of the rate of a large matmul."""
         part = self._results["prefill"]
-        done = multiplications_a_token(self._shape) * part["prompt_tokens"] / part["first_token_seconds"]
-        return float(done / self.ceiling("half_multiply_adds"))
+        multiplications = multiplications_per_token(self._shape) * part["prompt_tokens"] / part["first_token_seconds"]
+        return float(multiplications / self.ceiling("half_multiply_adds"))
 
     @property
-    def loading_share(self) -> float:
-        """Of the speed of a plain read."""
+    def loading_efficiency(self) -> float:
+        """Share of the speed of a plain read."""
         return float(self._results["loading"]["load"] / self._results["loading"]["read"])
 
 
-ONE, PEER, STATIC = "one row", "transformers.generate", "transformers.generate, static cache and compile"
-LINES = (
-    Line("read bandwidth", lambda f: f.ceiling("read_bytes") / 1e12, "{:.2f} TB/s"),
-    Line("copy bandwidth, both ways", lambda f: f.ceiling("copy_bytes") / 1e12, "{:.2f} TB/s"),
-    Line("float16 matrix product", lambda f: f.ceiling("half_multiply_adds") * 2 / 1e12, "{:.0f} TFLOP/s"),
-    Line("roofline of a step", lambda f: f.roofline, "{:.0f} tokens/s"),
-    Line("bare engine, one row", lambda f: f.speed(ONE), "{:.1f} tokens/s"),
-    Line("its share of the roofline", lambda f: f.speed(ONE) / f.roofline, "{:.0%}", "85%"),
-    Line("sampled to greedy", lambda f: f.speed("one row, sampled") / f.speed(ONE), "{:.2f}"),
-    Line("to transformers.generate", lambda f: f.speed(ONE) / f.speed(PEER), "{:.2f} x", "3 x"),
-    Line("the same with static cache and compile", lambda f: f.speed(ONE) / f.speed(STATIC), "{:.2f} x", "1.1 x"),
-    Line("service over gRPC", lambda f: f.speed("service"), "{:.1f} tokens/s"),
-    Line("service to bare engine", lambda f: f.speed("service") / f.speed(ONE), "{:.3f}", "0.97"),
-    Line("long context, share of the roofline with its KV cache", lambda f: f.long_context_share, "{:.0%}", "80%"),
-    Line("rows at once to one row", lambda f: f.speed("rows at once") / f.speed(ONE), "{:.1f} x", "10 x"),
-    Line("prefill, share of the matrix rate", lambda f: f.prefill_share, "{:.0%}", "50%"),
-    Line("time to first token, idle service", lambda f: f.of_service("first_token") * 1e3, "{:.1f} ms", "25 ms"),
-    Line("free after a hang-up, p99", lambda f: f.of_service("free_again") * 1e3, "{:.1f} ms", "a step + 5 ms"),
-    Line("loading to a plain read", lambda f: f.loading_share, "{:.2f}", "0.5"),
-    Line("first start to SERVING", lambda f: f.of_service("first_start"), "{:.1f} s", "60 s beyond the load"),
-    Line("second start to SERVING", lambda f: f.of_service("second_start"), "{:.1f} s", "20 s beyond the load"),
+ONE_ROW = "one row"
+TRANSFORMERS = "transformers.generate"
+TRANSFORMERS_STATIC = "transformers.generate, static cache and compile"
+ROWS = (
+    Row("read bandwidth", lambda m: m.ceiling("read_bytes") / 1e12, "{:.2f} TB/s"),
+    Row("copy bandwidth, read plus write", lambda m: m.ceiling("copy_bytes") / 1e12, "{:.2f} TB/s"),
+    Row("float16 matmul rate", lambda m: m.ceiling("half_multiply_adds") * 2 / 1e12, "{:.0f} TFLOP/s"),
+    Row("roofline of a step", lambda m: m.roofline, "{:.0f} tokens/s"),
+    Row("engine only, one row", lambda m: m.speed(ONE_ROW), "{:.1f} tokens/s"),
+    Row("engine only / roofline", lambda m: m.speed(ONE_ROW) / m.roofline, "{:.0%}", "85%"),
+    Row("sampled / greedy", lambda m: m.speed("one row, sampled") / m.speed(ONE_ROW), "{:.2f}"),
+    Row("engine only / transformers.generate", lambda m: m.speed(ONE_ROW) / m.speed(TRANSFORMERS), "{:.2f} x", "3 x"),
+    Row(
+        "engine only / transformers.generate, static cache and compile",
+        lambda m: m.speed(ONE_ROW) / m.speed(TRANSFORMERS_STATIC),
+        "{:.2f} x",
+        "1.1 x",
+    ),
+    Row("service over gRPC", lambda m: m.speed("service"), "{:.1f} tokens/s"),
+    Row("service / engine only", lambda m: m.speed("service") / m.speed(ONE_ROW), "{:.3f}", "0.97"),
+    Row("long context / roofline with KV cache", lambda m: m.long_context_efficiency, "{:.0%}", "80%"),
+    Row("rows at once / one row", lambda m: m.speed("rows at once") / m.speed(ONE_ROW), "{:.1f} x", "10 x"),
+    Row("prefill / matmul rate", lambda m: m.prefill_efficiency, "{:.0%}", "50%"),
+    Row("time to first token, idle service", lambda m: m.service_seconds("first_token") * 1e3, "{:.1f} ms", "25 ms"),
+    Row(
+        "slot release after a cancellation, p99",
+        lambda m: m.service_seconds("slot_release") * 1e3,
+        "{:.1f} ms",
+        "a step + 5 ms",
+    ),
+    Row("loading / plain read", lambda m: m.loading_efficiency, "{:.2f}", "0.5"),
+    Row("first start to SERVING", lambda m: m.service_seconds("first_start"), "{:.1f} s", "60 s beyond the load"),
+    Row("second start to SERVING", lambda m: m.service_seconds("second_start"), "{:.1f} s", "20 s beyond the load"),
 )
 
 
 def report(results: Results) -> str:
-    """Markdown; a figure whose parts were not measured says so."""
+    """Return the report as Markdown; a value whose parts were not measured is marked as such."""
     about = results["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
@@ -97,31 +109,31 @@ def report(results: Results) -> str:
         f"\nTests on the GPU: {results.get('tests', 'not run')}\n",
         "| | measured | goal |",
         "|---|---|---|",
-        *(f"| {line.name} | {_written(line, results)} | {line.goal} |" for line in LINES),
+        *(f"| {row.name} | {_format(row, results)} | {row.goal} |" for row in ROWS),
     ]
     if "profile" in results:
-        lines += ["", *_profile(results["profile"])]
+        lines += ["", *_profile_table(results["profile"])]
     return "\n".join(lines)
 
 
-def _written(line: Line, results: Results) -> str:
+def _format(row: Row, results: Results) -> str:
     try:
-        return line.form.format(line.value(Figures(results)))
+        return row.value_format.format(row.value(DerivedMetrics(results)))
     except KeyError:
         return "not measured"
 
 
-def _profile(profile: Mapping[str, Any]) -> list[str]:
+def _profile_table(profile: Mapping[str, Any]) -> list[str]:
     step, kernels = profile["step_seconds"], profile["kernels"]
-    rest = step - sum(kernel["seconds"] for kernel in kernels)
+    gaps = step - sum(kernel["seconds"] for kernel in kernels)
     rows = []
     for kernel in kernels[:12]:
         name, runs, seconds = kernel["name"][:60], kernel["runs"], kernel["seconds"]
         rows.append(f"| `{name}` | {runs:.0f} | {seconds * 1e6:.0f} us | {seconds / step:.1%} |")
     return [
-        f"One step of one row, {step * 1e3:.2f} ms under the profiler:\n",
+        f"One step of one row takes {step * 1e3:.2f} ms under the profiler:\n",
         "| kernel | runs | time | share |",
         "|---|---|---|---|",
         *rows,
-        f"| between the kernels | | {rest * 1e6:.0f} us | {rest / step:.1%} |",
+        f"| gaps between the kernels | | {gaps * 1e6:.0f} us | {gaps / step:.1%} |",
     ]

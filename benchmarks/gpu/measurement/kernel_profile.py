@@ -1,4 +1,4 @@
-"""Where the time of one decode step goes: each kernel's share, and the gaps between them."""
+"""A profile of one decode step: the time of each kernel and of the gaps between kernels."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,39 +15,39 @@ STEPS = 8
 
 
 @dataclass(frozen=True)
-class Share:
-    """All runs of one kernel in a step."""
+class KernelTime:
+    """The runs of one kernel in a step and their total time."""
 
     name: str
     runs: float
     seconds: float
 
 
-class _Nobody:
+class _DiscardingListener:
     def on_token(self, token_id: int) -> bool:
         return False
 
-    def on_finish(self, finish: SequenceResult) -> None:
+    def on_finish(self, result: SequenceResult) -> None:
         pass
 
 
-def step_profile(step_runner: CudaStepRunner, prompt_ids: list[int]) -> tuple[float, list[Share]]:
-    """Seconds of a step from its first kernel to the next step's first, and its kernels, the longest first."""
-    sequence = Sequence(prompt_ids, GenerationParams(4 * STEPS, temperature=0), _Nobody(), slot=0)
+def profile_step(step_runner: CudaStepRunner, prompt_ids: list[int]) -> tuple[float, list[KernelTime]]:
+    """Return the seconds per step, gaps between kernels included, and the kernels sorted by descending time."""
+    sequence = Sequence(prompt_ids, GenerationParams(4 * STEPS, temperature=0), _DiscardingListener(), slot=0)
     list(step_runner.prefill(sequence, prompt_ids))
     sequence.position = len(prompt_ids)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
             for _ in step_runner.decode([sequence]):
                 pass
             sequence.position += 1
         torch.cuda.synchronize()
-    events: list[Any] = [event for event in found.events() if event.device_type.name == "CUDA"]
-    begun = min(event.time_range.start for event in events)
-    ended = max(event.time_range.end for event in events)
+    events: list[Any] = [event for event in profiler.events() if event.device_type.name == "CUDA"]
+    start = min(event.time_range.start for event in events)
+    end = max(event.time_range.end for event in events)
     runs: Counter[str] = Counter(event.name for event in events)
     micros: Counter[str] = Counter()
     for event in events:
         micros[event.name] += event.time_range.elapsed_us()
-    shares = [Share(name, runs[name] / STEPS, spent / 1e6 / STEPS) for name, spent in micros.most_common()]
-    return (ended - begun) / 1e6 / STEPS, shares
+    kernel_times = [KernelTime(name, runs[name] / STEPS, spent / 1e6 / STEPS) for name, spent in micros.most_common()]
+    return (end - start) / 1e6 / STEPS, kernel_times

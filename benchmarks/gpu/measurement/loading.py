@@ -1,4 +1,4 @@
-"""From safetensors files to the device, against a plain read of the same files."""
+"""The speed of loading safetensors files to the device, compared with a plain read of the same files."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ from tools.make_checkpoint import Shape, make_checkpoint
 from benchmarks.gpu.measurement.ceilings import synchronize
 from llama2_server.engine.checkpoint.loader import load_model
 
-# Llama-2-7B with 6 of its 32 layers: enough to tell, and made in half a minute.
+# Llama-2-7B with 6 of its 32 layers: large enough to measure, and created in half a minute.
 SHAPES = {
     "7b": Shape(hidden=4096, layers=6, heads=32, kv_heads=32, ffn=11008, vocab=32000, context=4096),
     "tiny": Shape(),
@@ -20,21 +20,21 @@ BLOCK_BYTES = 16 * 2**20
 
 
 def bytes_per_second(shape: str, device: str) -> tuple[float, float]:
-    """Of a plain read, and of our loading; the files are not in the page cache for either."""
+    """Measure a plain read and the checkpoint loader; the files are not in the page cache for either."""
     with tempfile.TemporaryDirectory() as folder:
         directory = make_checkpoint(Path(folder), SHAPES[shape], shards=2)
         files = sorted(directory.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
-        _forget(files)
-        begun = time.perf_counter()
+        _evict_from_page_cache(files)
+        started_at = time.perf_counter()
         for file in files:
             _read(file)
-        read = time.perf_counter() - begun
-        _forget(files)
-        begun = time.perf_counter()
+        read = time.perf_counter() - started_at
+        _evict_from_page_cache(files)
+        started_at = time.perf_counter()
         load_model(directory, device=device, dtype=torch.float16, context_length=64, slots=1)
         synchronize(device)
-        return size / read, size / (time.perf_counter() - begun)
+        return size / read, size / (time.perf_counter() - started_at)
 
 
 def _read(path: Path) -> None:
@@ -44,7 +44,7 @@ def _read(path: Path) -> None:
             pass
 
 
-def _forget(files: list[Path]) -> None:
+def _evict_from_page_cache(files: list[Path]) -> None:
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -1,4 +1,7 @@
-"""The whole server process around a model of random weights: `python -m benchmarks.gpu.measurement.server SHAPE DEVICE FLAGS`."""
+"""The complete server process with random weights.
+
+Run it with `python -m benchmarks.gpu.measurement.server SHAPE DEVICE FLAGS`.
+"""
 
 import functools
 import sys

@@ -1,4 +1,4 @@
-"""The service over gRPC, timed by a client in another process: this one."""
+"""The service over gRPC, measured by a client in this process; the server runs in another process."""
 
 import asyncio
 import contextlib
@@ -19,56 +19,56 @@ import yaml
 from llama2_client import Client
 
 ROUNDS = 5
-HANG_UPS = 200
+CANCELS = 200
 PROMPT_TOKENS = 128
 WORDS = "The gRPC service answers each call in its own time, and a llama walks slowly over the hills of the Andes. "
 
 
 @dataclass(frozen=True)
 class ServiceSpeed:
-    """Medians over the rounds, and for the hang-ups the 99th percentile."""
+    """Medians over the rounds; for cancellations, the 99th percentile."""
 
     input_tokens: int
     tokens_per_second: float
     first_token_seconds: float
-    free_again_seconds: float
-    """From a cancel to the next caller's first token, less the time that an idle service takes for one."""
+    slot_release_seconds: float
+    """From a cancellation to the next request's first token, minus the time to first token of an idle service."""
 
 
 def measure(shape: str, device: str, *, new_tokens: int) -> tuple[ServiceSpeed, float, float]:
-    """Its speed, and the seconds from the process's first start to SERVING and from its second start."""
+    """Return the speed of the service and the seconds to SERVING of its first and second start."""
     with tempfile.TemporaryDirectory() as data_directory:
-        begun = time.perf_counter()
-        with served(shape, device, Path(data_directory)) as address:
-            first = time.perf_counter() - begun
-            speed = asyncio.run(_call(address, new_tokens))
-        begun = time.perf_counter()
-        with served(shape, device, Path(data_directory)):
-            return speed, first, time.perf_counter() - begun
+        started_at = time.perf_counter()
+        with running_server(shape, device, Path(data_directory)) as address:
+            first = time.perf_counter() - started_at
+            speed = asyncio.run(_measure(address, new_tokens))
+        started_at = time.perf_counter()
+        with running_server(shape, device, Path(data_directory)):
+            return speed, first, time.perf_counter() - started_at
 
 
 @contextlib.contextmanager
-def served(shape: str, device: str, data_directory: Path) -> Iterator[str]:
-    """A server process; its address."""
+def running_server(shape: str, device: str, data_directory: Path) -> Iterator[str]:
+    """Run a server process and yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         card = _card(Path(folder) / "card.yaml")
         command = [sys.executable, "-m", "benchmarks.gpu.measurement.server", shape, device, "--listen", "127.0.0.1:0"]
-        # The card wants weights; the server makes them.
+        # The card requires --weights; the server ignores the folder and creates random weights.
         command += ["--card", str(card), "--data-directory", str(data_directory), "--weights", folder]
         command += ["--log-level", "warning"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             line = process.stdout.readline() if process.stdout else ""
             if not line.startswith("SERVING on "):
-                raise SystemExit("the server did not start")
+                raise SystemExit("the server did not start; see its messages above")
             try:
                 yield line.split()[2].rstrip(".")
             finally:
                 process.terminate()
-                process.communicate()  # it may still be saying how to call it
+                process.communicate()  # drain the output that follows the first line
 
 
 def _card(path: Path) -> Path:
-    """The 7B card with a quota that no benchmark exceeds."""
+    """Write the 7B card with a quota that no benchmark exceeds."""
     shipped = resources.files("llama2_server") / "cards" / "llama-2-7b-chat-fp16.yaml"
     document = next(yaml.safe_load_all(shipped.read_text(encoding="utf-8")))
     for entry in document["model"]["properties"]:
@@ -77,21 +77,21 @@ def _card(path: Path) -> Path:
     return path
 
 
-async def _call(address: str, new_tokens: int) -> ServiceSpeed:
+async def _measure(address: str, new_tokens: int) -> ServiceSpeed:
     async with Client(address) as client:
-        text = await _text_of(client, PROMPT_TOKENS)
-        # Another beginning each time: the service would reuse the prefill of a prompt that it knows.
+        text = await _prompt_of(client, PROMPT_TOKENS)
+        # Each prompt begins differently, because the service would reuse the prefill of an equal prefix.
         prompts = (f"{first}{second} {text}" for first, second in itertools.permutations(string.ascii_letters, 2))
         rounds = [await _stream(client, next(prompts), new_tokens) for _ in range(ROUNDS + 1)][1:]
         inputs, rates, firsts = zip(*rounds, strict=True)
         idle = statistics.median([(await _stream(client, next(prompts), 1))[2] for _ in range(ROUNDS)])
-        waits = sorted([await _hang_up(client, next(prompts), next(prompts)) - idle for _ in range(HANG_UPS)])
+        waits = sorted([await _cancel_and_retry(client, next(prompts), next(prompts)) - idle for _ in range(CANCELS)])
     median = statistics.median
-    return ServiceSpeed(inputs[0], median(rates), median(firsts), waits[int(0.99 * HANG_UPS)])
+    return ServiceSpeed(inputs[0], median(rates), median(firsts), waits[int(0.99 * CANCELS)])
 
 
-async def _text_of(client: Client, tokens: int) -> str:
-    """The longest text that makes no more than so many tokens together with the template and a beginning."""
+async def _prompt_of(client: Client, tokens: int) -> str:
+    """Return the longest text of at most `tokens` tokens, including the chat template and a beginning."""
     words = (WORDS * 20).split()
     count = len(words)
     while (await client.count_tokens("AB " + " ".join(words[:count]))).input_tokens > tokens:
@@ -100,21 +100,21 @@ async def _text_of(client: Client, tokens: int) -> str:
 
 
 async def _stream(client: Client, prompt: str, new_tokens: int) -> tuple[int, float, float]:
-    """Input tokens, tokens a second after the first, seconds to the first."""
-    begun, first = time.perf_counter(), None
+    """Return input tokens, tokens per second after the first token, and seconds to the first token."""
+    started_at, first = time.perf_counter(), None
     stream = client.stream(prompt, max_tokens=new_tokens, temperature=0, no_cache=True)
     async for _ in stream:
         first = first or time.perf_counter()
-    ended, reply = time.perf_counter(), stream.reply
-    first = first or ended
-    return reply.input_tokens, (reply.output_tokens - 1) / max(ended - first, 1e-9), first - begun
+    finished_at, reply = time.perf_counter(), stream.reply
+    first = first or finished_at
+    return reply.input_tokens, (reply.output_tokens - 1) / max(finished_at - first, 1e-9), first - started_at
 
 
-async def _hang_up(client: Client, prompt: str, next_prompt: str) -> float:
-    """Seconds from a cancel in the middle of a reply to the first token of the next one."""
+async def _cancel_and_retry(client: Client, prompt: str, next_prompt: str) -> float:
+    """Return the seconds from a cancellation during a reply to the first token of the next reply."""
     async with client.stream(prompt, max_tokens=200, temperature=0, no_cache=True) as stream:
         async for _ in stream:
             break
-        begun = time.perf_counter()
-    waited = time.perf_counter() - begun
+        started_at = time.perf_counter()
+    waited = time.perf_counter() - started_at
     return waited + (await _stream(client, next_prompt, 1))[2]

@@ -1,4 +1,4 @@
-"""transformers' generate on the same tensors, on the same device, in the same run."""
+"""`transformers.generate` with the same tensors, on the same device, in the same run."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from llama2_server.engine.model.llama import LlamaModel
 
 
 class TransformersGenerate:
-    """LlamaForCausalLM over our model's own memory."""
+    """LlamaForCausalLM that shares the memory of a LlamaModel."""
 
     def __init__(self, model: LlamaModel) -> None:
         config = model.config
@@ -36,7 +36,7 @@ class TransformersGenerate:
                 )
             )
         self._model.load_state_dict(tensor_destinations(config, model.weights), assign=True, strict=True)
-        # The one buffer that no checkpoint holds.
+        # The only buffer that is not part of a checkpoint.
         with model.device:
             self._model.model.rotary_emb = type(self._model.model.rotary_emb)(self._model.config)
         self._model.train(False)
@@ -45,11 +45,11 @@ class TransformersGenerate:
 
     @torch.inference_mode()
     def tokens_per_second(self, prompt_tokens: int, new_tokens: int, **options: object) -> float:
-        """Greedy decoding after the first token."""
+        """Measure greedy decoding after the first token."""
         prompt = torch.randint(3, self._vocab_size, (1, prompt_tokens), device=self._device)
         rates = []
         for _ in range(ROUNDS + 2):
-            clock = _Clock()
+            token_times = _TokenTimes()
             self._model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -57,16 +57,16 @@ class TransformersGenerate:
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
-                streamer=clock,
+                streamer=token_times,
                 **options,
             )
             synchronize(self._device)
-            rates.append((new_tokens - 1) / (time.perf_counter() - clock.times[1]))
+            rates.append((new_tokens - 1) / (time.perf_counter() - token_times.times[1]))
         return statistics.median(rates[2:])
 
 
-class _Clock(BaseStreamer):
-    """Notes when each token comes; generate hands over the prompt first."""
+class _TokenTimes(BaseStreamer):
+    """A streamer that records the time of each token; `generate` passes the prompt first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
