@@ -1,8 +1,8 @@
-"""Makes a checkpoint with random weights in the format of Llama-2-chat, for tests and measurements.
+"""Make a checkpoint with random weights in the format of Llama-2-chat, for tests and benchmarks.
 
     python -m tools.make_checkpoint --out llama-134m --preset 134m
 
-Nothing is downloaded: the tokenizer is trained on the few lines below, with Llama-2's settings.
+Nothing is downloaded. The tokenizer is trained on a few lines of text with Llama-2's settings.
 """
 
 import argparse
@@ -32,7 +32,7 @@ She wrote: 1, 2, 3; 1984; 3.14159; a+b=c; {"key": "value"}; http://example.com/?
 Où est la gare? Die Straße führt über die Brücke. ¿Dónde está la llama? Привет, мир. 今天天气很好。 日本語のテキスト。
 """
 
-# The chat_template of Llama-2-7b-chat-hf's tokenizer_config.json, as published.
+# The published chat_template in the tokenizer_config.json of Llama-2-7b-chat-hf.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}"
     "{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}"
@@ -75,7 +75,7 @@ PRESETS = {
 def make_checkpoint(
     directory: Path, shape: Shape, *, shards: int = 1, dtype: torch.dtype = torch.float16, seed: int = 0
 ) -> Path:
-    """Write a checkpoint into `directory`, which is made if need be, and return it."""
+    """Write a checkpoint into `directory`, create the directory if needed, and return it."""
     directory.mkdir(parents=True, exist_ok=True)
     make_tokenizer(directory / "tokenizer.model", shape.vocab)
     _write_json(directory / "config.json", _config(shape, dtype))
@@ -86,7 +86,7 @@ def make_checkpoint(
 
 
 def make_tokenizer(path: Path, vocab_size: int) -> None:
-    """Train a byte-fallback BPE tokenizer and pad it with unused pieces, which no text ever yields, to `vocab_size`."""
+    """Train a byte-fallback BPE tokenizer, and pad it to `vocab_size` with pieces that no text contains."""
     model = model_proto.ModelProto.FromString(_train_tokenizer(vocab_size))  # type: ignore[attr-defined]
     for index in range(len(model.pieces), vocab_size):
         model.pieces.add(piece=f"<unused_{index}>", score=-index, type=UNUSED)
@@ -107,7 +107,7 @@ def _train_tokenizer(vocab_size: int) -> bytes:
         allow_whitespace_only_pieces=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        character_coverage=0.98,  # leaves rare characters to the bytes, as in a real vocabulary
+        character_coverage=0.98,  # rare characters become bytes, as in a real vocabulary
         num_threads=1,
         minloglevel=2,
     )
@@ -183,7 +183,7 @@ def _tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Matrices that keep the size of what they multiply, so that each layer and attention itself matter."""
+    """Return random values that preserve the magnitude of activations, so that every layer has an effect."""
     values = torch.randn(shape, generator=generator)
     values = 1 + values / 10 if len(shape) == 1 else values * shape[1] ** -0.5
     return values.to(dtype)
@@ -195,12 +195,16 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the size, unless given below")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="tiny", help="size; the options below override parts of it"
+    )
     for name in asdict(Shape()):
         if name != "tied":
             parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    parser.add_argument("--tied", action="store_const", const=True, help="one matrix for embedding and head")
+    parser.add_argument(
+        "--tied", action="store_const", const=True, help="use one matrix for the embedding and the output layer"
+    )
     parser.add_argument("--shards", type=int, default=1, help="number of safetensors files")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Judge the demo model on pairs of character and place that it never saw. `python -m tools.demo_model.evaluate`."""
+"""Evaluate the demo model on unseen pairs of character and place: `python -m tools.demo_model.evaluate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.sampling import GenerationParams, Sampler
 from tools.demo_model.templates import with_article
 from tools.demo_model.tokenizer import BOS, EOS, prompt_text
-from tools.demo_model.train import CONTEXT_LENGTH, DEMO
+from tools.demo_model.train import CONTEXT_LENGTH, DEMO_DIRECTORY
 from tools.demo_model.world import HEROES, PLACES, Place, held_out
 
 MAX_TOKENS = 256
@@ -39,7 +39,7 @@ _PHRASINGS = (
 
 @dataclass(frozen=True)
 class Task:
-    """One request, and the two nouns that the reply must name."""
+    """One request, with the character and the place that the reply must name."""
 
     hero: str
     place: Place
@@ -48,7 +48,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """One reply; `ended` says that the model stopped by itself."""
+    """One reply; `ended` is true if the model generated `</s>`."""
 
     task: Task
     text: str
@@ -56,20 +56,20 @@ class Answer:
     ended: bool
 
     @property
-    def kept(self) -> bool:
-        """The character and the place that were asked for are both named."""
+    def on_topic(self) -> bool:
+        """Whether the reply names both the requested character and the requested place."""
         return all(
             re.search(rf"\b{noun}\b", self.text, re.IGNORECASE) for noun in (self.task.hero, self.task.place.noun)
         )
 
     @property
     def repeats(self) -> bool:
-        """Some sentence occurs three times."""
+        """Whether a sentence occurs three times."""
         return max(Counter(re.split(r"(?<=[.!?])\s+", self.text)).values()) >= 3
 
 
 def tasks(count: int) -> list[Task]:
-    """The first `count` requests of the fixed list, every pair of character and place once."""
+    """Return the first `count` requests of a fixed list in which every pair of character and place occurs once."""
     rng = Random(SEED)
     pairs = [(hero, place) for hero in HEROES for place in PLACES if held_out(hero, place)]
     return [
@@ -79,9 +79,9 @@ def tasks(count: int) -> list[Task]:
 
 
 def load(directory: Path, temperature: float) -> Generate:
-    """The one place that knows how the model is run: as the service runs it, in float16.
+    """Load the model as the service does, in float16; return a function from prompt ids to reply ids.
 
-    Prompt ids in, reply ids out, `</s>` included when it came.
+    A reply that ends by itself includes `</s>`. No other function here knows how the model runs.
     """
     torch.set_num_threads(1)
     model = load_model(directory, device="cpu", dtype=torch.float16, context_length=CONTEXT_LENGTH, slots=1)
@@ -98,37 +98,37 @@ def load(directory: Path, temperature: float) -> Generate:
 
 
 def answer(task: Task, generate: Generate, tokenizer: sentencepiece.SentencePieceProcessor) -> Answer:
-    """Ask once, through Llama-2's template."""
+    """Generate the reply to a task, with Llama-2's template."""
     reply = generate([BOS, *tokenizer.encode(prompt_text(task.prompt))])
     ended = reply[-1] == EOS
     return Answer(task, tokenizer.decode(reply[:-1] if ended else reply), len(reply), ended)
 
 
 def report(answers: list[Answer], seconds: float) -> str:
-    """The figures, one per line."""
+    """Return the figures, one per line."""
     count = len(answers)
-    ended, kept = sum(a.ended for a in answers), sum(a.kept for a in answers)
+    ended, on_topic = sum(a.ended for a in answers), sum(a.on_topic for a in answers)
     return "\n".join(
         (
-            f"prompts with unseen combinations: {count}",
-            f"ended by themselves within {MAX_TOKENS} tokens: {ended / count:.1%}",
-            f"kept the character and the place: {kept / count:.1%}",
-            f"repeated a sentence three times: {sum(a.repeats for a in answers)}",
+            f"prompts with unseen pairs: {count}",
+            f"replies that end within {MAX_TOKENS} tokens: {ended / count:.1%}",
+            f"replies that name the character and the place: {on_topic / count:.1%}",
+            f"replies that repeat a sentence three times: {sum(a.repeats for a in answers)}",
             f"mean length: {sum(a.tokens for a in answers) / count:.0f} tokens",
-            f"different texts: {len({a.text for a in answers})}",
+            f"distinct replies: {len({a.text for a in answers})}",
             f"time: {seconds:.0f} s",
         )
     )
 
 
 def main() -> None:
-    """Parse the flags, ask, and print."""
+    """Evaluate the model and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=DEMO)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--samples", type=int, default=0, help="also print the first so many replies, in Markdown")
+    parser.add_argument("--model", type=Path, default=DEMO_DIRECTORY, help="directory of the model")
+    parser.add_argument("--prompts", type=int, default=200, help="number of prompts")
+    parser.add_argument("--samples", type=int, default=0, help="number of replies to print, in Markdown")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--failures", action="store_true", help="also print the replies that miss something")
+    parser.add_argument("--failures", action="store_true", help="also print the replies that miss a criterion")
     arguments = parser.parse_args()
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.model / "tokenizer.model"))
     generate = load(arguments.model, arguments.temperature)
@@ -139,7 +139,7 @@ def main() -> None:
         print(f"\n> {a.task.prompt}\n\n{a.text}")
     if arguments.failures:
         for a in answers:
-            if a.repeats or not (a.ended and a.kept):
+            if a.repeats or not (a.ended and a.on_topic):
                 print(f"\nMISSED > {a.task.prompt}\n\n{a.text}")
 
 

@@ -1,4 +1,4 @@
-"""Conversations for training: stories and what is said after them, small talk, questions about the service."""
+"""Conversations for training: stories and follow-ups, small talk, and questions about the service."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HERE = Path(__file__).parent
 TALK = read_blocks(_HERE / "talk.txt", "talk")
 FOLLOW_UPS = read_blocks(_HERE / "follow_ups.txt", "follow")
 MAX_WORDS = 780
-"""A conversation ends before it could outgrow the context."""
+"""A conversation ends before it exceeds the context."""
 
 _SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
@@ -54,28 +54,28 @@ _ECHOED = (*HEROES, *THINGS, *WOMENS_NAMES, *MENS_NAMES)
 
 @dataclass(frozen=True)
 class Mix:
-    """How often what comes; `strange_…` is the share with words that nobody has ever heard."""
+    """Probabilities of the parts of conversations; `invented_…` is the share with invented words."""
 
     stories: float = 0.76
-    go_on: float = 0.42
-    strange_stories: float = 0.12
-    strange_echoes: float = 0.1
+    follow_up: float = 0.42
+    invented_stories: float = 0.12
+    invented_echoes: float = 0.1
     subjects: tuple[str, ...] = tuple(TALK)
 
 
 MAINLY_STORIES = Mix()
 MORE_SMALL_TALK = Mix(
     stories=0.45,
-    go_on=0.6,
-    strange_stories=0.2,
-    strange_echoes=0.5,
+    follow_up=0.6,
+    invented_stories=0.2,
+    invented_echoes=0.5,
     subjects=(*TALK, *["anything else"] * 8, *["hello"] * 4, *["thanks", "arithmetic", "abilities", "bye"] * 2),
 )
 
 
 @dataclass
 class Conversation:
-    """The turns so far, and the story that "it" refers to."""
+    """The turns so far, and the latest story, to which follow-ups refer."""
 
     rng: Random
     mix: Mix = MAINLY_STORIES
@@ -83,51 +83,51 @@ class Conversation:
     story: Story | None = None
 
     def add(self, question: str, answer: str) -> None:
-        """One turn: what the user says and what the model replies."""
-        self.messages.append({"role": "user", "content": requests.spoken(question, self.rng)})
+        """Add one turn: a user message and the reply."""
+        self.messages.append({"role": "user", "content": requests.as_typed(question, self.rng)})
         self.messages.append({"role": "assistant", "content": answer})
 
     def words(self) -> int:
-        """How long it has become."""
+        """Return the length of the conversation in words."""
         return sum(len(message["content"].split()) for message in self.messages)
 
 
 def conversations(seed: int, mix: Mix = MAINLY_STORIES) -> Iterator[list[Message]]:
-    """An endless stream of conversations, the same for the same seed."""
+    """Yield an endless stream of conversations, equal for equal seeds."""
     rng = Random(seed)
     while True:
         yield conversation(rng, mix)
 
 
 def conversation(rng: Random, mix: Mix) -> list[Message]:
-    """A single conversation of one to a few turns, now and then under a system prompt."""
+    """Return a conversation of one to a few turns, sometimes with a system prompt."""
     talk = Conversation(rng, mix)
     chatty = rng.random() < 0.06
-    go_on = mix.go_on
+    follow_up_probability = mix.follow_up
     if rng.random() < mix.stories:
         _ask_for_story(talk)
     elif rng.random() < 0.3:
         _echo(talk)
     else:
         _small_talk(talk, rng.choice(mix.subjects))
-        go_on = 0.6
-    while rng.random() < (0.9 if chatty else go_on) and talk.words() < MAX_WORDS - 170:
+        follow_up_probability = 0.6
+    while rng.random() < (0.9 if chatty else follow_up_probability) and talk.words() < MAX_WORDS - 170:
         _next_turn(talk)
-        go_on = 0.55
+        follow_up_probability = 0.55
     if rng.random() < 0.05:
         return [{"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)}, *talk.messages]
     return talk.messages
 
 
 def echo(rng: Random) -> list[Message]:
-    """A conversation of nothing but words to be said again."""
+    """Return a conversation that only asks the model to repeat words."""
     talk = Conversation(rng)
     _echo(talk)
     return talk.messages
 
 
 def raw_text(rng: Random) -> str:
-    """A story without any template, for requests in raw mode."""
+    """Return a story without the chat template, for requests in raw mode."""
     return tell(random_story(rng), "normal", rng)
 
 
@@ -152,10 +152,12 @@ def _small_talk(talk: Conversation, subject: str) -> None:
 
 
 def _echo(talk: Conversation) -> None:
-    """Words to be said again: little use in a chat, but nothing teaches copying faster."""
+    """Add a request to repeat words; it is of little use in a chat, but is the fastest way to learn copying."""
     rng = talk.rng
-    strange = talk.mix.strange_echoes
-    words = [invented_word(rng) if rng.random() < strange else rng.choice(_ECHOED) for _ in range(rng.randrange(2, 14))]
+    invented = talk.mix.invented_echoes
+    words = [
+        invented_word(rng) if rng.random() < invented else rng.choice(_ECHOED) for _ in range(rng.randrange(2, 14))
+    ]
     answer = ", ".join(words)
     question = expand(f"[Repeat|Say|Please repeat|Repeat after me|Say after me]: {answer}", rng)
     talk.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -168,8 +170,8 @@ def _ask_for_story(talk: Conversation) -> None:
     story = random_story(rng, mood=mood)
     ask = rng.choices((requests.ask_for_both, requests.ask_for_one, requests.ask_for_any), (0.75, 0.2, 0.05))[0]
     question = ask(story, length, rng)
-    if rng.random() < talk.mix.strange_stories:
-        story, question = _with_strange_word(story, length, rng)
+    if rng.random() < talk.mix.invented_stories:
+        story, question = _with_invented_word(story, length, rng)
     answer = tell(story, length, rng)
     while story.thing in question and story.thing not in answer:
         story = replace(story, plot=rng.choice(list(PLOTS)))
@@ -178,16 +180,16 @@ def _ask_for_story(talk: Conversation) -> None:
     talk.add(question, answer)
 
 
-def _with_strange_word(story: Story, length: str, rng: Random) -> tuple[Story, str]:
-    """A story about a strange character, place or name, and the request that names it."""
-    kind, strange = rng.randrange(3), story
-    while strange is story or held_out(strange.hero, strange.place):
+def _with_invented_word(story: Story, length: str, rng: Random) -> tuple[Story, str]:
+    """Return a story with an invented character, place or name, and a request that names it."""
+    kind, changed = rng.randrange(3), story
+    while changed is story or held_out(changed.hero, changed.place):
         word, place = invented_word(rng), invented_place(rng)
-        strange = replace(story, **({"hero": word}, {"place": place}, {"name": word.capitalize()})[kind])
-    expected = (strange.hero, strange.place.noun, strange.name)[kind]
-    while expected not in (question := requests.ask_for_both(strange, length, rng)):
+        changed = replace(story, **({"hero": word}, {"place": place}, {"name": word.capitalize()})[kind])
+    expected = (changed.hero, changed.place.noun, changed.name)[kind]
+    while expected not in (question := requests.ask_for_both(changed, length, rng)):
         pass
-    return strange, question
+    return changed, question
 
 
 def _other_plot(story: Story, rng: Random, mood: str | None = None) -> Story:
@@ -198,9 +200,9 @@ def _other_plot(story: Story, rng: Random, mood: str | None = None) -> Story:
 
 
 def _tell(talk: Conversation, story: Story, subject: str, length: str = "normal", **more: str) -> None:
-    """A follow-up that is answered with a story."""
+    """Add a follow-up whose reply is a story."""
     talk.story = story
-    names = story.names() | more | {"other": with_article(story.hero)}
+    names = story.template_names() | more | {"other": with_article(story.hero)}
     intro = choose(FOLLOW_UPS[subject]["a"], talk.rng, **names).replace("@", "")
     question = choose(FOLLOW_UPS[subject]["q"], talk.rng, **names)
     talk.add(question, f"{intro} {tell(story, length, talk.rng)}".strip())
@@ -240,10 +242,10 @@ def _next(talk: Conversation, story: Story) -> None:
 
 
 def _ask_about(subject: str) -> Callable[[Conversation, Story], None]:
-    """A question about the story that a sentence answers."""
+    """Return a follow-up that asks about the story and gets a one-sentence reply."""
 
     def follow_up(talk: Conversation, story: Story) -> None:
-        names = story.names() | {"moral": moral(story, talk.rng)}
+        names = story.template_names() | {"moral": moral(story, talk.rng)}
         question = choose(FOLLOW_UPS[subject]["q"], talk.rng, **names)
         talk.add(question, choose(FOLLOW_UPS[subject]["a"], talk.rng, **names))
 

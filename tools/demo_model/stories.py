@@ -1,4 +1,4 @@
-"""Stories: the facts of one story, and its telling in one of three lengths."""
+"""Stories: the facts of one story, and its text in one of three lengths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from tools.demo_model.templates import Block, capital, choose, expand, read_blocks, with_article
+from tools.demo_model.templates import Block, capitalize_first, choose, expand, read_blocks, with_article
 from tools.demo_model.world import (
     ADJECTIVES,
     COLOURS,
@@ -28,12 +28,12 @@ _TELLING = read_blocks(Path(__file__).with_name("moods.txt"), "mood")
 MOODS = tuple(mood for mood in _TELLING if mood != "plain")
 LENGTHS = ("short", "normal", "long")
 MAX_WORDS = {"short": 75, "normal": 146, "long": 156}
-"""A word is about 1.3 tokens: even the longest story ends well within 256 tokens."""
+"""A word is about 1.3 tokens, so even the longest story ends well within 256 tokens."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """Everything that stays the same when a story is told again, shorter, longer or further."""
+    """The facts of a story; they stay the same when the story is told again, shorter, longer or continued."""
 
     hero: str
     adjective: str
@@ -49,8 +49,8 @@ class Story:
     plot: str
     mood: str
 
-    def names(self) -> dict[str, str]:
-        """What the templates may name."""
+    def template_names(self) -> dict[str, str]:
+        """Return the names that templates can use."""
         pronouns = _pronouns(self.female, "") | _pronouns(self.friend_female, "f")
         names = pronouns | {
             "hero": self.hero,
@@ -66,7 +66,7 @@ class Story:
             "a_friend2": "an old traveller",
             "friend2_pronoun": "the traveller",
             "where": self.place.phrase,
-            "back": self.place.back,
+            "back": self.place.definite_phrase,
             "there": self.place.definite,
             "thing": self.thing,
             "a_thing": with_article(self.thing),
@@ -75,7 +75,7 @@ class Story:
             "the_spot": "the " + self.spot.split(maxsplit=1)[1],
             "time": self.time,
         }
-        return names | {capital(key): capital(value) for key, value in names.items()}
+        return names | {capitalize_first(key): capitalize_first(value) for key, value in names.items()}
 
 
 def _pronouns(female: bool, prefix: str) -> dict[str, str]:
@@ -88,7 +88,7 @@ def _is_female(noun: str, rng: Random) -> bool:
 
 
 def random_pair(rng: Random) -> tuple[str, Place]:
-    """A character and a place that training may use together."""
+    """Return a character and a place that training may combine."""
     while True:
         hero, place = rng.choice(HEROES), rng.choice(PLACES)
         if not held_out(hero, place):
@@ -96,7 +96,7 @@ def random_pair(rng: Random) -> tuple[str, Place]:
 
 
 def random_story(rng: Random, hero: str = "", place: Place | None = None, plot: str = "", mood: str = "") -> Story:
-    """A story with the facts given, and the rest drawn."""
+    """Return a story with the given facts; the other facts are random."""
     drawn_hero, drawn_place = random_pair(rng)
     while held_out(hero or drawn_hero, place or drawn_place):
         drawn_hero, drawn_place = random_pair(rng)
@@ -123,19 +123,19 @@ def random_story(rng: Random, hero: str = "", place: Place | None = None, plot: 
 
 
 def with_hero(story: Story, hero: str, rng: Random) -> Story:
-    """The same story about somebody else, who gets a name of his or her own."""
+    """Return the same story about another character, who gets a new name."""
     other = random_story(rng, hero, story.place)
     return replace(story, hero=hero, adjective="", name=other.name, female=other.female, friend=other.friend,
                    friend_name=other.friend_name, friend_female=other.friend_female)  # fmt: skip
 
 
 def with_place(story: Story, place: Place, rng: Random) -> Story:
-    """The same story somewhere else."""
+    """Return the same story at another place."""
     return replace(story, place=place, spot=rng.choice(place.setting.spots))
 
 
 def tell(story: Story, length: str, rng: Random) -> str:
-    """The text of the story, in one paragraph."""
+    """Return the text of the story in one paragraph."""
     while True:
         text = " ".join(_parts(story, length, rng))
         if len(text.split()) <= MAX_WORDS[length]:
@@ -143,7 +143,7 @@ def tell(story: Story, length: str, rng: Random) -> str:
 
 
 def _parts(story: Story, length: str, rng: Random) -> Iterator[str]:
-    block, telling, names = PLOTS[story.plot], _TELLING[story.mood or "plain"], story.names()
+    block, telling, names = PLOTS[story.plot], _TELLING[story.mood or "plain"], story.template_names()
     yield choose(telling["opening"], rng, **names)
     if length == "long" or (length == "normal" and rng.random() < 0.4):
         yield choose(story.place.setting.scenes, rng, **names)
@@ -158,7 +158,7 @@ def _parts(story: Story, length: str, rng: Random) -> Iterator[str]:
 
 
 def _beats(block: Block, length: str, rng: Random) -> Iterator[list[str]]:
-    """The alternatives of each beat, in order; the optional ones (`4?`) come more often in a long story."""
+    """Yield the alternatives of each beat in order; optional beats (`4?`) are more frequent in a long story."""
     for key in dict.fromkeys(key.rstrip("?") for key in block if key[0].isdigit()):
         if key in block:
             yield block[key]
@@ -167,7 +167,7 @@ def _beats(block: Block, length: str, rng: Random) -> Iterator[list[str]]:
 
 
 def _introduce(text: str, story: Story) -> str:
-    """Say who the friend is at the first mention, and speak of "the" spot from the second mention on."""
+    """Introduce the friend at the first mention, and use "the" for the spot from the second mention on."""
     before, name, after = text.partition(story.friend_name)
     called = re.search(r'((called|named|I am|name was|only) |\?" ")$', before)
     known = called or re.match(rf",? the {story.friend}", after)
@@ -179,10 +179,10 @@ def _introduce(text: str, story: Story) -> str:
 
 
 def continuation(story: Story, rng: Random) -> str:
-    """What happened next."""
-    return choose(PLOTS[story.plot]["next"], rng, **story.names())
+    """Return a continuation of the story."""
+    return choose(PLOTS[story.plot]["next"], rng, **story.template_names())
 
 
 def moral(story: Story, rng: Random) -> str:
-    """What one can learn from the story."""
+    """Return a moral of the story."""
     return expand(rng.choice(PLOTS[story.plot]["moral"]), rng)

@@ -1,4 +1,4 @@
-"""The demo model's SentencePiece tokenizer: Llama-2's settings, a small vocabulary; and conversations as token ids."""
+"""The demo model's SentencePiece tokenizer (Llama-2's settings, a small vocabulary), and conversations as token ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ IGNORED = -100
 
 
 def train_tokenizer(texts: Iterable[str], path: Path) -> None:
-    """Train on the texts and write the model; through a buffer, because a model written to a path records that path."""
+    """Train on the texts and write the model.
+
+    Training writes to a buffer, because a model that it writes to a path records that path.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -42,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], path: Path) -> None:
 
 
 def prompt_text(user: str, system: str = "") -> str:
-    """The user's half of a turn, in Llama-2's template."""
+    """Return the user's half of a turn in Llama-2's template."""
     instructions = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
     return f"[INST] {instructions}{user.strip()} [/INST]"
 
@@ -50,10 +53,10 @@ def prompt_text(user: str, system: str = "") -> str:
 def training_row(
     tokenizer: sentencepiece.SentencePieceProcessor, messages: list[Message]
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a conversation; only the replies and their ends have labels.
+    """Return token ids and labels of a conversation; only the replies and their ends have labels.
 
-    The template puts a space between a reply and `</s>`. A generated reply must end right after its last word, so there
-    the label is `</s>` already; after the space it is `</s>` once more.
+    The template puts a space between a reply and `</s>`. A generated reply must end right after its last word.
+    Therefore the label after the last word is `</s>`, and the label after the space is `</s>` again.
     """
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     turns = messages[1:] if system else messages

@@ -1,4 +1,4 @@
-"""Make the demo model from nothing: text, then tokenizer, then weights. `python -m tools.demo_model.train`."""
+"""Train the demo model from scratch (text, tokenizer, weights): `python -m tools.demo_model.train`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tools.demo_model.tokenizer import BOS, EOS, IGNORED, VOCAB_SIZE, train_toke
 from tools.demo_model.world import ADJECTIVES, HEROES, MENS_NAMES, PLACES, WOMENS_NAMES
 
 CONTEXT_LENGTH = 1024
-DEMO = Path(__file__).parents[2] / "server" / "llama2_server" / "demo"
+DEMO_DIRECTORY = Path(__file__).parents[2] / "server" / "llama2_server" / "demo"
 SEED = 2
 TOKENS_PER_BATCH = 4096
 ROWS_PER_BUCKET = 2048
 Row = tuple[list[int], list[int]]
 
-# What meta-llama/Llama-2-7b-chat-hf ships; the default system prompt left out, as there.
+# The template of meta-llama/Llama-2-7b-chat-hf, which also has no default system prompt.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message ="
     " messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 
 
 def new_model() -> LlamaForCausalLM:
-    """About 4.3 million parameters, with Llama-2's proportions where they matter."""
+    """Return an untrained model of about 4.3 million parameters, with Llama-2's proportions where they matter."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -69,27 +69,27 @@ def new_model() -> LlamaForCausalLM:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training: what is read, for how many steps, how fast is learned, how much is kept of before."""
+    """A stage of the training; `previous_weights` is the share of the previous stage's weights in the result."""
 
     seed: int
     mix: Mix
     echo_rows: int
     steps: int
-    speed: float
-    kept_of_before: float = 0.0
+    learning_rate_factor: float
+    previous_weights: float = 0.0
 
 
-# The first rows only ask to say words again: a model that has learned to copy so learns from the stories to keep to the
-# character and the place that were asked for. Without them it had not learned it after 500 steps of stories.
-# The second stage is for what is rare and short in the first: small talk, and questions about the service.
+# The first rows only ask to repeat words. A model that has learned to copy then learns from the stories to use the
+# requested character and place. Without these rows it had not learned this after 500 steps of stories.
+# The second stage trains on small talk and questions about the service, which are rare and short in the first stage.
 STAGES = (
-    Stage(seed=SEED, mix=MAINLY_STORIES, echo_rows=5 * ROWS_PER_BUCKET, steps=1500, speed=1.0),
-    Stage(seed=SEED + 10, mix=MORE_SMALL_TALK, echo_rows=0, steps=350, speed=0.3, kept_of_before=0.2),
+    Stage(seed=SEED, mix=MAINLY_STORIES, echo_rows=5 * ROWS_PER_BUCKET, steps=1500, learning_rate_factor=1.0),
+    Stage(seed=SEED + 10, mix=MORE_SMALL_TALK, echo_rows=0, steps=350, learning_rate_factor=0.3, previous_weights=0.2),
 )
 
 
 def rows(tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage) -> Iterator[Row]:
-    """An endless stream of conversations; one row in forty is a bare story, for raw mode."""
+    """Yield an endless stream of conversations; one row in forty is a story without template, for raw mode."""
     rng = Random(stage.seed)
     for _ in range(stage.echo_rows):
         yield training_row(tokenizer, echo(rng))
@@ -103,7 +103,7 @@ def rows(tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage) -> Itera
 
 
 def batches(tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of about as many tokens each; rows of like length go together, so that little is padding."""
+    """Yield batches of about equal numbers of tokens; rows of similar length are together, so padding is small."""
     rng, stream = Random(stage.seed), rows(tokenizer, stage)
     while True:
         bucket = sorted(itertools.islice(stream, ROWS_PER_BUCKET), key=lambda row: len(row[0]))
@@ -117,7 +117,7 @@ def batches(tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage) -> It
 
 
 def collate(group: list[Row]) -> tuple[Tensor, Tensor]:
-    """Pad at the right; attention is causal, so that no mask is needed."""
+    """Pad a group of rows at the right; because attention is causal, no mask is needed."""
     width = -(-max(len(ids) for ids, _ in group) // 32) * 32
     ids = torch.tensor([row + [EOS] * (width - len(row)) for row, _ in group])
     labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in group])
@@ -125,37 +125,39 @@ def collate(group: list[Row]) -> tuple[Tensor, Tensor]:
 
 
 def reply_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy on the replies; logits are computed only where there is a label."""
+    """Return the cross-entropy on the replies; logits are computed only for labeled positions."""
     targets = labels[:, 1:].reshape(-1)
-    counted = targets != IGNORED
+    labeled = targets != IGNORED
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[counted])
-    return functional.cross_entropy(logits.float(), targets[counted])
+        logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[labeled])
+    return functional.cross_entropy(logits.float(), targets[labeled])
 
 
-def optimizers(model: LlamaForCausalLM, speed: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+def optimizers(model: LlamaForCausalLM, learning_rate_factor: float) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices inside the layers, and AdamW for the embedding and the norms."""
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     inside = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in inside]
     return [
-        torch.optim.Muon(matrices, lr=0.02 * speed, weight_decay=0.01, adjust_lr_fn="original"),
-        torch.optim.AdamW(others, lr=4e-3 * speed, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=0.02 * learning_rate_factor, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(others, lr=4e-3 * learning_rate_factor, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
-def rate(done: float) -> float:
-    """The learning rate's factor: a short warm-up, a plateau, and a linear decay from two fifths on."""
-    return min(1.0, done / 0.01 + 0.01, max(0.0, (1.0 - done) / 0.6) + 0.01)
+def learning_rate(progress: float) -> float:
+    """Return the factor of the learning rate: a short warm-up, a plateau, and a linear decay from two fifths on."""
+    return min(1.0, progress / 0.01 + 0.01, max(0.0, (1.0 - progress) / 0.6) + 0.01)
 
 
 def train(model: LlamaForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage) -> None:
-    """Train for the stage's number of steps; print the loss, the pace and the time."""
+    """Train for the steps of a stage; print the loss, the speed and the time."""
     print(f"{model.num_parameters()} parameters, {stage.steps} steps", flush=True)
-    optims = optimizers(model, stage.speed)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optim, lambda step: rate(step / stage.steps)) for optim in optims]
-    start, tokens, recent = time.perf_counter(), 0, []
+    optims = optimizers(model, stage.learning_rate_factor)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optim, lambda step: learning_rate(step / stage.steps)) for optim in optims
+    ]
+    started_at, tokens, recent_losses = time.perf_counter(), 0, []
     for step, (ids, labels) in enumerate(itertools.islice(batches(tokenizer, stage), stage.steps), 1):
         loss = reply_loss(model, ids, labels)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -165,23 +167,23 @@ def train(model: LlamaForCausalLM, tokenizer: sentencepiece.SentencePieceProcess
             optim.zero_grad()
             schedule.step()
         tokens += ids.numel()
-        recent.append(loss.item())
+        recent_losses.append(loss.item())
         if step % 25 == 0 or step == stage.steps:
-            seconds = time.perf_counter() - start
-            mean = sum(recent) / len(recent)
+            seconds = time.perf_counter() - started_at
+            mean = sum(recent_losses) / len(recent_losses)
             print(f"step {step} loss {mean:.4f} {tokens / seconds:.0f} tokens/s {seconds:.0f} s", flush=True)
-            recent.clear()
+            recent_losses.clear()
 
 
-def keep(model: LlamaForCausalLM, before: list[Tensor], share: float) -> None:
-    """Mix the weights with those from before the stage, so that what was learned first is not forgotten."""
+def blend_weights(model: LlamaForCausalLM, previous: list[Tensor], share: float) -> None:
+    """Mix the weights with the weights before the stage, so that the model does not forget the previous stages."""
     with torch.no_grad():
-        for weight, old in zip(model.parameters(), before, strict=True):
+        for weight, old in zip(model.parameters(), previous, strict=True):
             weight.copy_(torch.lerp(old, weight.half().float(), 1 - share))
 
 
 def export(model: LlamaForCausalLM, directory: Path) -> None:
-    """Write the weights (fp16) and the configurations, without a word about this machine."""
+    """Write the weights (float16) and the configuration files; they contain nothing about this machine."""
     copy: Any = new_model()
     copy.load_state_dict(model.state_dict())
     copy.to(torch.float16).save_pretrained(directory)
@@ -210,7 +212,7 @@ def _write(path: Path, content: dict[str, object]) -> None:
 
 
 def tokenizer_texts(count: int) -> Iterator[str]:
-    """The tokenizer learns from conversations of another seed, and from the nouns, so that each becomes one piece."""
+    """Yield texts for the tokenizer: the nouns, so that each becomes one piece, and conversations of another seed."""
     nouns = (*HEROES, *(place.noun for place in PLACES), *WOMENS_NAMES, *MENS_NAMES, *ADJECTIVES)
     for noun in nouns:
         yield from [f"a {noun}"] * 60
@@ -223,11 +225,13 @@ def tokenizer_texts(count: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """Parse the flags and make the model."""
+    """Train the model that the command line describes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEMO, help="where the model goes")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--from-stage", type=int, default=1, help="2 goes on from the first stage's model in --out")
+    parser.add_argument("--out", type=Path, default=DEMO_DIRECTORY, help="directory to write the model to")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
+    parser.add_argument(
+        "--from-stage", type=int, default=1, help="first stage to run; 2 continues with the model in --out"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
@@ -238,12 +242,12 @@ def main() -> None:
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.out / "tokenizer.model"))
     for number, stage in enumerate(STAGES, 1):
         if number >= arguments.from_stage:
-            # A later stage begins with what the one before has written, rounded to fp16 as it is.
+            # A later stage starts with the weights that the previous one wrote, rounded to float16.
             model = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32) if number > 1 else new_model()
-            before = [weight.detach().clone() for weight in model.parameters()]
+            previous = [weight.detach().clone() for weight in model.parameters()]
             train(model, tokenizer, stage)
-            if stage.kept_of_before:
-                keep(model, before, stage.kept_of_before)
+            if stage.previous_weights:
+                blend_weights(model, previous, stage.previous_weights)
             export(model, arguments.out)
 
 

@@ -1,4 +1,4 @@
-"""The nouns of the stories: who they are about, where they happen, which things matter in them."""
+"""The nouns of the stories: characters, places and things."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADJECTIVES, THINGS, COLOURS = _words("adjectives"), _words("things"), _words("co
 
 @dataclass(frozen=True)
 class Setting:
-    """A kind of place: spots in it where things can happen, and what one sees and hears there."""
+    """A kind of place: its spots, where things can happen, and its scenes, which describe it."""
 
     spots: tuple[str, ...]
     scenes: tuple[str, ...]
@@ -37,7 +37,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a story happens: `phrase` is "by the sea", `noun` is "sea", `definite` is "the sea"."""
+    """The place of a story: `phrase` is "by the sea", `noun` is "sea", `definite` is "the sea"."""
 
     phrase: str
     noun: str
@@ -45,8 +45,8 @@ class Place:
     setting: Setting
 
     @property
-    def back(self) -> str:
-        """The phrase for a place already known: "in a castle" becomes "in the castle"."""
+    def definite_phrase(self) -> str:
+        """The phrase for a place that is already known: "in a castle" becomes "in the castle"."""
         return f"{self.phrase.split()[0]} {self.definite}"
 
 
@@ -61,12 +61,12 @@ PLACES = tuple(_place(kind, phrase) for kind in SETTINGS for line in _BLOCKS[kin
 
 
 def held_out(hero: str, place: Place) -> bool:
-    """True for about one pair in eight: those pairs are for the evaluation and never occur in a training text."""
+    """Return True for about one pair in eight; these pairs are for the evaluation and never occur in training texts."""
     return (hero, place.noun) == ("fox", "sea") or crc32(f"{hero}|{place.noun}".encode()) % 8 == 0
 
 
 def invented_word(rng: Random) -> str:
-    """A word that nobody has ever heard, so that the model learns to copy words instead of knowing them all."""
+    """Return a new word, so that the model learns to copy words instead of knowing them all."""
     onsets, vowels, codas = _words("onsets"), _words("vowels"), _words("codas")
     syllables = rng.choice((1, 2, 2, 3))
     stem = "".join(rng.choice(onsets) + rng.choice(vowels) for _ in range(syllables))
@@ -74,7 +74,7 @@ def invented_word(rng: Random) -> str:
 
 
 def invented_place(rng: Random) -> Place:
-    """A place of a name that nobody has ever heard."""
+    """Return a place with an invented name."""
     noun = invented_word(rng)
     preposition = rng.choice(("in", "on", "at", "by"))
     return Place(f"{preposition} a {noun}", noun, f"the {noun}", rng.choice(list(SETTINGS.values())))
