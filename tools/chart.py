@@ -1,19 +1,19 @@
-"""Bring what the Helm chart has from the server up to date: the shipped cards, and the schema of `settings`.
+"""Update the Helm chart's copies of the shipped model cards and of the schema of `settings`.
 
-`python -m tools.chart` writes both; a test says when that is due.
+`python -m tools.chart` writes both; a test fails if they are out of date.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from llama2_server.config.settings import Settings
+from llama2_server.config.settings import Settings, description_of
 
 ROOT = Path(__file__).parent.parent
 CHART = ROOT / "helm/llama2"
 CARDS = ROOT / "server/llama2_server/cards"
 SCHEMA = CHART / "values.schema.json"
-# What the chart decides itself, from its other values.
+# Settings that the chart derives from its other values.
 CHART_SETTINGS = {
     "allow_unauthenticated",
     "card",
@@ -33,39 +33,39 @@ CHART_SETTINGS = {
     "tls_key",
     "weights",
 }
-LINE = 116
+MAX_LINE_CHARACTERS = 116
 
 
 def settings_schema() -> dict[str, Any]:
-    """The JSON Schema of the values under `settings`: all settings but the chart's own, by their names and types."""
+    """Return the JSON Schema of the values under `settings`: all settings except CHART_SETTINGS."""
     fields = Settings.model_json_schema()["properties"]
-    ours = {name: _plain(field) for name, field in fields.items() if name not in CHART_SETTINGS}
-    return {"type": "object", "additionalProperties": False, "properties": ours}
+    properties = {key: _property(key, field) for key, field in fields.items() if key not in CHART_SETTINGS}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
 def values_schema() -> str:
-    """The text of values.schema.json with the settings of today."""
+    """Return the text of values.schema.json with the current settings."""
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     schema["properties"]["settings"] = settings_schema()
     return _text(schema) + "\n"
 
 
 def cards() -> dict[Path, str]:
-    """What the chart's copies of the shipped cards have to be: Helm reads no file outside a chart."""
+    """Return the chart's copies of the shipped cards by path; Helm cannot read files outside a chart."""
     return {CHART / "files/cards" / card.name: card.read_text(encoding="utf-8") for card in CARDS.glob("*.yaml")}
 
 
-def _plain(field: dict[str, Any]) -> dict[str, Any]:
-    """A field's schema without what Helm's users need not know: titles, defaults, and null for what may be left out."""
+def _property(key: str, field: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a setting without titles, defaults and null, which users of the chart do not need."""
     kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
-    keys = ("type", "enum", "minimum", "exclusiveMinimum")
-    return {"description": field["description"]} | {key: kinds[0][key] for key in keys if key in kinds[0]}
+    kept = ("type", "enum", "minimum", "exclusiveMinimum")
+    return {"description": description_of(key)} | {name: kinds[0][name] for name in kept if name in kinds[0]}
 
 
 def _text(node: Any, indent: int = 0) -> str:
-    """JSON with everything on one line that fits on one."""
+    """Return JSON in which each value that fits is on one line."""
     flat = json.dumps(node, ensure_ascii=False)
-    if len(flat) + indent <= LINE or not isinstance(node, dict | list):
+    if len(flat) + indent <= MAX_LINE_CHARACTERS or not isinstance(node, dict | list):
         return flat
     pad, end = " " * (indent + 2), " " * indent
     if isinstance(node, dict):
@@ -75,7 +75,7 @@ def _text(node: Any, indent: int = 0) -> str:
 
 
 def main() -> None:
-    """Write the files."""
+    """Write the schema and the cards."""
     for path, text in {SCHEMA: values_schema(), **cards()}.items():
         path.write_text(text, encoding="utf-8")
 

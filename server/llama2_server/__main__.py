@@ -1,4 +1,4 @@
-"""`python -m llama2_server` is `llama2-server`."""
+"""Run `llama2-server` with `python -m llama2_server`."""
 
 from llama2_server.cli.main import main
 

@@ -14,7 +14,7 @@ from tests.helm.chart import Manifest, Rendered, Values, environment_of, render,
 from tests.support.processes import command, environment
 
 from llama2_server.admission.accounts import new_key
-from llama2_server.cli.admin import admin
+from llama2_server.cli.main import program
 from llama2_server.config.settings import Settings
 
 WITH_KEYS: Values = {"demo": True, "apiKeys": {"secret": "keys"}, "test": {"apiKey": {"secret": "key"}}}
@@ -89,7 +89,7 @@ def test_the_init_container_downloads_the_served_weights(tmp_path: Path, monkeyp
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     arguments = [argument.replace("=/weights/", f"={tmp_path}/") for argument in init["args"]]
-    result = CliRunner().invoke(admin, [*init["command"][1:], *arguments])
+    result = CliRunner().invoke(program, [*init["command"][1:], *arguments])
     assert result.exit_code == 0, result.output
     values = release.values["weights"]
     assert requested == [(values["hubId"], values["revision"])]

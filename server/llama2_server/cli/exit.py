@@ -1,11 +1,11 @@
-"""How a command ends that cannot do what the operator asked for."""
+"""Exit of a command that cannot do what the user requested."""
 
 import sys
 from typing import NoReturn
 
 
-def refuse(problem: str) -> NoReturn:
-    """Say on stderr why, each line under the program's name, and exit with 2."""
-    for line in problem.splitlines():
+def exit_with_error(message: str) -> NoReturn:
+    """Print each line of the message on stderr after the program's name, and exit with 2."""
+    for line in message.splitlines():
         sys.stderr.write(f"llama2-server: {line}\n")
     sys.exit(2)

@@ -1,62 +1,73 @@
-"""`llama2-server`: flags and environment -> Settings -> serve."""
+"""The `llama2-server` program and its default command, `serve`."""
 
-import asyncio
-import gc
-import logging
-import os
 import sys
-import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from llama2_server.cli.exit import refuse
-from llama2_server.config.sources import BadSettings, read_settings
+import click
+
+from llama2_server.cli.commands import HELP_FLAGS, CommandGroup, error_message
+from llama2_server.cli.exit import exit_with_error
+from llama2_server.cli.keys import keys
+from llama2_server.cli.options import write_settings
+from llama2_server.cli.serve import serve
+from llama2_server.cli.settings import settings
+from llama2_server.cli.usage import usage
+from llama2_server.cli.weights import weights
 from llama2_server.configuration_error import ConfigurationError
+
+PROGRAM = "llama2-server"
+INTERRUPTED = 130
+
+
+class _Program(CommandGroup):
+    """Group that runs `serve` if its first argument is an option, or if it has none."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, after adding the default command if necessary."""
+        own_flags = {flag for option in self.get_params(ctx) for flag in option.opts}
+        if not args or (args[0].startswith("-") and args[0] not in own_flags):
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, the program's options and the options of the default command."""
+        self.format_commands(ctx, formatter)
+        with formatter.section("Options"):
+            formatter.write_dl([row for option in self.get_params(ctx) if (row := option.get_help_record(ctx))])
+        write_settings(formatter, serve)
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        """Run a command and exit; each error is one line on stderr with the exit code 2."""
+        try:
+            super().main(*args, **{**options, "standalone_mode": False, "prog_name": PROGRAM})
+        except click.ClickException as error:
+            exit_with_error(error_message(error))
+        except ConfigurationError as error:
+            exit_with_error(str(error))
+        except click.Abort:
+            sys.exit(INTERRUPTED)
+        sys.exit(0)
+
+
+@click.group(
+    cls=_Program,
+    context_settings={"help_option_names": HELP_FLAGS, "max_content_width": 120},
+    options_metavar="",
+    subcommand_metavar="[serve] [OPTIONS] | COMMAND [ARGS]...",
+)
+@click.version_option(package_name="llama2-grpc", message="%(prog)s %(version)s")
+def program() -> None:
+    """Serve one Llama-2 model over gRPC.
+
+    The grouped options below are the options of `serve`, the default command. Each is also an environment variable and
+    a key of the settings file: --listen is LLAMA2_LISTEN and listen. Flags override variables, which override the file.
+    """
+
+
+for command in (serve, settings, keys, usage, weights):
+    program.add_command(command)
 
 
 def main() -> None:
-    """Serve.
-
-    Exit codes: 0 after a drain; 2 with one line on stderr when the server cannot start; 70 when the engine hung or
-    died, and the process has to be started anew; 130 after a second signal.
-    """
-    if sys.argv[1:2] in (["keys"], ["usage"], ["weights"]):
-        from llama2_server.cli.admin import admin
-
-        admin(prog_name="llama2-server")
-    shows_settings = sys.argv[1:2] == ["settings"]
-    try:
-        sourced = read_settings(sys.argv[1 + shows_settings :])
-    except BadSettings as error:
-        refuse(str(error))
-    if shows_settings:
-        print(sourced)
-        return
-    # Nothing that modules are made of is garbage: looking for it would take a tenth of the start.
-    gc.disable()
-    # Only now the imports that take long, and those of torch, which take seconds, after all that can be refused before.
-    from llama2_server.lifecycle import preflight
-    from llama2_server.telemetry import logging as logs
-
-    logs.configure(sourced.settings.log_level, sourced.settings.log_format)
-    try:
-        preflight.check(sourced.settings)
-        from llama2_server import app
-
-        gc.freeze()
-        gc.enable()
-        code = asyncio.run(app.serve(sourced.settings))
-    except ConfigurationError as error:
-        refuse(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    _leave(code)
-
-
-def _leave(code: int) -> NoReturn:
-    """End with this code, without waiting for a thread that loads or hangs: nothing but the end can stop those."""
-    if any(thread.daemon and thread.name in ("loading", "engine") for thread in threading.enumerate()):
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """Run the command line of this process."""
+    program.main()

@@ -1,7 +1,8 @@
-"""The server's settings, typed; where their values come from stands in settings_sources.py."""
+"""Typed settings of the server; `sources` reads their values."""
 
 import ipaddress
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,18 +20,23 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEMO_CARD = "demo"
 ENV_PREFIX = "LLAMA2_"
-# A journal that holds less than a few records could never take one.
+# A smaller journal could not hold even a few usage records.
 MIN_JOURNAL_BYTES = 64 * 1024
 
 
-HELP = """\
-Serve one model over gRPC. Each flag is also a key of the --config file and a variable: LLAMA2_LISTEN is --listen.
+class Group(StrEnum):
+    """Headings that group the settings in `--help` and in docs/settings.md."""
 
-Besides:
-  llama2-server settings …                   print the settings in force, and where each comes from
-  llama2-server keys new ACCOUNT …           make an API key
-  llama2-server usage …                      print what accounts have used
-  llama2-server weights fetch HUB_ID --to …  fetch a checkpoint from the Hugging Face Hub"""
+    GENERAL = "General"
+    MODEL = "Model"
+    NETWORK = "Network"
+    TLS = "TLS"
+    ACCOUNTS = "Accounts and quotas"
+    USAGE = "Usage records"
+    CACHE = "Response cache"
+    TELEMETRY = "Telemetry"
+    QUEUE = "Queue and timeouts"
+    CONNECTIONS = "Connection limits"
 
 
 def _host_and_port(listen: str | None) -> str | None:
@@ -38,224 +44,195 @@ def _host_and_port(listen: str | None) -> str | None:
         return None
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
-        raise ValueError("must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051; port 0 takes a free one")
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051; port 0 selects a free port")
     return listen
 
 
 def default_data_directory() -> Path:
-    """Where a service keeps its state by the XDG rules."""
+    """Return the directory for a service's state by the XDG rules."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "llama2-grpc"
 
 
 class Settings(BaseSettings):
-    """Everything that the operator decides; what the service promises stands in the card."""
+    """Settings that the operator decides; the model card defines what the service promises.
+
+    The docstring of a setting is its documentation. `--help` prints the first sentence, docs/settings.md all of it.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
         env_ignore_empty=True,
-        cli_exit_on_error=False,
-        cli_prog_name="llama2-server",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
         extra="forbid",
         frozen=True,
-        json_schema_extra={"description": HELP},  # what --help begins with
+        use_attribute_docstrings=True,
     )
 
-    config: Annotated[
-        Path | None,
-        Field(description="A YAML file of settings, by the names in this list; the environment and flags win over it."),
-    ] = None
-    card: Annotated[
-        str, Field(description="A model card: a shipped one's name (demo, llama-2-7b-chat-fp16) or a file.")
-    ] = DEMO_CARD
-    weights: Annotated[
-        str | None,
-        Field(
-            description="A Hugging Face Llama checkpoint: a directory, or a Hub id such as "
-            "meta-llama/Llama-2-7b-chat-hf. The demo card brings its own."
-        ),
-    ] = None
-    listen: Annotated[
-        str, AfterValidator(_host_and_port), Field(description="Where to listen: HOST:PORT; port 0 takes a free one.")
-    ] = "127.0.0.1:50051"
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], Field(description="Where the model runs; auto is CUDA when there is one.")
-    ] = "auto"
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"] | None, Field(description="Precision, instead of the card's.")
-    ] = None
-    cpu_kernels: Annotated[
-        Literal["auto", "torch"],
-        Field(description="What decodes float16 on a CPU: the native step where there is one (auto), or torch."),
-    ] = "auto"
-    gpu_kernels: Annotated[
-        Literal["auto", "torch"],
-        Field(description="What decodes on a GPU: Triton kernels, compiled and tuned at start (auto), or plain torch."),
-    ] = "auto"
-    max_queue_size: Annotated[NonNegativeInt, Field(description="The most calls that may wait for a slot.")] = 64
-    queue_timeout_seconds: Annotated[
-        PositiveFloat, Field(description="The longest that a call may wait for a slot.")
-    ] = 300.0
-    shutdown_grace_seconds: Annotated[
-        NonNegativeFloat, Field(description="How long calls that run may go on after SIGTERM or Ctrl-C.")
-    ] = 30.0
-    data_directory: Annotated[
-        Path,
-        Field(
-            description="Where the usage ledger and its journal are, and what makes later starts quicker.",
-            default_factory=default_data_directory,
-        ),
-    ]
-    usage_url: Annotated[
-        SecretStr | None,
-        Field(description="The ledger's store: postgresql://USER:PASSWORD@HOST/DB; else a file in the data directory."),
-    ] = None
-    usage_journal_max_bytes: Annotated[
-        int,
-        Field(
-            ge=MIN_JOURNAL_BYTES,
-            description="What may wait on the disk for a ledger store that is down; then work is refused.",
-        ),
-    ] = 16 * 1024 * 1024
-    redis_url: Annotated[
-        SecretStr | None,
-        Field(description="Counts quotas and keeps responses for all replicas: redis://[:PASSWORD@]HOST[:PORT][/DB]."),
-    ] = None
-    quota_fallback: Annotated[
-        Literal["reject", "local"],
-        Field(description="While Redis is unavailable: reject requests, or count quotas per replica (local)."),
-    ] = "reject"
-    response_cache_ttl_seconds: Annotated[
-        PositiveFloat, Field(description="How long a response is kept in the cache.")
-    ] = 3600.0
-    response_cache_max_bytes: Annotated[
-        PositiveInt, Field(description="The most that the response cache may take in memory.")
-    ] = 64 * 1024 * 1024
-    response_cache_max_entry_bytes: Annotated[
-        PositiveInt, Field(description="The largest response that is kept in Redis.")
-    ] = 256 * 1024
-    tls_certificate: Annotated[
-        Path | None,
-        Field(description="The server's certificate chain, PEM; with it and the key the port speaks TLS only."),
-    ] = None
-    tls_key: Annotated[Path | None, Field(description="The private key of the certificate, PEM.")] = None
-    tls_client_ca: Annotated[
-        Path | None,
-        Field(description="Certificate authorities, PEM: every client must show a certificate of theirs (mutual TLS)."),
-    ] = None
-    health_listen: Annotated[
-        str | None,
-        AfterValidator(_host_and_port),
-        Field(description="A second, plaintext port that serves health only: for probes, which speak no TLS."),
-    ] = None
-    metrics_listen: Annotated[
-        str | None,
-        AfterValidator(_host_and_port),
-        Field(description="Where Prometheus scrapes /metrics over HTTP; without it there are no metrics."),
-    ] = None
-    otlp_endpoint: Annotated[
-        str | None,
-        Field(description="Where traces go: OTLP over gRPC, such as http://localhost:4317; without it there are none."),
-    ] = None
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Field(description="The least that is logged.")
-    ] = "info"
-    log_format: Annotated[
-        Literal["auto", "console", "json"],
-        Field(description="Log lines for people or for machines; auto is console on a terminal, else json."),
-    ] = "auto"
-    engine_step_timeout_seconds: Annotated[
-        PositiveFloat,
-        Field(description="A step of the engine that takes longer has hung: the process ends, to be restarted."),
-    ] = 120.0
-    readiness_probe_interval_seconds: Annotated[
-        PositiveFloat,
-        Field(description="A server on which nothing succeeded for so long generates a token, to know that it can."),
-    ] = 300.0
-    max_message_bytes: Annotated[PositiveInt, Field(description="The largest request message.")] = 1024 * 1024
-    max_metadata_bytes: Annotated[PositiveInt, Field(description="The most metadata that a call may bring.")] = (
-        16 * 1024
-    )
-    max_connections: Annotated[PositiveInt, Field(description="Connections at once; more are closed as they come.")] = (
-        1000
-    )
-    max_concurrent_streams: Annotated[
-        PositiveInt | None,
-        Field(description="Calls at once on one connection; by default all that fit slots and line, and 100 more."),
-    ] = None
-    max_connection_idle_seconds: Annotated[
-        PositiveFloat, Field(description="A connection without calls is closed after so long.")
-    ] = 900.0
-    max_connection_age_seconds: Annotated[
-        PositiveFloat,
-        Field(description="A connection is asked to end after so long, so that clients look for new replicas."),
-    ] = 1800.0
-    max_connection_age_grace_seconds: Annotated[
-        PositiveFloat,
-        Field(description="What calls on a connection that was asked to end may still take."),
-    ] = 3600.0
-    keepalive_time_seconds: Annotated[
-        PositiveFloat, Field(description="A silent connection is pinged after so long.")
-    ] = 60.0
-    keepalive_timeout_seconds: Annotated[
-        PositiveFloat, Field(description="A ping that is not answered for so long ends the connection.")
-    ] = 20.0
-    min_ping_interval_seconds: Annotated[
-        PositiveFloat, Field(description="A peer that pings more often than this is sent away.")
-    ] = 10.0
-    handshake_timeout_seconds: Annotated[
-        PositiveFloat, Field(description="What a peer has for the handshake of a new connection, TLS included.")
-    ] = 10.0
-    reflection: Annotated[bool, Field(description="Serve reflection, which grpcurl and buf curl ask for.")] = True
-    api_keys_file: Annotated[
-        Path | None,
-        Field(
-            description="API keys and their accounts, as `llama2-server keys new` prints them; read anew on changes."
-        ),
-    ] = None
-    allow_unauthenticated: Annotated[
-        bool,
-        Field(description="Serve without keys on an address other than loopback: anybody who reaches it may call."),
-    ] = False
+    config: Annotated[Path | None, Group.GENERAL] = None
+    """YAML settings file; the environment and flags override it. Its keys are the names of the settings."""
+    data_directory: Annotated[Path, Group.GENERAL, Field(default_factory=default_data_directory)]
+    """Directory of the usage ledger, its journal and startup caches. The caches make later starts faster."""
 
+    card: Annotated[str, Group.MODEL] = DEMO_CARD
+    """Model card: demo, llama-2-7b-chat-fp16, or a card file."""
+    weights: Annotated[str | None, Group.MODEL] = None
+    """Hugging Face Llama checkpoint: a directory or a Hub id.
+    An example of a Hub id is meta-llama/Llama-2-7b-chat-hf. The demo card includes its own weights."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Group.MODEL] = "auto"
+    """Device that runs the model; auto selects CUDA if it is available."""
+    dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, Group.MODEL] = None
+    """Precision of the model, instead of the card's precision."""
+    cpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"
+    """CPU kernels for float16: native code if available (auto), or torch."""
+    gpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"
+    """GPU kernels: Triton, compiled and tuned at startup (auto), or torch."""
+
+    listen: Annotated[str, Group.NETWORK, AfterValidator(_host_and_port)] = "127.0.0.1:50051"
+    """Address that serves gRPC; port 0 selects a free port."""
+    health_listen: Annotated[str | None, Group.NETWORK, AfterValidator(_host_and_port)] = None
+    """Plaintext address that serves only health checks. It is for probes that do not support TLS."""
+    reflection: Annotated[bool, Group.NETWORK] = True
+    """gRPC reflection, which grpcurl and buf curl use."""
+
+    tls_certificate: Annotated[Path | None, Group.TLS] = None
+    """Certificate chain of the server, a PEM file. With a certificate and its key, the port accepts only TLS."""
+    tls_key: Annotated[Path | None, Group.TLS] = None
+    """Private key of the certificate, a PEM file."""
+    tls_client_ca: Annotated[Path | None, Group.TLS] = None
+    """Certificate authorities for client certificates, a PEM file.
+    Every client must present a certificate from one of these authorities (mutual TLS)."""
+
+    api_keys_file: Annotated[Path | None, Group.ACCOUNTS] = None
+    """File of API keys and their accounts; changes apply without restart.
+    `llama2-server keys new` prints the entries of this file."""
+    allow_unauthenticated: Annotated[bool, Group.ACCOUNTS] = False
+    """Access without API keys on an address other than loopback.
+    Every client that reaches the address can send requests."""
+    redis_url: Annotated[SecretStr | None, Group.ACCOUNTS] = None
+    """Redis for quotas and cached responses that all replicas share.
+    The format is redis://[:PASSWORD@]HOST[:PORT][/DB]."""
+    quota_fallback: Annotated[Literal["reject", "local"], Group.ACCOUNTS] = "reject"
+    """Behavior during a Redis outage: reject requests, or count locally.
+    With local, each replica counts the quotas by itself."""
+
+    usage_url: Annotated[SecretStr | None, Group.USAGE] = None
+    """Usage database: postgresql://USER:PASSWORD@HOST/DB, or else a file. The file is in the data directory."""
+    usage_journal_max_bytes: Annotated[int, Group.USAGE, Field(ge=MIN_JOURNAL_BYTES)] = 16 * 1024 * 1024
+    """Maximum size of the usage journal, in bytes.
+    The journal grows while the usage database is unavailable. Requests are rejected when it is full."""
+
+    response_cache_ttl_seconds: Annotated[PositiveFloat, Group.CACHE] = 3600.0
+    """Lifetime of a cached response, in seconds."""
+    response_cache_max_bytes: Annotated[PositiveInt, Group.CACHE] = 64 * 1024 * 1024
+    """Maximum size of the response cache in memory, in bytes."""
+    response_cache_max_entry_bytes: Annotated[PositiveInt, Group.CACHE] = 256 * 1024
+    """Maximum size of a response that is cached in Redis, in bytes."""
+
+    metrics_listen: Annotated[str | None, Group.TELEMETRY, AfterValidator(_host_and_port)] = None
+    """Address of the Prometheus metrics, HTTP; no metrics by default. Prometheus scrapes the path /metrics."""
+    otlp_endpoint: Annotated[str | None, Group.TELEMETRY] = None
+    """OTLP/gRPC endpoint for traces, such as http://localhost:4317. Without an endpoint, tracing is off."""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Group.TELEMETRY] = "info"
+    """Minimum log level."""
+    log_format: Annotated[Literal["auto", "console", "json"], Group.TELEMETRY] = "auto"
+    """Log format; auto is console on a terminal and json elsewhere."""
+
+    max_queue_size: Annotated[NonNegativeInt, Group.QUEUE] = 64
+    """Maximum number of queued requests."""
+    queue_timeout_seconds: Annotated[PositiveFloat, Group.QUEUE] = 300.0
+    """Maximum time that a request waits for a slot, in seconds."""
+    engine_step_timeout_seconds: Annotated[PositiveFloat, Group.QUEUE] = 120.0
+    """Maximum duration of an engine step, in seconds.
+    After a longer step the engine counts as hung: the process exits and must be restarted."""
+    readiness_probe_interval_seconds: Annotated[PositiveFloat, Group.QUEUE] = 300.0
+    """Time without a successful request before a probe, in seconds.
+    The probe generates a token to check that the server still works."""
+    shutdown_grace_seconds: Annotated[NonNegativeFloat, Group.QUEUE] = 30.0
+    """Time for running requests after SIGTERM or Ctrl-C, in seconds."""
+
+    max_message_bytes: Annotated[PositiveInt, Group.CONNECTIONS] = 1024 * 1024
+    """Maximum size of a request message, in bytes."""
+    max_metadata_bytes: Annotated[PositiveInt, Group.CONNECTIONS] = 16 * 1024
+    """Maximum size of the metadata of a request, in bytes."""
+    max_connections: Annotated[PositiveInt, Group.CONNECTIONS] = 1000
+    """Maximum number of open connections. Further connections are closed immediately."""
+    max_concurrent_streams: Annotated[PositiveInt | None, Group.CONNECTIONS] = None
+    """Maximum number of concurrent requests on one connection.
+    The default is the number of slots plus the queue size plus 100."""
+    max_connection_idle_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 900.0
+    """Time without requests before a connection is closed, in seconds."""
+    max_connection_age_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 1800.0
+    """Age at which a client is asked to reconnect, in seconds. Clients then find new replicas."""
+    max_connection_age_grace_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 3600.0
+    """Time for running requests on a connection of that age, in seconds.
+    It must be longer than the queue timeout."""
+    keepalive_time_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 60.0
+    """Time without traffic before a connection is pinged, in seconds."""
+    keepalive_timeout_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 20.0
+    """Maximum time to answer a ping, in seconds. A connection without an answer is closed."""
+    min_ping_interval_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 10.0
+    """Minimum time between the pings of a client, in seconds. A client that pings more often is disconnected."""
+    handshake_timeout_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 10.0
+    """Timeout of the handshake of a new connection, in seconds. The handshake includes TLS."""
+
+    # Messages name settings by their flags; `sources` replaces a flag by the variable or key that the operator used.
     @model_validator(mode="after")
-    def _possible(self) -> "Settings":
+    def _check_addresses(self) -> "Settings":
         if self.weights is None and self.card != DEMO_CARD:
             raise ValueError(
-                "weights: this card needs them; give a checkpoint directory or a Hub id, "
-                "such as --weights meta-llama/Llama-2-7b-chat-hf"
+                "--weights: this card needs weights; pass a checkpoint directory or a Hub id, "
+                "such as meta-llama/Llama-2-7b-chat-hf"
             )
         if self.api_keys_file is None and not self.allow_unauthenticated and not is_loopback(self.listen):
             raise ValueError(
-                f"listen: {self.listen} is not loopback and there are no keys: anybody who reaches it could call; "
-                "give a --api-keys-file, listen on 127.0.0.1, or say --allow-unauthenticated"
+                f"--listen: {self.listen} is not a loopback address and there are no API keys, so every client that "
+                "reaches it could send requests; pass --api-keys-file, listen on 127.0.0.1, "
+                "or pass --allow-unauthenticated"
             )
-        ports = [listen for listen in (self.listen, self.health_listen, self.metrics_listen) if listen is not None]
-        taken = [listen for listen in ports if not listen.endswith(":0")]
-        if len(set(taken)) < len(taken):
-            raise ValueError("listen, health_listen and metrics_listen must be different addresses")
+        addresses = [listen for listen in (self.listen, self.health_listen, self.metrics_listen) if listen is not None]
+        fixed = [address for address in addresses if not address.endswith(":0")]
+        if len(set(fixed)) < len(fixed):
+            raise ValueError("--listen, --health-listen and --metrics-listen: must be different addresses")
         return self
 
     @model_validator(mode="after")
-    def _possible_on_the_wire(self) -> "Settings":
+    def _check_connections(self) -> "Settings":
         if (self.tls_certificate is None) != (self.tls_key is None):
-            missing = "tls_key" if self.tls_key is None else "tls_certificate"
-            raise ValueError(f"{missing}: TLS needs both tls_certificate and tls_key")
+            missing = "--tls-key" if self.tls_key is None else "--tls-certificate"
+            raise ValueError(f"{missing}: missing; TLS needs both --tls-certificate and --tls-key")
         if self.tls_client_ca is not None and self.tls_certificate is None:
-            raise ValueError("tls_client_ca: mutual TLS needs tls_certificate and tls_key as well")
+            raise ValueError("--tls-client-ca: mutual TLS also needs --tls-certificate and --tls-key")
         if self.max_connection_age_grace_seconds <= self.queue_timeout_seconds:
             raise ValueError(
-                f"max_connection_age_grace_seconds: must be more than queue_timeout_seconds "
-                f"({self.queue_timeout_seconds:g}): calls would be cut off that have waited for their turn"
+                f"--max-connection-age-grace-seconds: must be more than --queue-timeout-seconds "
+                f"({self.queue_timeout_seconds:g}), or requests that waited in the queue would be cut off"
             )
         return self
 
 
+def group_of(key: str) -> Group:
+    """Return the group of a setting."""
+    return next(item for item in Settings.model_fields[key].metadata if isinstance(item, Group))
+
+
+def description_of(key: str) -> str:
+    """Return the description of a setting on one line."""
+    return " ".join((Settings.model_fields[key].description or "").split())
+
+
+def default_of(key: str) -> str:
+    """Return the default of a setting as text, or an empty string if it has none."""
+    field = Settings.model_fields[key]
+    if field.default_factory is not None:
+        return "~/.local/state/llama2-grpc"  # the same text for each user
+    if field.default is None:
+        return ""
+    if isinstance(field.default, bool):
+        return str(field.default).lower()
+    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+
+
 def is_loopback(listen: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """Return whether only this machine can reach the address."""
     host = listen.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

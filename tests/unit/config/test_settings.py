@@ -1,21 +1,20 @@
-"""Settings: three sources in order, refusals that name the key, nothing secret shown."""
+"""Settings: the order of the sources, errors that name the setting, and masked secrets."""
 
 import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tests.support.processes import command, environment
 
 from llama2_client.cli.main import cli
+from llama2_server.cli.settings import settings as settings_command
 from llama2_server.config.settings import Settings
-from llama2_server.config.sources import CLIENT_VARIABLES, BadSettings, ResolvedSettings, read_settings
+from llama2_server.config.sources import CLIENT_VARIABLES, ResolvedSettings, SettingsError, read_settings
 
 PASSWORD = "correct-horse"  # noqa: S105
-# For each setting two values, neither of them the default, as they are written in a file.
+# Two values for each setting, as in a settings file. Neither is the default.
 VALUES: Mapping[str, tuple[Any, Any]] = {
     "card": ("one.yaml", "two.yaml"),
     "weights": ("one", "two"),
@@ -55,13 +54,13 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "min_ping_interval_seconds": (1.5, 2.5),
     "handshake_timeout_seconds": (1.5, 2.5),
     "api_keys_file": ("/one", "/two"),
-    # These have two values only, one of which is the default: the file says it, and the environment the other.
+    # These settings have only two values: the file has the default, and the environment the other value.
     "quota_fallback": ("reject", "local"),
     "gpu_kernels": ("auto", "torch"),
     "reflection": (True, False),
     "allow_unauthenticated": (False, True),
 }
-# What else must be set for a setting to be possible.
+# Other flags that a setting requires.
 NEEDS: Mapping[str, list[str]] = {
     "card": ["--weights", "somewhere"],
     "tls_certificate": ["--tls-key", "key.pem"],
@@ -76,131 +75,167 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_of_the_developer(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in [name for name in os.environ if name.startswith("LLAMA2_")]:
         monkeypatch.delenv(variable)
 
 
 def plain(value: Any) -> Any:
-    """A value as it was written."""
+    """Return a value as a settings file has it."""
     if hasattr(value, "get_secret_value"):
         return value.get_secret_value()
     return str(value) if isinstance(value, Path) else value
 
 
-def refusal(*arguments: str) -> str:
-    with pytest.raises(BadSettings) as refused:
-        read_settings(arguments)
-    return str(refused.value)
+def read(*arguments: str) -> ResolvedSettings:
+    """Return the settings of a command line."""
+    with settings_command.make_context("settings", list(arguments)) as context:
+        return read_settings(context.params)
 
 
-def test_every_setting_is_listed_here() -> None:
-    """The table above has each setting, but for the file's own name."""
+def error_of(*arguments: str) -> str:
+    """Return the error message of a command line."""
+    with pytest.raises(SettingsError) as error:
+        read(*arguments)
+    return str(error.value)
+
+
+def test_table_has_every_setting() -> None:
+    """The table above has every setting except the name of the settings file."""
     assert set(VALUES) == set(Settings.model_fields) - {"config"}
 
 
 @pytest.mark.parametrize("key", VALUES)
-def test_flags_win_over_environment_over_file_over_default(
+def test_flags_override_environment_overrides_file_overrides_default(
     key: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every setting can be set in all three places, and says which of them set it."""
-    in_file, stronger = VALUES[key]
+    """Every setting can come from each of the three sources, and the result names the source."""
+    in_file, override = VALUES[key]
     variable, flag = f"LLAMA2_{key.upper()}", f"--{key.replace('_', '-')}"
-    if isinstance(stronger, bool):
-        as_flag = [flag if stronger else flag.replace("--", "--no-")]
+    if isinstance(override, bool):
+        as_flag = [flag if override else flag.replace("--", "--no-")]
     else:
-        as_flag = [flag, str(stronger)]
+        as_flag = [flag, str(override)]
 
-    def read(*arguments: str) -> tuple[Any, str]:
-        sourced = read_settings([*arguments, *NEEDS.get(key, [])])
-        return plain(getattr(sourced.settings, key)), sourced.sources.get(key, "default")
+    def value_and_source(*arguments: str) -> tuple[Any, str]:
+        resolved = read(*arguments, *NEEDS.get(key, []))
+        return plain(getattr(resolved.settings, key)), resolved.sources.get(key, "default")
 
-    assert key not in read_settings([]).sources
+    assert key not in read().sources
     config.write_text(yaml.safe_dump({key: in_file}))
-    assert read("--config", str(config)) == (in_file, str(config))
+    assert value_and_source("--config", str(config)) == (in_file, str(config))
     monkeypatch.setenv("LLAMA2_CONFIG", str(config))
-    assert read() == (in_file, str(config))
-    monkeypatch.setenv(variable, str(stronger))
-    assert read() == (stronger, variable)
+    assert value_and_source() == (in_file, str(config))
+    monkeypatch.setenv(variable, str(override))
+    assert value_and_source() == (override, variable)
     monkeypatch.setenv(variable, str(in_file))
-    assert read(*as_flag) == (stronger, flag)
+    assert value_and_source(*as_flag) == (override, flag)
 
 
 def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty variable, as templates leave behind, changes nothing."""
+    """An empty variable, which templates often produce, has no effect."""
     monkeypatch.setenv("LLAMA2_WEIGHTS", "")
-    assert read_settings([]).settings.weights is None
+    assert read().settings.weights is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (["--lisen", PASSWORD], "--lisen: there is no such flag; did you mean --listen?"),
-        (["--max-queue-size"], "--max-queue-size: expected one argument"),
-        (["--max-queue-size", "many"], "max_queue_size (--max-queue-size): Input should be a valid integer"),
-        (["--device", "tpu"], "device (--device): Input should be 'auto', 'cpu' or 'cuda'"),
-        (
-            ["--usage-journal-max-bytes", "1"],
-            "usage_journal_max_bytes (--usage-journal-max-bytes): Input should be greater",
-        ),
+        (["--max-queue-size", "many"], "--max-queue-size: must be a whole number"),
+        (["--queue-timeout-seconds", "soon"], "--queue-timeout-seconds: must be a number"),
+        (["--queue-timeout-seconds", "0"], "--queue-timeout-seconds: must be greater than 0"),
+        (["--device", "tpu"], "--device: must be 'auto', 'cpu' or 'cuda'"),
+        (["--usage-journal-max-bytes", "1"], "--usage-journal-max-bytes: must be at least 65536"),
+        (["--listen", "here"], "--listen: must be HOST:PORT, such as 127.0.0.1:50051"),
         (["--health-listen", "127.0.0.1:50051"], "must be different addresses"),
-        (["--listen", "0.0.0.0:1"], "is not loopback and there are no keys"),
-        (["--card", "other.yaml"], "weights: this card needs them"),
-        (["--config", "/no/such/file"], "config: /no/such/file cannot be read: No such file or directory"),
+        (["--listen", "0.0.0.0:1"], "--listen: 0.0.0.0:1 is not a loopback address and there are no API keys"),
+        (["--card", "other.yaml"], "--weights: this card needs weights"),
+        (["--tls-key", "key.pem"], "--tls-certificate: missing; TLS needs both --tls-certificate and --tls-key"),
+        (["--tls-client-ca", "ca.pem"], "--tls-client-ca: mutual TLS also needs --tls-certificate and --tls-key"),
+        (["--config", "/no/such/file"], "--config: cannot read /no/such/file: No such file or directory"),
     ],
 )
-def test_wrong_flag_is_refused_by_name(arguments: list[str], words: str) -> None:
-    """A refusal names the flag and what is allowed, and repeats no value that could be a secret."""
-    assert words in refusal(*arguments)
-    assert PASSWORD not in refusal(*arguments)
+def test_wrong_value_is_named(arguments: list[str], message: str) -> None:
+    """The error names the flag and the allowed values."""
+    assert message in error_of(*arguments)
 
 
-def test_all_problems_come_at_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A typo in the environment, one in the file and a wrong value are three lines of one refusal."""
+def test_error_names_the_source_of_each_setting(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule for several settings names each of them as the operator set it."""
+    config.write_text("max_connection_age_grace_seconds: 1\n")
+    monkeypatch.setenv("LLAMA2_QUEUE_TIMEOUT_SECONDS", "2")
+    message = error_of("--config", str(config))
+    assert message.startswith(
+        f"max_connection_age_grace_seconds in {config}: must be more than LLAMA2_QUEUE_TIMEOUT_SECONDS (2), "
+    )
+
+
+def test_messages_of_other_parts_name_the_source(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`name_sources` replaces flags of settings that have another source, and no other words."""
+    config.write_text("weights: somewhere\n")
+    monkeypatch.setenv("LLAMA2_REDIS_URL", "redis://cache")
+    resolved = read("--config", str(config), "--listen", "127.0.0.1:1")
+    message = "--weights: /models/org--weights is bad; see --redis-url, --listen, --dtype and --to"
+    assert resolved.name_sources(message) == (
+        f"weights in {config}: /models/org--weights is bad; see LLAMA2_REDIS_URL, --listen, --dtype and --to"
+    )
+
+
+def test_all_errors_are_reported_together(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable, a misspelt key and a wrong value are three lines of one error."""
     config.write_text("maxqueuesize: 3\nshutdown_grace_seconds: soon\n")
     monkeypatch.setenv("LLAMA2_LISTN", "127.0.0.1:1")
-    assert refusal("--config", str(config)).splitlines() == [
-        "LLAMA2_LISTN: there is no such setting; did you mean LLAMA2_LISTEN?",
-        f"maxqueuesize (in {config}): there is no such setting; did you mean max_queue_size?",
-        f"shutdown_grace_seconds ({config}): Input should be a valid number, unable to parse string as a number",
+    monkeypatch.setenv("LLAMA2_MAX_CONNECTIONS", "few")
+    assert error_of("--config", str(config)).splitlines() == [
+        "LLAMA2_LISTN: no such setting; did you mean LLAMA2_LISTEN?",
+        f"maxqueuesize in {config}: no such setting; did you mean max_queue_size?",
+        f"shutdown_grace_seconds in {config}: must be a number",
+        "LLAMA2_MAX_CONNECTIONS: must be a whole number",
     ]
+
+
+def test_suggestion_ignores_the_prefix_of_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that resembles no setting gets no suggestion, although all variables have the same prefix."""
+    monkeypatch.setenv("LLAMA2_ZZZ", "1")
+    assert error_of() == "LLAMA2_ZZZ: no such setting"
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("- a list", "must be a mapping of settings to values"),
-        ("config: other.yaml", "a settings file cannot name another"),
-        ("listen: 127.0.0.1:1\nlisten: 127.0.0.1:2", "line 2: listen stands twice"),
+        ("- a list", "must map settings to values"),
+        ("config: other.yaml", "a settings file cannot name another one"),
+        ("listen: 127.0.0.1:1\nlisten: 127.0.0.1:2", "line 2: duplicate key listen"),
         (f"max_queue_size: 3\nredis_url: '{PASSWORD}", "line 2: found unexpected end of stream"),
-        ("redis_url: [1, 2]", "redis_url"),
+        (f"redis_url: [{PASSWORD}, 2]", "redis_url in "),
+        (f"max_queue_size: {PASSWORD}", "max_queue_size in "),
     ],
 )
-def test_bad_file_is_refused_with_the_place(text: str, words: str, config: Path) -> None:
-    """What is no settings file is refused with its line, without repeating it."""
+def test_invalid_file_is_rejected_with_the_line(text: str, words: str, config: Path) -> None:
+    """The error has the line number or the key, but not the text of the file, which may be a secret."""
     config.write_text(text)
-    assert words in refusal("--config", str(config))
-    assert PASSWORD not in refusal("--config", str(config))
+    assert words in error_of("--config", str(config))
+    assert PASSWORD not in error_of("--config", str(config))
 
 
-def test_neighbours_in_the_environment_are_no_typos(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's variables, and those that Kubernetes adds for a Service called llama2, are left alone."""
+def test_variables_of_other_programs_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's variables and the variables that Kubernetes adds for a Service named llama2 are not settings."""
     links = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_50051_TCP", "PORT_50051_TCP_ADDR"]
     for variable in [f"LLAMA2_{link}" for link in [*links, "HEADLESS_SERVICE_HOST"]] + sorted(CLIENT_VARIABLES):
         monkeypatch.setenv(variable, "tcp://10.0.0.1:50051")
-    assert read_settings([]).sources == {}
+    assert read().sources == {}
 
 
-def test_client_variables_are_the_clients() -> None:
-    """The server knows exactly the variables that the command-line client reads."""
+def test_client_variables_are_complete() -> None:
+    """The list has exactly the variables that the command-line client reads."""
     assert {str(parameter.envvar) for parameter in cli.params if getattr(parameter, "envvar", None)} == CLIENT_VARIABLES
 
 
 def test_printed_settings_are_yaml_with_sources_and_no_secrets(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `settings` prints can be read as YAML, tells each source, and masks secrets."""
+    """The output of `settings` is YAML, has the source of each value, and masks secrets."""
     monkeypatch.setenv("LLAMA2_REDIS_URL", f"redis://:{PASSWORD}@cache")
     config.write_text(f"usage_url: postgresql://u:{PASSWORD}@db/usage\nmax_queue_size: 5\n")
-    printed = str(read_settings(["--config", str(config), "--no-reflection"]))
+    printed = str(read("--config", str(config), "--no-reflection"))
     assert PASSWORD not in printed
     values = yaml.safe_load(printed)
     assert set(values) == set(Settings.model_fields)
@@ -209,34 +244,3 @@ def test_printed_settings_are_yaml_with_sources_and_no_secrets(config: Path, mon
     assert sources["max_queue_size"] == sources["usage_url"] == str(config)
     assert (sources["redis_url"], sources["reflection"]) == ("LLAMA2_REDIS_URL", "--reflection")
     assert sources["device"] == "default"
-
-
-def test_settings_command_prints_and_ends() -> None:
-    """`llama2-server settings` prints what a server with the same flags would run with."""
-    call = command("settings", "--max-queue-size", "9")
-    done = subprocess.run(call, capture_output=True, text=True, timeout=60, env=environment(), check=True)
-    assert done.stdout.rstrip() == str(
-        ResolvedSettings(Settings(max_queue_size=9), {"max_queue_size": "--max-queue-size"})
-    )
-    assert done.stderr == ""
-
-
-def test_bad_settings_are_refused_before_torch_is_imported() -> None:
-    """A refusal comes before the imports that take seconds, with exit code 2."""
-    call = command("--max-queue-size", "-1")
-    variables = environment(PYTHONPROFILEIMPORTTIME="1")
-    done = subprocess.run(call, capture_output=True, text=True, timeout=60, env=variables, check=False)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert done.returncode == 2
-    assert "llama2_server.config.settings" in imported
-    assert not {"torch", "grpc", "transformers"} & imported
-
-
-def test_help_names_the_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    """`--help` lists, besides the flags, what else the command does."""
-    with pytest.raises(SystemExit) as end:
-        read_settings(["--help"])
-    assert end.value.code == 0
-    shown = capsys.readouterr().out
-    for other in ("settings", "keys new", "usage", "weights fetch"):
-        assert f"llama2-server {other} " in shown

@@ -1,0 +1,61 @@
+"""`llama2-server serve`: check the settings, then load the model and serve it."""
+
+import asyncio
+import gc
+import logging
+import os
+import sys
+import threading
+from typing import Any, NoReturn
+
+import click
+
+from llama2_server.cli.exit import exit_with_error
+from llama2_server.cli.options import SettingsCommand
+from llama2_server.config.sources import read_settings
+from llama2_server.configuration_error import ConfigurationError
+
+
+@click.command(cls=SettingsCommand)
+def serve(**flags: Any) -> None:
+    """Serve one model over gRPC (the default command).
+
+    Every option is also an environment variable and a key of the settings file: --listen is LLAMA2_LISTEN and listen.
+
+    \b
+    Exit codes:
+      0    graceful shutdown
+      2    invalid configuration
+      70   the engine failed; restart the process
+      130  a second signal, or Ctrl-C during startup
+    """  # noqa: D301 - click's own escape: keep these lines unchanged
+    resolved = read_settings(flags)
+    # Imports create no garbage; the collector would take a tenth of the startup time to find none.
+    gc.disable()
+    # These imports are slow, and torch takes seconds, so errors that need neither are reported first.
+    from llama2_server.lifecycle import preflight
+    from llama2_server.telemetry import logging as logs
+
+    logs.configure(resolved.settings.log_level, resolved.settings.log_format)
+    try:
+        preflight.check(resolved.settings)
+        from llama2_server import app
+
+        gc.freeze()
+        gc.enable()
+        code = asyncio.run(app.serve(resolved.settings))
+    except ConfigurationError as error:
+        exit_with_error(resolved.name_sources(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Exit without waiting for a thread that loads the model or hangs; only the end of the process stops it."""
+    if any(thread.daemon and thread.name in ("loading", "engine") for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

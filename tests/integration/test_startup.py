@@ -1,0 +1,105 @@
+"""Server processes that cannot start: one error line, exit code 2, and no slow imports before it."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.processes import command, environment
+
+
+def run(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a server process until it ends."""
+    return subprocess.run(
+        command(*flags), capture_output=True, text=True, timeout=60, env=environment(**variables), check=False
+    )
+
+
+def modules_imported_by(*flags: str) -> tuple[int, set[str]]:
+    """Run a server process and return its exit code and the modules that it imported."""
+    done = run(*flags, PYTHONPROFILEIMPORTTIME="1")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done.returncode, {line.rpartition("|")[2].strip() for line in lines}
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A loopback port that is in use."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "extra", "words"),
+    [
+        (["--listen", "here"], {}, "--listen: must be HOST:PORT"),
+        (["--listen", "0.0.0.0:1"], {}, "--listen: 0.0.0.0:1 is not a loopback address"),
+        ([], {"LLAMA2_LISTEN": "nowhere:x"}, "LLAMA2_LISTEN: must be HOST:PORT"),
+        (["--card", "no-such-card"], {}, "--weights: this card needs weights"),
+        (["--card", "no-such-card", "--weights", "."], {}, "card no-such-card: cannot be read"),
+        (["--weights", "/no/such/directory"], {}, "--weights: /no/such/directory: not a directory and not an org/name"),
+        (["--weights", "."], {}, "--weights: tokenizer.model: no such file; copy it from the Llama-2 checkpoint"),
+        (["--shutdown-grace-seconds", "-1"], {}, "--shutdown-grace-seconds: must be at least 0"),
+        (["--api-keys-file", "/no/such/keys"], {}, "keys file /no/such/keys: cannot be read"),
+        (["--usage-url", "mysql://here"], {}, "usage_url: "),
+        (["--redis-url", "http://here"], {}, "redis_url: "),
+        (["--lisen", "x"], {}, "--lisen: no such option; did you mean --listen?"),
+        # Before the weights load, which takes minutes.
+        (["--redis-url", "http://here", "--weights", "/no/such/directory"], {}, "redis_url: "),
+        (["--usage-url", "mysql://here", "--weights", "/no/such/directory"], {}, "usage_url: "),
+        (["--tls-certificate", "/no/such", "--tls-key", "/no/such"], {}, "tls_certificate: /no/such: No such file"),
+        (["--tls-key", "/no/such"], {}, "--tls-certificate: missing; TLS needs both"),
+        (["--metrics-listen", "192.0.2.1:1"], {}, "--metrics-listen: cannot listen on 192.0.2.1:1"),
+        (
+            ["--otlp-endpoint", "localhost:4317"],
+            {},
+            "--otlp-endpoint: localhost:4317 is not a valid endpoint; use http://HOST:PORT",
+        ),
+    ],
+)
+def test_invalid_settings_end_with_one_line(
+    tmp_path: Path, flags: list[str], extra: dict[str, str], words: str
+) -> None:
+    """Invalid settings end the process with exit code 2 and one line that names the setting or the file."""
+    done = run(*flags, **extra, XDG_STATE_HOME=str(tmp_path))
+    assert done.returncode == 2
+    *logged, last = done.stderr.splitlines()
+    assert last.startswith("llama2-server: ")
+    assert words in last
+    assert all(json.loads(line)["level"] == "info" for line in logged)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("as_flag", [True, False])
+def test_port_in_use_is_named(as_flag: bool, tmp_path: Path, taken_port: int) -> None:
+    """A port in use ends the process with exit code 2; the error has the address and its setting."""
+    address = f"127.0.0.1:{taken_port}"
+    flags = ["--listen", address] if as_flag else []
+    variables = {} if as_flag else {"LLAMA2_LISTEN": address}
+    done = run("--data-directory", str(tmp_path), *flags, **variables)
+    assert done.returncode == 2
+    name = "--listen" if as_flag else "LLAMA2_LISTEN"
+    assert done.stderr.splitlines()[-1].startswith(f"llama2-server: {name}: cannot listen on {address};")
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code"),
+    [(["--max-queue-size", "-1"], 2), (["--lisen", "x"], 2), (["--version"], 0), (["--help"], 0), (["settings"], 0)],
+)
+def test_fast_commands_import_no_slow_library(flags: list[str], exit_code: int) -> None:
+    """Invalid settings are reported before the imports that take seconds; `--version` and `--help` need none."""
+    returncode, imported = modules_imported_by(*flags)
+    assert returncode == exit_code
+    assert "llama2_server.config.settings" in imported
+    assert not {"torch", "grpc", "transformers", "sqlalchemy"} & imported
+
+
+def test_preflight_imports_no_torch() -> None:
+    """The checks of stores and files come before the import of torch, which takes seconds."""
+    program = "import sys, llama2_server.lifecycle.preflight, llama2_server.__main__; print('torch' in sys.modules)"
+    call = [sys.executable, "-c", program]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout == "False\n"
