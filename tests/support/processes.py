@@ -1,4 +1,4 @@
-"""Servers as processes of their own."""
+"""Server processes for tests."""
 
 import os
 import re
@@ -14,32 +14,33 @@ from tests.support.repository import ROOT
 
 
 def command(*flags: str, module: str = "llama2_server") -> list[str]:
-    """How a server is started."""
+    """Return the command line that starts a server."""
     return [sys.executable, "-m", module, *flags]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without settings of the developer's own."""
+    """Return the environment of this process without the developer's settings, plus `extra`."""
     return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA2_")} | extra
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of the loopback that nobody listened on a moment ago."""
+    """Return different loopback ports that were free a moment ago."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [listener.getsockname()[1] for listener in listeners]
 
 
 def free_port() -> int:
-    """One of them."""
+    """Return a loopback port that was free a moment ago."""
     return free_ports(1)[0]
 
 
 def card_file(folder: Path, **config: object) -> Path:
-    """The demo card as a file, with these entries in its constellation_config; None takes one out."""
+    """Write the demo card to a file, with these entries in its constellation_config; None removes an entry."""
     shipped = ROOT / "server/llama2_server/cards/demo.yaml"
     document = next(yaml.safe_load_all(shipped.read_text()))
-    (entry,) = (one for one in document["model"]["properties"] if one["property_id"] == "constellation_config")
+    properties = document["model"]["properties"]
+    (entry,) = (entry for entry in properties if entry["property_id"] == "constellation_config")
     merged = yaml.safe_load(entry["value"]) | config
     entry["value"] = yaml.safe_dump({key: value for key, value in merged.items() if value is not None})
     path = folder / "card.yaml"
@@ -51,7 +52,7 @@ def card_file(folder: Path, **config: object) -> Path:
 def server(
     data_directory: Path, *flags: str, listen: str = "127.0.0.1:0"
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process, on a free port unless told otherwise, and its address."""
+    """Run a server process, on a free port by default, and yield it and its address."""
     log = data_directory / "server.log"
     with (
         log.open("a") as errors,

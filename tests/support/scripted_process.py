@@ -1,4 +1,4 @@
-"""A server process whose model loading or model misbehaves: `python -m tests.support.scripted_process HOW FLAGS`."""
+"""A server process whose loading or model hangs: `python -m tests.support.scripted_process SCRIPT FLAGS`."""
 
 import functools
 import sys
@@ -16,14 +16,14 @@ from llama2_server.lifecycle.model_loading import LoadedModel, load
 HANGS_AFTER_STEPS = 8
 
 
-def never_loads(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
-    """Weights that never come."""
+def load_forever(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
+    """Never finish loading the weights."""
     threading.Event().wait()
     raise AssertionError
 
 
-def hangs(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
-    """A model that does not come back from one of its steps, some time after the warm-up."""
+def load_hanging_model(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
+    """Load a model that hangs in one of its steps, some time after the warm-up."""
     loaded = load(settings, card, accounts)
     model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
     model.gate()
@@ -31,22 +31,25 @@ def hangs(settings: Settings, card: ModelCard, accounts: Authenticator) -> Loade
     return LoadedModel(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
-def hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
-    """A model that does not come back from its first step, and says when it is in it."""
+def load_model_that_hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
+    """Load a model that hangs in its first step, and print a line when it is in that step."""
     loaded = load(settings, card, accounts)
     model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
     model.gate()
 
-    def tell() -> None:
+    def print_when_in_step() -> None:
         model.in_step.wait()
         print("in the first step", flush=True)
 
-    threading.Thread(target=tell, daemon=True).start()
+    threading.Thread(target=print_when_in_step, daemon=True).start()
     return LoadedModel(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
 if __name__ == "__main__":
-    ways = {"never-loads": never_loads, "hangs": hangs, "hangs-in-the-warm-up": hangs_in_the_warm_up}
-    how = ways[sys.argv.pop(1)]
-    app.serve = functools.partial(app.serve, load=how)
+    scripts = {
+        "never-loads": load_forever,
+        "hangs": load_hanging_model,
+        "hangs-in-the-warm-up": load_model_that_hangs_in_the_warm_up,
+    }
+    app.serve = functools.partial(app.serve, load=scripts[sys.argv.pop(1)])
     main()
