@@ -129,7 +129,7 @@ class History:
         self.service.model.allow(read)
         call = self.service.text.GenerateStream(pb.GenerateRequest(prompt=prompt))
         await call.read()
-        await self.service.model.parked(read)
+        await self.service.model.wait_until_blocked(read)
         call.cancel()
         await self.settle(STREAM, "CANCELLED")
         self.model.broken_off(STREAM, "CANCELLED", await self.tokens(prompt), read + 1)

@@ -1,4 +1,4 @@
-"""A model whose every token is scripted: each rule of step loop and service is tested in milliseconds."""
+"""A fake model with scripted tokens, which tests the step loop and the service in milliseconds."""
 
 import asyncio
 import threading
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class ScriptedModel:
-    """Replies to every prompt with the same token ids; can be held at a step, made to fail, and asked what it did.
+    """Replies to every prompt with the same token ids; can be stopped at a step, fail, and count its steps.
 
-    The server's own probes come when they like: a prompt equal to `probe_ids` is never held, and counted apart.
+    A prompt equal to `probe_ids` is one of the server's probes, whose timing a test does not control. Probes are never
+    stopped, and are counted separately.
     """
 
     def __init__(
@@ -42,52 +43,52 @@ class ScriptedModel:
         self.nan_logits = False
         self.steps = threading.Semaphore(0)
         self.gated = False
-        self.steps_made = 0
+        self.completed_steps = 0
         self.in_step = threading.Event()
         self._produced = [0] * slots
 
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
         self._probed[slot] = token_ids == self._probe_ids
-        self._wait(held=not self._probed[slot])
+        self._wait(skip_gate=self._probed[slot])
         self.prefills += position == 0 and not self._probed[slot]
         self.probes += self._probed[slot]
         self._produced[slot] = 0
         return self._next_logits(slot)
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
-        self._wait(held=not all(self._probed[slot] for slot in slots))
+        self._wait(skip_gate=all(self._probed[slot] for slot in slots))
         self.decoded_rows.append(len(slots))
         return torch.stack([self._next_logits(slot) for slot in slots])
 
     def gate(self) -> None:
-        """From now on each step waits for a permit from `allow`."""
+        """Make each following step wait for a permit from `allow`."""
         while self.steps.acquire(blocking=False):
             pass
-        self.steps_made = 0
+        self.completed_steps = 0
         self.gated = True
 
     def allow(self, steps: int) -> None:
-        """Let the model make this many steps more."""
+        """Permit this number of additional steps."""
         self.steps.release(steps)
 
-    async def parked(self, steps: int) -> None:
-        """Wait until the steps that were allowed are made, and the model waits before the next one."""
-        while not (self.steps_made >= steps and self.in_step.is_set()):
+    async def wait_until_blocked(self, steps: int) -> None:
+        """Wait until the permitted `steps` are completed and the model waits before the next one."""
+        while not (self.completed_steps >= steps and self.in_step.is_set()):
             await asyncio.sleep(0)
 
     def open_gate(self) -> None:
-        """Let the model run free again."""
+        """Let all following steps run without a permit."""
         self.gated = False
         self.steps.release(1)
 
-    def _wait(self, *, held: bool) -> None:
+    def _wait(self, *, skip_gate: bool) -> None:
         if self.failure is not None:
             raise self.failure
-        if self.gated and held:
+        if self.gated and not skip_gate:
             self.in_step.set()
             self.steps.acquire()
             self.in_step.clear()
-            self.steps_made += 1
+            self.completed_steps += 1
 
     def _next_logits(self, slot: int) -> Tensor:  # (vocab_size,)
         index = min(self._produced[slot], len(self.reply_ids) - 1)

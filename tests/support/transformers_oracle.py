@@ -1,4 +1,4 @@
-"""What comes next by transformers' own logits processors: the oracle of the samplers."""
+"""Next-token probabilities by transformers' logits processors, the reference for the samplers."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ HISTORY = [2, 4, 4]  # generated so far
 
 
 def processors(params: GenerationParams) -> LogitsProcessorList:
-    """What transformers' generate would use for these parameters, in its order."""
+    """Return the processors that transformers' `generate` uses for these parameters, in its order."""
     chain = LogitsProcessorList()
     if params.temperature > 0:
         chain.append(TemperatureLogitsWarper(params.temperature))
@@ -29,7 +29,10 @@ def processors(params: GenerationParams) -> LogitsProcessorList:
 
 
 def expected_probabilities(params: GenerationParams, logits: Tensor, history: list[int]) -> Tensor:
-    """The next token's distribution by transformers, with OpenAI's formula for the two penalties it does not have."""
+    """Return next-token probabilities, (vocab_size,), by transformers.
+
+    OpenAI's formula adds the frequency and presence penalties, which transformers does not have.
+    """
     ids = torch.LongTensor([PROMPT + history])
     scores = logits.double()[None]
     if params.repetition_penalty != 1:

@@ -135,7 +135,7 @@ async def test_events_come_as_the_model_makes_them(serve_behind_envoy: EnvoyMake
         async with envoy.http.stream("POST", "/v1/generate", json={"prompt": "hi", "stream": True}) as reply:
             lines = reply.aiter_lines()
             assert json.loads((await anext(lines)).removeprefix("data: "))["response"] == "Once"
-            await service.model.parked(1)
+            await service.model.wait_until_blocked(1)
             service.model.open_gate()
             rest = [line async for line in lines]
         assert "completion" in rest[-2]

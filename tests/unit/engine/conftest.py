@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, made once for all engine tests."""
+"""Checkpoints with random weights and a tokenizer, created once for all engine tests."""
 
 import os
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from tools.make_checkpoint import make_tokenizer
 from llama2_server.engine.native import library as native
 from llama2_server.engine.text.tokenizer import Tokenizer
 
-# Without a GPU, Triton's interpreter runs the kernels. Triton reads the variable when it is imported, which the tests
-# of the checkpoint loader already do.
+# Without a GPU, Triton's interpreter runs the kernels. Triton reads this variable during its import, which the tests of
+# the checkpoint loader cause.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny tensors gain nothing from a second thread, and wait for it long where the cores are busy."""
+    """Use one thread, because a second one does not speed up tiny tensors and may wait long for a busy core."""
     torch.set_num_threads(1)
 
 
@@ -39,8 +39,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _kernels_of_the_environment() -> Iterator[None]:
-    """With LLAMA2_CPU_KERNELS=torch all engine tests run as where the native step was never built."""
+def _cpu_kernels_from_environment() -> Iterator[None]:
+    """If LLAMA2_CPU_KERNELS is torch, run all engine tests without the native library."""
     if os.environ.get("LLAMA2_CPU_KERNELS") != "torch":
         yield
         return

@@ -1,4 +1,4 @@
-"""Requests that come and go at random while others run get the tokens that they get alone."""
+"""Requests that arrive at random while others run get the same tokens as alone."""
 
 import random
 import threading
@@ -22,33 +22,33 @@ Request = tuple[list[int], GenerationParams]
 
 
 class Reader:
-    """Keeps a sequence's tokens, and tells of each one."""
+    """Records a sequence's tokens and result, and calls `on_each_token` for each token."""
 
-    def __init__(self, heard: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, on_each_token: Callable[[], object] = lambda: None) -> None:
         self.token_ids: list[int] = []
-        self.finish: Future[SequenceResult] = Future()
-        self._heard = heard
+        self.result: Future[SequenceResult] = Future()
+        self._on_each_token = on_each_token
 
     def on_token(self, token_id: int) -> bool:
         self.token_ids.append(token_id)
-        self._heard()
+        self._on_each_token()
         return False
 
-    def on_finish(self, finish: SequenceResult) -> None:
-        self.finish.set_result(finish)
+    def on_finish(self, result: SequenceResult) -> None:
+        self.result.set_result(result)
 
 
 def some_requests() -> list[Request]:
-    """Greedy and sampled, penalised and not, short and long."""
-    chance = random.Random(7)
+    """Return greedy and sampled requests, with and without penalties, short and long."""
+    rng = random.Random(7)
     return [
         (
-            chance.choices(range(3, 600), k=chance.choice([1, 5, 40, 90])),
+            rng.choices(range(3, 600), k=rng.choice([1, 5, 40, 90])),
             GenerationParams(
-                max_tokens=chance.randint(1, 30),
-                temperature=chance.choice([0.0, 0.8, 1.5]),
-                seed=chance.getrandbits(64),
-                repetition_penalty=chance.choice([1.0, 1.3]),
+                max_tokens=rng.randint(1, 30),
+                temperature=rng.choice([0.0, 0.8, 1.5]),
+                seed=rng.getrandbits(64),
+                repetition_penalty=rng.choice([1.0, 1.3]),
             ),
         )
         for _ in range(REQUESTS)
@@ -61,27 +61,27 @@ def engine_of(directory: Path, dtype: torch.dtype, slots: int) -> Engine:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_tokens_are_the_same_whoever_else_comes_and_goes(checkpoint: MakeCheckpoint, dtype: torch.dtype) -> None:
-    """Each new request comes after a random number of tokens of the others, in the middle of their replies."""
+def test_other_requests_do_not_change_tokens(checkpoint: MakeCheckpoint, dtype: torch.dtype) -> None:
+    """Each new request arrives after a random number of tokens of the others, in the middle of their replies."""
     directory, requests = checkpoint(heads=4, kv_heads=2, dtype=dtype), some_requests()
     alone = engine_of(directory, dtype, slots=1)
     expected = []
     for prompt, params in requests:
         reader = Reader()
         alone.submit(prompt, params, reader)
-        assert reader.finish.result(timeout=60).reason is FinishReason.MAX_TOKENS
+        assert reader.result.result(timeout=60).reason is FinishReason.MAX_TOKENS
         expected.append(reader.token_ids)
     assert alone.close(timeout_seconds=60)
 
-    together, chance, tokens, to_come = engine_of(directory, dtype, SLOTS), random.Random(3), threading.Semaphore(0), 0
+    together, rng, tokens, remaining = engine_of(directory, dtype, SLOTS), random.Random(3), threading.Semaphore(0), 0
     readers = [Reader(tokens.release) for _ in requests]
     for (prompt, params), reader in zip(requests, readers, strict=True):
         together.submit(prompt, params, reader)
-        to_come += params.max_tokens
-        heard = min(chance.randint(0, 8), to_come)
-        to_come -= heard
-        for _ in range(heard):
+        remaining += params.max_tokens
+        awaited = min(rng.randint(0, 8), remaining)
+        remaining -= awaited
+        for _ in range(awaited):
             assert tokens.acquire(timeout=60)
-    assert [reader.finish.result(timeout=60).reason for reader in readers] == [FinishReason.MAX_TOKENS] * REQUESTS
+    assert [reader.result.result(timeout=60).reason for reader in readers] == [FinishReason.MAX_TOKENS] * REQUESTS
     assert [reader.token_ids for reader in readers] == expected
     assert together.close(timeout_seconds=60)

@@ -17,12 +17,12 @@ REPLY = [10, 11, 12, 13, EOS]
 
 
 class Reader:
-    """Keeps what a sequence says; `stop_at` ends it at that token, as a stop sequence would."""
+    """Records a sequence's tokens and result; a token equal to `stop_at` ends it, like a stop sequence."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.token_ids: list[int] = []
         self.first_token = threading.Event()
-        self.finish: Future[SequenceResult] = Future()
+        self._result: Future[SequenceResult] = Future()
         self._stop_at = stop_at
 
     def on_token(self, token_id: int) -> bool:
@@ -30,11 +30,11 @@ class Reader:
         self.first_token.set()
         return token_id == self._stop_at
 
-    def on_finish(self, finish: SequenceResult) -> None:
-        self.finish.set_result(finish)
+    def on_finish(self, result: SequenceResult) -> None:
+        self._result.set_result(result)
 
     def result(self) -> SequenceResult:
-        return self.finish.result(timeout=10)
+        return self._result.result(timeout=10)
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def submit(engine: Engine, reader: Reader, max_tokens: int = 50, prompt_tokens: 
     return engine.submit([5] * prompt_tokens, GenerationParams(max_tokens, temperature=0), reader)
 
 
-def test_end_of_sequence_ends_and_is_counted_but_not_handed_on(engine: Engine) -> None:
-    """The end-of-sequence token counts as computed; the listener never sees it."""
+def test_end_of_sequence_token_is_counted_but_not_passed_on(engine: Engine) -> None:
+    """The end-of-sequence token counts as an output token; the listener never receives it."""
     reader = Reader()
     submit(engine, reader)
     assert reader.result() == SequenceResult(FinishReason.END_OF_SEQUENCE, 3, 5)
@@ -71,21 +71,21 @@ def test_max_tokens_ends(engine: Engine) -> None:
 
 
 def test_end_of_sequence_wins_over_max_tokens(engine: Engine) -> None:
-    """A reply that ends by itself at its last allowed token was not cut."""
+    """A reply that ends by itself at its last allowed token has END_OF_SEQUENCE as its reason."""
     reader = Reader()
     submit(engine, reader, max_tokens=5)
     assert reader.result() == SequenceResult(FinishReason.END_OF_SEQUENCE, 3, 5)
 
 
 def test_listener_ends_a_sequence(engine: Engine) -> None:
-    """A listener's True ends the sequence right there: not one token more is computed."""
+    """When a listener returns True, the sequence ends without another token."""
     reader = Reader(stop_at=11)
     submit(engine, reader)
     assert reader.result() == SequenceResult(FinishReason.STOP_SEQUENCE, 3, 2)
 
 
 def test_cancel_stops_before_the_next_step(engine: Engine, model: ScriptedModel) -> None:
-    """After a cancel at most the step under way is computed, and the slot is free."""
+    """After a cancellation only the current step is completed, and the slot becomes free."""
     model.gate()
     model.allow(1)
     reader = Reader()
@@ -103,7 +103,7 @@ def test_cancel_stops_before_the_next_step(engine: Engine, model: ScriptedModel)
 
 
 def test_cancel_during_prefill_stops_before_the_first_decode_step(engine: Engine, model: ScriptedModel) -> None:
-    """A sequence cancelled while its prompt is read is not decoded."""
+    """A sequence that is cancelled during its prefill is not decoded."""
     model.gate()
     reader = Reader()
     sequence = submit(engine, reader)
@@ -114,7 +114,7 @@ def test_cancel_during_prefill_stops_before_the_first_decode_step(engine: Engine
 
 
 def test_cancel_during_prefill_stops_between_chunks(engine: Engine, model: ScriptedModel) -> None:
-    """A long prompt is prefilled in chunks; a cancel does not wait for the rest of it."""
+    """A cancellation of a long prompt, which is prefilled in chunks, does not wait for the remaining chunks."""
     model.gate()
     reader = Reader()
     sequence = submit(engine, reader, prompt_tokens=24)
@@ -125,7 +125,7 @@ def test_cancel_during_prefill_stops_between_chunks(engine: Engine, model: Scrip
 
 
 def test_sequences_share_steps(engine: Engine, model: ScriptedModel) -> None:
-    """Sequences join the running one between steps and then share each decode step, up to the number of slots."""
+    """Sequences join a running one between steps, and share each decode step, up to the number of slots."""
     model.gate()
     readers = [Reader() for _ in range(3)]
     for reader in readers:
@@ -136,8 +136,8 @@ def test_sequences_share_steps(engine: Engine, model: ScriptedModel) -> None:
     assert max(model.decoded_rows) == 2
 
 
-def test_fault_ends_the_sequence_and_not_the_engine(engine: Engine, model: ScriptedModel) -> None:
-    """An exception in the model fails the sequences of that step; the next ones run."""
+def test_an_error_fails_the_sequence_and_not_the_engine(engine: Engine, model: ScriptedModel) -> None:
+    """An exception in the model fails the sequences of that step; later sequences run."""
     model.failure = RuntimeError("out of memory")
     failed, healthy = Reader(), Reader()
     submit(engine, failed)
@@ -148,8 +148,8 @@ def test_fault_ends_the_sequence_and_not_the_engine(engine: Engine, model: Scrip
     assert engine.alive
 
 
-def test_logits_that_are_no_numbers_are_a_fault(engine: Engine, model: ScriptedModel) -> None:
-    """NaN logits end the sequence with a fault instead of a made-up token."""
+def test_nan_logits_fail_the_sequence(engine: Engine, model: ScriptedModel) -> None:
+    """NaN logits fail the sequence and do not produce a token."""
     model.nan_logits = True
     reader = Reader()
     submit(engine, reader)
@@ -157,8 +157,8 @@ def test_logits_that_are_no_numbers_are_a_fault(engine: Engine, model: ScriptedM
     assert reader.token_ids == []
 
 
-def test_close_cancels_what_runs(model: ScriptedModel) -> None:
-    """Closing ends running and queued sequences; afterwards nothing is taken."""
+def test_close_cancels_all_sequences(model: ScriptedModel) -> None:
+    """Closing cancels running and queued sequences; a closed engine accepts none."""
     engine = Engine(model, frozenset({EOS}))
     model.gate()
     readers = [Reader() for _ in range(3)]
@@ -175,14 +175,14 @@ def test_close_cancels_what_runs(model: ScriptedModel) -> None:
 
 
 @pytest.mark.parametrize(("prompt_tokens", "max_tokens"), [(0, 1), (100, 1), (51, 50)])
-def test_what_does_not_fit_is_refused(engine: Engine, prompt_tokens: int, max_tokens: int) -> None:
-    """An empty prompt, and prompt and reply beyond the context, never reach the thread."""
+def test_prompts_that_do_not_fit_are_rejected(engine: Engine, prompt_tokens: int, max_tokens: int) -> None:
+    """An empty prompt, or prompt and reply beyond the context length, never reach the engine's thread."""
     with pytest.raises(ValueError):
         submit(engine, Reader(), max_tokens, prompt_tokens)
 
 
-def test_every_step_is_told(model: ScriptedModel) -> None:
-    """The observer hears of each chunk of a prompt with its tokens, and of each decode step with its rows."""
+def test_every_step_is_reported(model: ScriptedModel) -> None:
+    """`on_step` is called for each prefill chunk with its tokens, and for each decode step with its rows."""
     steps: list[tuple[str, int]] = []
     engine = Engine(
         model,
@@ -197,8 +197,8 @@ def test_every_step_is_told(model: ScriptedModel) -> None:
     assert steps == [("prefill", 8), ("prefill", 2), ("decode", 1), ("decode", 1)]
 
 
-def test_a_long_prompt_holds_up_a_stream_for_one_chunk_at_a_time(model: ScriptedModel) -> None:
-    """Between two chunks of one sequence's prompt the other one gets its next token."""
+def test_a_long_prompt_delays_a_stream_by_one_chunk_at_a_time(model: ScriptedModel) -> None:
+    """Between two chunks of one sequence's prompt, another sequence gets its next token."""
     steps: list[tuple[str, int]] = []
     engine = Engine(
         model,

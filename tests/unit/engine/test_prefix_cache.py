@@ -1,4 +1,4 @@
-"""Prefix reuse: the same tokens, the same logits bit for bit, less to compute, and never another account's."""
+"""Prefix reuse keeps all tokens and logits, saves prefill, and never uses the tokens of another account."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ CONTEXT = 128
 
 
 class Recorder:
-    """A model that keeps what it was asked to prefill, and all its logits; fails at prefill number `fail_at`."""
+    """A model that records its prefill sizes and logits, and fails at prefill number `fail_at`."""
 
     def __init__(self, model: LlamaModel) -> None:
         self.model = model
@@ -40,7 +40,7 @@ class Recorder:
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
         self.before_prefill()
         if self.fail_at == len(self.prefilled):
-            raise RuntimeError("as the test wants")
+            raise RuntimeError("prefill failed")
         self.prefilled.append(len(token_ids))
         self.logits.append(self.model.prefill(slot, token_ids, position).clone())
         return self.logits[-1]
@@ -71,8 +71,8 @@ def generate(
 ) -> tuple[list[int], SequenceResult]:
     reader = Reader()
     engine.submit(prompt_ids, GenerationParams(max_tokens, temperature=0), reader, cache_scope)
-    finish = reader.result()
-    return reader.token_ids, finish
+    result = reader.result()
+    return reader.token_ids, result
 
 
 def some_ids(count: int, seed: int = 0) -> list[int]:
@@ -81,28 +81,28 @@ def some_ids(count: int, seed: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_second_turn_computes_only_the_rest(directory: Path, dtype: torch.dtype) -> None:
-    """Tokens, and logits bit for bit, are those of a prefill from the start; the chunks of the first turn are kept."""
+    """Tokens and logits have the same bits as after a prefill from the start; the first turn's chunks are reused."""
     first = some_ids(21)
     warm, cold = load(directory, 1, dtype), load(directory, 1, dtype)
     with running(warm) as engine:
-        reply, finish = generate(engine, first, "a")
-        assert finish.reused_input_tokens == 0
+        reply, result = generate(engine, first, "a")
+        assert result.reused_input_tokens == 0
         second = first + reply + some_ids(10, seed=1)
         warm.prefilled.clear()
         warm.logits.clear()
-        warm_ids, finish = generate(engine, second, "a")
-    assert finish == SequenceResult(FinishReason.MAX_TOKENS, len(second), 5, reused_input_tokens=16)
+        warm_ids, result = generate(engine, second, "a")
+    assert result == SequenceResult(FinishReason.MAX_TOKENS, len(second), 5, reused_input_tokens=16)
     assert warm.prefilled == [8, 8, 4]
     with running(cold) as engine:
         cold_ids, _ = generate(engine, second, "a")
     assert warm_ids == cold_ids
-    kept = len(cold.logits) - len(warm.logits)
-    assert kept == 2
-    assert all(map(torch.equal, warm.logits, cold.logits[kept:]))
+    reused_steps = len(cold.logits) - len(warm.logits)
+    assert reused_steps == 2
+    assert all(map(torch.equal, warm.logits, cold.logits[reused_steps:]))
 
 
-def test_replies_are_reused_where_pieces_change_no_bits(directory: Path) -> None:
-    """On the native path the next turn computes only what is new: not the reply, which was computed token by token."""
+def test_chunk_invariant_models_reuse_replies(directory: Path) -> None:
+    """With the native kernels, the next turn also reuses the reply, which was computed token by token."""
     warm, cold = load(directory, 1), load(directory, 1)
     if not warm.model.chunk_invariant:
         pytest.skip("NOT TESTED NATIVELY: the native step was not built, or does not run on this processor")
@@ -112,16 +112,16 @@ def test_replies_are_reused_where_pieces_change_no_bits(directory: Path) -> None
         reply, _ = generate(engine, first, "a", max_tokens=15)
         second = first + reply + some_ids(10, seed=1)
         warm.logits.clear()
-        warm_ids, finish = generate(engine, second, "a")
-    assert finish.reused_input_tokens == 21 + 14  # the last token of a reply is never computed on
+        warm_ids, result = generate(engine, second, "a")
+    assert result.reused_input_tokens == 21 + 14  # the last token of a reply is never in the KV cache
     with running(cold) as engine:
         cold_ids, _ = generate(engine, second, "a")
     assert warm_ids == cold_ids
     assert all(map(torch.equal, warm.logits[-5:], cold.logits[-5:]))
 
 
-def test_never_anothers_prefix(directory: Path) -> None:
-    """Another account, and a call that owns nothing, compute the whole prompt."""
+def test_other_accounts_reuse_nothing(directory: Path) -> None:
+    """Another account, or a request without a cache scope, computes the whole prompt."""
     model = load(directory, 1)
     prompt = some_ids(40)
     with running(model) as engine:
@@ -131,7 +131,7 @@ def test_never_anothers_prefix(directory: Path) -> None:
 
 
 def test_whole_prompt_again_computes_its_last_chunk(directory: Path) -> None:
-    """The logits after the last token are not kept: its chunk is computed again, even a whole one."""
+    """The logits after the last token are not cached, so its chunk is computed again, even a whole chunk."""
     model = load(directory, 1)
     with running(model) as engine:
         once = generate(engine, some_ids(24), "a")
@@ -141,7 +141,7 @@ def test_whole_prompt_again_computes_its_last_chunk(directory: Path) -> None:
 
 
 def test_slot_with_the_longest_prefix_is_taken(directory: Path) -> None:
-    """Two conversations of one account each go back to their own slot; a stranger takes the one unused the longest."""
+    """Two conversations of one account each reuse their own slot; another account takes the oldest free slot."""
     model = load(directory, 2)
     one, other = some_ids(30, seed=1), some_ids(30, seed=2)
     with running(model) as engine:
@@ -153,7 +153,7 @@ def test_slot_with_the_longest_prefix_is_taken(directory: Path) -> None:
 
 
 def test_cancelled_prefill_keeps_its_whole_chunks(directory: Path) -> None:
-    """What was prefilled before a cancel is reused, and what was not is not."""
+    """Chunks prefilled before a cancellation are reused."""
     model = load(directory, 1)
     prompt = some_ids(40)
     reader = Reader()
@@ -167,12 +167,12 @@ def test_cancelled_prefill_keeps_its_whole_chunks(directory: Path) -> None:
         sequence = engine.submit(prompt, GenerationParams(5, temperature=0), reader, "a")
         assert reader.result() == SequenceResult(FinishReason.CANCELLED, 24, 0)
         model.before_prefill = lambda: None
-        _, finish = generate(engine, prompt, "a")
-    assert finish.reused_input_tokens == 24
+        _, result = generate(engine, prompt, "a")
+    assert result.reused_input_tokens == 24
 
 
 def test_cancel_before_the_first_chunk_counts_nothing(directory: Path) -> None:
-    """A sequence that would have reused tokens and was cancelled before it computed any has used none."""
+    """A sequence cancelled before its first chunk has no input tokens, even if it could have reused some."""
     model = load(directory, 1)
     with running(model) as engine:
         generate(engine, some_ids(40), "a")
@@ -183,7 +183,7 @@ def test_cancel_before_the_first_chunk_counts_nothing(directory: Path) -> None:
 
 
 def test_failed_sequence_leaves_nothing_to_reuse(directory: Path) -> None:
-    """After a fault nothing of the slot is trusted."""
+    """After an error, the tokens of the slot are not reused."""
     model = load(directory, 1)
     with running(model) as engine:
         model.fail_at = 3
@@ -195,14 +195,14 @@ def test_failed_sequence_leaves_nothing_to_reuse(directory: Path) -> None:
 @given(
     st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(1, 5)
 )
-def test_reused_tokens_are_a_common_beginning(held: list[int], prompt: list[int], chunk: int) -> None:
-    """Whole chunks, equal token for token, never the whole prompt, and no less than there could be."""
-    free = PrefixCache(1, chunk)
-    slot, _ = free.acquire("a", held)
-    free.release(slot, "a", held)
-    _, reused = free.acquire("a", prompt)
-    assert held[:reused] == prompt[:reused]
+def test_reused_tokens_are_the_longest_common_prefix(cached: list[int], prompt: list[int], chunk: int) -> None:
+    """The reused tokens are equal, whole chunks, never the whole prompt, and as many as possible."""
+    cache = PrefixCache(1, chunk)
+    slot, _ = cache.acquire("a", cached)
+    cache.release(slot, "a", cached)
+    _, reused = cache.acquire("a", prompt)
+    assert cached[:reused] == prompt[:reused]
     assert reused % chunk == 0
     assert reused < len(prompt)
     longer = reused + chunk
-    assert longer >= len(prompt) or longer > len(held) or held[:longer] != prompt[:longer]
+    assert longer >= len(prompt) or longer > len(cached) or cached[:longer] != prompt[:longer]

@@ -24,7 +24,7 @@ def logits_of(vocab_size: int, seed: int = 0) -> Tensor:
 
 
 def sampler_with_history(params: GenerationParams, vocab_size: int, history: list[int]) -> Sampler:
-    """A sampler that has generated `history` after PROMPT: each token is forced by its logit."""
+    """Return a sampler that has generated `history` after PROMPT, each token forced by its logit."""
     sampler = Sampler(params, PROMPT, vocab_size, "cpu")
     for token_id in history:
         forced = torch.full((vocab_size,), -1e4)
@@ -60,7 +60,7 @@ PARAMS = {
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 @pytest.mark.parametrize("vocab_size", [12, 4000])
 def test_the_distribution_is_that_of_transformers(params: GenerationParams, vocab_size: int) -> None:
-    """The same tokens may come next, each with the same probability."""
+    """The possible next tokens and their probabilities are the same as in transformers."""
     for seed in range(10):
         logits = logits_of(vocab_size, seed)
         found = probabilities(params, logits, HISTORY)
@@ -71,15 +71,15 @@ def test_the_distribution_is_that_of_transformers(params: GenerationParams, voca
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99, 0.9999])
 def test_a_nucleus_beyond_the_first_guess_is_found(top_p: float) -> None:
-    """Flat logits need more tokens than the quick look at the largest ones takes."""
+    """For flat logits the nucleus is larger than the first guess."""
     params, logits = replace(PLAIN, top_p=top_p), logits_of(8 * NUCLEUS_GUESS) / 100
     found, expected = probabilities(params, logits, []), expected_probabilities(params, logits, [])
     assert torch.equal(found > 0, expected > 0)
 
 
 @given(values=st.lists(st.integers(-3, 3), min_size=1, max_size=30), top_k=st.integers(1, 30))
-def test_ties_at_top_k_all_stay(values: list[int], top_k: int) -> None:
-    """float16 logits are often equal: all that equal the last one kept stay, as in transformers."""
+def test_ties_at_top_k_are_all_kept(values: list[int], top_k: int) -> None:
+    """float16 logits are often equal; all that equal the smallest kept logit are kept, as in transformers."""
     params, logits = replace(PLAIN, top_k=top_k), torch.tensor(values, dtype=torch.float32)
     sampler = Sampler(params, [], len(values), "cpu")
     token_ids, _ = sampler._distribution(logits)
@@ -89,7 +89,7 @@ def test_ties_at_top_k_all_stay(values: list[int], top_k: int) -> None:
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
 def test_draws_follow_the_distribution(params: GenerationParams) -> None:
-    """Tokens drawn with many seeds come as often as their exact probability says (chi-square)."""
+    """With many seeds, tokens are drawn with their exact probabilities (chi-square test)."""
     logits = logits_of(12)
     seeds = random.Random(0)
     samplers = (sampler_with_history(replace(params, seed=seeds.getrandbits(64)), 12, HISTORY) for _ in range(DRAWS))
@@ -107,9 +107,9 @@ def test_one_stream_of_draws_follows_the_distribution() -> None:
     assert chisquare(drawn, logits.double().softmax(0) * 5000).pvalue > 1e-3
 
 
-def test_the_uniforms_of_a_seed_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draw inverts the cumulative distribution, so the smallest and largest uniform give the ends of it."""
-    # Shares of 0, 0.09, 0.24, 0.67 and 0: what weighs nothing is never drawn, at neither end.
+def test_draws_invert_the_cumulative_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest and the largest uniform number give the first and the last token with a nonzero weight."""
+    # Probabilities of 0, 0.09, 0.24, 0.67 and 0. A token with probability 0 is never drawn, at neither end.
     logits = torch.tensor([-1e4, 0.0, 1.0, 2.0, -1e4])
     for uniform, expected in ((0.0, 1), (math.nextafter(1, 0), 3), (0.5, 3), (0.1, 2)):
         sampler = Sampler(PLAIN, [], 5, "cpu")
@@ -118,7 +118,7 @@ def test_the_uniforms_of_a_seed_are_those_of_the_host(monkeypatch: pytest.Monkey
 
 
 def test_a_seed_repeats_exactly() -> None:
-    """The same seed gives the same tokens, another seed others."""
+    """The same seed gives the same tokens, and other seeds give other tokens."""
 
     def tokens(seed: int) -> list[int]:
         sampler = Sampler(replace(PLAIN, seed=seed), [], 100, "cpu")
@@ -129,8 +129,8 @@ def test_a_seed_repeats_exactly() -> None:
 
 
 @pytest.mark.parametrize("penalties", [PLAIN, PARAMS["everything"]], ids=["none", "all"])
-def test_temperature_zero_takes_the_largest(penalties: GenerationParams) -> None:
-    """Greedy decoding is the most likely token after the penalties, whatever top_k, top_p and seed are."""
+def test_temperature_zero_is_greedy(penalties: GenerationParams) -> None:
+    """Greedy decoding returns the most likely token after penalties, for any top_k, top_p and seed."""
     params = replace(penalties, temperature=0.0, top_p=0.5, top_k=2, seed=99)
     sampler = Sampler(params, PROMPT, 50, "cpu")
     history: list[int] = []
@@ -142,7 +142,7 @@ def test_temperature_zero_takes_the_largest(penalties: GenerationParams) -> None
 
 
 def test_greedy_without_penalties_does_no_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is drawn, and no state as wide as the vocabulary is kept."""
+    """No random number is drawn, and no tensor with the size of the vocabulary is kept."""
     monkeypatch.setattr(Sampler, "_draw", None)
     sampler, logits = Sampler(replace(PLAIN, temperature=0.0), PROMPT, 8, "cpu"), logits_of(8)
     assert sampler._penalize(logits) is logits
@@ -152,23 +152,23 @@ def test_greedy_without_penalties_does_no_other_work(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("temperature", [1e-320, 1e-30, 1e-3])
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
 def test_a_tiny_temperature_is_greedy(temperature: float, scale: float) -> None:
-    """However close to zero a temperature is and however large the logits are, nothing overflows."""
+    """Temperatures close to zero and large logits cause no overflow."""
     logits = logits_of(50) * scale
     assert Sampler(replace(PLAIN, temperature=temperature, top_p=0.9), [], 50, "cpu").sample(logits) == logits.argmax()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_a_fault(temperature: float, bad: float) -> None:
-    """One bad logit anywhere is a fault of the engine, and never a token."""
+def test_logits_that_are_not_finite_are_an_error(temperature: float, bad: float) -> None:
+    """A single logit that is not finite raises EngineError and never gives a token."""
     logits = logits_of(1000)
     logits[500] = bad
     with pytest.raises(EngineError, match="not finite"):
         Sampler(replace(PLAIN, temperature=temperature), [], 1000, "cpu").sample(logits)
 
 
-def test_the_models_logits_stay_as_they_are() -> None:
-    """Sampling does not write into the tensor it is given."""
+def test_logits_are_not_changed() -> None:
+    """Sampling does not write to its input tensor."""
     logits = logits_of(50)
     before = logits.clone()
     sampler = sampler_with_history(PARAMS["everything"], 50, HISTORY)
@@ -177,7 +177,7 @@ def test_the_models_logits_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_logits_are_widened(dtype: torch.dtype) -> None:
+def test_16_bit_logits_are_converted_to_float32(dtype: torch.dtype) -> None:
     """16-bit logits are sampled as their float32 values."""
     logits = logits_of(200).to(dtype)
     wide, narrow = Sampler(PARAMS["everything"], [], 200, "cpu"), Sampler(PARAMS["everything"], [], 200, "cpu")

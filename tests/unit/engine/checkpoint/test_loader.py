@@ -29,7 +29,7 @@ def reference_logits(directory: Path, dtype: torch.dtype) -> Tensor:
 def test_every_stored_dtype_is_served_in_every_dtype(
     checkpoint: MakeCheckpoint, stored: torch.dtype, served: torch.dtype
 ) -> None:
-    """The weights equal those of transformers in the same dtype, in each part of the fused matrices."""
+    """The weights equal transformers' weights in the same dtype, in each part of the fused matrices."""
     directory = checkpoint(dtype=stored, heads=4, kv_heads=2)
     found = load(directory, served).weights
     expected = LlamaForCausalLM.from_pretrained(directory, dtype=served).state_dict()
@@ -76,7 +76,7 @@ def test_old_rotary_buffers_are_ignored(copy: Path) -> None:
 
 
 def test_rope_theta_and_head_dim_are_read(copy: Path) -> None:
-    """With a larger rotary base, as in Llamas with a longer context, the logits equal those of transformers."""
+    """With a larger rotary base, as in Llamas with a longer context, the logits equal transformers' logits."""
     config(rope_theta=500000.0, head_dim=16)(copy)
     torch.testing.assert_close(load(copy).prefill(0, [1, 5, 9], 0), reference_logits(copy, torch.float32))
 

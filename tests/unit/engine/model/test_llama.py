@@ -45,7 +45,7 @@ def greedy(model: LlamaModel, prompt_ids: list[int], max_tokens: int) -> list[in
 
 def reference_greedy(directory: Path, prompt_ids: list[int], max_tokens: int) -> list[int]:
     reference: Any = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    # No end-of-sequence token: random weights would end at a random place.
+    # No end-of-sequence token, because random weights would generate one at random.
     reference.generation_config.eos_token_id = None
     reference.generation_config.pad_token_id = 0
     prompt = torch.tensor([prompt_ids])
@@ -64,7 +64,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def test_greedy_tokens_are_those_of_transformers(
     checkpoint: MakeCheckpoint, shape: dict[str, int], prompt_tokens: int, max_tokens: int
 ) -> None:
-    """From a single token up to the full context, each greedy token is the one that transformers generates."""
+    """From a single token to the full context, each greedy token equals that of transformers."""
     directory = checkpoint(**shape)
     prompt_ids = some_ids(prompt_tokens)
     assert greedy(load(directory), prompt_ids, max_tokens) == reference_greedy(directory, prompt_ids, max_tokens)
@@ -72,7 +72,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.005), (torch.bfloat16, 0.04)])
 def test_16_bit_logits_are_close_to_float32(checkpoint: MakeCheckpoint, dtype: torch.dtype, bound: float) -> None:
-    """The relative error of 16-bit logits (in the Euclidean norm) stays at a few roundings, in prefill and decode."""
+    """The relative error of 16-bit logits, in the Euclidean norm, is a few roundings in prefill and decode."""
     directory = checkpoint(dtype=dtype, layers=4)
     narrow, wide = load(directory, dtype), load(directory)
     ids = some_ids(100)
@@ -82,8 +82,8 @@ def test_16_bit_logits_are_close_to_float32(checkpoint: MakeCheckpoint, dtype: t
 
 @pytest.mark.parametrize("shape", [SHAPES["multi-head"], SHAPES["grouped"]])
 @pytest.mark.parametrize("chunk", [1, 2, 7, 63, 99])
-def test_a_prompt_in_chunks_is_the_whole_prompt(checkpoint: MakeCheckpoint, shape: dict[str, int], chunk: int) -> None:
-    """However a prompt is cut, the logits after it and the KV cache behind it are the same."""
+def test_chunked_prefill_equals_whole_prefill(checkpoint: MakeCheckpoint, shape: dict[str, int], chunk: int) -> None:
+    """The logits after a prompt and its KV cache do not depend on the chunk size."""
     whole, chunked = load(checkpoint(**shape)), load(checkpoint(**shape))
     ids = some_ids(100)
     for start in range(0, 100, chunk):
@@ -93,8 +93,8 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(checkpoint: MakeCheckpoint, shap
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_rows_of_one_step_are_steps_of_their_own(checkpoint: MakeCheckpoint, dtype: torch.dtype) -> None:
-    """Sequences of different lengths that share a decode step get the logits they get alone, bit for bit."""
+def test_rows_of_one_step_equal_separate_steps(checkpoint: MakeCheckpoint, dtype: torch.dtype) -> None:
+    """Sequences of different lengths that share a decode step get the same logits as alone, bit for bit."""
     directory = checkpoint(**SHAPES["grouped"], dtype=dtype)
     together, alone = load(directory, dtype), load(directory, dtype)
     slots, lengths = [2, 0, 1], [5, 60, 1]
@@ -110,8 +110,8 @@ def test_rows_of_one_step_are_steps_of_their_own(checkpoint: MakeCheckpoint, dty
             assert torch.equal(row, expected)
 
 
-def test_a_slot_forgets_its_last_sequence(checkpoint: MakeCheckpoint) -> None:
-    """What is left in a slot, or was never written, has no part in the next sequence: not even if it is NaN."""
+def test_earlier_slot_content_has_no_effect(checkpoint: MakeCheckpoint) -> None:
+    """Old or uninitialized content of a slot, even NaN, does not affect the next sequence."""
     model, fresh = load(checkpoint()), load(checkpoint())
     with torch.inference_mode():
         for cached in (*model.kv_cache.keys, *model.kv_cache.values):
@@ -119,8 +119,8 @@ def test_a_slot_forgets_its_last_sequence(checkpoint: MakeCheckpoint) -> None:
     assert greedy(model, some_ids(20), 40) == greedy(fresh, some_ids(20), 40)
 
 
-def test_slots_do_not_disturb_one_another(checkpoint: MakeCheckpoint) -> None:
-    """A prefill and decode steps in one slot leave the sequence in another as it was."""
+def test_slots_are_independent(checkpoint: MakeCheckpoint) -> None:
+    """A prefill and decode steps in one slot do not change the sequence in another slot."""
     model = load(checkpoint())
     model.prefill(0, some_ids(30), 0)
     before = model.decode([0], [5], [30])
@@ -133,20 +133,20 @@ def test_slots_do_not_disturb_one_another(checkpoint: MakeCheckpoint) -> None:
 @pytest.mark.parametrize(
     ("slot", "tokens", "position"), [(3, 1, 0), (-1, 1, 0), (0, 0, 0), (0, 1, CONTEXT), (0, 2, CONTEXT - 1), (0, 1, -1)]
 )
-def test_what_does_not_fit_is_refused(checkpoint: MakeCheckpoint, slot: int, tokens: int, position: int) -> None:
-    """A slot that does not exist, no tokens at all, or more of them than the context holds."""
+def test_tokens_that_do_not_fit_are_rejected(checkpoint: MakeCheckpoint, slot: int, tokens: int, position: int) -> None:
+    """A nonexistent slot, an empty prompt, or tokens beyond the context length raise an error."""
     with pytest.raises(EngineError, match=f"slot {slot} "):
         load(checkpoint()).prefill(slot, some_ids(tokens), position)
 
 
-def test_a_full_slot_takes_no_token(checkpoint: MakeCheckpoint) -> None:
-    """A decode step behind the last position is refused, also when another row would fit."""
+def test_a_full_slot_rejects_a_token(checkpoint: MakeCheckpoint) -> None:
+    """A decode step after the last position is rejected, even if another row fits."""
     with pytest.raises(EngineError, match="slot 1 "):
         load(checkpoint()).decode([0, 1], [5, 5], [0, CONTEXT])
 
 
-def test_the_model_is_what_the_step_loop_needs(checkpoint: MakeCheckpoint) -> None:
-    """It says how many logits, tokens and sequences there are, and its logits are float32 in any dtype."""
+def test_the_model_implements_the_interface_of_the_step_loop(checkpoint: MakeCheckpoint) -> None:
+    """It reports its numbers of logits, tokens and slots, and returns float32 logits for all dtypes."""
     model: Model = load(checkpoint(dtype=torch.float16), torch.float16)
     assert (model.vocab_size, model.context_length, model.slots) == (600, CONTEXT, 3)
     assert model.prefill(0, [1], 0).dtype == model.decode([0], [1], [1]).dtype == torch.float32
@@ -154,7 +154,7 @@ def test_the_model_is_what_the_step_loop_needs(checkpoint: MakeCheckpoint) -> No
 
 @pytest.mark.parametrize("name", ["grouped", "tied"])
 def test_memory_is_weights_and_kv_cache(checkpoint: MakeCheckpoint, name: str) -> None:
-    """On a CPU a model takes what its checkpoint's tensors take, and keys and values for each slot."""
+    """On a CPU, the memory of a model is the size of its tensors, plus keys and values for each slot."""
     directory = checkpoint(**SHAPES[name])
     model = load(directory, slots=2)
     config = model.config

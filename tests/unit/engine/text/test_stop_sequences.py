@@ -1,4 +1,4 @@
-"""Stop sequences against a reference that sees the whole text at once."""
+"""Stop sequences, compared with a reference that reads the whole text at once."""
 
 import pytest
 from hypothesis import example, given
@@ -12,7 +12,7 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4).map(tuple)
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str | None:
-    """The text before the stop sequence that is completed first; None without one."""
+    """Return the text before the stop sequence that is completed first, or None without one."""
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -20,7 +20,7 @@ def cut(text: str, stops: tuple[str, ...]) -> str | None:
     return None
 
 
-def longest_start_of_a_stop(text: str, stops: tuple[str, ...]) -> int:
+def longest_partial_match(text: str, stops: tuple[str, ...]) -> int:
     return max((n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
 
 
@@ -28,8 +28,8 @@ def longest_start_of_a_stop(text: str, stops: tuple[str, ...]) -> int:
 @example(chunks=["ab", "abc"], stops=("abc",))
 @example(chunks=["aab"], stops=("aab", "ab", "b"))
 @example(chunks=["abab", "ba"], stops=("ababb", "ba"))
-def test_any_chunking_is_cut_at_the_same_place(chunks: list[str], stops: tuple[str, ...]) -> None:
-    """What is sent is the text up to the stop sequence completed first, or all of it."""
+def test_the_cut_does_not_depend_on_the_chunks(chunks: list[str], stops: tuple[str, ...]) -> None:
+    """The returned text is the text before the stop sequence completed first, or the whole text."""
     matcher = StopMatcher(stops)
     sent = "".join(map(matcher.push, chunks))
     expected = cut("".join(chunks), stops)
@@ -38,20 +38,20 @@ def test_any_chunking_is_cut_at_the_same_place(chunks: list[str], stops: tuple[s
 
 
 @given(chunks=st.lists(LETTERS, max_size=6), stops=STOPS)
-def test_only_what_may_become_a_stop_is_held_back(chunks: list[str], stops: tuple[str, ...]) -> None:
-    """After each piece all is sent but the longest end that a stop sequence begins with."""
+def test_only_partial_matches_are_held_back(chunks: list[str], stops: tuple[str, ...]) -> None:
+    """After each piece, only the longest suffix that is a prefix of a stop sequence is held back."""
     matcher, text, sent = StopMatcher(stops), "", ""
     for chunk in chunks:
         text += chunk
         sent += matcher.push(chunk)
         if matcher.matched:
             break
-        assert sent == text[: len(text) - longest_start_of_a_stop(text, stops)]
+        assert sent == text[: len(text) - longest_partial_match(text, stops)]
 
 
 @given(text=LETTERS, stops=STOPS)
-def test_no_part_of_a_stop_leaks(text: str, stops: tuple[str, ...]) -> None:
-    """Letter by letter, what has been sent is always the beginning of the final text."""
+def test_no_part_of_a_stop_sequence_is_returned(text: str, stops: tuple[str, ...]) -> None:
+    """Letter by letter, the returned text is always a prefix of the final text."""
     matcher, sent = StopMatcher(stops), ""
     final = cut(text, stops)
     for letter in text:
@@ -59,23 +59,23 @@ def test_no_part_of_a_stop_leaks(text: str, stops: tuple[str, ...]) -> None:
         assert (text if final is None else final).startswith(sent)
 
 
-def test_nothing_comes_after_a_match() -> None:
-    """Text behind a stop sequence is dropped, in the same piece and in later ones."""
+def test_no_text_is_returned_after_a_match() -> None:
+    """Text after a stop sequence is dropped, in the same piece and in later pieces."""
     matcher = StopMatcher(("END",))
     assert [matcher.push("an END, or"), matcher.push(" more"), matcher.flush()] == ["an ", "", ""]
 
 
-def test_the_longer_of_two_that_end_together_counts() -> None:
-    """Of stop sequences completed by the same character, the one that starts first cuts."""
+def test_the_longer_of_two_matches_with_one_end_counts() -> None:
+    """If one character completes several stop sequences, the text is cut at the earliest start."""
     assert StopMatcher(("world", "hello world")).push("oh, hello world") == "oh, "
 
 
-def test_the_one_completed_first_counts() -> None:
-    """A stop sequence that starts later but is complete earlier cuts."""
+def test_the_first_completed_match_counts() -> None:
+    """A stop sequence that starts later but is completed earlier counts."""
     assert StopMatcher(("abcde", "bc")).push("abcde") == "a"
 
 
-def test_an_empty_stop_is_refused() -> None:
-    """It would end each text before it begins."""
-    with pytest.raises(ValueError, match="empty"):
+def test_an_empty_stop_sequence_is_rejected() -> None:
+    """An empty stop sequence would match before any text."""
+    with pytest.raises(ValueError, match="stop: a stop sequence must not be empty"):
         StopMatcher(("fine", ""))
