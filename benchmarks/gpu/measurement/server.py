@@ -22,7 +22,7 @@ from llama2_server.lifecycle.model_loading import LoadedModel
 
 
 def random_load(shape: str, device: str, settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
-    """What `loading.load` does, without a checkpoint; no token ends a reply."""
+    """Load a model with random weights, in place of `model_loading.load`; no token ends a reply."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
         make_tokenizer(path, SHAPES[shape].vocab_size)

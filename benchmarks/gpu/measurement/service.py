@@ -40,11 +40,11 @@ def measure(shape: str, device: str, *, new_tokens: int) -> tuple[ServiceSpeed, 
     with tempfile.TemporaryDirectory() as data_directory:
         started_at = time.perf_counter()
         with running_server(shape, device, Path(data_directory)) as address:
-            first = time.perf_counter() - started_at
+            first_start = time.perf_counter() - started_at
             speed = asyncio.run(_measure(address, new_tokens))
         started_at = time.perf_counter()
         with running_server(shape, device, Path(data_directory)):
-            return speed, first, time.perf_counter() - started_at
+            return speed, first_start, time.perf_counter() - started_at
 
 
 @contextlib.contextmanager
@@ -83,11 +83,11 @@ async def _measure(address: str, new_tokens: int) -> ServiceSpeed:
         # Each prompt begins differently, because the service would reuse the prefill of an equal prefix.
         prompts = (f"{first}{second} {text}" for first, second in itertools.permutations(string.ascii_letters, 2))
         rounds = [await _stream(client, next(prompts), new_tokens) for _ in range(ROUNDS + 1)][1:]
-        inputs, rates, firsts = zip(*rounds, strict=True)
+        input_tokens, rates, first_tokens = zip(*rounds, strict=True)
         idle = statistics.median([(await _stream(client, next(prompts), 1))[2] for _ in range(ROUNDS)])
         waits = sorted([await _cancel_and_retry(client, next(prompts), next(prompts)) - idle for _ in range(CANCELS)])
     median = statistics.median
-    return ServiceSpeed(inputs[0], median(rates), median(firsts), waits[int(0.99 * CANCELS)])
+    return ServiceSpeed(input_tokens[0], median(rates), median(first_tokens), waits[int(0.99 * CANCELS)])
 
 
 async def _prompt_of(client: Client, tokens: int) -> str:

@@ -54,5 +54,5 @@ def test_an_install_with_a_compiler_builds_the_library(tmp_path: Path, monkeypat
     assert not build_data["tag"].endswith("any")
     monkeypatch.setattr(native, "LIBRARY", built)
     native.load_library.cache_clear()
-    assert native.load_library().llama2_interface() == native.INTERFACE
+    assert native.load_library().llama2_interface() == native.INTERFACE_VERSION
     native.load_library.cache_clear()

@@ -58,7 +58,7 @@ class NativeDecoder:
         self._decoder = library.llama2_decoder_new(model, layers, found, threads)
         if not self._decoder:
             raise NativeUnavailable("out of memory")
-        self._max_rows: int = library.llama2_decoder_most_rows(self._decoder)
+        self._max_rows: int = library.llama2_decoder_max_rows(self._decoder)
         self._step_function = library.llama2_decoder_step
         weakref.finalize(self, library.llama2_decoder_free, self._decoder)
 

@@ -100,7 +100,7 @@ const Kernels *find_kernels(const char *name, const char **found) {
 }  // namespace
 
 // The interface version. Increase it with every change that Python sees, so that an outdated library is never called.
-LLAMA2_EXPORT int llama2_interface() { return 2; }
+LLAMA2_EXPORT int llama2_interface() { return 3; }
 
 // Returns the instruction set called `name` ("" = the best available), or null if this processor does not support it.
 LLAMA2_EXPORT const char *llama2_instructions(const char *name) {
@@ -125,7 +125,7 @@ LLAMA2_EXPORT Decoder *llama2_decoder_new(const Model *model, const Layer *layer
 LLAMA2_EXPORT void llama2_decoder_free(Decoder *decoder) { delete decoder; }
 
 // Returns the maximum number of rows in a step.
-LLAMA2_EXPORT int llama2_decoder_most_rows(const Decoder *decoder) { return decoder->max_rows(); }
+LLAMA2_EXPORT int llama2_decoder_max_rows(const Decoder *decoder) { return decoder->max_rows(); }
 
 // Calls `Decoder::step`; returns false if an argument is out of range.
 LLAMA2_EXPORT bool llama2_decoder_step(Decoder *decoder, int rows, const std::int32_t *slots,

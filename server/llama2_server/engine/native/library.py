@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("decode.so")
-INTERFACE = 2  # the version that llama2_interface() of decode.cpp must return
+INTERFACE_VERSION = 3  # the version that llama2_interface() of decode.cpp must return
 
 
 class NativeUnavailable(Exception):
@@ -53,7 +53,7 @@ def load_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be loaded: {error}; reinstall llama2-grpc") from error
-    if library.llama2_interface() != INTERFACE:
+    if library.llama2_interface() != INTERFACE_VERSION:
         raise NativeUnavailable("the native library was built from another version; reinstall llama2-grpc")
     numbers = ctypes.POINTER(ctypes.c_int32)
     library.llama2_instructions.argtypes = [ctypes.c_char_p]
@@ -67,7 +67,7 @@ def load_library() -> ctypes.CDLL:
     library.llama2_decoder_new.restype = ctypes.c_void_p
     library.llama2_decoder_free.argtypes = [ctypes.c_void_p]
     library.llama2_decoder_free.restype = None
-    library.llama2_decoder_most_rows.argtypes = [ctypes.c_void_p]
+    library.llama2_decoder_max_rows.argtypes = [ctypes.c_void_p]
     library.llama2_decoder_step.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int, numbers, numbers, numbers),
         *(ctypes.c_int, ctypes.c_void_p),

@@ -70,7 +70,7 @@ def reference(directory: Path, dtype: torch.dtype) -> Any:
 
 def assert_same_except_ties(model: Any, prompt: list[int], found: list[int], expected: list[int]) -> None:
     """At the first difference, the reference hardly prefers its own token; later tokens may differ."""
-    first_difference = next((at for at in range(len(expected)) if found[at] != expected[at]), None)
+    first_difference = next((index for index in range(len(expected)) if found[index] != expected[index]), None)
     if first_difference is None:
         return
     ids = torch.tensor([prompt + expected[:first_difference]], device="cuda")

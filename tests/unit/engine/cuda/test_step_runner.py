@@ -123,12 +123,12 @@ def test_tokens_match_the_host_step_runner(checkpoint: MakeCheckpoint, engine: E
 
 def test_a_seed_repeats(engine: Engine) -> None:
     """The same seed gives the same tokens with any other rows in the steps; another seed gives other tokens."""
-    alone, shared, neighbour, other = Reader(), Reader(), Reader(), Reader()
+    alone, shared, neighbor, other = Reader(), Reader(), Reader(), Reader()
     engine.submit(some_ids(5, 0), GenerationParams(20, temperature=1.0, seed=1), alone)
     alone.result()
-    for reader, seed in ((neighbour, 9), (shared, 1), (other, 2)):
+    for reader, seed in ((neighbor, 9), (shared, 1), (other, 2)):
         engine.submit(some_ids(5, 0), GenerationParams(20, temperature=1.0, seed=seed), reader)
-    assert [reader.result().output_tokens for reader in (shared, neighbour, other)] == [20, 20, 20]
+    assert [reader.result().output_tokens for reader in (shared, neighbor, other)] == [20, 20, 20]
     assert shared.token_ids == alone.token_ids != other.token_ids
 
 

@@ -46,7 +46,7 @@ def damaged(patch: pytest.MonkeyPatch, folder: Path) -> None:
 def outdated(patch: pytest.MonkeyPatch, folder: Path) -> None:
     library()
     native.load_library.cache_clear()
-    patch.setattr(native, "INTERFACE", -1)
+    patch.setattr(native, "INTERFACE_VERSION", -1)
 
 
 def another_processor(patch: pytest.MonkeyPatch, folder: Path) -> None:
