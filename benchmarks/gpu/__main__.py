@@ -57,7 +57,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = f"{results['about']['date']}-gpu-{arguments.shape}"
     (arguments.out / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.out / f"{name}.svg").write_text(draw_svg(results), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib"):
+        (arguments.out / f"{name}.svg").write_text(draw_svg(results), encoding="utf-8")
+    else:
+        print("no chart: matplotlib is not installed", file=sys.stderr)
     print(report(results))
 
 

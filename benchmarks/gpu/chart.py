@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.gpu.report import ONE_ROW, TRANSFORMERS, TRANSFORMERS_STATIC, DerivedMetrics, Results
-from benchmarks.svg import Look, bar_chart, document, note_chart
+from benchmarks.reporting.plots import Style, bar_panel, notes_panel, render_svg
 
 OUR_COLOR, OTHER_COLOR = "#d9480f", "#7d8590"
 
@@ -11,17 +11,17 @@ OUR_COLOR, OTHER_COLOR = "#d9480f", "#7d8590"
 def draw_svg(results: Results) -> str:
     """Return an SVG with the decode speeds, the roofline and notes; parts that were not measured are omitted."""
     metrics = DerivedMetrics(results)
-    candidates: list[tuple[str, Callable[[], float], Look]] = [
-        ("roofline", lambda: metrics.roofline, Look(OTHER_COLOR, dashed=True)),
-        ("our engine only", lambda: metrics.speed(ONE_ROW), Look("#e8842c")),
-        ("our service", lambda: metrics.speed("service"), Look(OUR_COLOR, bold=True)),
-        ("transformers, static", lambda: metrics.speed(TRANSFORMERS_STATIC), Look(OTHER_COLOR)),
-        ("transformers", lambda: metrics.speed(TRANSFORMERS), Look(OTHER_COLOR)),
+    candidates: list[tuple[str, Callable[[], float], Style]] = [
+        ("roofline", lambda: metrics.roofline, Style(OTHER_COLOR, dashed=True)),
+        ("our engine only", lambda: metrics.speed(ONE_ROW), Style("#e8842c")),
+        ("our service", lambda: metrics.speed("service"), Style(OUR_COLOR, bold=True)),
+        ("transformers, static", lambda: metrics.speed(TRANSFORMERS_STATIC), Style(OTHER_COLOR)),
+        ("transformers", lambda: metrics.speed(TRANSFORMERS), Style(OTHER_COLOR)),
     ]
     bars = []
-    for name, value, look in candidates:
+    for name, value, style in candidates:
         try:
-            bars.append((name, value(), look))
+            bars.append((name, value(), style))
         except KeyError:
             continue
     about = results["about"]
@@ -32,5 +32,6 @@ def draw_svg(results: Results) -> str:
         "The roofline is the measured read bandwidth divided by the bytes of the weights.",
     ]
     title = f"Decoding, Llama-2-{about['shape'].upper()}"
-    chart = bar_chart(title, "tokens/s of one request after a prompt of 128 tokens", bars)
-    return document(f"Measured on {about['date']}", [chart, note_chart(f"Measured on {about['date']}", notes)])
+    chart = bar_panel(title, "tokens/s of one request after a prompt of 128 tokens", bars)
+    measured_on = f"Measured on {about['date']}"
+    return render_svg(measured_on, [chart, notes_panel(measured_on, notes)])

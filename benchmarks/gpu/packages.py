@@ -1,4 +1,4 @@
-"""Download the service's packages into a folder for a machine without a network: `make gpu-packages`.
+"""Download the service's packages and matplotlib for a machine without a network: `make gpu-packages`.
 
 torch, transformers and their dependencies are not included: they are already installed there, and are measured.
 """
@@ -14,6 +14,17 @@ PACKAGES = (
     *("jsonschema", "jsonschema-specifications", "referencing", "rpds-py", "attrs"),
     *("pydantic", "pydantic_core", "pydantic-settings", "annotated-types", "typing-inspection", "python-dotenv"),
     *("cachetools", "sqlalchemy", "greenlet", "aiosqlite", "alembic", "mako", "prometheus_client", "structlog"),
+    *(
+        "matplotlib",
+        "contourpy",
+        "cycler",
+        "fonttools",
+        "kiwisolver",
+        "pillow",
+        "pyparsing",
+        "python-dateutil",
+        "tzdata",
+    ),
 )
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
