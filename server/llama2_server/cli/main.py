@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import click
 
 from llama2_server.cli.commands import HELP_FLAGS, CommandGroup, error_message
-from llama2_server.cli.exit import exit_with_error
+from llama2_server.cli.exit import EXIT_INTERRUPTED, exit_with_error
 from llama2_server.cli.keys import keys
 from llama2_server.cli.options import write_settings
 from llama2_server.cli.serve import serve
@@ -16,7 +16,6 @@ from llama2_server.cli.weights import weights
 from llama2_server.configuration_error import ConfigurationError
 
 PROGRAM = "llama2-server"
-INTERRUPTED = 130
 
 
 class _Program(CommandGroup):
@@ -45,7 +44,7 @@ class _Program(CommandGroup):
         except ConfigurationError as error:
             exit_with_error(str(error))
         except click.Abort:
-            sys.exit(INTERRUPTED)
+            sys.exit(EXIT_INTERRUPTED)
         sys.exit(0)
 
 

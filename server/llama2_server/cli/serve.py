@@ -10,10 +10,9 @@ from typing import Any, NoReturn
 
 import click
 
-from llama2_server.cli.exit import exit_with_error
+from llama2_server.cli.exit import EXIT_INTERRUPTED
 from llama2_server.cli.options import SettingsCommand
 from llama2_server.config.sources import read_settings
-from llama2_server.configuration_error import ConfigurationError
 
 
 @click.command(cls=SettingsCommand)
@@ -38,16 +37,15 @@ def serve(**flags: Any) -> None:
 
     logs.configure(resolved.settings.log_level, resolved.settings.log_format)
     try:
-        preflight.check(resolved.settings)
-        from llama2_server import app
+        with resolved.naming_sources():
+            preflight.check(resolved.settings)
+            from llama2_server import app
 
-        gc.freeze()
-        gc.enable()
-        code = asyncio.run(app.serve(resolved.settings))
-    except ConfigurationError as error:
-        exit_with_error(resolved.name_sources(str(error)))
+            gc.freeze()
+            gc.enable()
+            code = asyncio.run(app.serve(resolved.settings))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     _exit(code)
 
 

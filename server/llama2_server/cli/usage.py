@@ -1,13 +1,13 @@
 """`llama2-server usage`: totals of the usage ledger."""
 
 import asyncio
-from collections.abc import Mapping
 from datetime import date
 from typing import TYPE_CHECKING
 
 import click
 
 from llama2_server.cli.commands import Command
+from llama2_server.config.settings import Settings
 from llama2_server.config.sources import read_settings
 from llama2_server.configuration_error import ConfigurationError
 
@@ -39,24 +39,23 @@ def usage(account: str | None, since: date | None, until: date | None, **flags: 
     # The database libraries are slow to import, and other commands do not need them.
     from llama2_server.usage.ledger import read_totals
 
-    totals = asyncio.run(read_totals(_usage_url(flags), account, since, until))
+    resolved = read_settings(flags)
+    with resolved.naming_sources():
+        totals = asyncio.run(read_totals(_usage_url(resolved.settings), account, since, until))
     click.echo("\n".join([HEADER, *map(_row, totals)]))
 
 
-def _usage_url(flags: Mapping[str, str | None]) -> str:
-    """Return the URL of the ledger by the servers' settings; flags override them."""
+def _usage_url(settings: Settings) -> str:
+    """Return the URL of the servers' ledger."""
     from llama2_server.usage.ledger import default_file, default_url
 
-    resolved = read_settings(flags)
-    settings = resolved.settings
     if settings.usage_url is not None:
         return settings.usage_url.get_secret_value()
     # Opening a missing ledger would create it, possibly with an owner that is not the server's.
     if not default_file(settings.data_directory).exists():
-        message = (
+        raise ConfigurationError(
             f"--data-directory: {settings.data_directory} has no usage ledger; no server has written one there yet"
         )
-        raise ConfigurationError(resolved.name_sources(message))
     return default_url(settings.data_directory)
 
 

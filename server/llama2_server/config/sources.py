@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ class ResolvedSettings:
     def name_sources(self, message: str) -> str:
         """Replace each flag in a message by the environment variable or the key that set its value."""
         return _name_sources(message, self.sources)
+
+    @contextmanager
+    def naming_sources(self) -> Iterator[None]:
+        """Raise a ConfigurationError from the body with the sources of its settings; see `name_sources`."""
+        try:
+            yield
+        except ConfigurationError as error:
+            raise ConfigurationError(self.name_sources(str(error))) from error
 
 
 def flag_of(key: str) -> str:
