@@ -54,7 +54,7 @@ class HostStepRunner:
         return self._sample([sequence], [logits])
 
     def decode(self, rows: SequenceOf[Sequence]) -> Iterable[TokenOrError]:
-        """Decode one token per row and sample the next ones, as in `StepRunner.decode`."""
+        """Append the last token of each row and sample the next tokens, as in `StepRunner.decode`."""
         logits = self._model.decode(  # (rows, vocab_size)
             [sequence.slot for sequence in rows],
             [sequence.output_ids[-1] for sequence in rows],
