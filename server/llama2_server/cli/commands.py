@@ -60,7 +60,7 @@ class CommandGroup(click.Group):
         """Return the name, the command and its arguments.
 
         Raises:
-            UsageError: there is no such command.
+            UsageError: the command does not exist.
         """
         if args[0] not in self.commands and not args[0].startswith("-"):
             subject = f"{args[0]}: " if _COMMAND_NAME.fullmatch(args[0]) else ""

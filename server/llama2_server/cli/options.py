@@ -46,11 +46,13 @@ class SettingOption(click.Option):
         self.shown_default = f"  [default={default}]" if (default := default_of(key)) else ""
 
     def help_row(self, *, wide: bool) -> tuple[str, str]:
-        """Return the flag and its description; the default value follows the one that has more room."""
+        """Return the flag and its description; the default value is in the column with more room."""
         flag, text = " / ".join([*self.opts, *self.secondary_opts]), self.help or ""
         if not self.secondary_opts:
             flag = f"{flag} {self.metavar}"
-        return (flag, f"{text}{self.shown_default}") if wide else (f"{flag}{self.shown_default}", text)
+        if wide and len(flag) <= _WIDEST_FLAG:
+            return flag, f"{text}{self.shown_default}"
+        return f"{flag}{self.shown_default}", text
 
 
 class SettingsCommand(Command):

@@ -119,7 +119,7 @@ def _read_file(path: Path, name: str) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{name}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
-        # The error quotes its input, which may contain a secret, so the message has only the line number.
+        # The error quotes its input, which may contain a secret, so the message has only a line number.
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise SettingsError(f"{name}: {path}{place}: {getattr(error, 'problem', 'not YAML')}") from None

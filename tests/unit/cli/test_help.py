@@ -31,9 +31,9 @@ def test_each_setting_has_at_most_two_lines(arguments: tuple[str, ...], columns:
     assert [heading for heading in sections if heading in list(Group)] == list(Group)
     for group in Group:
         keys = [key for key in Settings.model_fields if group_of(key) is group]
-        starts = [line.split()[0] for line in sections[group] if line.startswith("  --")]
-        assert starts == [flag_of(key) for key in keys]
-        assert len(sections[group]) <= 2 * len(keys)
+        entries = "\n".join(sections[group]).split("\n  --")
+        assert [f"--{entry.strip(' -').split()[0]}" for entry in entries] == [flag_of(key) for key in keys]
+        assert all(len(entry.splitlines()) <= 2 for entry in entries)
     assert all(len(line) <= columns for line in printed.splitlines())
 
 

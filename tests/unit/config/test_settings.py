@@ -212,7 +212,7 @@ def test_suggestion_ignores_the_prefix_of_variables(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_invalid_file_is_rejected_with_the_line(text: str, words: str, config: Path) -> None:
-    """The error has the line number or the key, but not the text of the file, which may be a secret."""
+    """The error has a line number or the key, but not the text of the file, which may be a secret."""
     config.write_text(text)
     assert words in error_of("--config", str(config))
     assert PASSWORD not in error_of("--config", str(config))
