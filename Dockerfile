@@ -1,16 +1,16 @@
-# llama2-grpc in a container; docs/container.md says how to build and run it, and what of it is checked.
+# llama2-grpc in a container. docs/container.md describes how to build, run and test it.
 #
-# Both bases are Docker Official Images of 2026-09-19, pinned by the digest of their multi-platform index, as
-# github.com/docker-library/repo-info recorded them. To take newer ones, write the tag and the digest that
+# Both bases are Docker Official Images of 2026-09-19, pinned by the digest of their multi-platform index as recorded in
+# github.com/docker-library/repo-info. To update them, copy the tag and the digest from the output of
 #   docker buildx imagetools inspect python:3.11-bookworm        (and python:3.11-slim-bookworm)
-# print here and in the labels below. Both must be of one Python and one Debian: the environment is copied from the first
-# to the second, and the lock files are for that Python.
+# to the FROM lines and the labels below. Both bases must have the same Python and the same Debian, because the environment
+# is copied from the first to the second. The lock files are for that Python.
 
 FROM python:3.11.16-bookworm@sha256:b99029c95d3d37fb1e4e76d287f7984373dca77c665885986e31b2c95260c13c AS build
 
-# Which lock file is installed: cpu or cuda.
+# Selects the lock file to install: cpu or cuda.
 ARG ACCELERATOR=cpu
-# PyPI's torch is the CUDA build; the CPU build comes from here, or from a mirror of it.
+# Index with the CPU build of torch (PyPI has the CUDA build); a mirror works, too.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PATH=/build/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -21,7 +21,7 @@ COPY requirements/build.lock requirements/
 RUN python -m venv /build \
     && /build/bin/python -m pip install --no-deps --only-binary=:all: --require-hashes --requirement requirements/build.lock
 
-# The dependencies first and in a layer of their own: a change of our code leaves it as it is. pip stays outside.
+# Dependencies are a separate layer, so that a code change does not rebuild it. The environment has no pip.
 COPY requirements/server-${ACCELERATOR}.lock requirements/
 RUN python -m venv --without-pip /opt/llama2 \
     && python -m pip --python /opt/llama2/bin/python install --no-deps --only-binary=:all: --require-hashes \
@@ -47,20 +47,20 @@ LABEL org.opencontainers.image.title="llama2-grpc" \
     org.opencontainers.image.base.name="docker.io/library/python:3.11.16-slim-bookworm" \
     org.opencontainers.image.base.digest="sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b"
 
-# On a GPU Triton compiles a page of C against the driver when the service first starts.
+# On a GPU, Triton compiles a small C file against the driver at the first start.
 ARG ACCELERATOR=cpu
 # hadolint ignore=DL3008
 RUN if [ "${ACCELERATOR}" = cuda ]; then \
         apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
     fi
 
-# The one place that the service writes to; the root file system may be read-only.
+# The service writes to this directory only, so the root file system can be read-only.
 RUN install --directory --owner=65532 --group=65532 --mode=0750 /data
 COPY --from=build /opt/llama2 /opt/llama2
 COPY --from=build /package /
 
-# Every address is listened on, as a container's own loopback is no use to others: without keys the service therefore
-# refuses to start, unless LLAMA2_ALLOW_UNAUTHENTICATED=true says that this is meant.
+# The service listens on every address, because the loopback of a container is not reachable from outside. Without API keys
+# it therefore does not start, unless LLAMA2_ALLOW_UNAUTHENTICATED=true is set.
 ENV PATH=/opt/llama2/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/data \
@@ -73,9 +73,9 @@ USER 65532:65532
 WORKDIR /data
 VOLUME ["/data"]
 EXPOSE 50051 50052
-# The service handles this signal as PID 1: it drains, then exits with 0.
+# As PID 1, the service handles this signal: it drains, then exits with 0.
 STOPSIGNAL SIGTERM
-# A 7B loads for minutes; a failure within the start period does not count.
+# A 7B takes minutes to load; failures in the start period do not count.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=10m --retries=3 \
     CMD ["llama2", "--address", "127.0.0.1:50052", "--timeout", "8", "health"]
 ENTRYPOINT ["llama2-server"]

@@ -1,6 +1,6 @@
 """Write the descriptor set that Envoy's transcoder reads: `python descriptors.py llama2.pb`.
 
-It is taken from the installed `llama2-grpc` (the client's own install is enough): no compiler and no network is needed.
+It comes from the installed `llama2-grpc`; the base install is enough. It needs neither a compiler nor a network.
 """
 
 import sys
@@ -12,12 +12,12 @@ from google.rpc import error_details_pb2
 
 from llama2.v1 import account_pb2, model_pb2, text_generation_pb2
 
-# The error details are no part of the contract's own files, and Envoy needs their types to print a refusal as JSON.
+# The protos do not import the error details, whose types Envoy needs to print an error as JSON.
 FILES = (text_generation_pb2, model_pb2, account_pb2, error_details_pb2)
 
 
 def descriptor_set() -> FileDescriptorSet:
-    """The contract, the error details and all that they import, each file after those that it imports."""
+    """Return the protos, the error details and all imports; each file follows the files that it imports."""
     files = FileDescriptorSet()
     seen: set[str] = set()
 

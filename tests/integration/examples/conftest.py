@@ -1,0 +1,25 @@
+"""Fixtures of the examples' tests."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.envoy_server import Envoy, running_envoy
+from tests.support.service import Service, ServiceMaker
+
+REPLY = "Once upon a time."
+EnvoyMaker = Any  # returns an AbstractAsyncContextManager[tuple[Service, Envoy]]
+
+
+@pytest.fixture
+def serve_behind_envoy(serve_scripted: ServiceMaker, tmp_path: Path) -> EnvoyMaker:
+    """Return a function that runs a scripted service behind Envoy; keywords configure the service."""
+
+    @asynccontextmanager
+    async def serve(**options: Any) -> AsyncIterator[tuple[Service, Envoy]]:
+        async with serve_scripted(REPLY, **options) as service, running_envoy(tmp_path, service.address) as envoy:
+            yield service, envoy
+
+    return serve
