@@ -1,11 +1,11 @@
-"""The Dockerfile's own steps without a Docker engine: each stage is an overlay over this machine's root file system.
+"""Runs the steps of the Dockerfile without a Docker engine; each stage is an overlay over this machine's root.
 
-Every instruction is read from the Dockerfile, so the two cannot drift apart. A RUN goes through `/bin/sh -c` in a
-chroot; what it writes is caught by the overlay. The finished container gets what `docker run --read-only --cap-drop ALL
---network none` gives: a read-only root, one volume, the Dockerfile's user, environment and entry point, no capability,
-a network of its own with nothing but loopback, and process number 1.
+Every instruction is read from the Dockerfile, so the two cannot differ. A RUN goes through `/bin/sh -c` in a chroot,
+and the overlay stores its writes. The container is equivalent to `docker run --read-only --cap-drop ALL
+--network none`: a read-only root, one volume, the Dockerfile's user, environment and entry point, no capabilities, a
+network with loopback only, and process number 1.
 
-What is not rehearsed: the base images, for which this machine's root and Python stand in, and so what they hold.
+The base images and their contents are not tested: this machine's root and Python replace them.
 """
 
 import os
@@ -24,10 +24,10 @@ from tests.integration.container.dockerfile import ROOT, Instruction, Stage, con
 from tools.container.lock import image_python_version
 
 PROGRAMS = ("unshare", "nsenter", "setpriv", "mount", "chroot", "ip")
-# The official images' own.
+# PATH of the official images.
 BASE_PATH = "/usr/local/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# In a mount namespace of its own: upper, work and merged directory of the overlay, and then the command.
+# Runs in a new mount namespace. Arguments: the overlay's upper, work and merged directories, then the command.
 ENTER = """
 set -eu
 merged=$3
@@ -36,7 +36,7 @@ shift 3
 mount --rbind /dev "$merged/dev"
 mount -t proc proc "$merged/proc"
 """
-# And before the command: what lies on the volume, and where that is mounted.
+# Additional arguments before the command: the directory of the volume, and its mount point.
 SEAL = """
 mount -o remount,ro "$merged"
 mount --bind "$1" "$merged$2"
@@ -51,14 +51,14 @@ class StepError(Exception):
 
 
 def missing() -> str | None:
-    """Why nothing can be rehearsed on this machine; None if it can."""
+    """Return the reason why this machine cannot run the steps, or None if it can."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return "the image and its lock files are for x86-64 Linux"
     wanted = image_python_version().rpartition(".")[0]
     if "{}.{}".format(*sys.version_info) != wanted:
-        return f"the image has Python {wanted}, this is {sys.version_info.major}.{sys.version_info.minor}"
+        return f"the image has Python {wanted}, this machine has {sys.version_info.major}.{sys.version_info.minor}"
     if os.geteuid() != 0:
-        return "only root may mount a root file system of its own; nothing of the container's steps was checked"
+        return "only root can mount an overlay; no step of the container was checked"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"
@@ -66,13 +66,13 @@ def missing() -> str | None:
         try:
             _base(Path(directory))
         except StepError as error:
-            return f"no overlay can be mounted here, as in many a container: {error}"
+            return f"this machine cannot mount an overlay, which is common in containers: {error}"
     return None
 
 
 @dataclass
 class Layer:
-    """What a stage has written so far over this machine's root, and its variables."""
+    """The files that a stage has written over this machine's root, and its variables."""
 
     directory: Path
     environment: dict[str, str]
@@ -82,33 +82,35 @@ class Layer:
 
     @property
     def tree(self) -> Path:
-        """The directory with what was written."""
+        """The directory with the written files."""
         return self.directory / "upper"
 
-    def at(self, path: str) -> Path:
-        """Where a path of the stage lies in the tree."""
+    def path_of(self, path: str) -> Path:
+        """Return the location of a path of the stage in the tree."""
         return self.tree / (Path(self.workdir) / path).relative_to("/")
 
     def added(self) -> frozenset[Path]:
-        """Every path that the stage has added to its base."""
+        """Return every path that the stage has added to its base."""
         return frozenset(path.relative_to(self.tree) for path in self.tree.rglob("*")) - self.base
 
     def enter(self, script: str, *arguments: str, network: bool = True) -> list[str]:
-        """The command line that runs a script with the stage as its root and itself as process number 1."""
+        """Return the command that runs a script with the stage as root file system, as process number 1."""
         call = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation=private"]
         call += [] if network else ["--net"]
         parts = [str(self.directory / part) for part in ("upper", "work", "merged")]
         return [*call, "sh", "-c", script, "sh", *parts, *arguments]
 
     def run(self, *command: str) -> None:
-        """Run a command in the stage as a build does: as root and with the network, pip with this machine's settings.
+        """Run a command in the stage like a build: as root, with the network and this machine's pip settings.
 
         Raises:
-            StepError: it failed.
+            StepError: the command failed.
         """
-        ours = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "REQUESTS_"))}
+        host_settings = {
+            name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "REQUESTS_"))
+        }
         call = self.enter(ENTER + GO, "env", f"--chdir={self.workdir}", *command)
-        variables = ours | self.environment | self.arguments
+        variables = host_settings | self.environment | self.arguments
         done = subprocess.run(call, env=variables, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise StepError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
@@ -116,7 +118,7 @@ class Layer:
 
 @contextmanager
 def built(directory: Path, build_arguments: Mapping[str, str]) -> Iterator["Image"]:
-    """The image that the Dockerfile makes; everything of it is removed in the end.
+    """Build the image of the Dockerfile; remove all of its files at the end.
 
     Raises:
         StepError: a step failed.
@@ -126,14 +128,14 @@ def built(directory: Path, build_arguments: Mapping[str, str]) -> Iterator["Imag
         for stage in read_stages():
             layers[stage.name or "last"] = layer = _base(directory / str(len(layers)))
             for instruction in stage.instructions:
-                _carry_out(instruction, layer, layers, build_arguments)
+                _execute(instruction, layer, layers, build_arguments)
         yield Image(stage, layer)
     finally:
         shutil.rmtree(directory)
 
 
 def _base(directory: Path) -> Layer:
-    """This machine in place of a base image: its Python has to be named `python`, and be within reach of everybody."""
+    """Return a layer that replaces a base image; every user can run its Python as `python`."""
     for part in ("upper", "work", "merged"):
         (directory / part).mkdir(parents=True)
     python = Path(sys.base_prefix) / "bin" / "python"
@@ -144,7 +146,7 @@ def _base(directory: Path) -> Layer:
     return layer
 
 
-def _carry_out(
+def _execute(
     instruction: Instruction, layer: Layer, layers: Mapping[str, Layer], build_arguments: Mapping[str, str]
 ) -> None:
     variables = layer.environment | layer.arguments
@@ -156,7 +158,7 @@ def _carry_out(
             layer.environment |= instruction.pairs(variables)
         case "WORKDIR":
             (layer.workdir,) = instruction.words(variables)
-            layer.at(".").mkdir(parents=True, exist_ok=True)
+            layer.path_of(".").mkdir(parents=True, exist_ok=True)
         case "RUN":
             layer.run("/bin/sh", "-c", instruction.value)
         case "COPY":
@@ -168,29 +170,31 @@ def _copy(words: list[str], layer: Layer, layers: Mapping[str, Layer]) -> None:
     if sources[0].startswith("--from="):
         source = layers[sources[0].removeprefix("--from=")]
         for path in sources[1:]:
-            shutil.copytree(source.at(path), layer.at(target), symlinks=True, dirs_exist_ok=True, copy_function=os.link)
+            shutil.copytree(
+                source.path_of(path), layer.path_of(target), symlinks=True, dirs_exist_ok=True, copy_function=os.link
+            )
         return
     for name in sources:
         files = context(name)
         if not files:
-            raise StepError(f"COPY {name}: .dockerignore lets nothing of that name through")
+            raise StepError(f"COPY {name}: .dockerignore excludes every file with this name")
         for file in files:
-            # A directory's content is copied, a file keeps its name.
+            # COPY copies the content of a directory, but a file with its name.
             relative = file.relative_to(name) if file != Path(name) else Path(file.name)
-            destination = layer.at(target) / relative
+            destination = layer.path_of(target) / relative
             destination.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / file, destination)
 
 
 @dataclass(frozen=True)
 class Image:
-    """The last stage, ready to run."""
+    """The last stage, which containers run."""
 
     stage: Stage
     layer: Layer
 
     def entry(self, volume: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> list[str]:
-        """The command line of a container: the entry point with arguments, as `docker run` starts it."""
+        """Return the command of a container: the entry point with arguments, as `docker run` starts it."""
         (mounted_at,) = self.stage.one("VOLUME").words()
         environment = {**self.layer.environment, **(variables or {})}
         user, _, group = self.stage.one("USER").value.partition(":")
@@ -206,7 +210,7 @@ def _env(environment: Mapping[str, str], workdir: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Container:
-    """A container that runs: the process that made its namespaces, and its process number 1 as seen from outside."""
+    """A running container: the process that created its namespaces, and the host's id of its process number 1."""
 
     image: Image
     outer: "subprocess.Popen[str]"
@@ -221,7 +225,7 @@ class Container:
         return subprocess.run(call, capture_output=True, text=True, timeout=120, check=False)
 
     def status(self, name: str) -> str:
-        """A line of the first process's status."""
+        """Return a field of the status of process number 1."""
         lines = Path(f"/proc/{self.first}/status").read_text(encoding="utf-8").splitlines()
         (value,) = (line.partition(":")[2].strip() for line in lines if line.startswith(f"{name}:"))
         return value
@@ -229,7 +233,7 @@ class Container:
 
 @contextmanager
 def running(image: Image, volume: Path, *, variables: Mapping[str, str]) -> Iterator[Container]:
-    """A container that has said that it serves."""
+    """Run a container; yield it when it serves."""
     call = image.entry(volume, variables=variables)
     with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as outer:
         try:
@@ -238,7 +242,7 @@ def running(image: Image, volume: Path, *, variables: Mapping[str, str]) -> Iter
             assert line.startswith("SERVING on "), line
             yield Container(image, outer, *_children(outer.pid))
         finally:
-            # The kernel ends a container with its process number 1.
+            # The kernel ends all processes of a container when its process number 1 ends.
             for child in _children(outer.pid):
                 os.kill(child, signal.SIGKILL)
 
