@@ -1,4 +1,4 @@
-"""The model card, typed: everything that the service promises comes from this one YAML file."""
+"""Typed model card: one YAML file that defines the whole behavior of the service."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from llama2_server.configuration_error import ConfigurationError
 
 
 class CardError(ConfigurationError):
-    """The card cannot be served; the message is one line that names the card and the key."""
+    """The card is not valid; the message is one line that names the card and the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The values that a sampling parameter may have, for the card's defaults and for requests alike."""
+    """Valid values of a sampling parameter, for the card's defaults and for requests."""
 
     low: float
     high: float
@@ -53,7 +53,7 @@ class _Part(BaseModel):
 
 
 class Task(_Part):
-    """What the model does."""
+    """Task of the model."""
 
     id: str
     name: str
@@ -68,27 +68,27 @@ class Property(_Part):
 
 
 class RequestsPerMinute(_Part):
-    """Requests in any 60 seconds: the default, and overrides by account id."""
+    """Maximum number of requests in any 60 seconds: the default, and overrides by account id."""
 
     default: PositiveInt
     accounts: dict[Annotated[str, Field(coerce_numbers_to_str=True)], PositiveInt] = {}
 
 
 class NeuronMetric(_Part):
-    """The price of one token of a kind, in neurons."""
+    """Price of one input token or one output token, in neurons."""
 
     name: Literal["input_tokens", "output_tokens"]
     neuron_cost: Annotated[Decimal, Field(ge=0)]
 
 
 class Neurons(_Part):
-    """The prices of all that is metered."""
+    """Prices in neurons."""
 
     metrics: tuple[NeuronMetric, ...]
 
 
 class ConstellationConfig(_Part):
-    """How the service runs the model; the value of the property of that name."""
+    """Quotas, prices and limits of the service: the value of the property `constellation_config`."""
 
     infer_response_cache: Literal["in_memory"] | None = None
     max_requests_per_min: RequestsPerMinute
@@ -97,7 +97,7 @@ class ConstellationConfig(_Part):
 
 
 class GenerationConfig(_Part):
-    """What stands in for a request's unset fields, by default Llama-2's own; the value of the property of that name."""
+    """Defaults of a request's fields: the value of the property `generation_config`, else Llama-2's defaults."""
 
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     temperature: float = 0.6
@@ -117,7 +117,7 @@ class GenerationConfig(_Part):
 
 
 class ModelCard(_Part):
-    """A card in force; fields beyond the published keys are parsed out of `properties`."""
+    """The active card; fields beyond the published keys are parsed from `properties`."""
 
     id: str
     name: str
@@ -136,26 +136,26 @@ class ModelCard(_Part):
 
     @property
     def neuron_costs(self) -> Mapping[str, Decimal]:
-        """Neurons for one token, by metric."""
+        """Neurons per token, by metric."""
         return {metric.name: metric.neuron_cost for metric in self.constellation_config.neurons.metrics}
 
     @property
     def max_concurrent_requests(self) -> int:
-        """How many requests generate at once."""
+        """Maximum number of requests that generate at the same time."""
         return self.constellation_config.max_concurrent_requests
 
 
 def shipped_cards() -> list[str]:
-    """Names of the cards that come with the package."""
+    """Return the names of the cards that ship with the package."""
     folder = resources.files("llama2_server") / "cards"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_card(card: str) -> ModelCard:
-    """Read a card by its file's path or a shipped card's name.
+    """Read a card from a file, or a shipped card by its name.
 
     Raises:
-        CardError: no such card, not YAML, or a key is missing, unknown or impossible.
+        CardError: the card does not exist or is not YAML, or a key is missing, unknown or not valid.
     """
     shipped = resources.files("llama2_server") / "cards" / f"{card}.yaml"
     path = Path(card)
@@ -163,24 +163,23 @@ def load_card(card: str) -> ModelCard:
         text = (shipped if card in shipped_cards() else path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise CardError(
-            f"card {card}: cannot be read ({reason}); shipped cards: {', '.join(shipped_cards())}"
-        ) from error
+        names = ", ".join(shipped_cards())
+        raise CardError(f"--card {card}: cannot be read ({reason}); name a file or a shipped card: {names}") from error
     try:
         return parse_card(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise CardError(f"card {card}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise CardError(f"--card {card}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise CardError(f"card {card}: {' '.join(str(error).split())}") from error
+        raise CardError(f"--card {card}: {' '.join(str(error).split())}") from error
 
 
 def parse_card(text: str) -> ModelCard:
     """Parse a card's YAML (front matter or plain).
 
     Raises:
-        ValueError: the text is not a card; pydantic.ValidationError (a ValueError) names the key.
+        ValueError: the text is not a card; a pydantic.ValidationError, which is a ValueError, names the key.
         yaml.YAMLError: the text is not YAML.
     """
     document = _mapping("the card", next((part for part in yaml.safe_load_all(text) if part is not None), None))
@@ -215,13 +214,13 @@ def _mapping(key: str, value: object) -> dict[str, Any]:
 
 def _properties(entries: object) -> dict[str, str]:
     if not isinstance(entries, list):
-        raise ValueError("model.properties: must be a list of property_id and value")
+        raise ValueError("model.properties: must be a list of mappings with property_id and value")
     parsed: dict[str, str] = {}
     for entry in entries:
         pair = _mapping("model.properties entry", entry)
         key = str(pair.get("property_id"))
         if key in parsed:
-            raise ValueError(f"model.properties: {key} stands there twice")
+            raise ValueError(f"model.properties: duplicate key {key}; keep one entry")
         parsed[key] = str(pair.get("value", ""))
     return parsed
 
@@ -232,14 +231,14 @@ def _nested_yaml(properties: Mapping[str, str], key: str) -> dict[str, Any]:
 
 
 def _default_max_tokens(input_schema: object) -> int:
-    """The default that the schema gives `max_tokens`, wherever it stands in it; also checks the schema itself."""
+    """Check the schema, and return its default for `max_tokens`, from the top level or from a `oneOf` branch."""
     try:
         schema = json.loads(str(input_schema))
         jsonschema.Draft202012Validator.check_schema(schema)
     except (json.JSONDecodeError, jsonschema.SchemaError) as error:
-        raise ValueError(f"json_schema.input: is not a JSON Schema ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"json_schema.input: not a valid JSON Schema ({str(error).splitlines()[0]})") from error
     branches = [schema, *schema.get("oneOf", [])] if isinstance(schema, dict) else []
     defaults = {branch.get("properties", {}).get("max_tokens", {}).get("default") for branch in branches} - {None}
     if len(defaults) != 1:
-        raise ValueError(f"json_schema.input: needs one default for max_tokens, has {len(defaults)}")
+        raise ValueError(f"json_schema.input: must have one default for max_tokens, has {len(defaults)}")
     return int(defaults.pop())

@@ -104,17 +104,17 @@ class Unauthenticated(ServiceError):
     reason = "UNAUTHENTICATED"
 
     def __init__(self) -> None:
-        super().__init__("a valid API key is needed, as metadata: authorization: Bearer KEY")
+        super().__init__("a valid API key is required; send it as metadata: authorization: Bearer KEY")
 
 
 class AccountDisabled(ServiceError):
-    """The API key is valid, but disabled."""
+    """The account of the API key is disabled."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
     reason = "ACCOUNT_DISABLED"
 
     def __init__(self) -> None:
-        super().__init__("this account is disabled; ask the operator")
+        super().__init__("the account is disabled; ask the operator")
 
 
 class ResourceExhausted(ServiceError):
@@ -132,15 +132,15 @@ class QuotaExceeded(ResourceExhausted):
 
     reason = "QUOTA_EXCEEDED"
 
-    def __init__(self, account: str, requests_per_minute: int, retry_after_seconds: float) -> None:
-        super().__init__(
-            f"{requests_per_minute} requests a minute for account {account} are used up", retry_after_seconds
-        )
-        self._account = account
+    def __init__(self, account_id: str, requests_per_minute: int, retry_after_seconds: float) -> None:
+        message = f"account {account_id} has used up its quota of {requests_per_minute} requests per minute"
+        super().__init__(message, retry_after_seconds)
+        self._account_id = account_id
 
     def details(self) -> list[Message]:
         """Return one QuotaFailure that names the account."""
-        violation = error_details_pb2.QuotaFailure.Violation(subject=f"account:{self._account}", description=str(self))
+        subject = f"account:{self._account_id}"
+        violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=str(self))
         return [error_details_pb2.QuotaFailure(violations=[violation])]
 
 
@@ -187,7 +187,7 @@ class UsageUnavailable(Unavailable):
     reason = "USAGE_UNAVAILABLE"
 
     def __init__(self) -> None:
-        super().__init__("usage cannot be read now; try again")
+        super().__init__("usage cannot be read now; retry")
 
 
 class EngineUnavailable(Unavailable):
@@ -204,10 +204,10 @@ class DeadlineExceeded(ServiceError):
 
 
 class InternalError(ServiceError):
-    """The server has an error; its log has the cause under the request id, the message never has it."""
+    """The server failed; only its log has the cause, under the request id."""
 
     code = grpc.StatusCode.INTERNAL
     reason = "INTERNAL"
 
     def __init__(self) -> None:
-        super().__init__("the server failed; report the request id to its operator")
+        super().__init__("internal error; report the request id to the operator")

@@ -1,4 +1,4 @@
-"""One Redis, asked with a time limit, and left alone for a moment after it did not answer."""
+"""Redis client with a timeout per command, and a pause after a command without an answer."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 
-# A store that swallows packets shall not cost every call the time-out.
+# Without a pause, each call would wait for the whole timeout while Redis does not answer.
 BACKOFF_SECONDS = 1.0
 CONNECTIONS = 16
 
@@ -17,66 +17,66 @@ Answer = TypeVar("Answer")
 
 
 class RedisUnavailable(Exception):
-    """Redis does not answer, or not with an answer."""
+    """Redis does not answer, or answers with an error."""
 
 
 class RedisClient:
-    """Connects at the first question, and again by itself.
+    """A client that connects on its first command, and reconnects automatically.
 
     Args:
-        url: redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], or rediss://...; the password is never said.
-        subject: what is kept there, for the log.
-        timeout_seconds: an answer that takes longer is none.
+        url: redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], or rediss://...; the password is never logged.
+        subject: the name of the stored data, for the log.
+        timeout_seconds: the time limit of one command.
 
     Raises:
-        ValueError: this is no Redis URL.
+        ValueError: the URL is not a valid Redis URL.
         ImportError: the `redis` extra is not installed.
     """
 
     def __init__(self, url: str, *, subject: str, timeout_seconds: float) -> None:
         try:
-            import redis.asyncio  # an extra that most servers run without
+            import redis.asyncio  # late: an optional extra
             from redis.asyncio.retry import Retry
             from redis.backoff import NoBackoff
             from redis.exceptions import RedisError
         except ImportError as error:
-            raise ImportError("a Redis URL needs the redis extra: pip install 'llama2-grpc[redis]'") from error
+            raise ImportError("Redis needs the redis extra; run pip install 'llama2-grpc[redis]'") from error
         try:
             pool = redis.asyncio.BlockingConnectionPool.from_url(
                 url,
                 max_connections=CONNECTIONS,
                 timeout=timeout_seconds,
-                # One try only: what was sent twice could count twice.
+                # One attempt only: a command that is sent twice could count twice.
                 retry=Retry(NoBackoff(), 0),
-                # With protocol 3 redis-py does not notice that a pooled connection has gone.
+                # With protocol 3, redis-py does not detect that a pooled connection is closed.
                 protocol=2,
             )
         except ValueError:
-            # The library's message may quote a part of the password.
+            # The library's message may contain a part of the password.
             raise ValueError(
-                "the Redis URL must be redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], or rediss://..."
+                "not a valid Redis URL; use redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], or rediss://..."
             ) from None
         self.client: Any = redis.asyncio.Redis(connection_pool=pool)
         self.up = True
-        """Whether Redis answered when it was last asked."""
-        self._failures = (RedisError, OSError, TimeoutError)
+        """Whether Redis answered the last command."""
+        self._errors = (RedisError, OSError, TimeoutError)
         self._subject = f"{subject} at {urlsplit(url).netloc.rpartition('@')[2]}"
         self.timeout_seconds = timeout_seconds
-        self._rests_until = -math.inf
+        self._paused_until = -math.inf
 
-    async def ask(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
-        """The answer to a question that uses `client`.
+    async def execute(self, command: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Return the answer to a command that uses `client`.
 
         Raises:
-            RedisUnavailable: there is none, or there was none a moment ago.
+            RedisUnavailable: Redis does not answer, or did not answer within the last second.
         """
-        if _now() < self._rests_until:
+        if _now() < self._paused_until:
             raise RedisUnavailable
         try:
             async with asyncio.timeout(self.timeout_seconds):
-                answer = await question()
-        except self._failures as error:
-            self._rests_until = _now() + BACKOFF_SECONDS
+                answer = await command()
+        except self._errors as error:
+            self._paused_until = _now() + BACKOFF_SECONDS
             if self.up:
                 logger.warning("the %s does not answer (%s)", self._subject, type(error).__name__)
             self.up = False
@@ -87,7 +87,7 @@ class RedisClient:
         return answer
 
     async def close(self) -> None:
-        """Leave Redis; what is there stays for the other replicas."""
+        """Disconnect; the data stays in Redis for the other replicas."""
         await self.client.aclose()
         await self.client.connection_pool.disconnect()
 

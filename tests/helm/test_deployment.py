@@ -6,7 +6,7 @@ from tools.chart import CHART
 
 from llama2_server.app import ENGINE_STOP_TIMEOUT_SECONDS
 from llama2_server.config.settings import Settings
-from llama2_server.usage.ledger import CLOSE_SECONDS
+from llama2_server.usage.ledger import CLOSE_TIMEOUT_SECONDS
 
 
 def test_the_environment_is_valid_settings(release: Rendered) -> None:
@@ -36,7 +36,7 @@ def test_the_pod_waits_for_the_longest_generation(release: Rendered) -> None:
     assert pre_stop == values["drain"]["preStopSeconds"]
     flush = spec["terminationGracePeriodSeconds"] - pre_stop - grace
     assert flush == values["drain"]["flushSeconds"]
-    assert flush >= ENGINE_STOP_TIMEOUT_SECONDS + CLOSE_SECONDS
+    assert flush >= ENGINE_STOP_TIMEOUT_SECONDS + CLOSE_TIMEOUT_SECONDS
 
 
 def test_the_connection_grace_covers_queue_and_generation(release: Rendered) -> None:

@@ -64,7 +64,7 @@ async def refusal(quota: Quota, account: str = "a") -> float:
 
 async def rests_no_more(quota: Quota, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a store that failed is asked again at once."""
-    monkeypatch.setattr(link_of(quota), "_rests_until", 0.0)
+    monkeypatch.setattr(link_of(quota), "_paused_until", 0.0)
 
 
 def test_sixth_request_is_refused_until_the_promised_moment() -> None:
@@ -117,7 +117,7 @@ def test_refusal_names_account_and_limit() -> None:
     async def main() -> None:
         quota = Quota(FIVE)
         await quota.take("small")
-        with pytest.raises(QuotaExceeded, match=r"^1 requests a minute for account small are used up$"):
+        with pytest.raises(QuotaExceeded, match=r"^account small has used up its quota of 1 requests per minute$"):
             await quota.take("small")
 
     run_virtual(main())
@@ -385,7 +385,7 @@ async def test_password_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureF
             await wrong.take("a")
         await wrong.close()
     broken_url = "redis://:s3cret/wr0ng@127.0.0.1"
-    with pytest.raises(ValueError, match="the Redis URL must be") as broken:
+    with pytest.raises(ValueError, match="not a valid Redis URL; use redis://") as broken:
         Quota(FIVE, redis_url=broken_url)
     said = caplog.text + "".join(traceback.format_exception(refused.value) + traceback.format_exception(broken.value))
     assert "does not answer (AuthenticationError)" in said

@@ -250,7 +250,7 @@ async def test_redis_that_is_gone_is_a_miss(
     for _ in range(3):
         assert await redis_cache.get(make_key()) is None
         await redis_cache.put(make_key(), REPLY)
-        monkeypatch.setattr(redis_cache._link, "_rests_until", 0.0)
+        monkeypatch.setattr(redis_cache._link, "_paused_until", 0.0)
     assert not redis_cache.store_up
     redis.start()
     await redis_cache.put(make_key(), REPLY)
@@ -293,7 +293,7 @@ async def test_password_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureF
         assert await wrong.get(make_key()) is None
         await wrong.close()
     broken_url = "redis://:s3cret/wr0ng@127.0.0.1"
-    with pytest.raises(ValueError, match="the Redis URL must be") as broken:
+    with pytest.raises(ValueError, match="not a valid Redis URL; use redis://") as broken:
         RedisResponseCache(broken_url, ttl_seconds=60, max_entry_bytes=1000)
     said = caplog.text + "".join(traceback.format_exception(broken.value))
     assert "does not answer (AuthenticationError)" in said

@@ -346,7 +346,7 @@ async def test_a_fault_before_the_engine_is_internal(
             with pytest.raises(grpc.aio.AioRpcError) as failed:
                 await service.text.Generate(pb.GenerateRequest(prompt="a story"), timeout=20)
         assert failed.value.code() is grpc.StatusCode.INTERNAL
-        assert failed.value.details() == "the server failed; report the request id to its operator"
+        assert failed.value.details() == "internal error; report the request id to the operator"
         assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
 
 

@@ -1,4 +1,4 @@
-"""The model card: what is read out of it, and how a bad one is refused."""
+"""The model card: parsed values, and rejection of invalid cards."""
 
 import json
 from decimal import Decimal
@@ -13,8 +13,8 @@ from llama2_server.card import SAMPLING_RANGES, CardError, Range, load_card, shi
 CARD = "llama-2-7b-chat-fp16"
 
 
-def test_7b_card_says_what_it_promises() -> None:
-    """The shipped 7B card is the published one: limits, quotas, prices, cache, one slot."""
+def test_7b_card_is_as_published() -> None:
+    """The shipped 7B card has the published limits, quotas, prices and cache, and one slot."""
     card = load_card(CARD)
     assert card.name == "@cf/meta/llama-2-7b-chat-fp16"
     assert (card.context_length_limit, card.sequence_length_limit, card.default_max_tokens) == (3072, 2500, 256)
@@ -30,12 +30,12 @@ def test_7b_card_says_what_it_promises() -> None:
 
 @pytest.mark.parametrize("name", shipped_cards())
 def test_every_shipped_card_loads(name: str) -> None:
-    """All cards in the package can be served."""
+    """Every card in the package is valid."""
     assert load_card(name).properties
 
 
 def edited(tmp_path: Path, change: dict[str, object]) -> str:
-    """A copy of the 7B card with some properties replaced (None removes one)."""
+    """Write a copy of the 7B card with some properties replaced; None removes a property."""
     folder = ROOT / "server/llama2_server/cards"
     document = next(yaml.safe_load_all((folder / f"{CARD}.yaml").read_text()))
     properties = {entry["property_id"]: entry["value"] for entry in document["model"]["properties"]}
@@ -68,38 +68,38 @@ CONFIG = "max_requests_per_min: {default: 5}\nneurons: {metrics: []}\nmax_concur
         ({"generation_config": "temperature: 7"}, "temperature must be in [0, 5]"),
     ],
 )
-def test_bad_card_is_refused_by_key(tmp_path: Path, change: dict[str, object], key: str) -> None:
-    """A card with a missing, unknown or impossible key is refused in one line that names the key."""
-    with pytest.raises(CardError) as refused:
+def test_invalid_key_is_named(tmp_path: Path, change: dict[str, object], key: str) -> None:
+    """A card with a missing, unknown or invalid key is rejected with one line that names the key."""
+    with pytest.raises(CardError) as rejected:
         load_card(edited(tmp_path, change))
-    assert key in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert key in str(rejected.value)
+    assert "\n" not in str(rejected.value)
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- a list", "{model: 5}", "a: b: c"])
-def test_what_is_no_card_is_refused(tmp_path: Path, text: str) -> None:
-    """A file that is no card at all is refused in one line."""
+def test_other_file_is_rejected(tmp_path: Path, text: str) -> None:
+    """A file that is not a card is rejected with one line."""
     path = tmp_path / "card.yaml"
     path.write_text(text)
-    with pytest.raises(CardError) as refused:
+    with pytest.raises(CardError) as rejected:
         load_card(str(path))
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(rejected.value)
 
 
-def test_unknown_card_lists_the_shipped_ones() -> None:
-    """A name that is neither a file nor a shipped card is answered with the shipped ones."""
-    with pytest.raises(CardError, match=r"shipped cards: demo, llama-2-7b-chat-fp16"):
+def test_unknown_card_lists_the_shipped_cards() -> None:
+    """The error for an unknown name lists the shipped cards."""
+    with pytest.raises(CardError, match=r"name a file or a shipped card: demo, llama-2-7b-chat-fp16$"):
         load_card("no-such-card")
 
 
-def test_card_without_cache_has_none(tmp_path: Path) -> None:
-    """The absence of infer_response_cache turns the response cache off."""
+def test_card_without_cache(tmp_path: Path) -> None:
+    """A card without infer_response_cache turns the response cache off."""
     card = load_card(edited(tmp_path, {"constellation_config": CONFIG}))
     assert card.constellation_config.infer_response_cache is None
 
 
 def test_published_card_gets_llama2_defaults(tmp_path: Path) -> None:
-    """A card without the generation_config property, as published, gets Llama-2's own defaults."""
+    """A published card has no generation_config property, and gets Llama-2's defaults."""
     config = load_card(edited(tmp_path, {"generation_config": None})).generation_config
     assert (config.dtype, config.temperature, config.top_p, config.system_prompt) == ("float16", 0.6, 0.9, None)
 
@@ -113,7 +113,7 @@ def test_published_card_gets_llama2_defaults(tmp_path: Path) -> None:
     ],
 )
 def test_ranges(allowed: Range, inside: list[float], outside: list[float], text: str) -> None:
-    """A range holds its ends unless open, never NaN, and says itself in words."""
+    """A range contains its ends unless they are open, never NaN, and formats itself as text."""
     assert all(value in allowed for value in inside)
     assert not any(value in allowed for value in outside)
     assert str(allowed) == text

@@ -195,7 +195,7 @@ class _RedisWindows:
     async def use(self, account: str, limit: int, *, take: bool) -> _Window:
         """Raises RedisUnavailable."""
         keys, arguments = [self._prefix + account], [limit, self._window, int(take)]
-        taken, used, fits_in, empty_in = await self._link.ask(lambda: self._script(keys=keys, args=arguments))
+        taken, used, fits_in, empty_in = await self._link.execute(lambda: self._script(keys=keys, args=arguments))
         return _Window(bool(taken), used, fits_in, empty_in)
 
     async def close(self) -> None:

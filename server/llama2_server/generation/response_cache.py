@@ -193,7 +193,7 @@ class RedisResponseCache:
     async def _ask(self, *command: str | bytes | int) -> bytes | None:
         """Redis' answer; None if there is none."""
         try:
-            answer: bytes | None = await self._link.ask(lambda: self._link.client.execute_command(*command))
+            answer: bytes | None = await self._link.execute(lambda: self._link.client.execute_command(*command))
         except RedisUnavailable:
             return None
         return answer

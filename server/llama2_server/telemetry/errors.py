@@ -1,7 +1,7 @@
-"""What hinders telemetry from starting."""
+"""Errors raised while telemetry starts."""
 
 from llama2_server.configuration_error import ConfigurationError
 
 
 class TelemetryError(ConfigurationError):
-    """Metrics or traces cannot be had as they are configured; the message is one line for the operator."""
+    """The settings of metrics or traces do not work; the message is one line for the operator."""

@@ -1,8 +1,7 @@
-"""Log lines, for people or for machines: the standard library's records, rendered by structlog.
+"""Logging: the standard library's records, formatted by structlog for a terminal or as JSON.
 
-No exception's message is ever logged, because it may quote what it was thrown at: a prompt, a key. What is logged is
-its type and the places in the code that it came through. Libraries' debug lines are left out at every level for the
-same reason.
+The message of an exception is never logged, because it may quote a prompt or a key. The log has its type and its
+stack instead. Debug records of libraries are never logged, for the same reason.
 """
 
 import asyncio
@@ -20,14 +19,14 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from llama2_server.telemetry.call import CALL
 
-OURS = "llama2_server"
-MAX_FRAMES = 50  # the innermost ones of each exception
+PACKAGE_LOGGER = "llama2_server"
+MAX_FRAMES = 50  # innermost frames of each exception
 
 logger = logging.getLogger(__name__)
 
 
 def configure(level: str, log_format: Literal["auto", "console", "json"], stream: TextIO | None = None) -> None:
-    """Send log records, Python's warnings and the exceptions that threads die of to one stream: stderr by default."""
+    """Write log records, Python's warnings and uncaught exceptions of threads to one stream, by default stderr."""
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
     console = log_format == "console" or (log_format == "auto" and stream.isatty())
@@ -36,30 +35,30 @@ def configure(level: str, log_format: Literal["auto", "console", "json"], stream
     root.handlers[:] = [handler]
     threshold = logging.getLevelNamesMapping()[level.upper()]
     root.setLevel(max(threshold, logging.INFO))
-    logging.getLogger(OURS).setLevel(threshold)
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each of its plugins at every start
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # its debug mode warns of slow callbacks, and quotes them
+    logging.getLogger(PACKAGE_LOGGER).setLevel(threshold)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs each of its plugins at every start
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # its debug mode logs the arguments of slow callbacks
     logging.captureWarnings(True)
     threading.excepthook = _on_thread_exception
     sys.unraisablehook = _on_unraisable
 
 
 def on_loop_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An event loop's exception handler; asyncio's own quotes exceptions, and what callbacks were called with."""
+    """Handle an event loop's exception; asyncio's own handler logs messages and arguments of callbacks."""
     message = "a callback failed" if "handle" in context else context["message"]
     logger.error(message, exc_info=context.get("exception"))
 
 
-def outline(error: BaseException) -> str:
-    """What happened and where, without a word that came with it: types, files, lines and functions."""
+def format_exception(error: BaseException) -> str:
+    """Format the exceptions of a chain by type, file, line and function, without their messages."""
     return "\n".join(_lines(error, set(), ""))
 
 
-def _lines(error: BaseException, told: set[int], indent: str) -> Iterator[str]:
-    told.add(id(error))
-    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if before is not None and id(before) not in told:
-        yield from _lines(before, told, indent)
+def _lines(error: BaseException, seen: set[int], indent: str) -> Iterator[str]:
+    seen.add(id(error))
+    previous = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if previous is not None and id(previous) not in seen:
+        yield from _lines(previous, seen, indent)
         yield f"{indent}which led to"
     kind = type(error)
     yield indent + (kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}")
@@ -67,36 +66,36 @@ def _lines(error: BaseException, told: set[int], indent: str) -> Iterator[str]:
         yield f"{indent}  {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
-            yield from _lines(inner, told, indent + "  | ")
+            yield from _lines(inner, seen, indent + "  | ")
 
 
 def _formatter(*, console: bool, colors: bool) -> structlog.stdlib.ProcessorFormatter:
-    before: list[Processor] = [
+    processors: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         _add_extra,
         _add_call,
-        _outline_exception,
+        _add_exception,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
     ]
     renderer: Processor = structlog.processors.JSONRenderer()
     if console:
         renderer = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
     return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=before,
+        foreign_pre_chain=processors,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
     )
 
 
 def _add_extra(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Take the `extra` of our own records; what libraries put there is anybody's guess."""
-    if event["_record"].name.startswith(OURS):
+    """Add the `extra` of this package's records only; `extra` of libraries may contain request text."""
+    if event["_record"].name.startswith(PACKAGE_LOGGER):
         structlog.stdlib.ExtraAdder()(_, __, event)
     return event
 
 
 def _add_call(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Say during which call it was logged."""
+    """Add the ids of the current call."""
     call = CALL.get(None)
     if call is not None:
         event.setdefault("request_id", call.request_id)
@@ -105,21 +104,21 @@ def _add_call(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
-def _outline_exception(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+def _add_exception(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     exception = event.pop("exc_info", None)
     error = exception[1] if isinstance(exception, tuple) else exception
     if isinstance(error, BaseException):
-        event["exception"] = outline(error)
+        event["exception"] = format_exception(error)
     return event
 
 
 def _on_thread_exception(args: threading.ExceptHookArgs) -> None:
     name = args.thread.name if args.thread is not None else "?"
-    logger.error("thread %s died", name, exc_info=_exc_info(args.exc_value))
+    logger.error("thread %s failed with an exception", name, exc_info=_exc_info(args.exc_value))
 
 
 def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    logger.error("an exception could not be raised", exc_info=_exc_info(unraisable.exc_value))
+    logger.error("an exception was ignored", exc_info=_exc_info(unraisable.exc_value))
 
 
 def _exc_info(

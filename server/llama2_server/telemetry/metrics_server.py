@@ -1,4 +1,8 @@
-"""The HTTP port that Prometheus scrapes, in a thread of its own."""
+"""HTTP server for Prometheus, on a dedicated thread.
+
+`start_http_server` of prometheus_client keeps a thread forever for a client that sends nothing, and looks up the host
+name of its own address in the DNS when it starts. It also prints a traceback when a client disconnects in a scrape.
+"""
 
 import logging
 import socket
@@ -17,12 +21,12 @@ from llama2_server.telemetry.errors import TelemetryError
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_SECONDS = 10.0
-POLL_SECONDS = 0.1  # the longest that closing waits for the thread to look up
+POLL_INTERVAL_SECONDS = 0.1  # upper bound of the time that closing takes
 
 
 @contextmanager
 def metrics_server(registry: CollectorRegistry, listen: str) -> Iterator[str]:
-    """Serve the registry's metrics at HOST:PORT for the body of the `with`, which gets the address.
+    """Serve the registry's metrics at HOST:PORT for the body of the `with`, which receives the address.
 
     Raises:
         TelemetryError: the address cannot be listened on.
@@ -35,7 +39,7 @@ def metrics_server(registry: CollectorRegistry, listen: str) -> Iterator[str]:
     except OSError as error:
         raise TelemetryError(f"--metrics-listen: cannot listen on {listen}: {error.strerror}") from error
     server.set_app(make_wsgi_app(registry))
-    thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), name="metrics", daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(POLL_INTERVAL_SECONDS,), name="metrics", daemon=True)
     thread.start()
     try:
         yield f"{listen.rpartition(':')[0]}:{server.server_port}"
@@ -46,28 +50,28 @@ def metrics_server(registry: CollectorRegistry, listen: str) -> Iterator[str]:
 
 
 class _Handler(WSGIRequestHandler):
-    """Answers one scrape."""
+    """Handler of one connection."""
 
-    timeout = IDLE_TIMEOUT_SECONDS  # of a peer who sends nothing, and would keep a thread
+    timeout = IDLE_TIMEOUT_SECONDS  # a client that sends nothing would keep a thread
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the library's name
-        """A line a scrape would drown the others."""
+        """Log nothing: one record per scrape would hide the other records."""
 
 
 class _Server(ThreadingWSGIServer):
-    """prometheus_client's server, but without its questions to the DNS and its tracebacks."""
+    """prometheus_client's server without DNS lookups and tracebacks."""
 
     @classmethod
     def of_family(cls, family: socket.AddressFamily) -> type["_Server"]:
-        """The class for IPv4 or IPv6: the library takes the family from the class."""
+        """Return the class for IPv4 or IPv6, because the library reads the family from the class."""
         return type("_Server", (cls,), {"address_family": family})
 
     def server_bind(self) -> None:
-        """Bind, and take the address as the server's name."""
+        """Bind, and use the address as the server's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that hangs up is no news."""
+        """Log the error at debug only, because clients may disconnect at any time."""
         logger.debug("a scrape failed", exc_info=True)

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans: one a call, with children for where its time went; names by OpenTelemetry's conventions.
+"""OpenTelemetry spans: one per call, with a child per phase; names follow OpenTelemetry's conventions.
 
-Spans are made from a call's facts, so they hold numbers and names, never text of a request or a reply. This module
-needs the `otel` extra, and is imported only where traces are asked for.
+Spans contain a call's attributes, which are numbers and names, never text of a request or a reply. This module needs
+the `otel` extra, and is imported only if traces are enabled.
 """
 
 import threading
@@ -18,13 +18,13 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from llama2_server.telemetry.call import Attribute, Call, Metadata
 
-# By the conventions for gRPC's server spans, the other codes are the caller's affair and no error of the server.
+# By the conventions for gRPC's server spans, the other codes are errors of the client, not of the server.
 ERROR_CODES = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 W3C_FIELDS = ("traceparent", "tracestate")
 
 
 class CallTracer:
-    """Makes the spans of calls by an injected provider; children are made when the call is over, from its moments."""
+    """Spans of calls, from an injected provider; the children are created when the call has completed."""
 
     _propagator: ClassVar = TraceContextTextMapPropagator()
 
@@ -34,23 +34,23 @@ class CallTracer:
         self._spans: dict[Call, Span] = {}
 
     def call_started(self, call: Call, metadata: Metadata) -> None:
-        """Begin the call's span, in the caller's trace if its metadata names one."""
+        """Start the call's span, in the client's trace if the metadata names one."""
         carrier = {key: value for key, value in metadata if key in W3C_FIELDS and isinstance(value, str)}
         context = self._propagator.extract(carrier, Context())
-        facts: dict[str, Attribute] = {"rpc.system.name": "grpc", "rpc.method": call.method}
-        span = self._tracer.start_span(call.method, context, SpanKind.SERVER, facts, start_time=call.started_at_ns)
+        attributes: dict[str, Attribute] = {"rpc.system.name": "grpc", "rpc.method": call.method}
+        span = self._tracer.start_span(call.method, context, SpanKind.SERVER, attributes, start_time=call.started_at_ns)
         identity = span.get_span_context()
         call.trace_id, call.span_id = f"{identity.trace_id:032x}", f"{identity.span_id:016x}"
         self._spans[call] = span
 
     def call_completed(self, call: Call) -> None:
-        """End the call's span at the time at which its status was sent, and add the children."""
+        """End the call's span at the time of its status, and add the children."""
         span = self._spans.pop(call)
         parent = set_span_in_context(span, Context())
         for phase in call.phases():
             child = self._tracer.start_span(phase.name, parent, start_time=_nanoseconds(call, phase.started_at))
             child.end(_nanoseconds(call, phase.finished_at))
-        span.set_attributes(self._facts(call))
+        span.set_attributes(self._attributes(call))
         if call.finish_reason is not None:
             span.set_attribute("gen_ai.response.finish_reasons", [call.finish_reason])
         if call.code in ERROR_CODES:
@@ -58,14 +58,14 @@ class CallTracer:
             span.set_attribute("error.type", call.code)
         span.end(_nanoseconds(call, call.finished_at))
 
-    def _facts(self, call: Call) -> Mapping[str, Attribute]:
-        facts: dict[str, Attribute] = {"rpc.response.status_code": call.code, "llama2.request_id": call.request_id}
+    def _attributes(self, call: Call) -> Mapping[str, Attribute]:
+        attributes: dict[str, Attribute] = {"rpc.response.status_code": call.code, "llama2.request_id": call.request_id}
         if call.account_id is not None:
-            facts["llama2.account_id"] = call.account_id
+            attributes["llama2.account_id"] = call.account_id
         if call.error is not None:
-            facts["llama2.error_reason"] = call.error.reason
+            attributes["llama2.error_reason"] = call.error.reason
         if call.request:
-            facts |= {
+            attributes |= {
                 "gen_ai.operation.name": "text_completion",
                 "gen_ai.provider.name": "llama2-grpc",
                 "gen_ai.output.type": "text",
@@ -73,7 +73,7 @@ class CallTracer:
                 **call.request,
             }
         if call.usage is not None:
-            facts |= {
+            attributes |= {
                 "gen_ai.response.id": call.request_id,
                 "gen_ai.response.model": self._model,
                 "gen_ai.usage.input_tokens": call.usage.tokens.input_tokens,
@@ -81,33 +81,33 @@ class CallTracer:
                 "llama2.neurons": float(call.usage.neurons),
                 "llama2.cached": call.usage.cached,
             }
-        return facts
+        return attributes
 
 
 class OtlpSpans:
-    """Sends spans in batches, from a thread of its own, to an OTLP receiver over gRPC.
+    """A sender of spans to an OTLP receiver over gRPC, in batches and on a dedicated thread.
 
-    OpenTelemetry's own environment variables do the rest: OTEL_TRACES_SAMPLER, OTEL_RESOURCE_ATTRIBUTES,
+    OpenTelemetry's environment variables set everything else: OTEL_TRACES_SAMPLER, OTEL_RESOURCE_ATTRIBUTES,
     OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_CERTIFICATE and so on.
     """
 
     def __init__(self, endpoint: str, *, version: str) -> None:
-        named = Resource.create({"service.name": "llama2-grpc", "service.version": version})
-        resource = named.merge(OTELResourceDetector().detect())  # what the operator says wins
+        default = Resource.create({"service.name": "llama2-grpc", "service.version": version})
+        resource = default.merge(OTELResourceDetector().detect())  # the operator's environment takes precedence
         self._exporter = OTLPSpanExporter(endpoint)
-        # The provider would close itself at exit a second time.
+        # Otherwise the provider would close a second time at exit.
         self.provider = SdkTracerProvider(resource=resource, shutdown_on_exit=False)
         self.provider.add_span_processor(BatchSpanProcessor(self._exporter))
 
     def close(self, timeout_seconds: float) -> None:
-        """Send what waits; a receiver that does not take it in time goes without. Blocks."""
-        closing = threading.Thread(target=self.provider.shutdown, name="last spans", daemon=True)
+        """Send the remaining spans, and drop those that the receiver does not accept in time; blocks."""
+        closing = threading.Thread(target=self.provider.shutdown, name="span flush", daemon=True)
         closing.start()
         closing.join(timeout_seconds)
         if closing.is_alive():
             self._exporter.shutdown()
 
 
-def _nanoseconds(call: Call, moment: float) -> int:
-    """A moment by time.monotonic on the wall clock, as it stood when the call began."""
-    return call.started_at_ns + round((moment - call.started_at) * 1e9)
+def _nanoseconds(call: Call, at: float) -> int:
+    """Convert a time of `time.monotonic` to the wall clock that was read when the call started."""
+    return call.started_at_ns + round((at - call.started_at) * 1e9)

@@ -1,14 +1,14 @@
-"""What the ledger raises, besides UsageJournalFull and UsageUnavailable of the service's error tree."""
+"""Errors of the usage ledger, in addition to UsageJournalFull and UsageUnavailable of the service's error tree."""
 
 from llama2_server.configuration_error import ConfigurationError
 
 
 class LedgerError(ConfigurationError):
-    """The ledger cannot be opened as it is configured; the message is one line for the operator, without passwords."""
+    """The ledger cannot be opened with the current settings; the message is one line without passwords."""
 
 
 class StoreUnavailable(Exception):
-    """The store did not do what it was asked; `temporary` where the reason is sure to be of the moment."""
+    """An operation on the usage store failed; `temporary` is True only if the cause is certainly temporary."""
 
     def __init__(self, reason: str, *, temporary: bool) -> None:
         super().__init__(reason)

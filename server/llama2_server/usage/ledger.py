@@ -1,9 +1,10 @@
-"""The usage ledger: exactly one durable record per admitted request, whatever its end.
+"""Usage ledger: exactly one durable record per admitted request, however it ends.
 
-admit -> progress, now and then -> finish, each a line in the journal -> the store, in batches, off the token path.
+The steps of a request are `admit`, `progress` from time to time, and `finish`. Each writes an entry to the journal. A
+background task copies the records to the usage store in batches, so that no token waits for the store.
 
-A record is in the journal before `finish` returns, and leaves it when the store has committed it. The store ignores a
-record whose request id it has, so that a batch may be written twice and counts once.
+`finish` returns after the record is in the journal. The journal keeps the record until the store has committed it. The
+store ignores records with known request ids, so a batch that is written twice counts once.
 """
 
 import asyncio
@@ -30,28 +31,28 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
 BATCH_RECORDS = 500
-BATCH_SECONDS = 0.05  # what a record waits for company
-SYNC_SECONDS = 1.0  # what a power failure loses at most
+BATCH_SECONDS = 0.05  # delay that collects more records into a batch
+SYNC_SECONDS = 1.0  # a power failure loses at most this much
 FIRST_RETRY_SECONDS = 0.1
-LAST_RETRY_SECONDS = 5.0
-READ_FLUSH_TIMEOUT_SECONDS = 2.0  # what a reader waits for the records of a moment ago
-CLOSE_SECONDS = 5.0
+MAX_RETRY_SECONDS = 5.0
+READ_FLUSH_TIMEOUT_SECONDS = 2.0  # how long a reader waits for the latest records
+CLOSE_TIMEOUT_SECONDS = 5.0
 
 
 def default_file(data_directory: Path) -> Path:
-    """The SQLite file of the store where the operator names none."""
+    """Return the SQLite file of the default usage store."""
     return data_directory / "usage.db"
 
 
 def default_url(data_directory: Path) -> str:
-    """The store where the operator names none."""
+    """Return the URL of the default usage store."""
     return f"sqlite:///{default_file(data_directory)}"
 
 
 async def read_totals(
     url: str, account_id: str | None = None, since: date | None = None, until: date | None = None
 ) -> list[DailyUsage]:
-    """What the store has, for the operator, beside servers that run: one account's usage, or with None everybody's.
+    """Return the usage of one account, or of all with None, for the operator; servers may run at the same time.
 
     Raises:
         LedgerError: the store cannot be read.
@@ -61,13 +62,16 @@ async def read_totals(
         await store.migrate()
         return await store.totals(account_id, since, until)
     except StoreUnavailable as error:
-        raise LedgerError(f"usage_url: {error}") from error
+        raise LedgerError(f"--usage-url: {error}") from error
     finally:
         await store.close()
 
 
 class Ledger(Collector):
-    """Takes no longer than a small write for a request's call; `open` makes one, and `close` ends it."""
+    """The usage ledger of one server: `open` creates it, and `close` closes it.
+
+    A call of a request takes no longer than a small write to the journal.
+    """
 
     def __init__(
         self, store: Store, journal: Journal, neuron_costs: Mapping[str, Decimal], now: Callable[[], datetime]
@@ -77,11 +81,11 @@ class Ledger(Collector):
         self._neuron_costs = neuron_costs
         self._now = now
         self._migrated = False
-        self._is_down = False
-        self._taken = journal.pending
-        self._settled = 0
-        self._news = asyncio.Event()
-        self._progress = asyncio.Condition()
+        self._store_failed = False
+        self._finished = journal.pending
+        self._stored = 0
+        self._changed = asyncio.Event()
+        self._batch_stored = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -94,18 +98,18 @@ class Ledger(Collector):
         journal_limit_bytes: int = JOURNAL_LIMIT_BYTES,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> Self:
-        """Migrate the store and take over the journals of servers that were killed, as records marked INTERRUPTED.
+        """Migrate the store, and recover the journals of killed servers; their requests are marked INTERRUPTED.
 
-        A store that is down for the moment does not hinder the start: records wait for it in the journal.
+        If the store is temporarily unavailable, the ledger opens, and records wait in the journal.
 
         Raises:
-            LedgerError: the URL, the store's answer, the prices or the directory make a ledger impossible.
+            LedgerError: the URL, the store, the prices or the directory cannot be used.
         """
         _check_prices(neuron_costs)
         try:
             journal = await asyncio.to_thread(Journal.open, data_directory / "journal", journal_limit_bytes)
         except OSError as error:
-            raise LedgerError(f"data_directory: {data_directory}: {error.strerror}") from error
+            raise LedgerError(f"--data-directory: {data_directory}: {error.strerror}") from error
         try:
             ledger = cls(Store(url or default_url(data_directory)), journal, neuron_costs, now)
         except LedgerError:
@@ -120,17 +124,17 @@ class Ledger(Collector):
 
     @property
     def pending(self) -> int:
-        """Records that the store does not have yet."""
+        """Number of records that are not in the store yet."""
         return self._journal.pending
 
     @property
     def journal_bytes(self) -> int:
-        """The journal's size on the disk."""
+        """Size of the journal on disk."""
         return self._journal.size
 
     @property
     def lag_seconds(self) -> float:
-        """How long ago the request ended whose record has waited longest for the store; 0 if none waits."""
+        """Time since the request of the oldest pending record finished; 0 without pending records."""
         oldest = self._journal.oldest_finished_at
         return 0.0 if oldest is None else max(0.0, (self._now() - oldest).total_seconds())
 
@@ -143,39 +147,39 @@ class Ledger(Collector):
         yield GaugeMetricFamily("llama2_usage_journal_bytes", "Size of the usage journal on disk.", self.journal_bytes)
 
     def check_capacity(self, request_id: str, account_id: str, model: str) -> None:
-        """Look whether there is room to admit a request, before anything is counted for it.
+        """Check that the journal has space for a request, before anything is counted for it.
 
         Raises:
-            UsageJournalFull: as `admit`, which may still raise it when others were quicker.
+            UsageJournalFull: the journal is full; `admit` may still raise it if other requests take the space.
         """
         self._journal.check_capacity(RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs))
 
     def admit(self, request_id: str, account_id: str, model: str) -> None:
-        """From here on the request has exactly one record, and `finish` has to be called.
+        """Admit a request: from now on it has exactly one record, and the caller must call `finish`.
 
         Raises:
-            UsageJournalFull: the journal has no room: the store has been down for long.
+            UsageJournalFull: the journal is full, because the store has been unavailable for long.
         """
         self._journal.admit(RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs))
 
     def progress(self, request_id: str, tokens: TokenUsage) -> None:
-        """What has been computed so far; call it for every token, from any thread: most calls do next to nothing."""
+        """Report the tokens computed so far; call it for every token, from any thread, because most calls are cheap."""
         self._journal.progress(request_id, tokens)
 
     def finish(self, request_id: str, outcome: str, tokens: TokenUsage, *, cached: bool = False) -> UsageRecord | None:
-        """The request has ended, with this record; never fails and never waits for the store.
+        """Write and return the record of a finished request; never fail, and never wait for the store.
 
-        Call it on the event loop, once: a second end is ignored, and None.
+        Call it once, on the event loop; a second call changes nothing and returns None.
         """
         record = self._journal.finish(request_id, outcome, tokens, self._now(), cached=cached)
-        self._taken = self._settled + self._journal.pending
-        self._news.set()
+        self._finished = self._stored + self._journal.pending
+        self._changed.set()
         return record
 
     async def totals(self, account_id: str, since: date | None = None, until: date | None = None) -> list[DailyUsage]:
-        """The account's usage by day in UTC and model; both days included, None is no limit.
+        """Return the account's usage by day in UTC and model; both days are included, None means no limit.
 
-        Requests that this server has finished before the call are in it.
+        The usage includes every request that this server finished before the call.
 
         Raises:
             UsageUnavailable: the store does not answer.
@@ -189,18 +193,18 @@ class Ledger(Collector):
             raise UsageUnavailable from error
 
     async def flush(self, timeout_seconds: float) -> bool:
-        """Wait until the store has every record of now; False if it did not come to that in time."""
-        target = self._taken
-        self._news.set()
+        """Wait until the store has all present records; return False after the timeout."""
+        target = self._finished
+        self._changed.set()
         try:
-            async with asyncio.timeout(timeout_seconds), self._progress:
-                await self._progress.wait_for(lambda: self._settled >= target)
+            async with asyncio.timeout(timeout_seconds), self._batch_stored:
+                await self._batch_stored.wait_for(lambda: self._stored >= target)
         except TimeoutError:
             return False
         return True
 
-    async def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
-        """Write what can be written in time; the rest stays in the journal for the next start."""
+    async def close(self, timeout_seconds: float = CLOSE_TIMEOUT_SECONDS) -> None:
+        """Store the records for up to `timeout_seconds`; the others stay in the journal until the next start."""
         if self._tasks and not await self.flush(timeout_seconds):
             logger.warning("%d usage records stay in the journal until the next start", self.pending)
         for task in self._tasks:
@@ -216,54 +220,54 @@ class Ledger(Collector):
             await self._migrate()
         except StoreUnavailable as error:
             if not error.temporary:
-                raise LedgerError(f"usage_url: {error}") from error
-            self._say_down(error)
-        self._tasks = [asyncio.create_task(self._flush_for_ever()), asyncio.create_task(self._sync_for_ever())]
-        self._news.set()
+                raise LedgerError(f"--usage-url: {error}") from error
+            self._log_failure(error)
+        self._tasks = [asyncio.create_task(self._flush_forever()), asyncio.create_task(self._sync_forever())]
+        self._changed.set()
 
     async def _migrate(self) -> None:
         if not self._migrated:
             await self._store.migrate()
             self._migrated = True
 
-    async def _flush_for_ever(self) -> None:
+    async def _flush_forever(self) -> None:
         while True:
-            await self._news.wait()
-            self._news.clear()
+            await self._changed.wait()
+            self._changed.clear()
             await asyncio.sleep(BATCH_SECONDS)
             while self._journal.pending:
                 await self._flush_batch()
 
     async def _flush_batch(self) -> None:
-        """Write the oldest records, as often as it takes."""
+        """Store the oldest records; retry until that succeeds."""
         batch = self._journal.oldest(BATCH_RECORDS)
         retry_seconds = FIRST_RETRY_SECONDS
         while not await self._insert(batch):
             await asyncio.sleep(retry_seconds)
-            retry_seconds = min(2 * retry_seconds, LAST_RETRY_SECONDS)
+            retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
         self._journal.settle(len(batch))
-        self._settled += len(batch)
-        async with self._progress:
-            self._progress.notify_all()
+        self._stored += len(batch)
+        async with self._batch_stored:
+            self._batch_stored.notify_all()
 
     async def _insert(self, batch: list[UsageRecord]) -> bool:
         try:
             await self._migrate()
             await self._store.insert(batch)
         except (StoreUnavailable, LedgerError) as error:
-            self._say_down(error)
+            self._log_failure(error)
             return False
-        if self._is_down:
-            logger.info("the usage store is back")
-        self._is_down = False
+        if self._store_failed:
+            logger.info("the usage store is available again")
+        self._store_failed = False
         return True
 
-    def _say_down(self, error: Exception) -> None:
-        if not self._is_down:
-            logger.warning("the usage store is down, and records wait in the journal: %s", error)
-        self._is_down = True
+    def _log_failure(self, error: Exception) -> None:
+        if not self._store_failed:
+            logger.warning("the usage store is unavailable, records wait in the journal: %s", error)
+        self._store_failed = True
 
-    async def _sync_for_ever(self) -> None:
+    async def _sync_forever(self) -> None:
         while True:
             await asyncio.sleep(SYNC_SECONDS)
             await asyncio.to_thread(self._journal.sync)
@@ -272,6 +276,4 @@ class Ledger(Collector):
 def _check_prices(neuron_costs: Mapping[str, Decimal]) -> None:
     for metric, cost in neuron_costs.items():
         if cost.scaleb(NEURON_DECIMALS) % 1:
-            raise LedgerError(
-                f"neuron_cost of {metric}: {cost} has more than the {NEURON_DECIMALS} decimals that the ledger holds"
-            )
+            raise LedgerError(f"neuron_cost of {metric}: {cost} has more than {NEURON_DECIMALS} decimals; round it")

@@ -1,4 +1,4 @@
-"""The ledger's one table, the same on SQLite and PostgreSQL."""
+"""The table of usage records, the same in SQLite and PostgreSQL."""
 
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -9,32 +9,32 @@ NEURON_DECIMALS = 9
 
 
 class NeuronAmount(TypeDecorator[Decimal]):
-    """Neurons as a whole number of billionths: SQLite has no decimals, and whole numbers add up exactly anywhere."""
+    """Neurons as an integer number of billionths: SQLite has no decimal type, and sums of integers are exact."""
 
     impl = BigInteger
     cache_ok = True
 
     def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> int | None:
-        """Neurons to billionths."""
+        """Convert neurons to billionths."""
         return None if value is None else int(value.scaleb(NEURON_DECIMALS))
 
     def process_result_value(self, value: int | Decimal | None, dialect: Dialect) -> Decimal | None:
-        """Billionths, or their sum, to neurons."""
+        """Convert billionths, or their sum, to neurons."""
         return None if value is None else Decimal(value).scaleb(-NEURON_DECIMALS)
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware time in UTC; SQLite forgets time zones."""
+    """Aware time in UTC; SQLite does not store time zones."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Any aware time to UTC."""
+        """Convert an aware time to UTC."""
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """A time without a zone is one in UTC."""
+        """Return an aware time; a stored time without a zone is in UTC."""
         return None if value is None else value.replace(tzinfo=value.tzinfo or UTC).astimezone(UTC)
 
 

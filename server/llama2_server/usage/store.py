@@ -1,4 +1,4 @@
-"""The ledger's store: a table on SQLite or PostgreSQL, through SQLAlchemy's asyncio engines."""
+"""The usage store: a table in SQLite or PostgreSQL, through SQLAlchemy's asyncio engines."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -23,28 +23,29 @@ from llama2_server.usage.records import DailyUsage, UsageRecord
 from llama2_server.usage.schema import usage_records
 
 VERSION_TABLE = "llama2_usage_version"
-# Any number of our own: servers that start together migrate one after the other.
+# A fixed number of this project: servers that start at the same time migrate one after the other.
 ADVISORY_LOCK = 0x11A3A2
 OPERATION_SECONDS = STATEMENT_SECONDS + 5
-# Alembic keeps its context in module globals: one migration at a time on an event loop.
+# Alembic keeps its context in module globals, so an event loop runs one migration at a time.
 _alembic_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 class Store:
-    """Where records stay; every method but `close` raises StoreUnavailable when the store does not do its work."""
+    """A database of usage records; it connects on first use.
+
+    Every method except `close` raises StoreUnavailable if the database operation fails.
+
+    Raises:
+        LedgerError: the URL is not supported, or its driver is not installed.
+    """
 
     def __init__(self, url: str) -> None:
-        """Connects to nothing yet.
-
-        Raises:
-            LedgerError: the URL is none that is supported, or its driver is not installed.
-        """
         self._engine = create_engine(url)
         insert = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
         self._insert = insert(usage_records).on_conflict_do_nothing(index_elements=["request_id"])
 
     async def migrate(self) -> None:
-        """Bring the schema up to date; nothing happens where it is.
+        """Migrate the schema to the current version, if necessary.
 
         Raises:
             LedgerError: a newer version of this service has migrated the store.
@@ -53,20 +54,22 @@ class Store:
             async with self._connection() as connection, _alembic_lock(), connection.begin():
                 await connection.run_sync(_upgrade)
         except CommandError as error:
-            raise LedgerError("usage_url: a newer version of llama2-server has migrated the store; use it") from error
+            raise LedgerError(
+                "--usage-url: a newer version of llama2-server has migrated the store; use that version"
+            ) from error
 
     async def insert(self, records: Sequence[UsageRecord]) -> None:
-        """Add records, all or none; those that are there already stay as they are."""
+        """Insert all records or none; existing records do not change."""
         rows = [_row(record) for record in records]
         async with self._connection() as connection, connection.begin():
             await connection.execute(self._insert, rows)
 
     async def totals(self, account_id: str | None, since: date | None, until: date | None) -> list[DailyUsage]:
-        """Usage by account, day in UTC and model, in this order; both days included, None is no limit."""
+        """Return usage by account, day in UTC and model, in this order; both days are included, None means no limit."""
         query = _totals(account_id, since, until)
         async with self._connection() as connection:
             result = await (await connection.execution_options(**{READ_ONLY: True})).execute(query)
-            return [DailyUsage(**{**row._mapping, **_whole_numbers(row._mapping)}) for row in result]
+            return [DailyUsage(**{**row._mapping, **_integers(row._mapping)}) for row in result]
 
     async def close(self) -> None:
         """Close all connections."""
@@ -74,13 +77,13 @@ class Store:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for one operation: the seam where foreign exceptions become StoreUnavailable."""
+        """Connect for one operation, and translate exceptions of the drivers to StoreUnavailable."""
         try:
             async with asyncio.timeout(OPERATION_SECONDS), self._engine.connect() as connection:
                 yield connection
         except CommandError:
             raise
-        except Exception as error:  # drivers raise errors without a common base
+        except Exception as error:  # the exceptions of the drivers have no common base
             cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
             raise StoreUnavailable(_reason(cause), temporary=_is_temporary(cause)) from error
 
@@ -90,7 +93,7 @@ def _alembic_lock() -> asyncio.Lock:
 
 
 def _upgrade(connection: sa.Connection) -> None:
-    if connection.dialect.name == "postgresql":  # SQLite's transaction has locked the file already
+    if connection.dialect.name == "postgresql":  # in SQLite, the transaction has already locked the file
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
     config = Config()
     scripts = str(resources.files("llama2_server") / "usage" / "migrations")
@@ -129,13 +132,13 @@ def _sum_where(condition: sa.ColumnElement[bool], value: sa.ColumnElement[int]) 
     return sa.func.sum(sa.case((condition, value), else_=0))
 
 
-def _whole_numbers(row: Any) -> dict[str, int]:
-    """PostgreSQL's sums of big integers are decimals."""
+def _integers(row: Any) -> dict[str, int]:
+    """Return the counts as integers, because PostgreSQL's sums of big integers are decimals."""
     return {name: int(value) for name, value in row.items() if name.endswith(("_tokens", "requests"))}
 
 
 def _reason(cause: BaseException) -> str:
-    """One line for the log; drivers name hosts and users in it, never passwords."""
+    """Return one line for the log; drivers include hosts and users, but never passwords."""
     text = str(cause).partition("\n")[0]
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
 

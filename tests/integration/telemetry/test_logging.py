@@ -153,8 +153,8 @@ async def test_what_nobody_catches_is_told_so_too(capfd: pytest.CaptureFixture[s
     assert [line["event"] for line in lines_of(stream)] == [
         "a callback failed",
         "Task exception was never retrieved",
-        "thread worker died",
-        "an exception could not be raised",
+        "thread worker failed with an exception",
+        "an exception was ignored",
     ]
     assert all("ValueError" in line["exception"] for line in lines_of(stream))
     assert "secret" not in stream.getvalue() + "".join(capfd.readouterr())

@@ -312,8 +312,8 @@ async def test_store_that_fails_is_tried_again(
     assert await ledger.flush(SOON)
     assert [record.request_id for record in await stored(default_url(tmp_path))] == ["one"]
     assert [record.message.split(",")[0] for record in caplog.records if "the usage store" in record.message] == [
-        "the usage store is down",
-        "the usage store is back",
+        "the usage store is unavailable",
+        "the usage store is available again",
     ]
 
 
@@ -379,23 +379,23 @@ async def test_progress_is_told_from_another_thread(tmp_path: Path, open_ledger:
 
 async def test_price_beyond_the_ledger_is_refused(open_ledger: LedgerOpener) -> None:
     """A price that could not be kept exactly stops the start."""
-    with pytest.raises(LedgerError, match=r"^neuron_cost of input_tokens: 1E-10 has more"):
+    with pytest.raises(LedgerError, match=r"^neuron_cost of input_tokens: 1E-10 has more than 9 decimals; round it$"):
         await open_ledger(neuron_costs={"input_tokens": Decimal("1e-10")})
 
 
 async def test_store_that_cannot_be_stops_the_start(tmp_path: Path, open_ledger: LedgerOpener) -> None:
     """A file where no file can be, or a directory that is a file, is told in one line; nothing is left behind."""
-    with pytest.raises(LedgerError, match=r"^usage_url: .*unable to open database file"):
+    with pytest.raises(LedgerError, match=r"^--usage-url: .*unable to open database file"):
         await open_ledger(url=f"sqlite:///{tmp_path}/nowhere/usage.db")
-    with pytest.raises(LedgerError, match=r"^usage_url: "):
+    with pytest.raises(LedgerError, match=r"^--usage-url: "):
         await open_ledger(url="usage.db")
     assert list((tmp_path / "journal").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(LedgerError, match=r"^data_directory: .*file: Not a directory"):
+    with pytest.raises(LedgerError, match=r"^--data-directory: .*file: Not a directory"):
         await open_ledger(data_directory=tmp_path / "file")
 
 
 async def test_unknown_database_stops_the_start(postgres: PostgresCluster, open_ledger: LedgerOpener) -> None:
     """What waiting does not mend is not waited for."""
-    with pytest.raises(LedgerError, match=r'^usage_url: .*database "nowhere" does not exist$'):
+    with pytest.raises(LedgerError, match=r'^--usage-url: .*database "nowhere" does not exist$'):
         await open_ledger(url=postgres.new_database().rpartition("/")[0] + "/nowhere")

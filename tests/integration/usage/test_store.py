@@ -186,16 +186,16 @@ async def test_sqlite_is_durable_and_shared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("usage.db", "it is not a URL"),
-        ("mysql://root:s3cret@host/db", "mysql is none of them"),
-        ("postgresql://u:s3cret@host:port/db", "it is not a URL"),
+        ("usage.db", "not a valid URL"),
+        ("mysql://root:s3cret@host/db", "mysql is not supported"),
+        ("postgresql://u:s3cret@host:port/db", "not a valid URL"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
     ],
 )
 def test_impossible_url_is_named(wrong: str, message: str) -> None:
     """One line that names the setting and what is wrong, without the password."""
-    with pytest.raises(LedgerError, match=f"^usage_url: .*{message}") as caught:
+    with pytest.raises(LedgerError, match=f"^--usage-url: .*{message}") as caught:
         create_engine(wrong)
     assert "s3cret" not in str(caught.value)
     assert caught.value.__cause__ is None

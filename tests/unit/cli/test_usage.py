@@ -67,7 +67,7 @@ def test_unusable_settings_are_rejected(tmp_path: Path) -> None:
     """An unusable ledger or settings file ends with exit code 2 and one line on standard error."""
     missing = tmp_path / "missing.yaml"
     assert error("usage", "--config", str(missing)) == f"--config: cannot read {missing}: No such file or directory"
-    assert "must be" in error("usage", "--usage-url", "mysql://here")
+    assert "--usage-url: mysql is not supported; use sqlite:///FILE" in error("usage", "--usage-url", "mysql://here")
 
 
 @pytest.mark.parametrize("as_flag", [True, False])

@@ -1,1 +1,1 @@
-"""The local write-ahead journal of usage records."""
+"""Local write-ahead journal of usage records."""

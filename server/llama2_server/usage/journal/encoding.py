@@ -1,4 +1,4 @@
-"""The journal's lines: a checksum, a space, a JSON list, a newline."""
+"""Encoding of journal entries, one per line: a checksum, a space, a JSON list, a newline."""
 
 import json
 import zlib
@@ -14,7 +14,7 @@ from llama2_server.usage.records import RunningRequest, UsageRecord
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What has been computed so far for a request that runs."""
+    """Tokens computed so far for a running request."""
 
     request_id: str
     tokens: TokenUsage
@@ -26,16 +26,16 @@ _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def encode(entry: Entry) -> bytes:
-    """The entry's line."""
+    """Encode an entry as a line."""
     body = _dumps(_fields(entry)).encode("ascii")
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
 def decode(line: bytes) -> Entry:
-    """The line's entry.
+    """Decode the entry of a line.
 
     Raises:
-        ValueError: the line is torn or damaged.
+        ValueError: the line is incomplete or damaged.
     """
     checksum, _, body = line.removesuffix(b"\n").partition(b" ")
     if checksum != b"%08x" % zlib.crc32(body):
@@ -44,12 +44,12 @@ def decode(line: bytes) -> Entry:
         kind, *fields = json.loads(body)
         entry: Entry = _READERS[kind](*fields)
     except (KeyError, TypeError, InvalidOperation) as error:
-        raise ValueError("not an entry that this version knows") from error
+        raise ValueError("this version does not know the entry") from error
     return entry
 
 
 def decode_all(data: bytes) -> Iterator[Entry | None]:
-    """The entries of a file's content; None stands for a line that a crash tore or that is damaged."""
+    """Yield the entries of a file's content, and None for each incomplete or damaged line."""
     for line in data.splitlines(keepends=True):
         try:
             yield decode(line) if line.endswith(b"\n") else None

@@ -1,4 +1,4 @@
-"""A lock that a process holds for its life, so that nobody takes its journal for a dead one's."""
+"""A lock that a process holds while it runs, so that no other process recovers its journal."""
 
 import fcntl
 import os
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class InstanceLock:
-    """Held until `release`, or until the process ends in whatever way: the operating system sees to that."""
+    """A file lock, held until `release`; the operating system releases it when the process ends."""
 
     def __init__(self, directory: Path, instance: str, descriptor: int) -> None:
         self.directory = directory
@@ -17,9 +17,9 @@ class InstanceLock:
 
     @classmethod
     def create(cls, directory: Path) -> Self:
-        """A lock under a name that nobody has had."""
+        """Create and acquire a lock with a new name."""
         instance = uuid.uuid4().hex
-        # It gets its name once it is held: nobody sees it free.
+        # The file gets its final name after it is locked, so that no process can acquire it first.
         unnamed = directory / f"{instance}.new"
         descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -28,12 +28,12 @@ class InstanceLock:
 
     @classmethod
     def acquire_stale(cls, directory: Path) -> list[Self]:
-        """The locks of all processes that have died; they are held from now on."""
-        taken = (cls._take(path) for path in sorted(directory.glob("*.lock")))
-        return [lock for lock in taken if lock is not None]
+        """Acquire the locks of all processes that have ended."""
+        acquired = (cls._acquire(path) for path in sorted(directory.glob("*.lock")))
+        return [lock for lock in acquired if lock is not None]
 
     @classmethod
-    def _take(cls, path: Path) -> Self | None:
+    def _acquire(cls, path: Path) -> Self | None:
         try:
             descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
@@ -46,7 +46,7 @@ class InstanceLock:
         return cls(path.parent, path.stem, descriptor)
 
     def release(self, *, remove: bool) -> None:
-        """Let go; with `remove`, there is nothing left that it guards."""
+        """Release the lock; `remove` deletes its file, because there are no journal files left."""
         if remove:
             (self.directory / f"{self.instance}.lock").unlink(missing_ok=True)
         os.close(self._descriptor)

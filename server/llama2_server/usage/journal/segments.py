@@ -1,4 +1,4 @@
-"""The journal's files: lines are appended to the newest one, and a file goes when nothing in it is needed any more."""
+"""Files of the journal: new lines go to the newest file, and a file without unflushed records is deleted."""
 
 import contextlib
 import errno
@@ -14,17 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 class Segment:
-    """One file, of this process or of a dead one; `needed` counts its records that the store does not have."""
+    """One file, of this process or of an ended one; `unflushed_records` are not in the store yet."""
 
     def __init__(self, path: Path, size: int, owner: InstanceLock) -> None:
         self.path = path
         self.size = size
         self.owner = owner
-        self.needed = 0
+        self.unflushed_records = 0
 
 
 class Segments:
-    """The files of this process, and before them those of the dead that it has taken over."""
+    """The files of this process, preceded by the recovered files of ended processes."""
 
     def __init__(self, lock: InstanceLock) -> None:
         self.size = 0  # bytes of all files
@@ -34,11 +34,11 @@ class Segments:
         self._descriptor = -1
         self._retired: list[int] = []  # written and not yet synced
         self._dirty = False
-        self._torn = False
+        self._incomplete = False
 
     @classmethod
     def create(cls, directory: Path) -> Self:
-        """No file of the dead, and a new one of our own.
+        """Return segments with one new file of this process.
 
         Raises:
             OSError: the directory cannot be written to.
@@ -49,41 +49,41 @@ class Segments:
 
     @property
     def current(self) -> Segment:
-        """The file that lines are appended to."""
+        """The file to which lines are appended."""
         return self._segments[-1]
 
     def take_over(self, lock: InstanceLock) -> list[Segment]:
-        """A dead process's files, oldest first; they are dropped like our own. Only before our second file."""
+        """Add and return an ended process's files, oldest first; call it before the first `rotate`."""
         paths = sorted(lock.directory.glob(f"{lock.instance}.*.journal"))
-        taken = [Segment(path, path.stat().st_size, lock) for path in paths]
+        recovered = [Segment(path, path.stat().st_size, lock) for path in paths]
         own = self._segments.pop()
-        self._segments.extend((*taken, own))
-        self.size += sum(segment.size for segment in taken)
-        if not taken:
+        self._segments.extend((*recovered, own))
+        self.size += sum(segment.size for segment in recovered)
+        if not recovered:
             lock.release(remove=True)
-        return taken
+        return recovered
 
     def append(self, line: bytes) -> None:
-        """Write a line; it outlives the process from here on, and a power failure once it is synced.
+        """Write a line; it survives the end of the process, and after a sync also a power failure.
 
         Raises:
-            OSError: the disk did not take the whole line.
+            OSError: the line was not written completely.
         """
-        # A line break ends what a failed write may have left.
-        data = b"\n" + line if self._torn else line
-        self._torn = self._dirty = True
+        # The line break ends an incomplete line of a failed write.
+        data = b"\n" + line if self._incomplete else line
+        self._incomplete = self._dirty = True
         written = os.write(self._descriptor, data)
         self.current.size += written
         self.size += written
         if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._torn = False
+        self._incomplete = False
 
     def rotate(self, first_lines: bytes) -> None:
-        """Go on in a new file, which begins with these lines.
+        """Start a new file with these lines.
 
         Raises:
-            OSError: there can be no new file; the old one goes on.
+            OSError: the file cannot be created; the current file stays in use.
         """
         path = self._lock.directory / f"{self._lock.instance}.{self._number + 1:09}.journal"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
@@ -100,11 +100,11 @@ class Segments:
         self._descriptor = descriptor
         self._segments.append(Segment(path, len(first_lines), self._lock))
         self.size += len(first_lines)
-        self._dirty, self._torn = True, False
+        self._dirty, self._incomplete = True, False
 
-    def drop_needless(self) -> None:
-        """Remove the oldest files, up to the first one that is needed; the current one stays."""
-        while len(self._segments) > 1 and not self._segments[0].needed:
+    def drop_flushed(self) -> None:
+        """Delete the oldest files, up to the first with unflushed records; keep the current file."""
+        while len(self._segments) > 1 and not self._segments[0].unflushed_records:
             segment = self._segments.popleft()
             self.size -= segment.size
             segment.path.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ class Segments:
                 segment.owner.release(remove=True)
 
     def unsynced(self) -> list[int]:
-        """Descriptors that `fsync_and_close` takes, outside of any lock: it may take long."""
+        """Return descriptors for `fsync_and_close`; do not hold a lock for that, because it may take long."""
         retired, self._retired = self._retired, []
         if not self._dirty:
             return retired
@@ -120,7 +120,7 @@ class Segments:
         return [*retired, os.dup(self._descriptor)]
 
     def release(self, *, remove: bool) -> None:
-        """Close all; with `remove`, nothing of our own is needed any more."""
+        """Close all files; `remove` deletes the files of this process."""
         for descriptor in (*self._retired, self._descriptor):
             os.close(descriptor)
         for segment in self._segments:
@@ -133,7 +133,7 @@ class Segments:
 
 
 def fsync_and_close(descriptors: list[int]) -> None:
-    """Bring files to the disk; a failure is logged: what it means for the lines cannot be known."""
+    """Sync and close files; only log an error, because its effect on the lines is unknown."""
     for descriptor in descriptors:
         with contextlib.closing(os.fdopen(descriptor, "wb", buffering=0)):
             try:

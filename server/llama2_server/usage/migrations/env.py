@@ -1,4 +1,4 @@
-"""Alembic's way in: runs the migrations on the connection that `store.py` hands over, within its transaction."""
+"""Alembic's entry point: runs the migrations on the connection and in the transaction of `store.py`."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""The table of usage records."""
+"""Table of usage records."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Make the table."""
+    """Create the table."""
     op.create_table(
         "usage_records",
         sa.Column("request_id", sa.Text, primary_key=True),
@@ -27,5 +27,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the table, and every record with it."""
+    """Drop the table with all its records."""
     op.drop_table("usage_records")
