@@ -109,7 +109,7 @@ def test_the_fastest_correct_variant_is_selected(
     """The fastest variant is selected; variants with wrong results are rejected and logged."""
     workloads = dict(autotuning._workloads(model))
     seconds = iter([0.3, 0.2, 0.1, *[0.4] * (len(autotuning.VARIANTS) - 3)])
-    name, workload = next(iter(workloads.items()))
+    name, workload = list(workloads.items())[1]  # the smallest matmul, because the interpreter is slow
     assert autotuning.fastest_variant(workload, 1e-5, name, lambda run: next(seconds)) == autotuning.VARIANTS[2]
 
     def wrong_in_custom_kernels(matmul: Any) -> Tensor:
