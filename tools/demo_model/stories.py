@@ -11,7 +11,7 @@ from random import Random
 from tools.demo_model.templates import Block, capitalize_first, choose, expand, read_blocks, with_article
 from tools.demo_model.world import (
     ADJECTIVES,
-    COLOURS,
+    COLORS,
     HEROES,
     MEN,
     MENS_NAMES,
@@ -114,7 +114,7 @@ def random_story(rng: Random, hero: str = "", place: Place | None = None, plot: 
         friend_name=rng.choice(friends_names),
         friend_female=friend_female,
         place=place,
-        thing=f"{rng.choice(COLOURS)} {rng.choice(THINGS)}",
+        thing=f"{rng.choice(COLORS)} {rng.choice(THINGS)}",
         spot=rng.choice(place.setting.spots),
         time=rng.choice(("morning", "evening", "day", "afternoon")),
         plot=plot or rng.choice(list(PLOTS)),

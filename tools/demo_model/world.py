@@ -19,7 +19,7 @@ def _words(title: str) -> tuple[str, ...]:
 HEROES = (*_words("animals"), *_words("people"), *_words("creatures"), *_words("machines"))
 WOMEN, MEN = _words("female"), _words("male")
 WOMENS_NAMES, MENS_NAMES = _words("womens_names"), _words("mens_names")
-ADJECTIVES, THINGS, COLOURS = _words("adjectives"), _words("things"), _words("colours")
+ADJECTIVES, THINGS, COLORS = _words("adjectives"), _words("things"), _words("colors")
 
 
 @dataclass(frozen=True)
