@@ -17,12 +17,13 @@ from tests.support.service import Service, ServiceMaker, until, with_config
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
 from llama2_server.admission.accounts import AnonymousAuthenticator, Authenticator
 from llama2_server.api.health import HealthServicer
-from llama2_server.app import grounded, running
+from llama2_server.app import serving, start
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.config.settings import Settings
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle import probe
 from llama2_server.lifecycle.model_loading import LoadedModel
+from llama2_server.lifecycle.preflight import StartupInputs, read_certificates
 from llama2_server.telemetry.telemetry import Telemetry
 
 
@@ -79,15 +80,17 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         )
         model.failure = failure
         eos_ids = frozenset({demo_tokenizer.eos_id})
-        loaded = LoadedModel(card, accounts or AnonymousAuthenticator(), demo_tokenizer, model, eos_ids, fingerprint)
+        loaded = LoadedModel(demo_tokenizer, model, eos_ids, fingerprint)
         options = Settings.model_validate(
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 5, **settings}
         )
+        inputs = StartupInputs(card, accounts or AnonymousAuthenticator(), read_certificates(options))
+        exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         # The channel outlives the server, so that calls see how the server drains.
         async with (
             AsyncExitStack() as stack,
-            grounded(options, card, telemetry) as ground,
-            running(options, loaded, ground) as address,
+            start(options, inputs, exit_code, lambda *_: loaded, telemetry) as parts,
+            serving(parts, options, exit_code) as address,
         ):
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
             model.probes = 0  # the warm-up does not count
@@ -98,11 +101,11 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
                     channel,
                     text_generation_pb2_grpc.TextGenerationServiceStub(channel),
                     model_pb2_grpc.ModelServiceStub(channel),
-                    ground.telemetry.metrics,
+                    parts.telemetry.metrics,
                 )
             finally:
                 # Not before the drain has begun: who waits shall be refused, not served.
-                opening = asyncio.create_task(open_gate_once_draining(model, ground.health))
+                opening = asyncio.create_task(open_gate_once_draining(model, parts.health))
                 stack.push_async_callback(lambda: opening)
 
     return serve

@@ -47,19 +47,17 @@ def with_table(page: str) -> str:
 async def _metrics() -> list[Metric]:
     """Collect the metrics of every part of the server."""
     metrics = Metrics(CollectorRegistry())
-    # A metric with labels shows them only if it has a series.
-    metrics.preregister_methods(["some.Service/Method"])
-    metrics.register_model("", _NoModel())
     with TemporaryDirectory() as directory:
         ledger = await Ledger.open(data_directory=Path(directory), neuron_costs={})
-        for part in (
+        collectors = (
             RequestQueue(1, max_queue_size=1, queue_timeout_seconds=1.0),
             Quota(RequestsPerMinute(default=1)),
             ResponseCacheCollector(None),
             ReadinessCollector(HealthServicer(())),
             ledger,
-        ):
-            metrics.registry.register(part)
+        )
+        # A metric with labels shows them only if it has a series.
+        metrics.register("", _NoModel(), ["some.Service/Method"], collectors)
         collected = list(metrics.registry.collect())
         await ledger.close()
     return collected

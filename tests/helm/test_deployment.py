@@ -4,8 +4,8 @@ import helm_python
 from tests.helm.chart import Rendered, card_of, containers_of, render, rendered, settings_of, values_of
 from tools.chart import CHART
 
-from llama2_server.app import ENGINE_STOP_TIMEOUT_SECONDS
 from llama2_server.config.settings import Settings
+from llama2_server.lifecycle.drain import ENGINE_STOP_TIMEOUT_SECONDS
 from llama2_server.usage.ledger import CLOSE_TIMEOUT_SECONDS
 
 

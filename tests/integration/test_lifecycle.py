@@ -19,17 +19,17 @@ from tests.support.virtual_time import run_virtual
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server import app
 from llama2_server.api.server import SERVICES
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.engine import Engine
-from llama2_server.generation import supervised_engine as watchdog
+from llama2_server.generation import supervised_engine
 from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.lifecycle import drain
 from llama2_server.lifecycle.model_loading import LoadingProgress
 from llama2_server.lifecycle.readiness import Readiness
-from llama2_server.lifecycle.timeout_checks import warn_if_timeouts_too_short
+from llama2_server.lifecycle.warm_up import Speed, warn_if_timeouts_too_short
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -71,12 +71,12 @@ class TestWarmUp:
     def test_slowness_is_warned_of(self, demo_card: ModelCard, caplog: pytest.LogCaptureFixture) -> None:
         """Where the longest generation outlasts the grace of a connection, or a step the watchdog, the log says so."""
         settings = Settings.model_validate({})
-        warn_if_timeouts_too_short(settings, demo_card, prefill_seconds=0.001, decode_seconds=0.01, chunk_tokens=512)
+        warn_if_timeouts_too_short(settings, demo_card, Speed(prefill_seconds=0.001, decode_seconds=0.01), 512)
         assert not caplog.messages
-        warn_if_timeouts_too_short(settings, demo_card, prefill_seconds=0.2, decode_seconds=10.0, chunk_tokens=512)
+        warn_if_timeouts_too_short(settings, demo_card, Speed(prefill_seconds=0.2, decode_seconds=10.0), 512)
         assert [message.partition(":")[0] for message in caplog.messages] == [
-            "max_connection_age_grace_seconds",
-            "engine_step_timeout_seconds",
+            "--max-connection-age-grace-seconds",
+            "--engine-step-timeout-seconds",
         ]
 
 
@@ -124,17 +124,15 @@ class TestReadiness:
 
             async def probe() -> None:
                 probes.append(loop.time())
-                readiness.heard(worked=True)
+                readiness.record_outcome(succeeded=True)
 
-            readiness = Readiness(
-                lambda serving: None, probe, idle=lambda: loop.time() >= busy_until, interval_seconds=60
-            )
-            keeping = asyncio.create_task(readiness.keep())
+            readiness = Readiness(lambda serving: None, interval_seconds=60)
+            running = asyncio.create_task(readiness.run(probe, idle=lambda: loop.time() >= busy_until))
             await asyncio.sleep(1100)
-            readiness.heard(worked=True)  # a caller's generation
+            readiness.record_outcome(succeeded=True)  # a caller's generation
             await asyncio.sleep(59)
             assert len(probes) == 2
-            keeping.cancel()
+            running.cancel()
 
         run_virtual(scene())
         assert probes[0] == pytest.approx(1000, abs=1)
@@ -150,14 +148,14 @@ class TestReadiness:
 
             async def probe() -> None:
                 probes.append(loop.time())
-                readiness.heard(worked=len(probes) == 6)
+                readiness.record_outcome(succeeded=len(probes) == 6)
 
-            readiness = Readiness(states.append, probe, idle=lambda: True, interval_seconds=5)
-            keeping = asyncio.create_task(readiness.keep())
+            readiness = Readiness(states.append, interval_seconds=5)
+            running = asyncio.create_task(readiness.run(probe, idle=lambda: True))
             await asyncio.sleep(1)
-            readiness.heard(worked=False)
+            readiness.record_outcome(succeeded=False)
             await asyncio.sleep(18)
-            keeping.cancel()
+            running.cancel()
 
         run_virtual(scene())
         assert probes == pytest.approx([1, 2, 4, 8, 13, 18])
@@ -197,7 +195,7 @@ class TestWatchdog:
         self, serve_scripted: ServiceMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its call gets UNAVAILABLE when the grace is over, what was computed is recorded, and the drain ends."""
-        monkeypatch.setattr(app, "ENGINE_STOP_TIMEOUT_SECONDS", 0.1)
+        monkeypatch.setattr(drain, "ENGINE_STOP_TIMEOUT_SECONDS", 0.1)
         try:
             async with asyncio.timeout(30), serve_scripted(shutdown_grace_seconds=0) as service:
                 monkeypatch.setattr(service.model, "open_gate", lambda: None)  # nor does it end with the drain
@@ -215,14 +213,14 @@ class TestWatchdog:
 
         async def scene() -> None:
             clock = asyncio.get_running_loop().time
-            monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=clock))
+            monkeypatch.setattr(supervised_engine, "time", SimpleNamespace(monotonic=clock))
             engine = SimpleNamespace(alive=True, step_started_at=None)
             watched = SupervisedEngine(cast(Engine, engine), engine_step_timeout_seconds=0.5)
-            watching = asyncio.create_task(watched.watch())
+            watching = asyncio.create_task(watched.wait_until_failed())
             for _ in range(20):
                 engine.step_started_at = clock()
                 await asyncio.sleep(0.375)
-            assert not watched.lost
+            assert not watched.failed
             await watching  # while the last of them goes on
             assert clock() == engine.step_started_at + 0.5
 

@@ -20,9 +20,8 @@ from tests.support.service import details, health_stub
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
-from llama2_server import app
 from llama2_server.api.server import METHODS
-from llama2_server.config.settings import Settings
+from llama2_server.lifecycle.banner import print_banner
 
 STORY = "Tell me a story about a fox who lives by the sea."
 BIN = Path(sys.executable).parent
@@ -60,7 +59,7 @@ def test_cli_streams_a_story(demo: str) -> None:
 
 def test_suggested_commands_work(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The server prints three commands after SERVING: two `llama2` commands, which run unchanged, and a grpcurl one."""
-    app._say_serving(Settings.model_validate({}), demo)
+    print_banner(demo, tls=False)
     generate, chat, grpcurl = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[2:5])
     for words, typed in ((generate, ""), (chat, "Tell me a story.\n")):
         call = [str(BIN / "llama2"), *words[1:]]
@@ -154,7 +153,7 @@ def health_address(process: subprocess.Popen[str]) -> str:
     """Wait until the health port is open and return its address."""
     assert process.stderr is not None
     for line in process.stderr:
-        if found := re.search(r"health on ([\d.]+:\d+)", line):
+        if found := re.search(r"health service listens on ([\d.]+:\d+)", line):
             return found[1]
     raise AssertionError("the process ended without a health port")
 

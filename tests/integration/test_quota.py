@@ -135,7 +135,7 @@ def test_status_counts_nothing() -> None:
         await asyncio.sleep(20)
         for _ in range(10):
             assert await quota.status("a") == QuotaStatus(5, 3, 40)
-        assert (quota.store_up, quota.store_failures) == (True, 0)
+        assert (quota.store_up, quota.store_errors) == (True, 0)
 
     run_virtual(main())
 
@@ -185,7 +185,7 @@ async def test_racers_on_redis_get_exactly_the_budget(redis: RedisServer) -> Non
         assert await admitted(quota, "a", 100) == 5
         assert await admitted(quota, "32118455", 100) == 60
         assert await quota.status("b") == QuotaStatus(5, 5, 0)
-        assert (quota.store_up, quota.store_failures) == (True, 0)
+        assert (quota.store_up, quota.store_errors) == (True, 0)
 
 
 RACE = """
@@ -281,7 +281,7 @@ async def test_lowered_limit_holds_at_once(redis: RedisServer) -> None:
         assert await admitted(quota, "a", 5) == 4
         quota._limits = RequestsPerMinute(default=2)
         status = await quota.status("a")
-        assert (status.limit, status.left) == (2, 0)
+        assert (status.limit, status.remaining) == (2, 0)
         await asyncio.sleep(await refusal(quota))
         await quota.take("a")
 
@@ -305,7 +305,7 @@ async def test_without_redis_requests_are_refused(
             with pytest.raises(QuotaStoreUnavailable):
                 await quota.take("a")
             await rests_no_more(quota, monkeypatch)
-        assert (quota.store_up, quota.store_failures) == (False, 3)
+        assert (quota.store_up, quota.store_errors) == (False, 3)
         redis.start()
         assert await admitted(quota, "a", 100) == 5
         assert quota.store_up
@@ -333,7 +333,7 @@ async def test_restarted_redis_goes_unnoticed(redis: RedisServer) -> None:
         await asyncio.to_thread(redis.kill)  # so that the event loop hears of it, as it would in a server
         redis.start()
         assert await admitted(quota, "a", 100) == 5
-        assert quota.store_failures == 0
+        assert quota.store_errors == 0
 
 
 async def test_without_redis_a_replica_holds_the_limits_by_itself(
@@ -344,7 +344,7 @@ async def test_without_redis_a_replica_holds_the_limits_by_itself(
         assert await admitted(quota, "a", 3) == 3
         redis.kill()
         assert await admitted(quota, "a", 100) == 2
-        assert (await quota.status("a")).left == 0
+        assert (await quota.status("a")).remaining == 0
         assert not quota.store_up
         redis.start()
         await rests_no_more(quota, monkeypatch)
@@ -396,7 +396,7 @@ async def test_password_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureF
 def link_of(quota: Quota) -> RedisClient:
     """The quota's own connection to Redis."""
     assert quota._shared is not None
-    return quota._shared._link
+    return quota._shared._redis
 
 
 def redis_client(quota: Quota) -> Any:

@@ -16,6 +16,7 @@ from tests.support.redis_server import RedisServer, running_redis
 
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.generation import response_cache as cache_module
+from llama2_server.generation.prompt import Prompt
 from llama2_server.generation.response_cache import (
     CacheEntry,
     CacheKey,
@@ -40,7 +41,7 @@ OTHER_PARAMS: dict[str, Any] = {
     "stop": ("ab",),
 }
 OTHER_FIELDS: dict[str, Any] = {
-    "account": "other",
+    "account_id": "other",
     "model": "other",
     "prompt_ids": (1, 2, 34),
     "raw": True,
@@ -49,15 +50,9 @@ OTHER_FIELDS: dict[str, Any] = {
 
 
 def make_key(params: GenerationParams = PARAMS, **changes: Any) -> CacheKey:
-    fields = {"account": "a", "model": "m", "prompt_ids": (1, 2, 3), "raw": False, "seeded": True, **changes}
-    return CacheKey.of(
-        fields["account"],
-        fields["model"],
-        fields["prompt_ids"],
-        raw=fields["raw"],
-        params=params,
-        seeded=fields["seeded"],
-    )
+    fields = {"account_id": "a", "model": "m", "prompt_ids": (1, 2, 3), "raw": False, "seeded": True, **changes}
+    prompt = Prompt(fields["prompt_ids"], fields["raw"])
+    return CacheKey.of(fields["account_id"], fields["model"], prompt, params, seeded=fields["seeded"])
 
 
 class Clock:
@@ -126,10 +121,10 @@ def test_unseeded_requests_share_a_key() -> None:
 
 async def test_fields_cannot_run_into_each_other(cache: ResponseCache) -> None:
     """An account that is named like the end of another's key gets nothing of it."""
-    await cache.put(make_key(account="a", model="b"), REPLY)
-    assert await cache.get(make_key(account='a", "b', model="")) is None
-    assert await cache.get(make_key(account="ab", model="")) is None
-    assert await cache.get(make_key(account="a\n", model="b")) is None
+    await cache.put(make_key(account_id="a", model="b"), REPLY)
+    assert await cache.get(make_key(account_id='a", "b', model="")) is None
+    assert await cache.get(make_key(account_id="ab", model="")) is None
+    assert await cache.get(make_key(account_id="a\n", model="b")) is None
 
 
 async def test_newer_reply_replaces_the_older(cache: ResponseCache) -> None:
@@ -163,7 +158,7 @@ async def test_counted_bytes_cover_the_memory_taken() -> None:
         for index in range(300):
             ids = tuple(range(1000 * index, 1000 * index + 100))
             await cache.put(
-                make_key(prompt_ids=ids, account=f"account{index}"), dataclasses.replace(REPLY, text="é" * index)
+                make_key(prompt_ids=ids, account_id=f"account{index}"), dataclasses.replace(REPLY, text="é" * index)
             )
         gc.collect()
         taken = tracemalloc.get_traced_memory()[0] - before
@@ -176,8 +171,8 @@ async def test_memory_refuses_what_is_larger_than_itself() -> None:
     """One long reply neither fails nor empties the cache."""
     cache = MemoryResponseCache(max_bytes=10_000, ttl_seconds=60)
     await cache.put(make_key(), REPLY)
-    await cache.put(make_key(account="long"), dataclasses.replace(REPLY, text="x" * 10_000))
-    assert await cache.get(make_key(account="long")) is None
+    await cache.put(make_key(account_id="long"), dataclasses.replace(REPLY, text="x" * 10_000))
+    assert await cache.get(make_key(account_id="long")) is None
     assert await cache.get(make_key()) == REPLY
 
 
@@ -212,10 +207,10 @@ async def test_redis_is_shared_between_replicas(redis: RedisServer, redis_cache:
 async def test_redis_entry_expires_and_is_bounded(redis: RedisServer, redis_cache: RedisResponseCache) -> None:
     """Redis itself drops an entry at its time; one that is too large is not sent."""
     await redis_cache.put(make_key(), REPLY)
-    client: Any = redis_cache._link.client
+    client: Any = redis_cache._redis.client
     (name,) = await client.keys()
     assert 59_000 < await client.pttl(name) <= 60_000
-    await redis_cache.put(make_key(account="long"), dataclasses.replace(REPLY, text="x" * 100_000))
+    await redis_cache.put(make_key(account_id="long"), dataclasses.replace(REPLY, text="x" * 100_000))
     assert await client.keys() == [name]
 
 
@@ -223,14 +218,14 @@ async def test_equal_hash_is_not_equality(redis_cache: RedisResponseCache, monke
     """Were all hashes equal, nobody would get another's reply."""
     monkeypatch.setattr(cache_module, "_digest", lambda canonical: "same")
     await redis_cache.put(make_key(), REPLY)
-    assert await redis_cache.get(make_key(account="other")) is None
+    assert await redis_cache.get(make_key(account_id="other")) is None
     assert await redis_cache.get(make_key()) == REPLY
 
 
 @pytest.mark.parametrize("reply", [b"", b"{", b"[]", b"{}", b'"text"', b"\xff", b'{"text": "a", "more": 1}'])
 async def test_strange_entry_is_a_miss(reply: bytes, redis_cache: RedisResponseCache) -> None:
     """What somebody else wrote, or an older release, is never an error."""
-    client: Any = redis_cache._link.client
+    client: Any = redis_cache._redis.client
     canonical = cache_module._canonical(make_key())
     await client.set(cache_module._redis_key(canonical), canonical + b"\n" + reply)
     assert await redis_cache.get(make_key()) is None
@@ -250,7 +245,7 @@ async def test_redis_that_is_gone_is_a_miss(
     for _ in range(3):
         assert await redis_cache.get(make_key()) is None
         await redis_cache.put(make_key(), REPLY)
-        monkeypatch.setattr(redis_cache._link, "_paused_until", 0.0)
+        monkeypatch.setattr(redis_cache._redis, "_paused_until", 0.0)
     assert not redis_cache.store_up
     redis.start()
     await redis_cache.put(make_key(), REPLY)
@@ -277,7 +272,7 @@ async def test_frozen_redis_costs_one_timeout_only(
     """A Redis that never answers is left alone after the first time-out."""
     await redis_cache.put(make_key(), REPLY)
     redis.freeze()
-    monkeypatch.setattr(redis_cache._link, "timeout_seconds", 0.2)
+    monkeypatch.setattr(redis_cache._redis, "timeout_seconds", 0.2)
     loop = asyncio.get_running_loop()
     begun = loop.time()
     for _ in range(20):

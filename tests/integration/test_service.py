@@ -29,7 +29,7 @@ from tests.support.service import (
 
 from llama2.v1 import model_pb2
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.admission.accounts import Account, Metadata
+from llama2_server.admission.accounts import Account, AnonymousAuthenticator, Metadata
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.engine.engine import Engine
 from llama2_server.errors import Unauthenticated
@@ -303,7 +303,7 @@ async def test_reader_who_leaves_while_a_message_waits_for_him_is_no_fault(
     assert not caplog.records
 
 
-class StalledAccounts:
+class StalledAccounts(AnonymousAuthenticator):
     """Refuses every caller, later than a call of 100 ms would wait."""
 
     def authenticate(self, metadata: Metadata) -> Account:

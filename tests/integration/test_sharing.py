@@ -26,14 +26,14 @@ from tests.support.service import (
 
 from llama2.v1 import account_pb2, account_pb2_grpc, model_pb2
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.admission.accounts import Account, Metadata
+from llama2_server.admission.accounts import Account, AnonymousAuthenticator, Metadata
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.usage.pricing import TokenUsage, neurons
 
 REPLY = "Once upon a time, a fox 🦊 lived by the sea."
 
 
-class AccountsByHeader:
+class AccountsByHeader(AnonymousAuthenticator):
     """Every caller is who it says; tests of sharing need several accounts, not their keys."""
 
     def authenticate(self, metadata: Metadata) -> Account:

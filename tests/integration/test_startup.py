@@ -43,22 +43,22 @@ def taken_port() -> Iterator[int]:
         (["--weights", "/no/such/directory"], {}, "--weights: /no/such/directory: not a directory and not an org/name"),
         (["--weights", "."], {}, "--weights: tokenizer.model: no such file; copy it from the Llama-2 checkpoint"),
         (["--shutdown-grace-seconds", "-1"], {}, "--shutdown-grace-seconds: must be at least 0"),
-        (["--api-keys-file", "/no/such/keys"], {}, "keys file /no/such/keys: cannot be read"),
+        (["--api-keys-file", "/no/such/keys"], {}, "--api-keys-file: cannot read /no/such/keys: "),
         (
             ["--usage-url", "mysql://here"],
             {},
             "--usage-url: mysql is not supported; use sqlite:///FILE or postgresql://",
         ),
-        (["--redis-url", "http://here"], {}, "redis_url: "),
+        (["--redis-url", "http://here"], {}, "--redis-url: "),
         (["--lisen", "x"], {}, "--lisen: no such option; did you mean --listen?"),
         # Before the weights load, which takes minutes.
-        (["--redis-url", "http://here", "--weights", "/no/such/directory"], {}, "redis_url: "),
+        (["--redis-url", "http://here", "--weights", "/no/such/directory"], {}, "--redis-url: "),
         (
             ["--usage-url", "mysql://here", "--weights", "/no/such/directory"],
             {},
             "--usage-url: mysql is not supported; use sqlite:///FILE or postgresql://",
         ),
-        (["--tls-certificate", "/no/such", "--tls-key", "/no/such"], {}, "tls_certificate: /no/such: No such file"),
+        (["--tls-certificate", "/no/such", "--tls-key", "/no/such"], {}, "--tls-certificate: cannot read /no/such: "),
         (["--tls-key", "/no/such"], {}, "--tls-certificate: missing; TLS needs both"),
         (["--metrics-listen", "192.0.2.1:1"], {}, "--metrics-listen: cannot listen on 192.0.2.1:1"),
         (

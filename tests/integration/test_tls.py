@@ -127,7 +127,7 @@ async def test_files_that_do_not_fit_leave_the_old_certificate(
         new = authority.issue()
         chain = b"".join(blob.bytes() for blob in new.cert_chain_pems)
         for content, words in (
-            (chain[: len(chain) // 3], "no certificate that can be read"),
+            (chain[: len(chain) // 3], "has no readable certificate"),
             (chain, "is not the key of the first certificate"),
             (b"", "is not PEM"),
         ):
@@ -160,26 +160,29 @@ def _encrypted(authority: Authority, files: CertificateFiles) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda authority, files: files.certificate.unlink(), "tls_certificate: {certificate}: No such file"),
-        (lambda authority, files: files.key.unlink(), "tls_key: {key}: No such file"),
-        (lambda authority, files: files.certificate.write_text("junk"), "tls_certificate: {certificate} is not PEM"),
-        (lambda authority, files: files.key.write_bytes(b"\0\xff"), "tls_key: {key} is not PEM"),
+        (
+            lambda authority, files: files.certificate.unlink(),
+            "--tls-certificate: cannot read {certificate}: No such file",
+        ),
+        (lambda authority, files: files.key.unlink(), "--tls-key: cannot read {key}: No such file"),
+        (lambda authority, files: files.certificate.write_text("junk"), "--tls-certificate: {certificate} is not PEM"),
+        (lambda authority, files: files.key.write_bytes(b"\0\xff"), "--tls-key: {key} is not PEM"),
         (
             lambda authority, files: files.certificate.write_text("-----BEGIN CERTIFICATE-----\njunk"),
-            "tls_certificate: {certificate} holds no certificate",
+            "--tls-certificate: {certificate} has no readable certificate",
         ),
         (
             lambda authority, files: files.key.write_text("-----BEGIN PRIVATE KEY-----\njunk"),
-            "tls_key: {key} holds no private key",
+            "--tls-key: {key} has no readable private key",
         ),
-        (_encrypted, "tls_key: {key} holds no private key without a passphrase"),
-        (_of_another, "tls_key: {key} is not the key of the first certificate in {certificate}"),
-        (_expired, "tls_certificate: {certificate} has expired"),
-        (_not_yet, "tls_certificate: {certificate} is not valid yet"),
-        (lambda authority, files: authority.root_file().write_text("junk"), "tls_client_ca: {client_ca} is not PEM"),
+        (_encrypted, "--tls-key: {key} has no readable private key; a passphrase is not supported"),
+        (_of_another, "--tls-key: {key} is not the key of the first certificate in {certificate}"),
+        (_expired, "--tls-certificate: {certificate} has expired"),
+        (_not_yet, "--tls-certificate: {certificate} is not valid yet"),
+        (lambda authority, files: authority.root_file().write_text("junk"), "--tls-client-ca: {client_ca} is not PEM"),
         (
             lambda authority, files: authority.root_file().write_text("-----BEGIN CERTIFICATE-----\njunk"),
-            "tls_client_ca: {client_ca} holds no certificate",
+            "--tls-client-ca: {client_ca} has no readable certificate",
         ),
     ],
 )
@@ -200,10 +203,10 @@ def test_junk_files_are_refused_by_name(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"tls_certificate": "a"}, "tls_key: TLS needs both"),
-        ({"tls_key": "a"}, "tls_certificate: TLS needs both"),
-        ({"tls_client_ca": "a"}, "tls_client_ca: mutual TLS needs"),
-        ({"max_connection_age_grace_seconds": 300}, "max_connection_age_grace_seconds: must be more than"),
+        ({"tls_certificate": "a"}, "--tls-key: missing; TLS needs both"),
+        ({"tls_key": "a"}, "--tls-certificate: missing; TLS needs both"),
+        ({"tls_client_ca": "a"}, "--tls-client-ca: mutual TLS also needs"),
+        ({"max_connection_age_grace_seconds": 300}, "--max-connection-age-grace-seconds: must be more than"),
     ],
 )
 def test_impossible_settings_of_the_wire_are_refused(settings: dict[str, object], words: str) -> None:

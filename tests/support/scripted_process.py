@@ -7,33 +7,32 @@ import threading
 from tests.support.scripted_model import ScriptedModel
 
 from llama2_server import app
-from llama2_server.admission.accounts import Authenticator
 from llama2_server.card import ModelCard
 from llama2_server.cli.main import main
 from llama2_server.config.settings import Settings
-from llama2_server.lifecycle.model_loading import LoadedModel, load
+from llama2_server.lifecycle.model_loading import LoadedModel, load_model
 
 HANGS_AFTER_STEPS = 8
 
 
-def load_forever(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
+def load_forever(settings: Settings, card: ModelCard) -> LoadedModel:
     """Never finish loading the weights."""
     threading.Event().wait()
     raise AssertionError
 
 
-def load_hanging_model(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
+def load_hanging_model(settings: Settings, card: ModelCard) -> LoadedModel:
     """Load a model that hangs in one of its steps, some time after the warm-up."""
-    loaded = load(settings, card, accounts)
+    loaded = load_model(settings, card)
     model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
     model.gate()
     model.allow(HANGS_AFTER_STEPS)
-    return LoadedModel(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
-def load_model_that_hangs_in_the_warm_up(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
+def load_model_that_hangs_in_the_warm_up(settings: Settings, card: ModelCard) -> LoadedModel:
     """Load a model that hangs in its first step, and print a line when it is in that step."""
-    loaded = load(settings, card, accounts)
+    loaded = load_model(settings, card)
     model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
     model.gate()
 
@@ -42,7 +41,7 @@ def load_model_that_hangs_in_the_warm_up(settings: Settings, card: ModelCard, ac
         print("in the first step", flush=True)
 
     threading.Thread(target=print_when_in_step, daemon=True).start()
-    return LoadedModel(card, accounts, loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from tools.make_checkpoint import make_tokenizer
 
 from benchmarks.gpu.models import SHAPES, random_model
 from llama2_server import app
-from llama2_server.admission.accounts import Authenticator
 from llama2_server.card import ModelCard
 from llama2_server.cli.main import main
 from llama2_server.config.settings import Settings
@@ -21,8 +20,8 @@ from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle.model_loading import LoadedModel
 
 
-def random_load(shape: str, device: str, settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
-    """Load a model with random weights, in place of `model_loading.load`; no token ends a reply."""
+def random_load(shape: str, device: str, settings: Settings, card: ModelCard) -> LoadedModel:
+    """Load a model with random weights, in place of `model_loading.load_model`; no token ends a reply."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
         make_tokenizer(path, SHAPES[shape].vocab_size)
@@ -31,7 +30,7 @@ def random_load(shape: str, device: str, settings: Settings, card: ModelCard, ac
     step_runner = build_step_runner(
         model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
     )
-    return LoadedModel(card, accounts, tokenizer, model, frozenset(), "random", step_runner)
+    return LoadedModel(tokenizer, model, frozenset(), "random", step_runner)
 
 
 if __name__ == "__main__":

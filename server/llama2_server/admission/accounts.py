@@ -1,7 +1,7 @@
-"""API key -> Account: who calls is what is served in turn, and what limits and prices apply to.
+"""Authenticate API keys. Accounts are the unit of fairness, quota and billing.
 
-A key reads `l2_ID_SECRET`. The keys file holds, under the key's public ID, the account and an HMAC-SHA256 of the whole
-key under a random salt, never the key. The file is read anew when it changes.
+The format of a key is `l2_ID_SECRET`. For each public ID, the keys file has the account and an HMAC-SHA256 of the
+whole key with a random salt, never the key. The file is read again when it changes.
 """
 
 import asyncio
@@ -30,44 +30,50 @@ MAX_HEADER_CHARACTERS = 256
 
 
 class KeysFileError(ConfigurationError):
-    """The keys file cannot be used; the message is one line that names the file and the entry."""
+    """The keys file cannot be used; the one-line message names the file and the entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One account, by the id that the card's overrides use."""
+    """One account; the card's overrides use its id."""
 
     id: str
     name: str = ""
 
 
 ANONYMOUS = Account("anonymous")
-"""Every caller's account while the server runs open, without keys."""
+"""The account of every client while the server runs without API keys."""
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class Authenticator(Protocol):
-    """Tells whose call it is."""
+    """Finds the account of a call."""
 
     def authenticate(self, metadata: Metadata) -> Account:
-        """The account of a call, by its metadata.
+        """Return the account of a call, from its metadata.
 
         Raises:
             Unauthenticated: no key, or not exactly one valid key.
-            AccountDisabled: the key is good and its account may not call.
+            AccountDisabled: the key is valid and its account is disabled.
         """
+
+    async def watch(self) -> None:
+        """Keep up with changes of the accounts, until cancelled."""
 
 
 class AnonymousAuthenticator:
-    """Everybody is anonymous."""
+    """Every client is anonymous."""
 
     def authenticate(self, metadata: Metadata) -> Account:
-        """Always the anonymous account; a key that is sent all the same is not looked at."""
+        """Return the anonymous account; a key is ignored."""
         return ANONYMOUS
 
+    async def watch(self) -> None:
+        """Return at once: nothing changes."""
 
-class _Entry(BaseModel):
+
+class _KeyRecord(BaseModel):
     """One key in the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,17 +88,17 @@ class _Entry(BaseModel):
 class _KeysFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    keys: dict[Annotated[str, Field(pattern="^[0-9a-f]{12}$")], _Entry]
+    keys: dict[Annotated[str, Field(pattern="^[0-9a-f]{12}$")], _KeyRecord]
 
 
 class ApiKeyAuthenticator:
-    """Accounts by the keys of a file; `watch` keeps up with it."""
+    """Accounts by the API keys of a file."""
 
     def __init__(self, path: Path) -> None:
         """Read the file; raises KeysFileError if it cannot be used."""
         self._path = path
         self._stamp = _stamp(path)
-        self._entries = _read(path)
+        self._records = _read(path)
 
     def authenticate(self, metadata: Metadata) -> Account:
         """See Accounts."""
@@ -103,18 +109,18 @@ class ApiKeyAuthenticator:
         match = KEY_PATTERN.fullmatch(key.strip())
         if scheme.lower() != "bearer" or match is None:
             raise Unauthenticated
-        # An unknown id costs the same digest and comparison as a known one.
-        entry = self._entries.get(match[1], _NOBODY)
-        if not hmac.compare_digest(_digest(entry.salt, match[0]), entry.digest) or entry is _NOBODY:
+        # An unknown id takes the same time as a known one: one digest and one comparison.
+        record = self._records.get(match[1], _UNKNOWN_KEY)
+        if not hmac.compare_digest(_digest(record.salt, match[0]), record.digest) or record is _UNKNOWN_KEY:
             raise Unauthenticated
-        if not entry.enabled:
+        if not record.enabled:
             raise AccountDisabled
-        return Account(entry.account, entry.name)
+        return Account(record.account, record.name)
 
     async def watch(self) -> NoReturn:
-        """Read the file again whenever it changes; one that cannot be used leaves the keys as they are, and is logged.
+        """Read the file again when it changes; a file that cannot be used is logged, and the current keys stay valid.
 
-        A Kubernetes secret changes by the swap of a link, which a look at the file's identity sees.
+        Kubernetes updates a Secret by swapping a symbolic link, which changes the file's identity.
         """
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
@@ -126,29 +132,29 @@ class ApiKeyAuthenticator:
             return
         self._stamp = stamp
         try:
-            self._entries = _read(self._path)
-            logger.info("read %d keys from %s", len(self._entries), self._path)
+            self._records = _read(self._path)
+            logger.info("read %d API keys from %s", len(self._records), self._path)
         except KeysFileError as error:
-            logger.error("the keys stay as they were: %s", error)  # noqa: TRY400  # a traceback would say no more
+            logger.error("API keys reload failed; keeping the previous keys: %s", error)  # noqa: TRY400  # a traceback would add nothing
 
 
 def new_key(account: str, name: str = "") -> tuple[str, str]:
-    """A new key for an account, and the line that goes under `keys:` in the file."""
+    """Return a new key for an account, and its line for the keys file, under `keys:`."""
     key_id, salt = secrets.token_hex(6), secrets.token_hex(16)
     key = f"l2_{key_id}_{secrets.token_urlsafe(32)}"
-    entry = {"account": account, "name": name, "enabled": True, "salt": salt, "digest": _digest(salt, key)}
-    return key, yaml.safe_dump({key_id: entry}, default_flow_style=None, sort_keys=False, width=1000).strip()
+    record = {"account": account, "name": name, "enabled": True, "salt": salt, "digest": _digest(salt, key)}
+    return key, yaml.safe_dump({key_id: record}, default_flow_style=None, sort_keys=False, width=1000).strip()
 
 
 def _digest(salt: str, key: str) -> str:
     return hmac.new(bytes.fromhex(salt), key.encode(), hashlib.sha256).hexdigest()
 
 
-_NOBODY = _Entry(salt="0" * 32, digest="0" * 64, account="nobody", enabled=False)
+_UNKNOWN_KEY = _KeyRecord(salt="0" * 32, digest="0" * 64, account="unknown", enabled=False)
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when the file's content does."""
+    """Return a value that changes with the file's content; None if the file is missing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -156,13 +162,13 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read(path: Path) -> Mapping[str, _Entry]:
+def _read(path: Path) -> Mapping[str, _KeyRecord]:
     try:
         return _KeysFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).keys
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "keys"
-        raise KeysFileError(f"keys file {path}: {key}: {first['msg']}") from error
+        raise KeysFileError(f"--api-keys-file: {path}: {key}: {first['msg']}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not YAML text"
-        raise KeysFileError(f"keys file {path}: cannot be read ({reason})") from error
+        reason = error.strerror if isinstance(error, OSError) else "not YAML text"
+        raise KeysFileError(f"--api-keys-file: cannot read {path}: {reason}") from error

@@ -1,7 +1,7 @@
-"""Requests per minute, per account: an exact moving window, in memory or in one Redis for all replicas.
+"""Requests per minute per account: an exact sliding window, in memory or in one Redis for all replicas.
 
-No wall clock of a replica decides: the window in memory follows the event loop's clock, the one in Redis follows Redis'
-own. What is decided, and when the next request fits, comes from one look, so that a promised time is kept.
+A replica's wall clock is never used: the window in memory uses the event loop's clock, and the window in Redis uses
+Redis' clock. The decision and the time of the next allowed request come from one read, so that RetryInfo is exact.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from llama2_server.redis_client import RedisClient, RedisUnavailable
 STORE_TIMEOUT_SECONDS = 1.0
 
 # KEYS: the account's window, a list of times in microseconds, newest first.
-# ARGV: limit, window in microseconds, 1 to take or 0 to look.  Returns the fields of _Window.
+# ARGV: limit, window in microseconds, 1 to take a request or 0 to read.  Returns the fields of _Window.
 _WINDOW_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
@@ -30,7 +30,7 @@ local function leaves_in(index)
   local entry = redis.call('LINDEX', key, index)
   return entry and tonumber(entry) + window - now
 end
--- Redis' clock was set back: what lies in its future counts as made now, so that nobody waits longer than one window.
+-- If Redis' clock was set back, requests in its future count as made now, so that no wait exceeds one window.
 local index = 0
 while (leaves_in(index) or 0) > window do
   redis.call('LSET', key, index, string.format('%.0f', now))
@@ -50,38 +50,40 @@ return {taken, used, used >= limit and leaves_in(limit - 1) or 0, leaves_in(0) o
 
 @dataclass(frozen=True, slots=True)
 class QuotaStatus:
-    """How an account stands."""
+    """The state of an account's quota."""
 
     limit: int
-    """Requests in any minute."""
-    left: int
-    """How many of them may be made now."""
+    """Requests per minute."""
+    remaining: int
+    """Requests that are allowed now."""
     resets_in_seconds: float
-    """When all of them may be made again; 0 if they may now."""
+    """Seconds until all requests are allowed again; 0 if they are now."""
 
 
 class _Window(NamedTuple):
-    """An account's window after a look at it; times in microseconds."""
+    """An account's window after a read; times in microseconds."""
 
-    taken: bool
+    allowed: bool
+    """Whether a request was taken."""
     used: int
-    fits_in: int
-    """When one more request fits; 0 if one does now."""
-    empty_in: int
+    retry_in: int
+    """Time until one more request is allowed; 0 if one is now."""
+    reset_in: int
+    """Time until the window is empty."""
 
 
 class Quota(Collector):
-    """Requests in any `window_seconds`, per account.
+    """Requests per `window_seconds`, per account.
 
     Args:
-        limits: the card's.
-        redis_url: counts for all replicas in this Redis; None counts in this process.
-        fallback: while Redis is gone, `refuse` every request, or hold the limits per replica (`local`).
-        model: what the limits belong to: services of different models may share a Redis.
-        window_seconds: a minute; tests take less.
+        limits: the card's limits.
+        redis_url: the Redis that counts for all replicas; None counts in this process.
+        fallback: while Redis is unavailable, `reject` every request, or apply the limits per replica (`local`).
+        model: part of the keys in Redis, because services of different models may share one.
+        window_seconds: 60; shorter in tests.
 
     Raises:
-        ValueError: this is no Redis URL.
+        ValueError: the Redis URL is not valid.
         ImportError: the `redis` extra is not installed.
     """
 
@@ -99,12 +101,12 @@ class Quota(Collector):
         window = round(window_seconds * 1e6)
         self._local = _LocalWindows(window)
         self._shared = None if redis_url is None else _RedisWindows(redis_url, window, model)
-        self.store_failures = 0
+        self.store_errors = 0
         """Requests that could not be counted in Redis."""
 
     @property
     def store_up(self) -> bool:
-        """Whether the store answered when it was last asked; always, in memory."""
+        """Whether Redis answered the last command; always true in memory."""
         return self._shared is None or self._shared.up
 
     def collect(self) -> Iterator[Metric]:
@@ -112,51 +114,51 @@ class Quota(Collector):
         up = "1 if the quota store answered the last command, or if quotas are kept in memory; else 0."
         yield GaugeMetricFamily("llama2_quota_store_up", up, self.store_up)
         errors = "Requests that could not be counted in the shared quota store."
-        yield CounterMetricFamily("llama2_quota_store_errors", errors, self.store_failures)
+        yield CounterMetricFamily("llama2_quota_store_errors", errors, self.store_errors)
 
-    async def take(self, account: str) -> None:
-        """Count one request.
+    async def take(self, account_id: str) -> None:
+        """Take one request from the account's quota.
 
         Raises:
-            QuotaExceeded: the account has used up its requests; nothing was counted.
-            QuotaStoreUnavailable: Redis does not answer, and the fallback is to reject.
+            QuotaExceeded: the quota is used up; nothing was counted.
+            QuotaStoreUnavailable: Redis is unavailable, and the fallback is to reject.
         """
-        limit = self._limit(account)
-        window = await self._use(account, limit, take=True)
-        if not window.taken:
-            raise QuotaExceeded(account, limit, window.fits_in / 1e6)
+        limit = self._limit(account_id)
+        window = await self._use(account_id, limit, take=True)
+        if not window.allowed:
+            raise QuotaExceeded(account_id, limit, window.retry_in / 1e6)
 
-    async def status(self, account: str) -> QuotaStatus:
-        """How the account stands; counts nothing.
+    async def status(self, account_id: str) -> QuotaStatus:
+        """Return the state of the account's quota, without counting a request.
 
         Raises:
             QuotaStoreUnavailable: as `take`.
         """
-        limit = self._limit(account)
-        window = await self._use(account, limit, take=False)
-        return QuotaStatus(limit, max(0, limit - window.used), window.empty_in / 1e6)
+        limit = self._limit(account_id)
+        window = await self._use(account_id, limit, take=False)
+        return QuotaStatus(limit, max(0, limit - window.used), window.reset_in / 1e6)
 
     async def close(self) -> None:
-        """Leave Redis."""
+        """Disconnect from Redis."""
         if self._shared is not None:
             await self._shared.close()
 
-    def _limit(self, account: str) -> int:
-        return self._limits.accounts.get(account, self._limits.default)
+    def _limit(self, account_id: str) -> int:
+        return self._limits.accounts.get(account_id, self._limits.default)
 
-    async def _use(self, account: str, limit: int, *, take: bool) -> _Window:
+    async def _use(self, account_id: str, limit: int, *, take: bool) -> _Window:
         if self._shared is None:
-            return self._local.use(account, limit, take=take)
+            return self._local.use(account_id, limit, take=take)
         try:
-            window = await self._shared.use(account, limit, take=take)
+            window = await self._shared.use(account_id, limit, take=take)
         except RedisUnavailable:
-            self.store_failures += 1
+            self.store_errors += 1
             if self._fallback == "reject":
-                raise QuotaStoreUnavailable("requests cannot be counted now; try again") from None
-            return self._local.use(account, limit, take=take)
-        if window.taken:
-            # Should Redis go, this replica starts from what it let in itself, not from nothing.
-            self._local.use(account, limit, take=True)
+                raise QuotaStoreUnavailable("the quota store is unavailable; retry") from None
+            return self._local.use(account_id, limit, take=take)
+        if window.allowed:
+            # If Redis becomes unavailable, this replica continues from the requests that it allowed itself.
+            self._local.use(account_id, limit, take=True)
         return window
 
 
@@ -167,9 +169,9 @@ class _LocalWindows:
         self._window = window
         self._taken_at: defaultdict[str, deque[int]] = defaultdict(deque)  # oldest first, no more than the limit
 
-    def use(self, account: str, limit: int, *, take: bool) -> _Window:
+    def use(self, account_id: str, limit: int, *, take: bool) -> _Window:
         now = round(asyncio.get_running_loop().time() * 1e6)
-        taken_at = self._taken_at[account]
+        taken_at = self._taken_at[account_id]
         while taken_at and taken_at[0] + self._window <= now:
             taken_at.popleft()
         taken = take and len(taken_at) < limit
@@ -180,23 +182,23 @@ class _LocalWindows:
 
 
 class _RedisWindows:
-    """The windows of all replicas, in Redis and by its clock; every call is one atomic script."""
+    """The windows of all replicas, in Redis and by its clock; each call is one atomic script."""
 
     def __init__(self, url: str, window: int, model: str) -> None:
-        self._link = RedisClient(url, subject="quota store", timeout_seconds=STORE_TIMEOUT_SECONDS)
-        self._script: Any = self._link.client.register_script(_WINDOW_SCRIPT)
+        self._redis = RedisClient(url, subject="quota store", timeout_seconds=STORE_TIMEOUT_SECONDS)
+        self._script: Any = self._redis.client.register_script(_WINDOW_SCRIPT)
         self._window = window
         self._prefix = f"llama2:quota:{model}:"
 
     @property
     def up(self) -> bool:
-        return self._link.up
+        return self._redis.up
 
-    async def use(self, account: str, limit: int, *, take: bool) -> _Window:
+    async def use(self, account_id: str, limit: int, *, take: bool) -> _Window:
         """Raises RedisUnavailable."""
-        keys, arguments = [self._prefix + account], [limit, self._window, int(take)]
-        taken, used, fits_in, empty_in = await self._link.execute(lambda: self._script(keys=keys, args=arguments))
+        keys, arguments = [self._prefix + account_id], [limit, self._window, int(take)]
+        taken, used, fits_in, empty_in = await self._redis.execute(lambda: self._script(keys=keys, args=arguments))
         return _Window(bool(taken), used, fits_in, empty_in)
 
     async def close(self) -> None:
-        await self._link.close()
+        await self._redis.close()

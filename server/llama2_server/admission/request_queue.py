@@ -1,7 +1,7 @@
-"""The waiting line in front of the engine: a fixed number of slots, bounded, fair, and aware of deadlines.
+"""The request queue in front of the engine: a fixed number of slots, bounded, fair, and aware of deadlines.
 
-First come, first served within an account; round robin between accounts, so that a flood from one never starves
-another. All of it runs on the event loop: there are no locks because nothing awaits between a look and a change.
+First come, first served within an account; round robin between accounts, so that a flood from one account never
+starves another. It runs on the event loop and needs no locks: nothing awaits between a check and a change.
 """
 
 import asyncio
@@ -17,41 +17,42 @@ from prometheus_client.registry import Collector
 
 from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
-# How much the newest holding time counts in the running mean: a change of load shows after a handful of requests.
+# Weight of the newest hold in the moving average: a change of load shows after a handful of requests.
 EMA_ALPHA = 0.3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotLease:
-    """A slot that is held."""
+    """A slot in use."""
 
     queue_seconds: float
-    """The time spent in line for it."""
-    begun: float
-    """When it was got, by the loop's clock."""
+    """Time in the queue."""
+    started_at: float
+    """When the slot was granted, by the event loop's clock."""
 
 
 class RequestQueue(Collector):
-    """`limit` slots behind a line of at most `max_queue_size` calls, each waiting at most `queue_timeout_seconds`.
+    """`slots` slots behind a fair queue of at most `max_queue_size` requests.
 
-    `on_waited` hears how long each call waited for its slot, or until it left the line without one.
+    Each request waits at most `queue_timeout_seconds`. `on_waited` is called with each queue time, also when a request
+    leaves the queue without a slot.
     """
 
     def __init__(
         self,
-        limit: int,
+        slots: int,
         *,
         max_queue_size: int,
         queue_timeout_seconds: float,
         on_waited: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self._limit = limit
+        self._slots = slots
         self._on_waited = on_waited
         self._max_queue_size = max_queue_size
         self._queue_timeout_seconds = queue_timeout_seconds
-        self._granted = 0  # slots that are held, or on their way to a waiter who has not run yet
-        self._turns: set[SlotLease] = set()
-        self._line: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the first account is served next
+        self._granted = 0  # slots in use, or granted to a request whose task has not run yet
+        self._leases: set[SlotLease] = set()
+        self._waiters: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the first account is next
         self._mean_hold_seconds: float | None = None
         self._closed = False
 
@@ -62,135 +63,134 @@ class RequestQueue(Collector):
 
     @property
     def waiting(self) -> int:
-        """Calls in line."""
+        """Queued requests."""
         # tuple() copies in one step, because the scrape thread reads this too.
-        return sum(map(len, tuple(self._line.values())))
+        return sum(map(len, tuple(self._waiters.values())))
 
     def collect(self) -> Iterator[Metric]:
         """Yield the queue's metrics, on the scrape thread."""
         yield GaugeMetricFamily("llama2_requests_queued", "Number of requests in the queue.", self.waiting)
         yield GaugeMetricFamily("llama2_requests_running", "Number of slots in use.", self.running)
-        limit = "Number of slots: the card's max_concurrent_requests."
-        yield GaugeMetricFamily("llama2_max_concurrent_requests", limit, self._limit)
+        slots = "Number of slots: the card's max_concurrent_requests."
+        yield GaugeMetricFamily("llama2_max_concurrent_requests", slots, self._slots)
 
     @asynccontextmanager
-    async def acquire(self, account: str, deadline: float | None) -> AsyncIterator[SlotLease]:
-        """Wait in line and hold a slot for the body of the `async with`.
+    async def slot(self, account_id: str, deadline: float | None) -> AsyncIterator[SlotLease]:
+        """Wait for a slot, and hold it for the body.
 
         Args:
-            account: whose turn it is.
-            deadline: by the loop's clock, or None.
+            account_id: the account that the request belongs to.
+            deadline: a time of the event loop's clock, or None.
 
         Raises:
-            QueueFull: there is no place in line.
-            QueueWaitTooLong: the wait would outlast, or has outlasted, the deadline or the line's limit.
-            DeadlineExceeded: the deadline passed in line.
+            QueueFull: the queue is full.
+            QueueWaitTooLong: the wait would exceed, or has exceeded, the deadline or the queue timeout.
+            DeadlineExceeded: the deadline passed in the queue.
             ShuttingDown: the server is shutting down.
         """
-        arrived = _now()
+        arrived_at = _now()
         self.check_open()
-        if self._granted < self._limit:
+        if self._granted < self._slots:
             self._granted += 1
             self._on_waited(0.0)
         else:
-            self.check_wait(account, deadline)
+            self.check_wait(account_id, deadline)
             try:
-                await self._wait_in_queue(account, deadline)
+                await self._wait_in_queue(account_id, deadline)
             finally:
-                self._on_waited(_now() - arrived)
-        turn = SlotLease(_now() - arrived, _now())
-        self._turns.add(turn)
+                self._on_waited(_now() - arrived_at)
+        lease = SlotLease(_now() - arrived_at, _now())
+        self._leases.add(lease)
         try:
-            yield turn
+            yield lease
         finally:
-            self._turns.remove(turn)
-            self._update_mean_hold(_now() - turn.begun)
+            self._leases.remove(lease)
+            self._update_mean_hold(_now() - lease.started_at)
             self._release()
 
     def close(self) -> None:
-        """Refuse all who wait and all who come with ShuttingDown; slots that are held are left to finish."""
+        """Reject queued and new requests with ShuttingDown; requests that hold a slot finish."""
         self._closed = True
-        for waiters in self._line.values():
+        for waiters in self._waiters.values():
             for waiter in waiters:
                 if not waiter.done():
-                    waiter.set_exception(_draining())
-        self._line.clear()
+                    waiter.set_exception(_shutting_down())
+        self._waiters.clear()
 
     def check_open(self) -> None:
-        """Refuse a call before anything is counted for it.
+        """Check that the queue is open.
 
         Raises:
             ShuttingDown: the server is shutting down.
         """
         if self._closed:
-            raise _draining()
+            raise _shutting_down()
 
-    def estimated_wait_seconds(self, account: str) -> float:
-        """How long a call of this account that came now would wait; 0 while nothing is known yet."""
-        if self._granted < self._limit:
+    def estimated_wait_seconds(self, account_id: str) -> float:
+        """Return how long a new request of this account would wait; 0 before the first measurement."""
+        if self._granted < self._slots:
             return 0.0
-        free_in = self._slot_free_times()
+        free_times = self._slot_free_times()
         mean = self._mean_hold_seconds or 0.0
-        for _ in range(self._position(account)):
-            heapq.heapreplace(free_in, free_in[0] + mean)
-        return free_in[0]
+        for _ in range(self._position(account_id)):
+            heapq.heapreplace(free_times, free_times[0] + mean)
+        return free_times[0]
 
-    def check_wait(self, account: str, deadline: float | None) -> None:
-        """Refuse a call of this account that has no place in line, or that would wait in vain.
+    def check_wait(self, account_id: str, deadline: float | None) -> None:
+        """Check that a new request of this account would get a slot in time.
 
         Raises:
-            QueueFull, QueueWaitTooLong: as `acquire`.
+            QueueFull, QueueWaitTooLong: as `slot`.
         """
-        if self._granted < self._limit:
+        if self._granted < self._slots:
             return
         if self.waiting >= self._max_queue_size:
-            raise QueueFull(
-                f"all {self._max_queue_size} places in the waiting line are taken", self._slot_free_times()[0]
-            )
-        patience = self._queue_timeout_seconds
+            raise QueueFull(f"the request queue is full ({self._max_queue_size} waiting)", self._slot_free_times()[0])
+        limit_seconds = self._queue_timeout_seconds
         if deadline is not None:
-            patience = min(patience, deadline - _now())
-        estimate = self.estimated_wait_seconds(account)
-        if estimate > patience:
-            raise self._too_long(patience, estimate)
+            limit_seconds = min(limit_seconds, deadline - _now())
+        estimate = self.estimated_wait_seconds(account_id)
+        if estimate > limit_seconds:
+            raise self._wait_too_long(limit_seconds, estimate)
 
-    async def _wait_in_queue(self, account: str, deadline: float | None) -> None:
+    async def _wait_in_queue(self, account_id: str, deadline: float | None) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line.setdefault(account, deque()).append(waiter)
-        limit = _now() + self._queue_timeout_seconds
+        self._waiters.setdefault(account_id, deque()).append(waiter)
+        timeout_at = _now() + self._queue_timeout_seconds
         try:
-            async with asyncio.timeout_at(limit if deadline is None else min(limit, deadline)):
+            async with asyncio.timeout_at(timeout_at if deadline is None else min(timeout_at, deadline)):
                 await waiter
         except TimeoutError:
-            self._abandon(account, waiter)
-            if deadline is not None and deadline <= limit:
-                raise DeadlineExceeded("the deadline passed in the waiting line") from None
-            raise self._too_long(self._queue_timeout_seconds, self.estimated_wait_seconds(account)) from None
+            self._abandon(account_id, waiter)
+            if deadline is not None and deadline <= timeout_at:
+                raise DeadlineExceeded("the deadline passed in the request queue") from None
+            estimate = self.estimated_wait_seconds(account_id)
+            raise self._wait_too_long(self._queue_timeout_seconds, estimate) from None
         except BaseException:
-            self._abandon(account, waiter)
+            self._abandon(account_id, waiter)
             raise
 
-    def _too_long(self, patience: float, estimate: float) -> QueueWaitTooLong:
-        message = f"the estimated wait is {estimate:.1f} s, and this call can wait {max(0.0, patience):.1f} s"
-        return QueueWaitTooLong(message, max(estimate - patience, 0.0))
+    def _wait_too_long(self, limit_seconds: float, estimate: float) -> QueueWaitTooLong:
+        message = f"the estimated wait is {estimate:.1f} s, and this call can wait {max(0.0, limit_seconds):.1f} s"
+        return QueueWaitTooLong(message, max(estimate - limit_seconds, 0.0))
 
-    def _abandon(self, account: str, waiter: asyncio.Future[None]) -> None:
-        """Take a waiter out of line; a slot that reached it too late goes on to the next one."""
-        waiters = self._line.get(account)
+    def _abandon(self, account_id: str, waiter: asyncio.Future[None]) -> None:
+        """Remove a waiter from the queue; a slot that was already granted to it goes to the next one."""
+        waiters = self._waiters.get(account_id)
         if waiters is not None and waiter in waiters:
             waiters.remove(waiter)
             if not waiters:
-                del self._line[account]
+                del self._waiters[account_id]
         elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
             self._release()
 
     def _release(self) -> None:
-        """Pass a slot to the next in line; its account goes to the end of the round."""
-        while self._line:
-            account, waiters = self._line.popitem(last=False)
+        """Grant a slot to the next waiter, whose account moves to the end of the round."""
+        while self._waiters:
+            account_id, waiters = self._waiters.popitem(last=False)
             waiter = waiters.popleft()
             if waiters:
-                self._line[account] = waiters
+                self._waiters[account_id] = waiters
             if not waiter.done():
                 waiter.set_result(None)
                 return
@@ -201,25 +201,25 @@ class RequestQueue(Collector):
         self._mean_hold_seconds = mean + EMA_ALPHA * (hold_seconds - mean)
 
     def _slot_free_times(self) -> list[float]:
-        """When each slot is expected to be free, as a heap."""
+        """Return, as a heap, the seconds until each slot is expected to be free."""
         mean = self._mean_hold_seconds or 0.0
-        free_in = [max(0.0, turn.begun + mean - _now()) for turn in self._turns]
-        free_in += [mean] * (self._limit - len(free_in))
-        heapq.heapify(free_in)
-        return free_in
+        free_times = [max(0.0, lease.started_at + mean - _now()) for lease in self._leases]
+        free_times += [mean] * (self._slots - len(free_times))
+        heapq.heapify(free_times)
+        return free_times
 
-    def _position(self, account: str) -> int:
-        """How many waiting calls would be served before a new one of this account."""
-        own = len(self._line.get(account, ()))
-        accounts = list(self._line)
-        place = accounts.index(account) if own else len(accounts)
-        others = ((index, len(self._line[other])) for index, other in enumerate(accounts) if other != account)
-        return own + sum(min(waiting, own + (index < place)) for index, waiting in others)
+    def _position(self, account_id: str) -> int:
+        """Return how many queued requests would be served before a new one of this account."""
+        own = len(self._waiters.get(account_id, ()))
+        account_ids = list(self._waiters)
+        turn = account_ids.index(account_id) if own else len(account_ids)
+        others = ((index, len(self._waiters[other])) for index, other in enumerate(account_ids) if other != account_id)
+        return own + sum(min(waiting, own + (index < turn)) for index, waiting in others)
 
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _draining() -> ShuttingDown:
-    return ShuttingDown("the server is shutting down; try another one, or this one again when it is back")
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the server is shutting down; retry")

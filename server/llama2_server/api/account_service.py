@@ -20,33 +20,33 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 
 class AccountServicer(account_pb2_grpc.AccountServiceServicer):
-    """Tells callers about their own account."""
+    """AccountService: the usage and the quota of the calling account."""
 
-    def __init__(self, accounts: Authenticator, quota: Quota, ledger: Ledger) -> None:
-        self._accounts = accounts
+    def __init__(self, authenticator: Authenticator, quota: Quota, ledger: Ledger) -> None:
+        self._authenticator = authenticator
         self._quota = quota
         self._ledger = ledger
 
     async def GetUsage(self, request: account_pb2.GetUsageRequest, context: Any) -> account_pb2.GetUsageResponse:
-        """The caller's usage by day and model, and the state of its quota."""
-        account = self._accounts.authenticate(context.invocation_metadata())
+        """Return the account's usage by day and model, and the state of its quota."""
+        account = self._authenticator.authenticate(context.invocation_metadata())
         CALL.get().account_id = account.id
         since, until = _days(request)
         status = await self._quota.status(account.id)
         resets_in = Duration()
         resets_in.FromNanoseconds(round(status.resets_in_seconds * 1e9))
         quota = account_pb2.QuotaState(
-            max_requests_per_min=status.limit, requests_left=status.left, resets_in=resets_in
+            max_requests_per_min=status.limit, requests_left=status.remaining, resets_in=resets_in
         )
         days = await self._ledger.totals(account.id, since, until)
         return account_pb2.GetUsageResponse(account=account.id, quota=quota, days=map(_day_message, days))
 
 
 def _days(request: account_pb2.GetUsageRequest) -> tuple[date, date]:
-    """The first and the last day that a request asks for.
+    """Return the first and the last day of the requested range.
 
     Raises:
-        InvalidRequest: for what is no date, or the wrong way round.
+        InvalidRequest: a date is not valid, or the range is reversed.
     """
     violations: list[Violation] = []
 

@@ -1,7 +1,7 @@
 """The standard health service (grpc.health.v1).
 
-The stock servicer writes to watchers under its lock, so that one watcher who does not read hangs a status change, and
-keeps watches open through a drain, so that a graceful stop waits its whole grace. This one does neither.
+The stock servicer writes to watchers under its lock: one watcher that does not read blocks each status change. It also
+keeps watches open during a drain: a graceful stop then waits for its whole grace period. This servicer does neither.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 LOOP_TIMEOUT_SECONDS = 1.0
 LIVENESS = "liveness"
-"""The name that is SERVING for as long as the event loop lives, also while the service loads or drains."""
+"""The name that is SERVING while the event loop runs, also while the service loads or drains."""
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Answers Check and Watch for "" (the whole server) and each service, all in the same state, and for liveness."""
+    """Check and Watch for "" (the whole server) and each service, all in one state, and for liveness."""
 
     def __init__(self, services: tuple[str, ...]) -> None:
         self._services = ("", *services)
@@ -37,25 +37,25 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         return self._serving
 
     def set_serving(self, serving: bool) -> None:
-        """Change the state of all services and tell the watchers; nothing changes any more once it is closed."""
+        """Change the state of all services and notify the watchers; no-op once closed."""
         self._serving = serving and not self._closed
         self._changed.set()
         self._changed = asyncio.Event()
 
     def close(self) -> None:
-        """Say NOT_SERVING for good and let every watch end."""
+        """Report NOT_SERVING from now on, and end every watch."""
         self._closed = True
         self.set_serving(False)
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
-        """The state of one service; NOT_FOUND for an unknown one, as the protocol says."""
+        """Return the state of one service; NOT_FOUND for an unknown one, as the protocol specifies."""
         status = self._status(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
-        """The state of one service now and at each change, until the caller leaves or the server drains."""
+        """Send the state of one service now and at each change, until the client disconnects or the server drains."""
         sent = None
         while True:
             changed, status = self._changed, self._status(request.service)

@@ -1,4 +1,4 @@
-"""The one place where a call begins and ends: where exceptions become statuses, and unreadable bytes are refused."""
+"""Start and finish each call: map exceptions to statuses, and reject malformed messages."""
 
 import asyncio
 import logging
@@ -20,29 +20,29 @@ StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
 STATUS_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
 
 
-class _Malformed:
-    """Stands for request bytes that are no message, until the handler's wrapper can refuse them."""
+class _MalformedRequest:
+    """A placeholder for bytes that do not parse, until the wrapped handler rejects them."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Opens and ends the telemetry of each call, and maps exceptions to statuses.
+    """Starts and finishes the telemetry of each call, and maps exceptions to statuses.
 
-    ServiceError goes to its own status, all others to INTERNAL: gRPC itself would answer malformed bytes and unforeseen
-    exceptions with UNKNOWN and the exception's text. What gRPC refuses before a request has arrived, such as a message
-    that is too large, is never seen here.
+    A ServiceError has its own status; any other exception becomes INTERNAL. Without it, gRPC would answer malformed
+    bytes and unexpected exceptions with UNKNOWN and the exception's text. Calls that gRPC rejects before the request
+    has arrived, such as a message that is too large, do not reach it.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self.calls = 0
-        """How many calls have come."""
+        """Number of calls that have arrived."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap a method: all of ours take one request; a stream of requests (reflection) is only observed."""
+        """Wrap a method. Our methods take one request; a method with a request stream (reflection) is only observed."""
         self.calls += 1
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -50,54 +50,55 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         method = _text(handler_call_details.method).removeprefix("/")
         if handler.stream_stream is not None:
-            observed: Any = self._observed(method, cast(StreamHandler, handler.stream_stream))
+            observed: Any = self._wrap_stream(method, cast(StreamHandler, handler.stream_stream))
             return grpc.stream_stream_rpc_method_handler(
                 observed, handler.request_deserializer, handler.response_serializer
             )
         if handler.request_deserializer is None:
             return handler
         if handler.unary_unary is not None:
-            make, behaviour = grpc.unary_unary_rpc_method_handler, self._guarded(method, handler.unary_unary)
+            make, behaviour = grpc.unary_unary_rpc_method_handler, self._wrap_handler(method, handler.unary_unary)
         elif asyncio.iscoroutinefunction(handler.unary_stream):
-            make, behaviour = grpc.unary_stream_rpc_method_handler, self._guarded(method, handler.unary_stream)
+            make, behaviour = grpc.unary_stream_rpc_method_handler, self._wrap_handler(method, handler.unary_stream)
         else:
             return handler
-        return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+        return make(behaviour, _safe_deserializer(handler.request_deserializer), handler.response_serializer)
 
-    def _guarded(self, method: str, behaviour: Handler) -> Handler:
-        async def guarded(request: Any, grpc_context: Any) -> Any:
+    def _wrap_handler(self, method: str, behaviour: Handler) -> Handler:
+        async def handle(request: Any, grpc_context: Any) -> Any:
             context = _Context(grpc_context)
             with _call(self._telemetry, method, context) as call:
                 try:
-                    if isinstance(request, _Malformed):
-                        problem = "the request is not a valid protobuf message of this method"
-                        raise InvalidRequest([Violation("", problem)])
+                    if isinstance(request, _MalformedRequest):
+                        description = "the request is not a valid protobuf message of this method"
+                        raise InvalidRequest([Violation("", description)])
                     return await behaviour(request, context)
                 except ServiceError as error:
                     await _abort(context, error, call)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
-                    # The log tells where it happened, and not the exception's message: that may quote the request.
+                    # The log has the place and not the exception's message, which may quote the request.
                     logger.error("request %s failed", call.request_id, exc_info=error)  # noqa: TRY400
                     await _abort(context, InternalError(), call)
 
-        return guarded
+        return handle
 
-    def _observed(self, method: str, behaviour: StreamHandler) -> StreamHandler:
-        async def observed(requests: Any, context: Any) -> AsyncIterator[Any]:
+    def _wrap_stream(self, method: str, behaviour: StreamHandler) -> StreamHandler:
+        async def handle_stream(requests: Any, context: Any) -> AsyncIterator[Any]:
             with _call(self._telemetry, method, context):
                 async for response in behaviour(requests, context):
                     yield response
 
-        return observed
+        return handle_stream
 
 
 class _Context:
-    """gRPC's context; but to send to a caller who has gone is what a cancel is.
+    """Wraps the gRPC context so that a write to a disconnected client raises CancelledError.
 
-    gRPC fails what is being sent at that moment, and delivers the cancel only later. A caller who hangs up while a
-    message waits for him to read, or whose deadline passes as he is refused, would look like a fault of the server.
+    gRPC fails the write first, with an internal error, and delivers the cancellation later. Without the wrapper, a
+    client that disconnects while a message waits to be read, or whose deadline passes while it is rejected, would count
+    as a server error.
     """
 
     def __init__(self, context: Any) -> None:
@@ -107,17 +108,17 @@ class _Context:
         return getattr(self._context, name)
 
     async def write(self, message: Any) -> None:
-        with _gone_is_cancelled():
+        with _disconnect_is_cancellation():
             await self._context.write(message)
 
     async def abort(self, *status: Any) -> NoReturn:
-        with _gone_is_cancelled():
+        with _disconnect_is_cancellation():
             await self._context.abort(*status)
         raise AssertionError("abort always raises")
 
 
 @contextmanager
-def _gone_is_cancelled() -> Iterator[None]:
+def _disconnect_is_cancellation() -> Iterator[None]:
     try:
         yield
     except grpc.aio.InternalError:
@@ -126,7 +127,7 @@ def _gone_is_cancelled() -> Iterator[None]:
 
 @contextmanager
 def _call(telemetry: Telemetry, method: str, context: Any) -> Iterator[Call]:
-    """A call from its request to its status, for the body of the `with`; anything may end it."""
+    """Track a call from its request to its status, during the body."""
     call = Call(telemetry, method, context.invocation_metadata(), _expiry(context))
     CALL.set(call)
     code = "OK"
@@ -139,18 +140,18 @@ def _call(telemetry: Telemetry, method: str, context: Any) -> Iterator[Call]:
         code = "DEADLINE_EXCEEDED" if call.expired() else "CANCELLED"
         raise
     except BaseException:
-        code = "UNKNOWN"  # what gRPC makes of it
+        code = "UNKNOWN"  # gRPC's status for any other exception
         raise
     finally:
         call.finish(code)
 
 
-def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _safe_deserializer(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def deserialize(data: bytes) -> Any:
         try:
             return deserializer(data)
-        except Exception:  # protobuf's DecodeError, and whatever else its runtimes raise
-            return _Malformed()
+        except Exception:  # protobuf's DecodeError, and other exceptions of its runtimes
+            return _MalformedRequest()
 
     return deserialize
 
@@ -162,18 +163,18 @@ async def _abort(context: _Context, error: ServiceError, call: Call) -> NoReturn
 
 
 def _expiry(context: Any) -> Callable[[], bool]:
-    """Tells whether the call's deadline has passed, for a call that its caller has ended.
+    """Return a function that decides whether a call that its client ended has expired.
 
-    A caller's own timer ends the call a moment before the server's: gRPC rounds the timeout up by about 1% on the wire.
+    The client's timer ends the call slightly before the server's: gRPC rounds the timeout up by about 1% on the wire.
     """
-    granted = context.time_remaining()
-    if granted is None:
+    timeout = context.time_remaining()
+    if timeout is None:
         return lambda: False
-    return lambda: bool(context.time_remaining() <= 0.02 * granted + 0.02)
+    return lambda: bool(context.time_remaining() <= 0.02 * timeout + 0.02)
 
 
 def _status_name(code: Any) -> str:
-    """The name of a status as a context has it: grpc.aio keeps the number."""
+    """Return the name of a context's status; grpc.aio keeps it as a number."""
     return code.name if isinstance(code, grpc.StatusCode) else STATUS_NAMES.get(code, "UNKNOWN")
 
 

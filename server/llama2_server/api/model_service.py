@@ -8,7 +8,7 @@ from llama2_server.usage.pricing import decimal_text
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Answers with the card in force."""
+    """ModelService: the card in force."""
 
     def __init__(self, card: ModelCard) -> None:
         self._card_message = _card_message(card)
@@ -16,7 +16,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     async def GetModelCard(
         self, request: model_pb2.GetModelCardRequest, context: Any
     ) -> model_pb2.GetModelCardResponse:
-        """The card, as a message."""
+        """Return the card as a message."""
         return model_pb2.GetModelCardResponse(model_card=self._card_message)
 
 

@@ -1,7 +1,7 @@
-"""A request's message -> Prompt and GenerationParams, or InvalidRequest with every violation at once.
+"""Turn a request message into a Prompt and GenerationParams, or raise InvalidRequest with every violation.
 
-The card's own JSON Schema runs on the message's JSON form, so that the verdict is the schema's by construction. The
-rules that it cannot say are `_form_rules`; the comments of text_generation.proto list them with their reasons.
+The card's own JSON Schema runs on the JSON form of the message, so the schema decides by construction. `_extra_rules`
+has the rules that a schema cannot express; the comments of text_generation.proto list them with their reasons.
 """
 
 import json
@@ -28,50 +28,55 @@ AnyRequest = pb.GenerateRequest | pb.CountTokensRequest
 
 
 class RequestValidator:
-    """Holds requests to one card, with one tokenizer."""
+    """Validates requests against one card, with one tokenizer."""
 
     def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
         self._card = card
         self._tokenizer = tokenizer
         self._schema = jsonschema.Draft202012Validator(json.loads(card.input_schema))
 
-    def generation(self, request: pb.GenerateRequest, *, streaming: bool) -> tuple[Prompt, GenerationParams]:
-        """Validate a request of Generate (or, `streaming`, of GenerateStream).
+    def validate_generate(self, request: pb.GenerateRequest, *, streaming: bool) -> tuple[Prompt, GenerationParams]:
+        """Validate a request of Generate, or of GenerateStream if `streaming`.
 
         Raises:
-            InvalidRequest: with every violation of the schema and the rules, or else those of the token limits.
+            InvalidRequest: with every violation of the schema and the rules; if there are none, of the token limits.
         """
         violations = [*self._form_violations(request), *self._parameter_violations(request, streaming)]
+        violations = violations or self._size_violations(request)
+        if not violations:
+            prompt = self._encode(request)
+            params = self._params(request, len(prompt.token_ids))
+            violations = self._token_violations(request, len(prompt.token_ids))
         if violations:
             raise InvalidRequest(violations)
-        prompt = self._encode(request)
-        return prompt, self._params(request, self._max_tokens(request, prompt))
+        return prompt, params
 
-    def token_count(self, request: pb.CountTokensRequest) -> tuple[int, int]:
-        """Input tokens, and the largest `max_tokens` that they leave.
+    def validate_count_tokens(self, request: pb.CountTokensRequest) -> tuple[int, int]:
+        """Return the input tokens, and the largest `max_tokens` that fits.
 
         Raises:
-            InvalidRequest: as `generation`, but for a prompt that is too long, unless its mere size tells that it is.
+            InvalidRequest: as `validate_generate`. A prompt beyond the context is counted, unless its size alone shows
+                that it cannot fit.
         """
-        if violations := list(self._form_violations(request)):
+        if violations := self._form_violations(request) or self._size_violations(request):
             raise InvalidRequest(violations)
         input_tokens = len(self._encode(request).token_ids)
         room = self._card.context_length_limit - input_tokens
         return input_tokens, max(0, min(room, self._card.sequence_length_limit))
 
-    def _form_violations(self, request: AnyRequest) -> Iterator[Violation]:
+    def _form_violations(self, request: AnyRequest) -> list[Violation]:
         if len(request.messages) > self._card.context_length_limit:
-            # Each takes a token at least. To look at hundreds of thousands, and to list what is wrong with each, would
-            # keep the event loop from everybody else for half a minute.
-            raise InvalidRequest([Violation("messages", self._too_long(f"at least {len(request.messages)}"))])
+            # Each message takes at least one token. Validating hundreds of thousands of messages, and listing their
+            # violations, would block the event loop for half a minute.
+            return [Violation("messages", self._too_long(f"at least {len(request.messages)}"))]
         form = MessageToDict(request, preserving_proto_field_name=True)
-        found = [*_schema_violations(self._schema.iter_errors(form)), *_form_rules(request)]
-        yield from dict.fromkeys(found)  # each once, in order
+        found = [*_schema_violations(self._schema.iter_errors(form)), *_extra_rules(request)]
+        return list(dict.fromkeys(found))  # without duplicates, in order
 
     def _parameter_violations(self, request: pb.GenerateRequest, streaming: bool) -> Iterator[Violation]:
         if request.HasField("stream") and request.stream != streaming:
             right = "GenerateStream" if request.stream else "Generate"
-            yield Violation("stream", f"is {str(request.stream).lower()}: call {right} instead, or leave it unset")
+            yield Violation("stream", f"is {str(request.stream).lower()}; call {right} instead, or leave it unset")
         limit = self._card.sequence_length_limit
         if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limit:
             yield Violation("max_tokens", f"must be in [1, {limit}], got {request.max_tokens}")
@@ -84,13 +89,15 @@ class RequestValidator:
             if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
                 yield Violation(f"stop[{index}]", f"must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(stop)}")
 
-    def _encode(self, request: AnyRequest) -> Prompt:
-        field = "messages" if request.messages else "prompt"
+    def _size_violations(self, request: AnyRequest) -> list[Violation]:
+        """Return a violation if the prompt is too long whatever its tokens are: encoding would block the event loop."""
         characters = sum(len(message.content) for message in request.messages) + len(request.prompt)
         at_least = math.ceil(characters / self._tokenizer.max_piece_length)
-        if at_least > self._card.context_length_limit:
-            # Not worth encoding: the time that it takes is everybody's.
-            raise InvalidRequest([Violation(field, self._too_long(f"at least {at_least}"))])
+        if at_least <= self._card.context_length_limit:
+            return []
+        return [Violation(_prompt_field(request), self._too_long(f"at least {at_least}"))]
+
+    def _encode(self, request: AnyRequest) -> Prompt:
         if request.raw:
             return Prompt(tuple(self._tokenizer.encode_raw(request.prompt)), raw=True)
         return Prompt(tuple(self._tokenizer.encode_chat(self._conversation(request))), raw=False)
@@ -102,34 +109,36 @@ class RequestValidator:
         system = [ChatMessage("system", system_prompt)] if system_prompt is not None else []
         return [*system, ChatMessage("user", request.prompt)]
 
-    def _max_tokens(self, request: pb.GenerateRequest, prompt: Prompt) -> int:
-        input_tokens = len(prompt.token_ids)
-        room = self._card.context_length_limit - input_tokens
+    def _token_violations(self, request: pb.GenerateRequest, input_tokens: int) -> list[Violation]:
+        limit = self._card.context_length_limit
+        room = limit - input_tokens
         if room < 1:
-            field = "messages" if request.messages else "prompt"
-            raise InvalidRequest([Violation(field, self._too_long(str(input_tokens)))])
-        if not request.HasField("max_tokens"):
-            return min(self._card.default_max_tokens, self._card.sequence_length_limit, room)
-        if request.max_tokens > room:
-            allowed = f"must be at most {room}, got {request.max_tokens}: "
-            reason = f"the prompt has {input_tokens} of the {self._card.context_length_limit} tokens of the context"
-            raise InvalidRequest([Violation("max_tokens", allowed + reason)])
-        return request.max_tokens
+            return [Violation(_prompt_field(request), self._too_long(str(input_tokens)))]
+        if request.HasField("max_tokens") and request.max_tokens > room:
+            reason = f"the prompt has {input_tokens} of the {limit} tokens of the context"
+            return [Violation("max_tokens", f"must be at most {room}, got {request.max_tokens}: {reason}")]
+        return []
 
     def _too_long(self, tokens: str) -> str:
         limit = self._card.context_length_limit
-        return f"has {tokens} tokens, and the context holds {limit}, prompt and reply together: shorten it"
+        return f"has {tokens} tokens, and the context has {limit} for prompt and reply together; shorten it"
 
-    def _params(self, request: pb.GenerateRequest, max_tokens: int) -> GenerationParams:
+    def _params(self, request: pb.GenerateRequest, input_tokens: int) -> GenerationParams:
+        room = self._card.context_length_limit - input_tokens
+        default_max_tokens = min(self._card.default_max_tokens, self._card.sequence_length_limit, room)
         sources = {
             name: request if request.HasField(name) else self._card.generation_config for name in SAMPLING_RANGES
         }
         return GenerationParams(
-            max_tokens=max_tokens,
+            max_tokens=request.max_tokens if request.HasField("max_tokens") else default_max_tokens,
             seed=request.seed if request.HasField("seed") else secrets.randbits(64),
             stop=tuple(request.stop),
             **{name: getattr(source, name) for name, source in sources.items()},
         )
+
+
+def _prompt_field(request: AnyRequest) -> str:
+    return "messages" if request.messages else "prompt"
 
 
 def _schema_violations(errors: Iterable[jsonschema.ValidationError]) -> Iterator[Violation]:
@@ -137,11 +146,11 @@ def _schema_violations(errors: Iterable[jsonschema.ValidationError]) -> Iterator
         if error.validator == "oneOf":
             yield from _alternatives_violations(error)
         else:
-            yield _plain(error)
+            yield _to_violation(error)
 
 
 def _alternatives_violations(error: jsonschema.ValidationError) -> Iterator[Violation]:
-    """What is wrong with the alternative that the caller meant: the one whose required fields are there."""
+    """Yield the violations of the alternative that the client meant: the one whose required fields are present."""
     alternatives: list[dict[str, Any]] = error.validator_value  # type: ignore[assignment]
     required = [", ".join(branch.get("required", ())) for branch in alternatives]
     branches: dict[Any, list[jsonschema.ValidationError]] = {}
@@ -160,8 +169,8 @@ def _misses_field(error: jsonschema.ValidationError) -> bool:
     return error.validator == "required" and not error.relative_path
 
 
-def _plain(error: jsonschema.ValidationError) -> Violation:
-    """One schema error in plain words; never with the value itself, which is the caller's text."""
+def _to_violation(error: jsonschema.ValidationError) -> Violation:
+    """Return a schema error in plain words, without the value, which is the client's text."""
     path = _field_path(error.absolute_path)
     instance: Any = error.instance
     allowed: Any = error.validator_value
@@ -178,15 +187,15 @@ def _plain(error: jsonschema.ValidationError) -> Violation:
 
 
 def _field_path(parts: Iterable[str | int]) -> str:
-    """`messages[1].content` for ("messages", 1, "content")."""
+    """Return `messages[1].content` for ("messages", 1, "content")."""
     path = ""
     for part in parts:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path
 
 
-def _form_rules(request: AnyRequest) -> Iterator[Violation]:
-    """The rules on prompt and messages that a JSON Schema cannot say, or that this one leaves open."""
+def _extra_rules(request: AnyRequest) -> Iterator[Violation]:
+    """Yield violations of the rules that a JSON Schema cannot express, or that the card's schema leaves open."""
     if request.HasField("prompt") and request.messages:
         yield Violation("prompt", "only one of prompt and messages may be given")
     if request.raw and request.messages:
@@ -199,25 +208,25 @@ def _form_rules(request: AnyRequest) -> Iterator[Violation]:
         if message.HasField("role") and message.role not in ROLES:
             yield Violation(f"messages[{index}].role", "must be system, user or assistant")
     if all(message.role in ROLES for message in request.messages):
-        yield from _order_violations([message.role for message in request.messages])
+        yield from _role_order_violations([message.role for message in request.messages])
 
 
-_NO_TAGS = f"must not hold the chat template's control tags ({', '.join(CONTROL_TAGS)}) unless raw is true"
+_NO_TAGS = f"must not contain the chat template's control tags ({', '.join(CONTROL_TAGS)}) unless raw is true"
 
 
 def _has_control_tag(text: str) -> bool:
     return any(tag in text for tag in CONTROL_TAGS)
 
 
-def _order_violations(roles: list[str]) -> Iterator[Violation]:
-    """The first message out of turn: Llama-2's template has an optional system text, then users and assistants."""
+def _role_order_violations(roles: list[str]) -> Iterator[Violation]:
+    """Yield the first role that breaks the order of Llama-2's template: an optional system, then user and assistant."""
     if not roles:
         return
     start = 1 if roles[0] == "system" else 0
     for index, role in enumerate(roles[start:], start):
         expected = "user" if (index - start) % 2 == 0 else "assistant"
         if role != expected:
-            yield Violation(f"messages[{index}].role", f"must be {expected} here: user and assistant take turns")
+            yield Violation(f"messages[{index}].role", f"must be {expected} here: user and assistant alternate")
             return
     if roles[-1] != "user":
-        yield Violation(f"messages[{len(roles) - 1}].role", "must be user in the last message: it is replied to")
+        yield Violation(f"messages[{len(roles) - 1}].role", "must be user in the last message, which the reply answers")

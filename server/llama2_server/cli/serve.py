@@ -38,12 +38,12 @@ def serve(**flags: Any) -> None:
     logs.configure(resolved.settings.log_level, resolved.settings.log_format)
     try:
         with resolved.naming_sources():
-            preflight.check(resolved.settings)
+            inputs = preflight.check(resolved.settings)
             from llama2_server import app
 
             gc.freeze()
             gc.enable()
-            code = asyncio.run(app.serve(resolved.settings))
+            code = asyncio.run(app.serve(resolved.settings, inputs))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     _exit(code)

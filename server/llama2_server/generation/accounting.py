@@ -1,4 +1,4 @@
-"""One admitted request and its one ledger record, whatever its end; telemetry counts what the record says."""
+"""One usage record for each recorded request, however its call ends; telemetry counts what the record holds."""
 
 import asyncio
 from collections.abc import Iterator
@@ -6,33 +6,33 @@ from contextlib import contextmanager
 
 from llama2_server.errors import ServiceError
 from llama2_server.generation.generation import Generation
-from llama2_server.generation.reply import Figures
+from llama2_server.generation.reply import ReplyStats
 from llama2_server.telemetry.call import Call, GenerationTimes, RecordedUsage
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage
 
 
 class UsageRecorder:
-    """Sees to it that every admitted request gets its record; `close` waits for the last ones."""
+    """Writes one record per recorded request; `close` waits for the last records."""
 
     def __init__(self, ledger: Ledger, model: str) -> None:
         self._ledger = ledger
         self._model = model
-        self._open: set[asyncio.Task[None]] = set()
+        self._pending: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def admit(self, call: Call, account: str) -> Iterator["RecordedRequest"]:
-        """Admit a request for the body of the `with`; the record says how the body ended.
+    def record(self, call: Call, account_id: str) -> Iterator["RecordedRequest"]:
+        """Record a request for the body; the record has the outcome of the body.
 
         Raises:
-            UsageJournalFull: usage cannot be recorded, so that nothing may be used.
+            UsageJournalFull: usage cannot be recorded, so the request is rejected.
         """
-        self._ledger.admit(call.request_id, account, self._model)
+        self._ledger.admit(call.request_id, account_id, self._model)
         call.mark_admitted()
-        admission = RecordedRequest(self, call)
+        request = RecordedRequest(self, call)
         status = "OK"
         try:
-            yield admission
+            yield request
         except ServiceError as error:
             status = error.code.name
             raise
@@ -40,85 +40,82 @@ class UsageRecorder:
             status = "INTERNAL"
             raise
         except BaseException:
-            # A cancelled call and an expired one end alike.
+            # A cancelled call and an expired call raise the same exception.
             status = "DEADLINE_EXCEEDED" if call.expired() else "CANCELLED"
             raise
         finally:
-            admission.settle(status)
+            request.finish(status)
 
     async def close(self) -> None:
-        """Wait for requests whose callers have gone and whose last step is still being computed."""
-        await asyncio.gather(*self._open)
+        """Wait for requests whose client has disconnected while their last step is still computed."""
+        await asyncio.gather(*self._pending)
 
-    def record(
+    def write(
         self,
         call: Call,
         status: str,
-        counts: TokenUsage,
+        tokens: TokenUsage,
         *,
         finish_reason: str | None = None,
         cached: bool = False,
         times: GenerationTimes | None = None,
     ) -> None:
-        """Write the record: a complete reply's outcome is its finish reason, any other's how its call ended."""
-        outcome = finish_reason or status
-        record = self._ledger.finish(call.request_id, outcome, counts, cached=cached)
+        """Write the record; its outcome is the finish reason of a complete reply, otherwise the call's status."""
+        record = self._ledger.finish(call.request_id, finish_reason or status, tokens, cached=cached)
         if record is not None:
-            tokens = TokenUsage(record.input_tokens, record.output_tokens)
-            usage = RecordedUsage(tokens, record.neurons, record.cached)
+            recorded_tokens = TokenUsage(record.input_tokens, record.output_tokens)
+            usage = RecordedUsage(recorded_tokens, record.neurons, record.cached)
             call.set_usage(usage, times, finish_reason)
 
-    def record_after(self, call: Call, status: str, generation: Generation) -> None:
-        """Write the record once the generation has ended, with what was computed by then."""
+    def write_when_done(self, call: Call, status: str, generation: Generation) -> None:
+        """Write the record, with the tokens computed by then, once the generation has ended."""
         finish_reason = _finish_reason(generation)
 
         async def wait() -> None:
-            await generation.ended()
-            counts, times = generation.counts, generation.times
-            self.record(call, status, counts, finish_reason=finish_reason, times=times)
+            await generation.wait()
+            self.write(call, status, generation.tokens, finish_reason=finish_reason, times=generation.times)
 
         task = asyncio.create_task(wait())
-        self._open.add(task)
-        task.add_done_callback(self._open.discard)
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
 
 
 class RecordedRequest:
-    """What serves an admitted request, by `served_from_cache` or `served_by`; without either nothing was computed."""
+    """A request with a record, and the source of its reply: `set_cached`, `set_generation`, or none yet."""
 
-    def __init__(self, admissions: UsageRecorder, call: Call) -> None:
-        self._admissions = admissions
+    def __init__(self, recorder: UsageRecorder, call: Call) -> None:
+        self._recorder = recorder
         self._call = call
-        self._stored: Figures | None = None
+        self._cached: ReplyStats | None = None
         self._generation: Generation | None = None
         self._shared = False
 
-    def served_from_cache(self, figures: Figures) -> None:
-        """The reply came out of the response cache."""
-        self._stored = figures
+    def set_cached(self, stats: ReplyStats) -> None:
+        """The reply comes from the response cache."""
+        self._cached = stats
 
-    def served_by(self, generation: Generation, *, shared: bool) -> None:
-        """The reply comes from a generation; the call that began it pays, one that shares it does not."""
+    def set_generation(self, generation: Generation, *, shared: bool) -> None:
+        """The reply comes from a generation; the call that started it is billed, a call that shares it is not."""
         self._generation = generation
         self._shared = shared
 
-    def settle(self, status: str) -> None:
-        """Record the request; `status` is how its call ended, where the reply is not complete."""
-        if self._stored is not None:
-            reason = self._stored.finish_reason.name if status == "OK" else None
-            counts = self._stored.counts
-            self._admissions.record(self._call, status, counts, finish_reason=reason, cached=True)
+    def finish(self, status: str) -> None:
+        """Write the record; `status` is the call's status."""
+        if self._cached is not None:
+            reason = self._cached.finish_reason.name if status == "OK" else None
+            self._recorder.write(self._call, status, self._cached.tokens, finish_reason=reason, cached=True)
         elif self._generation is None:
-            self._admissions.record(self._call, status, ZERO_TOKENS)
+            self._recorder.write(self._call, status, ZERO_TOKENS)
         elif self._shared:
-            self._settle_shared(self._generation, status)
+            self._finish_shared(self._generation, status)
         else:
-            self._admissions.record_after(self._call, status, self._generation)
+            self._recorder.write_when_done(self._call, status, self._generation)
 
-    def _settle_shared(self, generation: Generation, status: str) -> None:
-        self._admissions.record(
+    def _finish_shared(self, generation: Generation, status: str) -> None:
+        self._recorder.write(
             self._call,
             status,
-            generation.counts if generation.complete else ZERO_TOKENS,
+            generation.tokens if generation.complete else ZERO_TOKENS,
             finish_reason=_finish_reason(generation),
             cached=True,
             times=generation.times,

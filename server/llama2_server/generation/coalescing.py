@@ -1,7 +1,7 @@
-"""Single flight: identical requests that come while the first one is generated share its generation.
+"""Request coalescing: identical requests that arrive during a generation share it.
 
-The generation belongs to nobody: it goes on while anyone reads it, whoever began it. So `make` starts it without a
-deadline of its own; the deadline of each reader ends that reader's call, and with the last reader the generation ends.
+A generation belongs to no single request: it runs while at least one request reads it, whichever started it. So it has
+no deadline. The deadline of each request ends that request, and the end of the last request cancels the generation.
 """
 
 import asyncio
@@ -14,109 +14,109 @@ from typing import Generic, Protocol, TypeVar
 logger = logging.getLogger(__name__)
 
 
-class Shareable(Protocol):
-    """What a generation can tell; one that is neither complete nor failed is still on its way."""
+class SharedGeneration(Protocol):
+    """A generation that several requests can read; in progress if neither complete nor failed."""
 
     @property
     def complete(self) -> bool:
-        """Whether the whole reply is there."""
+        """Whether the whole reply is available."""
 
     @property
     def failed(self) -> bool:
-        """Whether it was refused, failed or stopped."""
+        """Whether it was rejected, failed or was cancelled."""
 
-    async def ended(self) -> None:
-        """Wait for its end, whichever it is."""
+    async def wait(self) -> None:
+        """Wait until it is complete or failed."""
 
-    def leave(self) -> None:
-        """Stop it; nothing happens after the end."""
+    def cancel(self) -> None:
+        """Cancel it; no-op once ended."""
 
 
 Key = TypeVar("Key", bound=Hashable)
-Made = TypeVar("Made", bound=Shareable)
+T = TypeVar("T", bound=SharedGeneration)
 
 
 @dataclass(frozen=True, slots=True)
-class Subscription(Generic[Made]):
-    """A reader's place in a flight."""
+class Subscription(Generic[T]):
+    """One request's claim on a generation."""
 
-    generation: Made
+    generation: T
     shared: bool
-    """Whether another call had begun it: then this one computes nothing."""
+    """Whether another request started it: then this one computes nothing."""
 
 
 @dataclass(slots=True, eq=False)
-class _Shared(Generic[Made]):
-    generation: Made
+class _Shared(Generic[T]):
+    generation: T
     readers: int = 0
 
 
-class Coalescer(Generic[Key, Made]):
-    """The generations under way, by key; `on_complete` hears of each that came to a complete reply, once."""
+class Coalescer(Generic[Key, T]):
+    """Generations in progress by key. `on_complete` is called once for each that completes."""
 
-    def __init__(self, on_complete: Callable[[Key, Made], Awaitable[None]]) -> None:
+    def __init__(self, on_complete: Callable[[Key, T], Awaitable[None]]) -> None:
         self._on_complete = on_complete
-        self._flights: dict[Key, _Shared[Made]] = {}
-        self._watchers: dict[asyncio.Task[None], _Shared[Made]] = {}
+        self._by_key: dict[Key, _Shared[T]] = {}
+        self._tasks: dict[asyncio.Task[None], _Shared[T]] = {}
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._by_key)
 
     @contextmanager
-    def join(self, key: Key | None, make: Callable[[], Made]) -> Iterator[Subscription[Made]]:
-        """Share the generation of an equal key, or make one; leaving the block leaves it.
+    def subscribe(self, key: Key | None, start: Callable[[], T]) -> Iterator[Subscription[T]]:
+        """Share the generation of an equal key, or start one; the end of the block unsubscribes.
 
         Args:
-            key: what makes requests equal; None shares nothing and tells `on_complete` nothing.
-            make: starts a generation; what it raises is raised here, and nothing was begun.
+            key: identifies equal requests; None shares nothing, and `on_complete` is not called.
+            start: starts a generation; if it raises, nothing was started.
         """
         if key is None:
-            flight, shared = _Shared(make()), False
+            entry, shared = _Shared(start()), False
         else:
-            flight, shared = self._board(key, make)
-        flight.readers += 1
+            entry, shared = self._get_or_start(key, start)
+        entry.readers += 1
         try:
-            yield Subscription(flight.generation, shared)
+            yield Subscription(entry.generation, shared)
         finally:
-            flight.readers -= 1
-            if flight.readers == 0 and not _has_ended(flight):
-                self._remove(key, flight)  # first: nobody may join what is being stopped
-                flight.generation.leave()
+            entry.readers -= 1
+            if entry.readers == 0 and not _has_ended(entry):
+                self._remove(key, entry)  # first, so that no request subscribes to a cancelled generation
+                entry.generation.cancel()
 
     async def close(self) -> None:
-        """Wait for what is being told to `on_complete`; what is still under way is told no more."""
-        watchers = dict(self._watchers)
-        for watcher, flight in watchers.items():
-            if not _has_ended(flight):
-                watcher.cancel()
-        await asyncio.gather(*watchers, return_exceptions=True)
+        """Wait for running `on_complete` calls; generations still in progress are not reported."""
+        tasks = dict(self._tasks)
+        for task, entry in tasks.items():
+            if not _has_ended(entry):
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _board(self, key: Key, make: Callable[[], Made]) -> tuple[_Shared[Made], bool]:
-        flight = self._flights.get(key)
-        if flight is not None and not flight.generation.failed:
-            return flight, True
-        flight = self._flights[key] = _Shared(make())
-        watcher = asyncio.create_task(self._watch(key, flight))
-        self._watchers[watcher] = flight
-        watcher.add_done_callback(self._watchers.pop)
-        return flight, False
+    def _get_or_start(self, key: Key, start: Callable[[], T]) -> tuple[_Shared[T], bool]:
+        entry = self._by_key.get(key)
+        if entry is not None and not entry.generation.failed:
+            return entry, True
+        entry = self._by_key[key] = _Shared(start())
+        task = asyncio.create_task(self._report_when_done(key, entry))
+        self._tasks[task] = entry
+        task.add_done_callback(self._tasks.pop)
+        return entry, False
 
-    async def _watch(self, key: Key, flight: _Shared[Made]) -> None:
-        """See a flight to its end; it can be joined until its reply is kept, so that none is generated twice."""
+    async def _report_when_done(self, key: Key, entry: _Shared[T]) -> None:
+        """Wait for the end; requests can subscribe until the reply is stored, so that it is generated only once."""
         try:
-            await flight.generation.ended()
-            if flight.generation.complete:
-                await self._on_complete(key, flight.generation)
-        except Exception:  # whatever the hook does, readers have their reply
-            logger.exception("a complete reply could not be kept")
+            await entry.generation.wait()
+            if entry.generation.complete:
+                await self._on_complete(key, entry.generation)
+        except Exception:  # a failure to store the reply must not fail the requests that have it
+            logger.exception("storing a complete reply failed")
         finally:
-            self._remove(key, flight)
+            self._remove(key, entry)
 
-    def _remove(self, key: Key | None, flight: _Shared[Made]) -> None:
-        """Take a flight off the map, if its place was not taken by a later one."""
-        if key is not None and self._flights.get(key) is flight:
-            del self._flights[key]
+    def _remove(self, key: Key | None, entry: _Shared[T]) -> None:
+        """Remove the entry, unless a later one has replaced it."""
+        if key is not None and self._by_key.get(key) is entry:
+            del self._by_key[key]
 
 
-def _has_ended(flight: _Shared[Made]) -> bool:
-    return flight.generation.complete or flight.generation.failed
+def _has_ended(entry: _Shared[T]) -> bool:
+    return entry.generation.complete or entry.generation.failed

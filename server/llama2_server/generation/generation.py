@@ -1,69 +1,65 @@
-"""One reply in the making: it waits for its slot, runs in the engine, and keeps its text for all who read it.
+"""One reply in progress: it waits for its slot, runs in the engine, and keeps its text for every reader.
 
-It is a task of its own, beside the calls that read it, so that a reader who reads nothing never holds the slot, and the
-slot is free as soon as the engine has let go, not before.
+It runs in a dedicated task, separate from the calls that read it. So a client that does not read never holds the slot,
+and the slot is free as soon as the engine has released it, not earlier.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from llama2_server.admission.accounts import Account
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
-from llama2_server.engine.text.detokenizer import Detokenizer
-from llama2_server.engine.text.stop_sequences import StopMatcher
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.errors import EngineUnavailable, InternalError, ServiceError, ShuttingDown
 from llama2_server.generation.prompt import Prompt
 from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.generation.text_stream import OnProgress, TextStream
 from llama2_server.telemetry.call import GenerationTimes
-from llama2_server.usage.pricing import TokenUsage
+from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[TokenUsage], None]
-
 
 class Generation:
-    """One reply; `start` it, let any number of readers take its `deltas`, and `leave` when the last one has gone.
+    """One reply. `start` it, read its `deltas` with any number of readers, and `cancel` it after the last reader.
 
-    Times are by time.monotonic, and 0 until they have come.
+    Times are from time.monotonic; 0 for an event that has not happened.
     """
 
-    def __init__(self, prompt: Prompt, params: GenerationParams, tokenizer: Tokenizer, on_progress: Progress) -> None:
-        """`on_progress` hears of each token, on the engine's thread, and must be quick."""
+    def __init__(self, prompt: Prompt, params: GenerationParams, tokenizer: Tokenizer, on_progress: OnProgress) -> None:
+        """`on_progress` is called for each token on the engine's thread, and must return quickly."""
         self.params = params
         self.finish_reason: FinishReason | None = None
-        """Why the reply ended; None until it has, and for one that was refused, failed or was given up."""
-        self.counts = TokenUsage(0, 0)
-        """What was computed, whatever the end."""
+        """Why the reply ended; None before the end, and if the generation was rejected, failed or was cancelled."""
+        self.tokens = ZERO_TOKENS
+        """The computed tokens, however the generation ends."""
         self.reused_input_tokens = 0
-        """Those of the input tokens that the engine still held."""
+        """Input tokens reused from the KV cache."""
         self.queued_at = 0.0
         self.admitted_at = 0.0
         self._prompt = prompt
-        self._text = _TextStream(
-            self, tokenizer, params, len(prompt.token_ids), on_progress, keep_leading_space=prompt.raw
-        )
         self._deltas: list[str] = []
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._error: ServiceError | None = None
         self._finished: asyncio.Future[SequenceResult] = asyncio.get_running_loop().create_future()
         self._sequence: Sequence | None = None
         self._task: asyncio.Task[None] | None = None
+        self._tokenizer = tokenizer
+        self._on_progress = on_progress
+        self._text: TextStream | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether the whole reply is there."""
+        """Whether the whole reply is available."""
         return self.finish_reason is not None
 
     @property
     def failed(self) -> bool:
-        """Whether it was refused, failed or was given up."""
+        """Whether the generation was rejected, failed or was cancelled."""
         return self._error is not None
 
     @property
@@ -74,49 +70,49 @@ class Generation:
     @property
     def first_token_at(self) -> float:
         """When the first token was computed."""
-        return self._text.first_token_at
+        return 0.0 if self._text is None else self._text.first_token_at
 
     @property
     def finished_at(self) -> float:
         """When the last token was computed."""
-        return self._text.finished_at
+        return 0.0 if self._text is None else self._text.finished_at
 
     @property
     def times(self) -> GenerationTimes:
-        """When it got how far, for telemetry."""
+        """The moments of each phase, for telemetry."""
         return GenerationTimes(self.queued_at, self.admitted_at, self.first_token_at, self.finished_at)
 
     def start(
-        self, slots: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
+        self, queue: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
     ) -> None:
-        """Begin to wait for a slot; deadline by the loop's clock, or None.
+        """Start to wait for a slot; the deadline is a time of the event loop's clock, or None.
 
-        Without an account nobody owns what it leaves in the KV cache, and it builds on nothing that is there.
+        Without an account the generation neither reuses the KV cache nor leaves anything in it.
         """
         self.queued_at = time.monotonic()
-        self._task = asyncio.create_task(self._run(slots, engine, account, deadline))
+        self._task = asyncio.create_task(self._run(queue, engine, account, deadline))
 
-    def leave(self) -> None:
-        """Nobody reads any more: leave the line, or stop the engine within one step; nothing happens after the end."""
+    def cancel(self) -> None:
+        """Cancel the generation: leave the queue, or stop within one decode step. No-op once finished."""
         if self._sequence is not None:
             self._sequence.cancel()
         elif self._task is not None:
             self._task.cancel()
 
-    async def ended(self) -> None:
-        """Wait for its end, whichever it is; the slot is free then."""
+    async def wait(self) -> None:
+        """Wait until the generation has ended, however it ends; its slot is free then."""
         if self._task is not None:
             await asyncio.wait([self._task])
 
     async def deltas(self) -> AsyncIterator[str]:
-        """The reply's text from its beginning, as it comes; a slow reader gets fewer, longer deltas.
+        """Yield the reply's text from its start, as it is generated; a slow reader gets fewer, longer deltas.
 
         Raises:
-            ServiceError: the generation was refused or failed.
+            ServiceError: the generation was rejected, failed or was cancelled.
         """
         read = 0
         while True:
-            news = self._news
+            changed = self._changed
             if read < len(self._deltas):
                 text = "".join(self._deltas[read:])
                 read = len(self._deltas)
@@ -126,121 +122,64 @@ class Generation:
             elif self.complete:
                 return
             else:
-                await news.wait()
+                await changed.wait()
 
-    def add_text(self, text: str) -> None:
-        """Take a delta; called on the event loop."""
+    def _add_text(self, text: str) -> None:
         self._deltas.append(text)
-        self._announce()
+        self._notify()
 
-    def finish(self, finish: SequenceResult) -> None:
-        """Take the engine's last word; called on the event loop."""
+    def _set_finished(self, result: SequenceResult) -> None:
         if not self._finished.done():
-            self._finished.set_result(finish)
+            self._finished.set_result(result)
 
     async def _run(
-        self, slots: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
+        self, queue: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
     ) -> None:
-        owner = None if account is None else account.id
+        account_id = None if account is None else account.id
         try:
-            async with slots.acquire(owner or "", deadline):
+            async with queue.slot(account_id or "", deadline):
                 self.admitted_at = time.monotonic()
-                finish = await self._compute(engine, owner)
-            self._judge(finish)
+                self._text = self._text_stream()
+                self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, account_id)
+                result = await engine.result(self._finished)
+            self._set_result(result, stopped=self._text.stopped)
+        except EngineUnavailable as error:
+            if self._sequence is not None:
+                # The tokens computed so far are billed; the exact count is unknown.
+                self.tokens = TokenUsage(self._sequence.input_tokens, len(self._sequence.output_ids))
+            self._error = error
         except ServiceError as error:
             self._error = error
         except asyncio.CancelledError:
-            self._error = ShuttingDown("the call was given up")
+            self._error = ShuttingDown("the call was cancelled")
             raise
-        except Exception:  # or its readers would wait for ever
+        except Exception:  # otherwise readers would wait forever
             logger.exception("a generation failed")
             self._error = InternalError()
         finally:
-            self._announce()
+            self._notify()
 
-    async def _compute(self, engine: SupervisedEngine, owner: str | None) -> SequenceResult:
-        sequence = self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, owner)
-        try:
-            return await engine.outcome(self._finished)
-        except EngineUnavailable:
-            # What was computed is paid for; nobody can tell any more than this.
-            self.counts = TokenUsage(sequence.input_tokens, len(sequence.output_ids))
-            raise
+    def _text_stream(self) -> TextStream:
+        return TextStream(
+            self._tokenizer,
+            self.params.stop,
+            len(self._prompt.token_ids),
+            keep_leading_space=self._prompt.raw,
+            on_progress=self._on_progress,
+            on_text=self._add_text,
+            on_finish=self._set_finished,
+        )
 
-    def _judge(self, finish: SequenceResult) -> None:
-        self.counts = TokenUsage(finish.input_tokens, finish.output_tokens)
-        self.reused_input_tokens = finish.reused_input_tokens
-        if finish.reason is FinishReason.FAILED:
+    def _set_result(self, result: SequenceResult, *, stopped: bool) -> None:
+        self.tokens = TokenUsage(result.input_tokens, result.output_tokens)
+        self.reused_input_tokens = result.reused_input_tokens
+        if result.reason is FinishReason.FAILED:
             self._error = InternalError()
-        elif finish.reason is FinishReason.CANCELLED:
-            self._error = ShuttingDown("the server shut down before the reply was complete; try again")
+        elif result.reason is FinishReason.CANCELLED:
+            self._error = ShuttingDown("the server shut down before the reply was complete; retry")
         else:
-            self.finish_reason = FinishReason.STOP_SEQUENCE if self._text.stopped else finish.reason
+            self.finish_reason = FinishReason.STOP_SEQUENCE if stopped else result.reason
 
-    def _announce(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
-
-
-class _TextStream:
-    """Turns tokens into text on the engine's thread, cuts it at stop sequences, and posts it to the event loop."""
-
-    def __init__(
-        self,
-        generation: Generation,
-        tokenizer: Tokenizer,
-        params: GenerationParams,
-        input_tokens: int,
-        on_progress: Progress,
-        *,
-        keep_leading_space: bool,
-    ) -> None:
-        self._generation = generation
-        self._loop = asyncio.get_running_loop()
-        self._detokenizer = Detokenizer(tokenizer, keep_leading_space)
-        self._stops = StopMatcher(params.stop)
-        self._input_tokens = input_tokens
-        self._output_tokens = 0
-        self._on_progress = on_progress
-        self._posted: deque[str] = deque()
-        self._called = False
-        self.first_token_at = 0.0
-        self.finished_at = 0.0
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop sequence was completed."""
-        return self._stops.matched
-
-    def on_token(self, token_id: int) -> bool:
-        self.first_token_at = self.first_token_at or time.monotonic()
-        self._output_tokens += 1
-        self._on_progress(TokenUsage(self._input_tokens, self._output_tokens))
-        self._post(self._stops.push(self._detokenizer.decode(token_id)))
-        return self._stops.matched
-
-    def on_finish(self, finish: SequenceResult) -> None:
-        self.finished_at = time.monotonic()
-        self.first_token_at = self.first_token_at or self.finished_at  # the first token was the end of the sequence
-        if not self._stops.matched:
-            self._post(self._stops.push(self._detokenizer.flush()))
-            self._post(self._stops.flush())
-        self._loop.call_soon_threadsafe(self._generation.finish, finish)
-
-    def _post(self, text: str) -> None:
-        if not text:
-            return
-        self._posted.append(text)
-        # A loop that has yet to come takes this one along: waking it costs more than a token's text.
-        if not self._called:
-            self._called = True
-            self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        """On the event loop: hand over what has been posted."""
-        self._called = False  # first: who posts from now on calls again
-        texts = []
-        while self._posted:
-            texts.append(self._posted.popleft())
-        if texts:
-            self._generation.add_text("".join(texts))
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads: token ids, and whether the reply continues raw text (and so keeps its leading space)."""
+    """Token ids, and whether they are raw text; the continuation of raw text keeps its leading space."""
 
     token_ids: tuple[int, ...]
     raw: bool

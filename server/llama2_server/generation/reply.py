@@ -1,4 +1,4 @@
-"""What a call answers with: a generation's text, or a cached one's, and the figures of this call."""
+"""A reply as one call sees it: its text, and its statistics."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -11,79 +11,83 @@ from llama2_server.usage.pricing import TokenUsage
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """How a reply ended and what it took; times are seconds since the call began."""
+class ReplyStats:
+    """How a reply ended and what it took; times are seconds since the call started."""
 
     finish_reason: FinishReason
-    counts: TokenUsage
+    tokens: TokenUsage
     seed: int
     cached: bool
-    """Whether it was computed for another call: then its tokens are free."""
+    """Whether the reply was computed for another call: then its tokens are free."""
     queue_seconds: float
     time_to_first_token_seconds: float
     total_seconds: float
     reused_input_tokens: int = 0
-    """Those of the input tokens that were not computed anew for this call."""
+    """Input tokens reused from the KV cache."""
 
 
 class Reply(Protocol):
-    """A reply as one call sees it."""
+    """A reply to one call."""
 
     def deltas(self) -> AsyncIterator[str]:
-        """The text as it comes; raises ServiceError if the reply fails."""
+        """Yield the text as it is generated; raises ServiceError if the reply fails."""
 
-    def figures(self) -> Figures:
-        """The figures, once `deltas` has ended."""
+    def stats(self) -> ReplyStats:
+        """Return the statistics; only after `deltas` has ended."""
 
 
 class GeneratedReply:
-    """A generation's reply, begun by this call or `shared` with the one that began it.
+    """The reply of a generation that this call started, or `shared` with the call that did.
 
-    `begun` is when this call's request was read, by time.monotonic.
+    `started_at` is when this call started, from time.monotonic.
     """
 
-    def __init__(self, generation: Generation, *, shared: bool, begun: float) -> None:
+    def __init__(self, generation: Generation, *, shared: bool, started_at: float) -> None:
         self._generation = generation
         self._shared = shared
-        self._begun = begun
+        self._started_at = started_at
 
     def deltas(self) -> AsyncIterator[str]:
-        """See Reply."""
+        """Yield the generation's text from its start."""
         return self._generation.deltas()
 
-    def figures(self) -> Figures:
-        """See Reply; what happened before this call came took it no time."""
+    def stats(self) -> ReplyStats:
+        """Return the statistics; time before this call started does not count.
+
+        Raises:
+            RuntimeError: the reply is not complete.
+        """
         generation = self._generation
         if generation.finish_reason is None:
             raise RuntimeError("the reply is not complete")
-        return Figures(
+        return ReplyStats(
             generation.finish_reason,
-            generation.counts,
+            generation.tokens,
             generation.params.seed,
             cached=self._shared,
-            queue_seconds=max(0.0, generation.admitted_at - max(self._begun, generation.queued_at)),
-            time_to_first_token_seconds=self._since_begun(generation.first_token_at),
-            total_seconds=self._since_begun(generation.finished_at),
+            queue_seconds=max(0.0, generation.admitted_at - max(self._started_at, generation.queued_at)),
+            time_to_first_token_seconds=self._seconds_until(generation.first_token_at),
+            total_seconds=self._seconds_until(generation.finished_at),
             reused_input_tokens=0 if self._shared else generation.reused_input_tokens,
         )
 
-    def _since_begun(self, moment: float) -> float:
-        return max(0.0, moment - self._begun)
+    def _seconds_until(self, moment: float) -> float:
+        return max(0.0, moment - self._started_at)
 
 
 class CachedReply:
-    """A reply out of the response cache."""
+    """A reply from the response cache."""
 
-    def __init__(self, cached: CacheEntry) -> None:
-        self._cached = cached
+    def __init__(self, entry: CacheEntry) -> None:
+        self._entry = entry
 
     async def deltas(self) -> AsyncIterator[str]:
-        """See Reply; all of it comes at once."""
-        if self._cached.text:
-            yield self._cached.text
+        """Yield the whole text at once."""
+        if self._entry.text:
+            yield self._entry.text
 
-    def figures(self) -> Figures:
-        """See Reply; it took no time worth telling."""
-        cached = self._cached
-        counts = TokenUsage(cached.input_tokens, cached.output_tokens)
-        return Figures(FinishReason[cached.finish_reason], counts, cached.seed, True, 0.0, 0.0, 0.0)
+    def stats(self) -> ReplyStats:
+        """Return the statistics of the cached reply, with times of zero."""
+        entry = self._entry
+        tokens = TokenUsage(entry.input_tokens, entry.output_tokens)
+        return ReplyStats(FinishReason[entry.finish_reason], tokens, entry.seed, True, 0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""The response cache: complete replies, by everything that can change them, for one account at a time."""
+"""The response cache: complete replies per account, by everything that can change them."""
 
 import dataclasses
 import hashlib
@@ -16,15 +16,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from llama2_server.engine.sampling import GenerationParams
+from llama2_server.generation.prompt import Prompt
 from llama2_server.redis_client import RedisClient, RedisUnavailable
 
-# What the cache's own tables take for one entry, measured, and rounded up.
+# Memory of the cache's tables per entry, measured and rounded up.
 ENTRY_OVERHEAD_BYTES = 600
-ALLOCATION_BYTES = 16  # Python allocates memory in multiples of that
-# Generating is slower than that: a store that is, is not waited for.
+ALLOCATION_BYTES = 16  # Python allocates memory in multiples of this
+# A slower answer would take longer than generating the reply.
 STORE_TIMEOUT_SECONDS = 0.25
-# Thirty years; Redis refuses what it cannot add to its clock.
-LONGEST_TTL_SECONDS = 1e9
+# Thirty years; Redis rejects a time to live that it cannot add to its clock.
+MAX_TTL_SECONDS = 1e9
 
 Value = str | int | float | None | tuple[str, ...]
 
@@ -33,28 +35,26 @@ Value = str | int | float | None | tuple[str, ...]
 class CacheKey:
     """Everything that can change a reply; keys of two accounts are never equal."""
 
-    account: str
+    account_id: str
     model: str
-    """The card's name and the fingerprint of its weights: a store outlives a change of either."""
+    """The card's name and the fingerprint of the weights, because a shared store outlives a change of either."""
     prompt_ids: tuple[int, ...]
     raw: bool
     params: tuple[tuple[str, Value], ...]
-    """Every generation parameter by name; the seed is None where the caller left it to the server."""
+    """Every generation parameter by name; the seed is None if the request leaves it to the server."""
 
     @classmethod
-    def of(
-        cls, account: str, model: str, prompt_ids: tuple[int, ...], *, raw: bool, params: Any, seeded: bool
-    ) -> "CacheKey":
-        """The key of a request; `params` is a dataclass, of which no field is left out, later ones included."""
+    def of(cls, account_id: str, model: str, prompt: Prompt, params: GenerationParams, *, seeded: bool) -> "CacheKey":
+        """Return the key of a request. It has every field of `params`, fields that are added later included."""
         values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
         if not seeded:
             values["seed"] = None
-        return cls(account, model, prompt_ids, raw, tuple(sorted(values.items())))
+        return cls(account_id, model, prompt.token_ids, prompt.raw, tuple(sorted(values.items())))
 
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """A complete reply; the tokens are what it once cost."""
+    """A complete reply, with the tokens that it took to generate."""
 
     text: str
     finish_reason: str
@@ -64,23 +64,23 @@ class CacheEntry:
 
 
 class ResponseCache(Protocol):
-    """Where complete replies are kept for a while; to lose one is never an error."""
+    """A store of complete replies; a lost entry is never an error."""
 
     hits: int
     misses: int
 
     @property
     def bytes_used(self) -> int:
-        """What it takes of this process' memory."""
+        """Memory of this process that the cache uses."""
 
     async def get(self, key: CacheKey) -> CacheEntry | None:
-        """The reply of an equal request, if it is still there."""
+        """Return the reply of an equal request, or None."""
 
     async def put(self, key: CacheKey, reply: CacheEntry) -> None:
-        """Keep a complete reply, if it fits."""
+        """Store a complete reply, if it fits."""
 
     async def close(self) -> None:
-        """Let go of the store."""
+        """Disconnect from the store."""
 
 
 class ResponseCacheCollector(Collector):
@@ -101,11 +101,11 @@ class ResponseCacheCollector(Collector):
 
 
 class MemoryResponseCache:
-    """In this process, at most `max_bytes`, keys included; those go first that were not asked for the longest."""
+    """A cache in this process of at most `max_bytes`, keys included; it evicts the least recently used entry."""
 
     def __init__(self, *, max_bytes: int, ttl_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes = max_bytes
-        # The scrape thread reads `bytes_used`, which removes expired entries.
+        # The scrape thread reads `bytes_used`.
         self._lock = threading.Lock()
         self._entries: TTLCache[CacheKey, _Entry] = TTLCache(max_bytes, ttl_seconds, clock, lambda entry: entry.size)
         self.hits = 0
@@ -113,12 +113,12 @@ class MemoryResponseCache:
 
     @property
     def bytes_used(self) -> int:
-        """Keys and replies, and the tables that hold them."""
+        """Memory of keys, replies and tables."""
         with self._lock:
             return int(self._entries.currsize)
 
     async def get(self, key: CacheKey) -> CacheEntry | None:
-        """The reply of an equal request, if it is still there."""
+        """Return the reply of an equal request, or None."""
         with self._lock:
             entry = self._entries.get(key)
         if entry is None:
@@ -128,48 +128,48 @@ class MemoryResponseCache:
         return entry.reply
 
     async def put(self, key: CacheKey, reply: CacheEntry) -> None:
-        """Keep a complete reply; one that is larger than the whole cache is not kept."""
+        """Store a complete reply, unless it is larger than the whole cache."""
         size = ENTRY_OVERHEAD_BYTES + _bytes_of(key) + _bytes_of(reply)
         if size <= self._max_bytes:
             with self._lock:
                 self._entries[key] = _Entry(reply, size)
 
     async def close(self) -> None:
-        """Forget everything."""
+        """Remove every entry."""
         with self._lock:
             self._entries.clear()
 
 
 class RedisResponseCache:
-    """In one Redis for all replicas, `ttl_seconds` each; a Redis that is gone is a miss, and comes back by itself.
+    """A cache in one Redis for all replicas, `ttl_seconds` per entry. An unavailable Redis is a cache miss.
 
-    The key's hash only finds an entry; the full key beside the reply decides. Whoever may read this Redis can read
-    prompts (as token ids) and replies, as in the server's own memory; API keys never get there.
+    The key's hash finds an entry, and the full key stored with the reply must match. Anyone with access to this Redis
+    can read prompts (as token ids) and replies. API keys are never stored in it.
 
     Raises:
-        ValueError: this is no Redis URL.
+        ValueError: the Redis URL is not valid.
         ImportError: the `redis` extra is not installed.
     """
 
     def __init__(self, redis_url: str, *, ttl_seconds: float, max_entry_bytes: int) -> None:
-        self._link = RedisClient(redis_url, subject="response cache", timeout_seconds=STORE_TIMEOUT_SECONDS)
-        self._ttl_milliseconds = max(1, round(min(ttl_seconds, LONGEST_TTL_SECONDS) * 1000))
+        self._redis = RedisClient(redis_url, subject="response cache", timeout_seconds=STORE_TIMEOUT_SECONDS)
+        self._ttl_milliseconds = max(1, round(min(ttl_seconds, MAX_TTL_SECONDS) * 1000))
         self._max_entry_bytes = max_entry_bytes
         self.hits = 0
         self.misses = 0
 
     @property
     def store_up(self) -> bool:
-        """Whether Redis answered when it was last asked."""
-        return self._link.up
+        """Whether Redis answered the last command."""
+        return self._redis.up
 
     @property
     def bytes_used(self) -> int:
-        """Nothing of this process' memory."""
+        """No memory of this process: always 0."""
         return 0
 
     async def get(self, key: CacheKey) -> CacheEntry | None:
-        """The reply of an equal request, if it is still there and Redis answers."""
+        """Return the reply of an equal request, or None; also None if Redis is unavailable."""
         canonical = _canonical(key)
         stored = await self._ask("GET", _redis_key(canonical))
         reply = None if stored is None else _parse(stored, canonical)
@@ -180,20 +180,20 @@ class RedisResponseCache:
         return reply
 
     async def put(self, key: CacheKey, reply: CacheEntry) -> None:
-        """Keep a complete reply, if it is small enough and Redis answers."""
+        """Store a complete reply, if it is small enough and Redis is available."""
         canonical = _canonical(key)
         entry = canonical + b"\n" + json.dumps(dataclasses.asdict(reply)).encode()
         if len(entry) <= self._max_entry_bytes:
             await self._ask("SET", _redis_key(canonical), entry, "PX", self._ttl_milliseconds)
 
     async def close(self) -> None:
-        """Leave Redis; what is there stays for the other replicas."""
-        await self._link.close()
+        """Disconnect from Redis; its entries stay for the other replicas."""
+        await self._redis.close()
 
     async def _ask(self, *command: str | bytes | int) -> bytes | None:
-        """Redis' answer; None if there is none."""
+        """Return Redis' answer, or None."""
         try:
-            answer: bytes | None = await self._link.execute(lambda: self._link.client.execute_command(*command))
+            answer: bytes | None = await self._redis.execute(lambda: self._redis.client.execute_command(*command))
         except RedisUnavailable:
             return None
         return answer
@@ -206,7 +206,7 @@ class _Entry:
 
 
 def _bytes_of(value: object) -> int:
-    """What a key or a reply takes, each part counted in full."""
+    """Return the memory of a key or a reply, each part counted in full."""
     size = math.ceil(sys.getsizeof(value) / ALLOCATION_BYTES) * ALLOCATION_BYTES
     if dataclasses.is_dataclass(value):
         return size + sum(map(_bytes_of, _fields(value)))
@@ -220,7 +220,7 @@ def _fields(value: Any) -> list[object]:
 
 
 def _canonical(key: CacheKey) -> bytes:
-    """The full key on one line; equal only for equal keys."""
+    """Return the full key in one line; equal only for equal keys."""
     return json.dumps(_fields(key)).encode()
 
 
@@ -233,7 +233,7 @@ def _digest(canonical: bytes) -> str:
 
 
 def _parse(entry: bytes, canonical: bytes) -> CacheEntry | None:
-    """The reply of an entry; None if it is another key's, or not an entry of ours."""
+    """Return the reply of an entry; None if it belongs to another key or cannot be parsed."""
     stored_key, _, reply = entry.partition(b"\n")
     if stored_key != canonical:
         return None

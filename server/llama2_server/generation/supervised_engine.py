@@ -1,4 +1,4 @@
-"""The engine under watch: how its generations end, and whether it comes back from its steps."""
+"""The engine under supervision: the results of its sequences, and whether its steps return."""
 
 import asyncio
 import logging
@@ -14,18 +14,19 @@ from llama2_server.errors import EngineUnavailable
 
 logger = logging.getLogger(__name__)
 
-POLL_INTERVAL_SECONDS = 1.0  # how often an engine is looked at that is between steps
+POLL_INTERVAL_SECONDS = 1.0  # between two checks of an engine that runs no step
 
 
 class SupervisedEngine:
-    """The engine as generations use it; lost is an engine that hangs in a step, or whose thread has died.
+    """The engine as generations use it. It has failed if a step hangs, or if its thread has died.
 
     A thread that hangs in a kernel or a driver cannot be stopped: only the end of the process ends it.
 
     Args:
         engine: the one engine of this process.
-        engine_step_timeout_seconds: a step that takes longer does not end any more.
-        on_outcome: hears of every sequence that ended by itself, True if it worked; called on the event loop.
+        engine_step_timeout_seconds: a step that takes longer counts as hung.
+        on_outcome: is called with True for each sequence that succeeds and False for each that fails, on the event
+            loop; not for a cancelled one.
     """
 
     def __init__(
@@ -33,78 +34,81 @@ class SupervisedEngine:
         engine: Engine,
         *,
         engine_step_timeout_seconds: float,
-        on_outcome: Callable[[bool], None] = lambda worked: None,
+        on_outcome: Callable[[bool], None] = lambda succeeded: None,
     ) -> None:
         self._engine = engine
         self._step_timeout_seconds = engine_step_timeout_seconds
         self._on_outcome = on_outcome
-        self._lost = asyncio.Event()
+        self._failed = asyncio.Event()
 
     @property
-    def lost(self) -> bool:
-        """Whether nothing can be computed here any more."""
-        return self._lost.is_set()
+    def failed(self) -> bool:
+        """Whether this process can compute nothing more."""
+        return self._failed.is_set()
 
     def submit(
-        self, prompt_ids: SequenceOf[int], params: GenerationParams, listener: SequenceListener, owner: Hashable | None
+        self,
+        prompt_ids: SequenceOf[int],
+        params: GenerationParams,
+        listener: SequenceListener,
+        cache_scope: Hashable | None,
     ) -> Sequence:
         """Queue a sequence, as `Engine.submit` does.
 
         Raises:
-            EngineUnavailable: the engine has stopped, or is lost.
+            EngineUnavailable: the engine has stopped or failed.
         """
         try:
-            if self.lost:
-                raise _down()
-            return self._engine.submit(prompt_ids, params, listener, owner)
-        except EngineError as fault:
-            raise _down() from fault
+            if self.failed:
+                raise _unavailable()
+            return self._engine.submit(prompt_ids, params, listener, cache_scope)
+        except EngineError as error:
+            raise _unavailable() from error
 
-    async def outcome(self, finished: "asyncio.Future[SequenceResult]") -> SequenceResult:
-        """Wait for the end of a sequence that was submitted, which sets `finished`.
+    async def result(self, finished: "asyncio.Future[SequenceResult]") -> SequenceResult:
+        """Wait for the result of a submitted sequence, which sets `finished`.
 
         Raises:
-            EngineUnavailable: the engine was lost before.
+            EngineUnavailable: the engine failed first.
         """
-        lost = asyncio.create_task(self._lost.wait())
+        failed = asyncio.create_task(self._failed.wait())
         try:
-            await asyncio.wait((finished, lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((finished, failed), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            lost.cancel()
+            failed.cancel()
         if not finished.done():
-            raise _down()
-        finish = finished.result()
-        if finish.reason is not FinishReason.CANCELLED:
-            self._on_outcome(finish.reason is not FinishReason.FAILED)
-        return finish
+            raise _unavailable()
+        result = finished.result()
+        if result.reason is not FinishReason.CANCELLED:
+            self._on_outcome(result.reason is not FinishReason.FAILED)
+        return result
 
-    async def watch(self) -> None:
-        """Return when the engine is lost; then every outcome that is waited for is EngineUnavailable."""
-        while not self._is_lost():
+    async def wait_until_failed(self) -> None:
+        """Wait until the engine has failed; then each pending `result` raises EngineUnavailable."""
+        while not self._has_failed():
             began = self._engine.step_started_at
             left = POLL_INTERVAL_SECONDS if began is None else began + self._step_timeout_seconds - time.monotonic()
             await asyncio.sleep(min(max(left, 0.0), POLL_INTERVAL_SECONDS))
-        self._lost.set()
+        self._failed.set()
 
     async def close(self, timeout_seconds: float) -> None:
-        """Cancel what runs and end the engine's thread; one that is still in a step after the timeout is lost."""
-        if not await asyncio.to_thread(self._engine.close, 0 if self.lost else timeout_seconds):
-            logger.warning("the engine's last step has not ended; nothing waits for it any more")
-            self._lost.set()
+        """Cancel all sequences and end the engine's thread; the engine has failed if a step outlasts the timeout."""
+        if not await asyncio.to_thread(self._engine.close, 0 if self.failed else timeout_seconds):
+            logger.warning("the engine's last step did not end within %.0f s; continuing without it", timeout_seconds)
+            self._failed.set()
 
-    def _is_lost(self) -> bool:
+    def _has_failed(self) -> bool:
         began = self._engine.step_started_at
         if began is not None and time.monotonic() - began >= self._step_timeout_seconds:
             logger.critical(
-                "a step of the engine has not ended within engine_step_timeout_seconds (%.0f s)",
-                self._step_timeout_seconds,
+                "an engine step did not end within --engine-step-timeout-seconds (%.0f s)", self._step_timeout_seconds
             )
             return True
         if not self._engine.alive:
-            logger.critical("the engine's thread has ended")
+            logger.critical("the engine thread died")
             return True
         return False
 
 
-def _down() -> EngineUnavailable:
-    return EngineUnavailable("the engine has stopped; try another server, or this one again when it is back")
+def _unavailable() -> EngineUnavailable:
+    return EngineUnavailable("the engine has stopped; retry, on another server if there is one")

@@ -1,8 +1,9 @@
-"""From the settings to a model on its device, and what is shown on the way."""
+"""Load the model onto its device, and report the progress."""
 
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Self
 import torch
 from tqdm import tqdm
 
-from llama2_server.admission.accounts import Authenticator
 from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.config_cache import read_metadata
-from llama2_server.engine.checkpoint.loader import fetch_checkpoint, load_model
+from llama2_server.engine.checkpoint.loader import fetch_checkpoint
+from llama2_server.engine.checkpoint.loader import load_model as load_weights
 from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.interface import Model
@@ -32,40 +33,41 @@ PROGRESS_INTERVAL_PERCENT = 10
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What has to be there before the port opens."""
+    """The model on its device, with its tokenizer."""
 
-    card: ModelCard
-    accounts: Authenticator
     tokenizer: Tokenizer
     model: Model
     eos_ids: frozenset[int]
     fingerprint: str
-    """Tells the weights from others."""
+    """Identifies the weights."""
     step_runner: StepRunner | None = None
-    """How the model's steps are computed, where it is not the engine's own way."""
+    """Runs the model's steps; None for the engine's default."""
 
 
-def load(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
-    """Load the weights onto the device; takes up to minutes, and may be called on any thread.
+Load = Callable[[Settings, ModelCard], LoadedModel]
+
+
+def load_model(settings: Settings, card: ModelCard) -> LoadedModel:
+    """Load the model that the settings name. Takes up to minutes; can be called on any thread.
 
     Raises:
-        ConfigurationError: with one line for the operator.
+        ConfigurationError: the checkpoint or the device cannot be used.
     """
     try:
-        return _load(settings, card, accounts)
+        return _load(settings, card)
     except WeightsError as error:
         raise ConfigurationError(f"--weights: {error}") from error
 
 
-def _load(settings: Settings, card: ModelCard, accounts: Authenticator) -> LoadedModel:
-    begun = time.monotonic()
+def _load(settings: Settings, card: ModelCard) -> LoadedModel:
+    started_at = time.monotonic()
     checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
     metadata = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
     with LoadingProgress(on_terminal=sys.stderr.isatty()) as progress:
-        model = load_model(
+        model = load_weights(
             checkpoint,
-            device=_device(settings),
+            device=_device(settings.device),
             dtype=getattr(torch, settings.dtype or card.generation_config.dtype),
             context_length=card.context_length_limit,
             slots=card.max_concurrent_requests,
@@ -73,21 +75,22 @@ def _load(settings: Settings, card: ModelCard, accounts: Authenticator) -> Loade
             progress=progress.show,
             cpu_kernels=settings.cpu_kernels,
         )
-    logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, time.monotonic() - begun)
+    seconds = time.monotonic() - started_at
+    logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, seconds)
     step_runner = build_step_runner(
         model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
     )
-    return LoadedModel(card, accounts, tokenizer, model, metadata.eos_ids, model.weights.fingerprint(), step_runner)
+    return LoadedModel(tokenizer, model, metadata.eos_ids, model.weights.fingerprint(), step_runner)
 
 
 class LoadingProgress:
-    """How far the weights are: a bar on a terminal; elsewhere a log line every tenth, or every five seconds."""
+    """Report the progress of loading: a bar on a terminal; otherwise a log record every 10% or every 5 seconds."""
 
     def __init__(self, *, on_terminal: bool) -> None:
         self._bar = tqdm(desc="loading weights", unit="B", unit_scale=True, leave=False, disable=not on_terminal)
         self._on_terminal = on_terminal
-        self._said_percent = 0
-        self._said_at = time.monotonic()
+        self._logged_percent = 0
+        self._logged_at = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -98,27 +101,30 @@ class LoadingProgress:
         self._bar.close()
 
     def show(self, done: int, total: int) -> None:
-        """So many of the bytes are on the device."""
+        """Report that `done` of `total` bytes are on the device."""
         if self._on_terminal:
             self._bar.total = total
             self._bar.update(done - self._bar.n)
             return
         percent = 100 * done // max(total, 1)
         now = time.monotonic()
-        if percent < self._said_percent + PROGRESS_INTERVAL_PERCENT and now < self._said_at + PROGRESS_INTERVAL_SECONDS:
+        if (
+            percent < self._logged_percent + PROGRESS_INTERVAL_PERCENT
+            and now < self._logged_at + PROGRESS_INTERVAL_SECONDS
+        ):
             return
-        self._said_percent, self._said_at = percent - percent % PROGRESS_INTERVAL_PERCENT, now
-        figures = {"percent": percent, "bytes_loaded": done, "bytes_total": total}
-        logger.info("loading weights: %d%% of %.1f GB", percent, total / 1e9, extra=figures)
+        self._logged_percent, self._logged_at = percent - percent % PROGRESS_INTERVAL_PERCENT, now
+        fields = {"percent": percent, "bytes_loaded": done, "bytes_total": total}
+        logger.info("loading weights: %d%% of %.1f GB", percent, total / 1e9, extra=fields)
 
 
-def _device(settings: Settings) -> str:
-    if settings.device == "cuda" and not torch.cuda.is_available():
+def _device(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(
             "--device: cuda was requested and torch finds no CUDA device; use --device cpu, or install CUDA torch"
         )
-    if settings.device != "auto":
-        return settings.device
+    if device != "auto":
+        return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

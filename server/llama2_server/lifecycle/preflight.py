@@ -1,41 +1,64 @@
-"""What can be refused before torch is imported (seconds) and the weights are loaded (minutes)."""
+"""Check the settings before torch is imported (seconds) and the weights are loaded (minutes)."""
+
+import logging
+from dataclasses import dataclass
 
 from llama2_server.admission.accounts import AnonymousAuthenticator, ApiKeyAuthenticator, Authenticator
-from llama2_server.api.tls import CertificateFiles
+from llama2_server.api.tls import CertificateFiles, RotatingCertificates
 from llama2_server.card import ModelCard, load_card
-from llama2_server.config.settings import Settings
+from llama2_server.config.settings import Settings, is_loopback
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.redis_client import RedisClient
 from llama2_server.telemetry.telemetry import check_endpoint
 from llama2_server.usage.database import create_engine
 
+logger = logging.getLogger(__name__)
 
-def check(settings: Settings) -> None:
-    """Read the files and URLs that the settings name; nothing is connected to.
+
+@dataclass(frozen=True, slots=True)
+class StartupInputs:
+    """The content of the files that the settings name."""
+
+    card: ModelCard
+    authenticator: Authenticator
+    certificates: RotatingCertificates | None
+    """The server's certificate; None for plaintext."""
+
+
+def check(settings: Settings) -> StartupInputs:
+    """Read the files that the settings name, and check the URLs without connecting to them.
 
     Raises:
-        ConfigurationError: with one line for each problem.
+        ConfigurationError: a file or a URL cannot be used.
     """
-    read_card_and_accounts(settings)
+    inputs = StartupInputs(load_card(settings.card), _authenticator(settings), read_certificates(settings))
     check_endpoint(settings.otlp_endpoint)
-    if settings.tls_certificate is not None and settings.tls_key is not None:
-        CertificateFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca).read()
     if settings.usage_url is not None:
         create_engine(settings.usage_url.get_secret_value())
     if settings.redis_url is not None:
         try:
             RedisClient(settings.redis_url.get_secret_value(), subject="store", timeout_seconds=1.0)
         except (ValueError, ImportError) as error:
-            raise ConfigurationError(f"redis_url: {error}") from error
+            raise ConfigurationError(f"--redis-url: {error}") from error
+    return inputs
 
 
-def read_card_and_accounts(settings: Settings) -> tuple[ModelCard, Authenticator]:
-    """Who may ask for what.
+def _authenticator(settings: Settings) -> Authenticator:
+    if settings.api_keys_file is None:
+        return AnonymousAuthenticator()
+    return ApiKeyAuthenticator(settings.api_keys_file)
+
+
+def read_certificates(settings: Settings) -> RotatingCertificates | None:
+    """Read and check the certificate that the settings name; None if they name none.
 
     Raises:
-        CardError, KeysFileError: each with one line for the operator.
+        CertificateError: a file cannot be used.
     """
-    accounts = (
-        AnonymousAuthenticator() if settings.api_keys_file is None else ApiKeyAuthenticator(settings.api_keys_file)
-    )
-    return load_card(settings.card), accounts
+    if settings.tls_certificate is None or settings.tls_key is None:
+        if settings.api_keys_file is not None and not is_loopback(settings.listen):
+            logger.warning(
+                "API keys are sent unencrypted: set --tls-certificate and --tls-key, or terminate TLS in a proxy"
+            )
+        return None
+    return RotatingCertificates(CertificateFiles(settings.tls_certificate, settings.tls_key, settings.tls_client_ca))

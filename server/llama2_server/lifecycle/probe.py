@@ -1,4 +1,4 @@
-"""A short generation of our own, charged to nobody: it warms up a new server and proves that an idle one works."""
+"""A short generation of the server itself: it warms up a new server and tests an idle one."""
 
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.engine.sampling import GenerationParams
@@ -11,16 +11,17 @@ PROMPT = (ChatMessage("user", "Hello"),)
 
 
 async def probe(engine: SupervisedEngine, tokenizer: Tokenizer, *, max_tokens: int = 1) -> Generation:
-    """Generate by the path of every caller, and return when the generation has ended, in whatever way.
+    """Generate as for a client, without account, quota or usage record; return when the generation has ended.
 
-    It has a slot of its own: one of the callers' would turn away who comes meanwhile to a server without a line, and
-    its short stay would spoil the estimates of their waits. It has no account: each probe computes its whole prompt.
+    The probe has a dedicated queue. In the clients' queue it would reject a client of a server with
+    `--max-queue-size 0`, and its short hold would distort the estimated waits. Without an account, each probe computes
+    its whole prompt.
     """
     prompt = Prompt(tuple(tokenizer.encode_chat(PROMPT)), raw=False)
-    generation = Generation(prompt, GenerationParams(max_tokens=max_tokens), tokenizer, lambda counts: None)
+    generation = Generation(prompt, GenerationParams(max_tokens=max_tokens), tokenizer, lambda tokens: None)
     generation.start(RequestQueue(1, max_queue_size=0, queue_timeout_seconds=1), engine, None, None)
     try:
-        await generation.ended()
+        await generation.wait()
     finally:
-        generation.leave()
+        generation.cancel()
     return generation

@@ -1,7 +1,7 @@
-"""What outlives a request: the usage ledger, the quotas and the response cache."""
+"""Open the stores that outlive a request: the usage ledger, the quotas and the response cache."""
 
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from llama2_server.admission.quota import Quota
 from llama2_server.card import ModelCard
@@ -11,21 +11,12 @@ from llama2_server.generation.response_cache import MemoryResponseCache, RedisRe
 from llama2_server.usage.ledger import Ledger
 
 
-@dataclass(frozen=True, slots=True)
-class Stores:
-    """All of them, open."""
-
-    ledger: Ledger
-    quota: Quota
-    cache: ResponseCache | None
-
-
-async def open_stores(settings: Settings, card: ModelCard, stack: AsyncExitStack) -> Stores:
-    """Open the stores; the stack closes them, once nothing uses them any more.
+@asynccontextmanager
+async def open_ledger(settings: Settings, card: ModelCard) -> AsyncIterator[Ledger]:
+    """Open the usage ledger, and close it after the body.
 
     Raises:
-        LedgerError: the ledger cannot be opened as it is configured.
-        ConfigurationError: neither can Redis.
+        ConfigurationError: the ledger cannot be opened as it is configured.
     """
     ledger = await Ledger.open(
         data_directory=settings.data_directory,
@@ -33,33 +24,50 @@ async def open_stores(settings: Settings, card: ModelCard, stack: AsyncExitStack
         url=settings.usage_url.get_secret_value() if settings.usage_url else None,
         journal_limit_bytes=settings.usage_journal_max_bytes,
     )
-    stack.push_async_callback(ledger.close)
-    quota = _quota(settings, card)
-    stack.push_async_callback(quota.close)
-    cache = _cache(settings, card)
-    if cache is not None:
-        stack.push_async_callback(cache.close)
-    return Stores(ledger, quota, cache)
-
-
-def _quota(settings: Settings, card: ModelCard) -> Quota:
     try:
-        return Quota(
+        yield ledger
+    finally:
+        await ledger.close()
+
+
+@asynccontextmanager
+async def open_quota(settings: Settings, card: ModelCard) -> AsyncIterator[Quota]:
+    """Open the quotas, in memory or in Redis, and close them after the body.
+
+    Raises:
+        ConfigurationError: the Redis URL cannot be used.
+    """
+    try:
+        quota = Quota(
             card.constellation_config.max_requests_per_min,
             redis_url=settings.redis_url.get_secret_value() if settings.redis_url else None,
             fallback=settings.quota_fallback,
             model=card.name,
         )
     except (ValueError, ImportError) as error:
-        raise ConfigurationError(f"redis_url: {error}") from error
+        raise ConfigurationError(f"--redis-url: {error}") from error
+    try:
+        yield quota
+    finally:
+        await quota.close()
 
 
-def _cache(settings: Settings, card: ModelCard) -> ResponseCache | None:
-    """The response cache that the card asks for, if it does; in Redis where there is one to share."""
+@asynccontextmanager
+async def open_response_cache(settings: Settings, card: ModelCard) -> AsyncIterator[ResponseCache | None]:
+    """Open the response cache if the card has one, in memory or in Redis, and close it after the body."""
     if card.constellation_config.infer_response_cache is None:
-        return None
+        yield None
+        return
     ttl_seconds = settings.response_cache_ttl_seconds
+    cache: ResponseCache
     if settings.redis_url is None:
-        return MemoryResponseCache(max_bytes=settings.response_cache_max_bytes, ttl_seconds=ttl_seconds)
-    url = settings.redis_url.get_secret_value()
-    return RedisResponseCache(url, ttl_seconds=ttl_seconds, max_entry_bytes=settings.response_cache_max_entry_bytes)
+        cache = MemoryResponseCache(max_bytes=settings.response_cache_max_bytes, ttl_seconds=ttl_seconds)
+    else:
+        url = settings.redis_url.get_secret_value()
+        cache = RedisResponseCache(
+            url, ttl_seconds=ttl_seconds, max_entry_bytes=settings.response_cache_max_entry_bytes
+        )
+    try:
+        yield cache
+    finally:
+        await cache.close()

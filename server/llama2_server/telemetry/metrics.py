@@ -84,14 +84,22 @@ class Metrics:
         self._input_tokens, self._output_tokens = (self._tokens.labels(kind) for kind in ("input", "output"))
         self._steps = {phase: self._step.labels(phase) for phase in ("prefill", "decode")}
 
-    def preregister_methods(self, methods: Iterable[str]) -> None:
-        """Create the series of these methods before their first call."""
+    def register(
+        self, model_name: str, model: LoadedModel, methods: Iterable[str], collectors: Iterable[Collector]
+    ) -> None:
+        """Register the metrics of the parts: the model, the API's methods, and each part's own collector.
+
+        The series of the methods exist before their first call: a rate over a series that appears with its first event
+        would miss that event.
+        """
         for method in methods:
             self._requests.labels(method, "OK")
             self._request_seconds.labels(method)
+        for collector in collectors:
+            self.registry.register(collector)
+        self._register_model(model_name, model)
 
-    def register_model(self, name: str, model: LoadedModel) -> None:
-        """Register the build information and the memory of the model that is served under this name."""
+    def _register_model(self, name: str, model: LoadedModel) -> None:
         build = Info("llama2_build", "Version of the server, and the model that it serves.", registry=self.registry)
         dtype = str(model.dtype).removeprefix("torch.")
         build.info({"version": version("llama2-grpc"), "model": name, "device": str(model.device), "dtype": dtype})

@@ -18,7 +18,8 @@ from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.accounts import ApiKeyAuthenticator, new_key
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.card import ModelCard, RequestsPerMinute
-from llama2_server.generation.generation import Generation, _TextStream
+from llama2_server.generation.generation import Generation
+from llama2_server.generation.text_stream import TextStream
 from llama2_server.telemetry import logging as logs
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -107,13 +108,13 @@ class Caller:
         await self.generate(internal, prompt=f"{PROMPT} 1")
         self.service.model.failure = None
         with monkeypatch.context() as patch:
-            patch.setattr(_TextStream, "on_token", raise_quoting)
+            patch.setattr(TextStream, "on_token", raise_quoting)
             await self.generate(internal, prompt=f"{PROMPT} 2")
         with monkeypatch.context() as patch:
             patch.setattr(TextGenerationServicer, "_completion", raise_quoting)
             await self.generate(internal, prompt=f"{PROMPT} 3")
         with monkeypatch.context() as patch:
-            patch.setattr(Generation, "add_text", raise_quoting)
+            patch.setattr(Generation, "_add_text", raise_quoting)
             await self.service.text.Generate(pb.GenerateRequest(prompt=f"{PROMPT} 4"), metadata=self.metadata)
 
     async def raw(self, method: str, message: bytes) -> None:

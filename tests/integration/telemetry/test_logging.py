@@ -23,7 +23,7 @@ from llama2.v1 import text_generation_pb2 as pb
 from llama2_server import app
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
-from llama2_server.lifecycle.model_loading import LoadedModel
+from llama2_server.lifecycle.preflight import StartupInputs
 from llama2_server.telemetry import logging as logs
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -165,15 +165,15 @@ async def test_server_takes_the_loops_exceptions(monkeypatch: pytest.MonkeyPatch
     handlers: list[object] = []
 
     @asynccontextmanager
-    async def running(*_: object) -> AsyncIterator[str]:
+    async def start(*_: object) -> AsyncIterator[str]:
         handlers.append(asyncio.get_running_loop().get_exception_handler())
         raise ConfigurationError
         yield ""
 
-    monkeypatch.setattr(app, "running", running)
+    monkeypatch.setattr(app, "start", start)
     settings = Settings.model_validate({"data_directory": tmp_path})
     with pytest.raises(ConfigurationError):
-        await app.serve(settings, lambda *_: cast(LoadedModel, None))
+        await app.serve(settings, cast(StartupInputs, None))
     assert handlers == [logs.on_loop_exception]
 
 

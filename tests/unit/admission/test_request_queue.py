@@ -19,7 +19,7 @@ async def hold(
     slots: RequestQueue, account: str, seconds: float, log: list[str] | None = None, deadline: float | None = None
 ) -> float:
     """Hold a slot for a time; returns the time spent in line."""
-    async with slots.acquire(account, deadline) as turn:
+    async with slots.slot(account, deadline) as turn:
         if log is not None:
             log.append(account)
         await asyncio.sleep(seconds)
@@ -70,7 +70,7 @@ def test_never_more_than_the_limit_at_once() -> None:
 
         async def call(index: int) -> None:
             nonlocal running, peak
-            async with slots.acquire(f"account{index % 7}", None):
+            async with slots.slot(f"account{index % 7}", None):
                 running += 1
                 peak = max(peak, running)
                 await asyncio.sleep(1 + index % 3)
@@ -128,7 +128,7 @@ def test_slot_granted_to_a_call_just_cancelled_goes_on() -> None:
         release = asyncio.Event()
 
         async def first() -> None:
-            async with slots.acquire("first", None):
+            async with slots.slot("first", None):
                 await release.wait()
             waiter.cancel()  # before it could wake up with the slot
 

@@ -81,7 +81,7 @@ BODIES = st.fixed_dictionaries(
 def our_verdict(validator: RequestValidator, body: Any) -> bool:
     try:
         request = json_format.Parse(json.dumps(body), pb.GenerateRequest(), ignore_unknown_fields=True)
-        validator.generation(request, streaming=request.stream)
+        validator.validate_generate(request, streaming=request.stream)
     except (json_format.ParseError, InvalidRequest):
         return False
     return True
@@ -146,7 +146,7 @@ def assistant(content: str) -> pb.Message:
 
 def violations(validator: RequestValidator, request: pb.GenerateRequest, streaming: bool = False) -> list[Violation]:
     with pytest.raises(InvalidRequest) as refused:
-        validator.generation(request, streaming=streaming)
+        validator.validate_generate(request, streaming=streaming)
     return list(refused.value.violations)
 
 
@@ -178,8 +178,12 @@ def violations(validator: RequestValidator, request: pb.GenerateRequest, streami
         (pb.GenerateRequest(prompt="a", presence_penalty=3), "presence_penalty", "in [-2, 2]"),
         (pb.GenerateRequest(prompt="a", stop=list("abcde")), "stop", "at most 4 entries, got 5"),
         (pb.GenerateRequest(prompt="a", stop=["a", ""]), "stop[1]", "1 to 256 characters, got 0"),
-        (pb.GenerateRequest(prompt="many words " * 30), "prompt", "the context holds 60"),
-        (pb.GenerateRequest(messages=[user("many words " * 30)]), "messages", "the context holds 60"),
+        (pb.GenerateRequest(prompt="many words " * 30), "prompt", "the context has 60 for prompt and"),
+        (
+            pb.GenerateRequest(messages=[user("many words " * 30)]),
+            "messages",
+            "the context has 60 for prompt and",
+        ),
         (pb.GenerateRequest(prompt="word " * 800), "prompt", "has at least"),
         # One violation, not one for each: to look at as many as fit a message would take the server half a minute.
         (pb.GenerateRequest(messages=[pb.Message()] * 61), "messages", "has at least 61 tokens"),
@@ -229,7 +233,7 @@ def test_stream_may_agree_or_be_unset(validator: RequestValidator, streaming: bo
     request = pb.GenerateRequest(prompt="a")
     if stream is not None:
         request.stream = stream
-    validator.generation(request, streaming=streaming)
+    validator.validate_generate(request, streaming=streaming)
 
 
 def test_generate_is_named_for_stream_false(validator: RequestValidator) -> None:
@@ -240,8 +244,8 @@ def test_generate_is_named_for_stream_false(validator: RequestValidator) -> None
 
 def test_unset_values_come_from_the_card(validator: RequestValidator) -> None:
     """Unset sampling values and max_tokens are the card's; unset seeds differ."""
-    _, first = validator.generation(pb.GenerateRequest(prompt="a"), streaming=False)
-    _, second = validator.generation(pb.GenerateRequest(prompt="a"), streaming=False)
+    _, first = validator.validate_generate(pb.GenerateRequest(prompt="a"), streaming=False)
+    _, second = validator.validate_generate(pb.GenerateRequest(prompt="a"), streaming=False)
     assert (first.temperature, first.top_p, first.top_k, first.repetition_penalty) == (0.6, 0.9, 0, 1.0)
     assert (first.max_tokens, first.stop) == (30, ())
     assert first.seed != second.seed
@@ -252,7 +256,7 @@ def test_set_values_win(validator: RequestValidator) -> None:
     request = pb.GenerateRequest(
         prompt="a", temperature=0, top_p=1, top_k=3, seed=2**64 - 1, max_tokens=7, stop=["x"], repetition_penalty=1.5
     )
-    _, params = validator.generation(request, streaming=False)
+    _, params = validator.validate_generate(request, streaming=False)
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0, 1, 3, 2**64 - 1)
     assert (params.max_tokens, params.stop, params.repetition_penalty) == (7, ("x",), 1.5)
 
@@ -265,7 +269,7 @@ def test_default_max_tokens_is_cut_to_what_the_context_leaves(
         request = pb.GenerateRequest(prompt="a " * words, raw=True)
         tokens = len(demo_tokenizer.encode_raw(request.prompt))
         if tokens < 60:
-            _, params = validator.generation(request, streaming=False)
+            _, params = validator.validate_generate(request, streaming=False)
             assert params.max_tokens == min(30, 60 - tokens)
 
 
@@ -277,7 +281,7 @@ def test_set_max_tokens_that_does_not_fit_is_refused_with_both_numbers(
     tokens = len(demo_tokenizer.encode_raw(prompt))
     fitting = 60 - tokens
     assert fitting < 40
-    validator.generation(pb.GenerateRequest(prompt=prompt, raw=True, max_tokens=fitting), streaming=False)
+    validator.validate_generate(pb.GenerateRequest(prompt=prompt, raw=True, max_tokens=fitting), streaming=False)
     (violation,) = violations(validator, pb.GenerateRequest(prompt=prompt, raw=True, max_tokens=fitting + 1))
     assert violation.field == "max_tokens"
     assert f"at most {fitting}, got {fitting + 1}" in violation.description
@@ -290,16 +294,16 @@ def test_prompt_is_one_user_turn_after_the_cards_system_prompt(
     """`prompt` and the conversation that it stands for are the same tokens."""
     config = small_card.generation_config.model_copy(update={"system_prompt": "Be kind."})
     with_system = RequestValidator(small_card.model_copy(update={"generation_config": config}), demo_tokenizer)
-    prompt, _ = with_system.generation(pb.GenerateRequest(prompt="Hi"), streaming=False)
+    prompt, _ = with_system.validate_generate(pb.GenerateRequest(prompt="Hi"), streaming=False)
     chat = [pb.Message(role="system", content="Be kind."), user("Hi")]
-    messages, _ = with_system.generation(pb.GenerateRequest(messages=chat), streaming=False)
+    messages, _ = with_system.validate_generate(pb.GenerateRequest(messages=chat), streaming=False)
     assert prompt == messages
     assert demo_tokenizer.decode(prompt.token_ids) == "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]"
 
 
 def test_raw_is_the_text_as_it_is(validator: RequestValidator, demo_tokenizer: Tokenizer) -> None:
     """`raw` gives the model the beginning-of-sequence token and the text, tags and all."""
-    prompt, _ = validator.generation(pb.GenerateRequest(prompt=" [INST] <s> x", raw=True), streaming=False)
+    prompt, _ = validator.validate_generate(pb.GenerateRequest(prompt=" [INST] <s> x", raw=True), streaming=False)
     assert prompt.raw
     assert prompt.token_ids[0] == demo_tokenizer.bos_id
     assert demo_tokenizer.bos_id not in prompt.token_ids[1:]
@@ -308,14 +312,14 @@ def test_raw_is_the_text_as_it_is(validator: RequestValidator, demo_tokenizer: T
 
 def test_count_tokens_counts_what_generate_reads(validator: RequestValidator, demo_tokenizer: Tokenizer) -> None:
     """The count is that of the prompt which Generate would make, and what it leaves is what max_tokens may be."""
-    prompt, _ = validator.generation(pb.GenerateRequest(prompt="Hello there"), streaming=False)
-    counted, left = validator.token_count(pb.CountTokensRequest(prompt="Hello there"))
+    prompt, _ = validator.validate_generate(pb.GenerateRequest(prompt="Hello there"), streaming=False)
+    counted, left = validator.validate_count_tokens(pb.CountTokensRequest(prompt="Hello there"))
     assert (counted, left) == (len(prompt.token_ids), min(40, 60 - len(prompt.token_ids)))
 
 
 def test_count_tokens_counts_beyond_the_context(validator: RequestValidator) -> None:
     """A prompt that does not fit is counted all the same, and leaves nothing."""
-    counted, left = validator.token_count(pb.CountTokensRequest(prompt="many words " * 30))
+    counted, left = validator.validate_count_tokens(pb.CountTokensRequest(prompt="many words " * 30))
     assert counted > 60
     assert left == 0
 
@@ -324,4 +328,4 @@ def test_what_is_far_too_long_is_not_even_counted(validator: RequestValidator) -
     """A prompt whose size alone tells that it is beyond the context is refused by CountTokens too."""
     for request in (pb.CountTokensRequest(prompt="word " * 800), pb.CountTokensRequest(messages=[user("a")] * 61)):
         with pytest.raises(InvalidRequest, match="has at least"):
-            validator.token_count(request)
+            validator.validate_count_tokens(request)

@@ -37,10 +37,10 @@ class TalkingGeneration:
     def failed(self) -> bool:
         return isinstance(self._result, ServiceError)
 
-    async def ended(self) -> None:
+    async def wait(self) -> None:
         await asyncio.wait([self._task])
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         self.left += 1
         self._task.cancel()
 
@@ -60,7 +60,7 @@ class TalkingGeneration:
 
     async def _run(self, slots: RequestQueue) -> None:
         try:
-            async with slots.acquire("a", None):
+            async with slots.slot("a", None):
                 for word in WORDS:
                     await asyncio.sleep(1)
                     self.said.append(word)
@@ -97,7 +97,7 @@ class Service:
         """One call that is cancelled at its deadline; returns when it heard what, from its own beginning."""
         begun = now()
         async with asyncio.timeout_at(deadline):
-            with self.flights.join(key, self.make) as seat:
+            with self.flights.subscribe(key, self.make) as seat:
                 return [(now() - begun, delta) async for delta in seat.generation.deltas()]
 
     def make(self) -> TalkingGeneration:
@@ -167,9 +167,9 @@ def test_seat_tells_who_began() -> None:
         flights = Service().flights
         slots = RequestQueue(1, max_queue_size=1, queue_timeout_seconds=1)
         with (
-            flights.join("key", lambda: TalkingGeneration(slots)) as first,
-            flights.join("key", lambda: TalkingGeneration(slots)) as second,
-            flights.join(None, lambda: TalkingGeneration(slots)) as alone,
+            flights.subscribe("key", lambda: TalkingGeneration(slots)) as first,
+            flights.subscribe("key", lambda: TalkingGeneration(slots)) as second,
+            flights.subscribe(None, lambda: TalkingGeneration(slots)) as alone,
         ):
             assert (first.shared, second.shared, alone.shared) == (False, True, False)
             assert second.generation is first.generation is not alone.generation
@@ -218,7 +218,7 @@ def test_stopped_generation_is_not_shared() -> None:
 
     async def main() -> None:
         service = Service()
-        with service.flights.join("key", service.make):
+        with service.flights.subscribe("key", service.make):
             pass
         reply = asyncio.create_task(service.call())
         assert words(await reply) == WORDS
@@ -347,7 +347,7 @@ def test_refusal_at_once_begins_nothing() -> None:
         def refuse() -> TalkingGeneration:
             raise QueueFull("full", 1)
 
-        with pytest.raises(QueueFull), service.flights.join("key", refuse):
+        with pytest.raises(QueueFull), service.flights.subscribe("key", refuse):
             pass
         assert len(service.flights) == 0
         assert words(await service.call()) == WORDS
@@ -387,7 +387,7 @@ def test_fault_of_the_hook_is_nobodys_fault(caplog: pytest.LogCaptureFixture) ->
 
     with caplog.at_level(logging.ERROR):
         run_virtual(main())
-    assert [record.message for record in caplog.records] == ["a complete reply could not be kept"] * 2
+    assert [record.message for record in caplog.records] == ["storing a complete reply failed"] * 2
 
 
 def test_close_waits_for_replies_that_are_being_kept() -> None:

@@ -1,4 +1,4 @@
-"""The figures of a reply, as one call sees them."""
+"""The statistics of a reply, as one call sees them."""
 
 from types import SimpleNamespace
 from typing import cast
@@ -11,7 +11,7 @@ from llama2_server.usage.pricing import TokenUsage
 
 GENERATION = SimpleNamespace(
     finish_reason=FinishReason.MAX_TOKENS,
-    counts=TokenUsage(3, 5),
+    tokens=TokenUsage(3, 5),
     params=GenerationParams(max_tokens=5),
     reused_input_tokens=0,
     queued_at=12.0,
@@ -21,18 +21,18 @@ GENERATION = SimpleNamespace(
 )
 
 
-def times(begun: float, *, shared: bool) -> tuple[float, float, float]:
-    """Queue time, time to first token and total time of a call that began then."""
-    figures = GeneratedReply(cast(Generation, GENERATION), shared=shared, begun=begun).figures()
-    return figures.queue_seconds, figures.time_to_first_token_seconds, figures.total_seconds
+def times(*, started_at: float, shared: bool) -> tuple[float, float, float]:
+    """Queue time, time to first token and total time of a call that started at this moment."""
+    stats = GeneratedReply(cast(Generation, GENERATION), shared=shared, started_at=started_at).stats()
+    return stats.queue_seconds, stats.time_to_first_token_seconds, stats.total_seconds
 
 
-def test_times_count_from_the_moment_the_request_was_read() -> None:
-    """What comes before the line (keys, validation, stores) is in the times, and no wait for a slot."""
-    assert times(begun=10.0, shared=False) == (1.0, 5.0, 8.0)
+def test_times_count_from_the_start_of_the_call() -> None:
+    """Authentication, validation and stores count for the total times, and not for the queue time."""
+    assert times(started_at=10.0, shared=False) == (1.0, 5.0, 8.0)
 
 
-def test_what_happened_before_a_call_took_it_no_time() -> None:
-    """A call that joins a generation under way waited for the rest of it only."""
-    assert times(begun=12.5, shared=True) == (0.5, 2.5, 5.5)
-    assert times(begun=16.0, shared=True) == (0.0, 0.0, 2.0)
+def test_time_before_a_call_does_not_count_for_it() -> None:
+    """A call that joins a generation in progress has waited for the rest of it only."""
+    assert times(started_at=12.5, shared=True) == (0.5, 2.5, 5.5)
+    assert times(started_at=16.0, shared=True) == (0.0, 0.0, 2.0)

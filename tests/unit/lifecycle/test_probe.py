@@ -27,7 +27,7 @@ async def test_probes_own_no_prefix(demo_tokenizer: Tokenizer) -> None:
             Prompt(tuple(prompt_ids), raw=False), GenerationParams(max_tokens=2), demo_tokenizer, lambda counts: None
         )
         callers.start(RequestQueue(1, max_queue_size=0, queue_timeout_seconds=1), watched, Account("probe"), None)
-        await callers.ended()
+        await callers.wait()
         assert callers.reused_input_tokens == 0
         assert model.probes == 3
     finally:

@@ -1,0 +1,83 @@
+"""Helpers for startup and shutdown: background tasks, threads, cancellation and signals."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+EXIT_INTERRUPTED = 130
+"""Exit code after a second signal."""
+
+Result = TypeVar("Result")
+
+
+class StartupCancelled(Exception):
+    """A signal arrived before the service was ready."""
+
+
+@asynccontextmanager
+async def background_task(work: Awaitable[Result]) -> AsyncIterator["asyncio.Future[Result]"]:
+    """Run the work during the body, and cancel it afterwards."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def cancel_on(exit_code: "asyncio.Future[int]", work: Awaitable[Result]) -> Result:
+    """Return the result of the work, unless `exit_code` is set first.
+
+    Raises:
+        StartupCancelled: `exit_code` was set first; the work is cancelled. A thread that does it continues.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task, exit_code), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise StartupCancelled
+        return task.result()
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+def run_in_thread(name: str, work: Callable[[], Result]) -> "asyncio.Future[Result]":
+    """Run the work on a daemon thread, so that the process can exit before it ends."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:  # raised again where the future is awaited
+            loop.call_soon_threadsafe(set_unless_cancelled, future.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(set_unless_cancelled, future.set_result, result)
+
+    def set_unless_cancelled(setter: Callable[[Any], None], value: object) -> None:
+        if not future.cancelled():
+            setter(value)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def exit_code_on_signals() -> "asyncio.Future[int]":
+    """Return a future that the first SIGTERM or SIGINT sets to 0; the second signal exits at once."""
+    exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def on_signal() -> None:
+        if exit_code.done():
+            os._exit(EXIT_INTERRUPTED)
+        exit_code.set_result(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return exit_code
