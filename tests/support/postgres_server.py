@@ -17,7 +17,7 @@ PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 
 
 class PostgresCluster:
-    """A cluster of our own on a loopback port; as root it runs under another user, as PostgreSQL demands."""
+    """A private cluster on a loopback port; root runs it as another user, because PostgreSQL requires that."""
 
     def __init__(self, programs: Path) -> None:
         self._programs = programs
@@ -34,19 +34,22 @@ class PostgresCluster:
         self.start()
 
     def start(self) -> None:
+        """Start the server, and return when it accepts connections."""
         options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories= -c fsync=off"
         self._run("pg_ctl", "start", "--wait", "-D", "data", "-l", "log", "-o", options)
 
     def stop(self) -> None:
+        """Stop the server at once, like a crash."""
         self._run("pg_ctl", "stop", "--wait", "--mode=immediate", "-D", "data")
 
     def new_database(self) -> str:
-        """The URL of an empty database."""
+        """Create an empty database, and return its URL."""
         name = f"ledger_{uuid.uuid4().hex}"
         self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "ledger", name)
         return f"postgresql://ledger:s3cret@127.0.0.1:{self.port}/{name}"
 
     def remove(self) -> None:
+        """Stop the server and delete its data."""
         self.stop()
         shutil.rmtree(self._directory)
 
@@ -67,7 +70,7 @@ def _unprivileged_user() -> str | None:
 
 @contextmanager
 def running_postgres() -> Iterator[PostgresCluster]:
-    """A cluster for the body of the `with`; where there is none the test is skipped, and says so."""
+    """Run a cluster for the body of the `with`; skip the test, with the reason, if PostgreSQL is not installed."""
     if PROGRAMS is None:
         pytest.skip("NOT TESTED WITH POSTGRESQL: it is not installed (Debian: apt-get install postgresql)")
     cluster = PostgresCluster(PROGRAMS)

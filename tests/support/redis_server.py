@@ -1,4 +1,4 @@
-"""A real Redis for tests: redis-server on a free loopback port, that can be killed, frozen and started again."""
+"""A real Redis for tests: redis-server on a free loopback port; tests can kill, freeze and restart it."""
 
 import shutil
 import signal
@@ -12,7 +12,7 @@ import pytest
 
 
 class RedisServer:
-    """One redis-server process; nothing of it outlives the test."""
+    """One redis-server process, which ends with the test."""
 
     def __init__(self, folder: Path, password: str | None = None) -> None:
         self._folder = folder
@@ -33,7 +33,7 @@ class RedisServer:
         return f"redis://{self.address}" if self._password is None else f"redis://:{self._password}@{self.address}"
 
     def start(self) -> None:
-        """Start on the port of before; returns once it answers."""
+        """Start on the same port each time, and return when Redis accepts connections."""
         options = {
             "port": str(self._port),
             "bind": "127.0.0.1",
@@ -46,15 +46,15 @@ class RedisServer:
         command = ["redis-server", *(word for key, value in options.items() for word in (f"--{key}", value))]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert self._process.stdout is not None
-        said = []
+        output = []
         for line in self._process.stdout:
-            said.append(line.decode())
+            output.append(line.decode())
             if b"Ready to accept connections" in line:
                 return
-        raise RuntimeError("redis-server did not start:\n" + "".join(said))
+        raise RuntimeError("redis-server did not start:\n" + "".join(output))
 
     def freeze(self) -> None:
-        """Stop answering, with every connection left open."""
+        """Stop answering, but leave every connection open."""
         self._running.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -62,26 +62,26 @@ class RedisServer:
         self._running.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End it at once, as a crash would; what it held is lost."""
+        """Kill the process like a crash; its data is lost."""
         process = self._running
         process.kill()
         process.communicate()
         self._process = None
 
     def close(self) -> None:
-        """End it if it runs."""
+        """Kill the process if it runs."""
         if self._process is not None:
             self.kill()
 
     @property
     def _running(self) -> "subprocess.Popen[bytes]":
-        assert self._process is not None, "redis-server does not run"
+        assert self._process is not None, "redis-server is not running"
         return self._process
 
 
 @contextmanager
 def running_redis(folder: Path, password: str | None = None) -> Iterator[RedisServer]:
-    """A Redis for the body of the `with`; where there is none the test is skipped, and says so."""
+    """Run a Redis for the body of the `with`; skip the test, with the reason, if Redis is not installed."""
     pytest.importorskip("redis", reason="NOT TESTED WITH REDIS: the redis extra is not installed")
     if shutil.which("redis-server") is None:
         pytest.skip("NOT TESTED WITH REDIS: redis-server is not installed (Debian: apt-get install redis-server)")

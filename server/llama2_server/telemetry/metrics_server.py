@@ -1,7 +1,7 @@
 """HTTP server for Prometheus, on a dedicated thread.
 
-`start_http_server` of prometheus_client keeps a thread forever for a client that sends nothing, and looks up the host
-name of its own address in the DNS when it starts. It also prints a traceback when a client disconnects in a scrape.
+prometheus_client's `start_http_server` keeps a thread forever for a client that sends nothing. It also looks up the
+listening address in the DNS at startup, and prints a traceback if a client disconnects during a scrape.
 """
 
 import logging

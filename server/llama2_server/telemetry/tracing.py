@@ -100,7 +100,7 @@ class OtlpSpans:
         self.provider.add_span_processor(BatchSpanProcessor(self._exporter))
 
     def close(self, timeout_seconds: float) -> None:
-        """Send the remaining spans, and drop those that the receiver does not accept in time; blocks."""
+        """Send the remaining spans for up to `timeout_seconds`, and drop the others; blocks."""
         closing = threading.Thread(target=self.provider.shutdown, name="span flush", daemon=True)
         closing.start()
         closing.join(timeout_seconds)

@@ -140,7 +140,7 @@ class Ledger(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the ledger's metrics, on the scrape thread."""
-        lag = "Age of the oldest usage record that is not in the usage store yet; 0 if there is none."
+        lag = "Age of the oldest usage record that is not in the usage store yet, or 0."
         yield GaugeMetricFamily("llama2_usage_lag_seconds", lag, self.lag_seconds)
         pending = "Number of usage records that are not in the usage store yet."
         yield GaugeMetricFamily("llama2_usage_pending_records", pending, self.pending)

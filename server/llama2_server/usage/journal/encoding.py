@@ -35,7 +35,7 @@ def decode(line: bytes) -> Entry:
     """Decode the entry of a line.
 
     Raises:
-        ValueError: the line is incomplete or damaged.
+        ValueError: it is incomplete or damaged.
     """
     checksum, _, body = line.removesuffix(b"\n").partition(b" ")
     if checksum != b"%08x" % zlib.crc32(body):

@@ -46,7 +46,7 @@ class InstanceLock:
         return cls(path.parent, path.stem, descriptor)
 
     def release(self, *, remove: bool) -> None:
-        """Release the lock; `remove` deletes its file, because there are no journal files left."""
+        """Release the lock; `remove` deletes its file, once all journal files of the instance are deleted."""
         if remove:
             (self.directory / f"{self.instance}.lock").unlink(missing_ok=True)
         os.close(self._descriptor)

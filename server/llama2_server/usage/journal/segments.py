@@ -67,7 +67,7 @@ class Segments:
         """Write a line; it survives the end of the process, and after a sync also a power failure.
 
         Raises:
-            OSError: the line was not written completely.
+            OSError: the write was incomplete.
         """
         # The line break ends an incomplete line of a failed write.
         data = b"\n" + line if self._incomplete else line
