@@ -1,8 +1,11 @@
-"""Telemetry whose every word the tests can read: a registry and a span exporter of their own."""
+"""Telemetry for tests: a private metrics registry, and a span exporter in memory."""
 
+import asyncio
 import logging
+import re
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,19 +21,38 @@ from llama2_server.telemetry.telemetry import Telemetry
 from llama2_server.telemetry.tracing import CallTracer
 
 
+async def scrape(address: str, headers: dict[str, str] | None = None) -> str:
+    """Return the text of a scrape over HTTP."""
+    request = urllib.request.Request(f"http://{address}/metrics", headers=headers or {})
+
+    def read() -> str:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    return await asyncio.to_thread(read)
+
+
+def sample(text: str, series: str) -> float:
+    """Return the value of a series, which is written as in the text format."""
+    found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
+    assert found, f"no {series}"
+    return float(found[1])
+
+
 @dataclass(frozen=True)
 class Watched:
-    """Telemetry for one service, and what it has gathered."""
+    """Telemetry of one service, and its results."""
 
     telemetry: Telemetry
     exporter: InMemorySpanExporter
 
     def value(self, name: str, **labels: str) -> float | None:
-        """A sample's value; None if there is none."""
+        """Return the value of a sample, or None."""
         return self.telemetry.metrics.registry.get_sample_value(name, labels)
 
     async def trace(self, *codes: str) -> list[ReadableSpan]:
-        """The spans of all calls so far, in the order in which they began, once these calls' statuses are there."""
+        """Wait for calls with these status codes, and return all spans by start time."""
         await until(lambda: sorted(codes) == sorted(self._codes()))
         return sorted(self.exporter.get_finished_spans(), key=lambda span: (span.start_time or 0, span.end_time or 0))
 
@@ -40,7 +62,7 @@ class Watched:
 
 
 def watched() -> Watched:
-    """Telemetry with metrics and traces."""
+    """Create telemetry with metrics and traces."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -55,14 +77,14 @@ def _watched() -> Watched:
 
 @pytest.fixture
 def logging_restored() -> Iterator[None]:
-    """Lets a test configure logging, and undoes it."""
-    root, ours = logging.getLogger(), logging.getLogger("llama2_server")
-    before = list(root.handlers), root.level, ours.level, threading.excepthook, sys.unraisablehook
+    """Restore the logging configuration after the test."""
+    root, package = logging.getLogger(), logging.getLogger("llama2_server")
+    before = list(root.handlers), root.level, package.level, threading.excepthook, sys.unraisablehook
     others = {name: logging.getLogger(name).level for name in ("alembic", "asyncio")}
     yield
-    root.handlers[:], level, our_level, threading.excepthook, sys.unraisablehook = before
+    root.handlers[:], level, package_level, threading.excepthook, sys.unraisablehook = before
     root.setLevel(level)
-    ours.setLevel(our_level)
+    package.setLevel(package_level)
     for name, other in others.items():
         logging.getLogger(name).setLevel(other)
     logging.captureWarnings(False)

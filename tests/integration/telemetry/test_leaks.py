@@ -1,4 +1,4 @@
-"""No prompt, reply, stop sequence or key comes out anywhere but in the reply itself, whatever goes wrong."""
+"""Prompts, replies, stop sequences and keys appear only in the reply itself, for every kind of error."""
 
 import asyncio
 import io
@@ -29,7 +29,7 @@ STOP = "stop-77ab"
 REPLY = "reply-c0de"
 METADATA = "metadata-91d3"
 SERVICE = "llama2.v1.TextGenerationService"
-QUOTED = f"{PROMPT} {STOP} {REPLY}"  # what an exception's message may hold
+QUOTED = f"{PROMPT} {STOP} {REPLY}"  # a possible message of an exception
 
 
 def with_key(key: str) -> tuple[tuple[str, str], ...]:
@@ -37,8 +37,8 @@ def with_key(key: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"), *others)
 
 
-class Caller:
-    """Calls with secrets in every place that a caller fills, and keeps the statuses that come back."""
+class Client:
+    """A client with secrets in every input; it collects the statuses of its calls."""
 
     def __init__(self, service: Service, key: str, wrong_key: str) -> None:
         self.service = service
@@ -50,8 +50,8 @@ class Caller:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await call
         assert error.value.code() is code
-        told = error.value
-        self.statuses.append(f"{told.details()} {told.initial_metadata()} {told.trailing_metadata()}")
+        status = error.value
+        self.statuses.append(f"{status.details()} {status.initial_metadata()} {status.trailing_metadata()}")
 
     async def generate(self, code: grpc.StatusCode = grpc.StatusCode.OK, **fields: Any) -> None:
         fields = {"prompt": PROMPT, "stop": [STOP]} | fields
@@ -61,8 +61,8 @@ class Caller:
         else:
             await self.fails(call, code)
 
-    async def all_is_well(self) -> None:
-        """Generated, streamed, out of the cache, counted, and usage told."""
+    async def succeed(self) -> None:
+        """Generate, read from the cache, stream, count tokens and get usage."""
         await self.generate()
         await self.generate()
         stream = self.service.text.GenerateStream(pb.GenerateRequest(prompt=f"{PROMPT}!"), metadata=self.metadata)
@@ -71,8 +71,8 @@ class Caller:
         usage = account_pb2_grpc.AccountServiceStub(self.service.channel)
         await usage.GetUsage(account_pb2.GetUsageRequest(), metadata=self.metadata)
 
-    async def caller_is_wrong(self) -> None:
-        """Invalid fields, malformed bytes, keys that are none, methods that do not exist."""
+    async def send_invalid_calls(self) -> None:
+        """Send invalid fields, malformed bytes, invalid keys and unknown methods."""
         invalid = grpc.StatusCode.INVALID_ARGUMENT
         await self.generate(invalid, prompt=PROMPT * 1000)
         await self.generate(invalid, stop=[f"{STOP}{number}" for number in range(9)])
@@ -86,14 +86,14 @@ class Caller:
             call = self.service.text.Generate(pb.GenerateRequest(prompt=PROMPT), metadata=with_key(key))
             await self.fails(call, grpc.StatusCode.UNAUTHENTICATED)
 
-    async def caller_leaves(self) -> None:
-        """A call whose deadline passes while it is generated, and one that is cancelled."""
+    async def leave_early(self) -> None:
+        """Let one call's deadline pass during generation, and cancel another call."""
         request = pb.GenerateRequest(prompt=f"{PROMPT}?", stop=[STOP])
         self.service.model.gate()
         late = self.service.text.Generate(request, metadata=self.metadata, timeout=0.2)
         await self.fails(late, grpc.StatusCode.DEADLINE_EXCEEDED)
         self.service.model.open_gate()
-        await self.generate(prompt=f"{PROMPT} once more")  # it waits for the slot to be free
+        await self.generate(prompt=f"{PROMPT} once more")  # waits until the slot is free
         self.service.model.gate()
         self.service.model.allow(1)
         call: Any = self.service.text.GenerateStream(request, metadata=self.metadata)
@@ -101,8 +101,8 @@ class Caller:
         await hang_up(self.service, call)
         self.service.model.open_gate()
 
-    async def server_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The model, the listener, the handler and a callback fail with exceptions that quote the request."""
+    async def fail_in_the_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Fail in the model, the token sink, the handler and a callback, with exceptions that quote the request."""
         internal = grpc.StatusCode.INTERNAL
         self.service.model.failure = quoting()
         await self.generate(internal, prompt=f"{PROMPT} 1")
@@ -123,7 +123,7 @@ class Caller:
 
 
 def quoting() -> Exception:
-    """An exception that tells everything, in each of its parts."""
+    """Return an exception with secrets in each of its parts."""
     error = ExceptionGroup(QUOTED, [ValueError(QUOTED), KeyError(QUOTED)])
     error.__cause__ = RuntimeError(QUOTED)
     error.add_note(QUOTED)
@@ -144,11 +144,11 @@ async def test_nothing_leaks(
     capfd: pytest.CaptureFixture[str],
     log_format: Any,
 ) -> None:
-    """At level debug, with traces, metrics and ledger on, no secret is in any of them, nor in a status."""
+    """At level debug, no secret is in logs, traces, metrics, the ledger or a status."""
     stream = io.StringIO()
     logs.configure("debug", log_format, stream)
     asyncio.get_running_loop().set_exception_handler(logs.on_loop_exception)
-    (key, line), (wrong_key, _) = new_key("tester"), new_key("nobody")
+    (key, line), (wrong_key, _) = new_key("tester"), new_key("stranger")
     (tmp_path / "keys.yaml").write_text(f"keys:\n  {line}\n")
     card = with_config(demo_card, max_requests_per_min=RequestsPerMinute(default=10**6))
     accounts = ApiKeyAuthenticator(tmp_path / "keys.yaml")
@@ -156,11 +156,11 @@ async def test_nothing_leaks(
     async with serve_scripted(
         REPLY, card=card, accounts=accounts, telemetry=watched.telemetry, data_directory=data
     ) as service:
-        caller = Caller(service, key, wrong_key)
-        await caller.all_is_well()
-        await caller.caller_is_wrong()
-        await caller.caller_leaves()
-        await caller.server_fails(monkeypatch)
+        client = Client(service, key, wrong_key)
+        await client.succeed()
+        await client.send_invalid_calls()
+        await client.leave_early()
+        await client.fail_in_the_server(monkeypatch)
         scrape = generate_latest(watched.telemetry.metrics.registry).decode()
         files = b"".join(file.read_bytes() for file in data.rglob("*") if file.is_file())
     spans = watched.exporter.get_finished_spans()
@@ -169,13 +169,13 @@ async def test_nothing_leaks(
         "stdout and stderr": "".join(capfd.readouterr()),
         "spans": "".join(span.to_json() for span in spans),
         "metrics": scrape,
-        "statuses": "".join(caller.statuses),
+        "statuses": "".join(client.statuses),
         "files": files.decode(errors="replace"),
     }
     secrets = {PROMPT, STOP, REPLY, METADATA, key, key.split("_", 2)[2], wrong_key.split("_", 2)[2]}
     assert [(name, secret) for name, text in outputs.items() for secret in secrets if secret in text] == []
-    # The harness itself sees things: all of these outputs are there, and tell of what happened.
+    # The test itself works: every output exists and describes the calls.
     assert outputs["log"].count("ExceptionGroup") >= 4
     assert all(f"{SERVICE}/Generate" in outputs[name] for name in ("log", "spans", "metrics"))
     assert "tester" in outputs["files"]
-    assert len(caller.statuses) == 14
+    assert len(client.statuses) == 14

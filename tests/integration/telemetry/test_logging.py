@@ -1,4 +1,4 @@
-"""Log lines: for people, for machines, one for each request, and never an exception's message."""
+"""Log records: console and JSON formats, one record per request, and no exception messages."""
 
 import asyncio
 import io
@@ -33,22 +33,22 @@ logger = logging.getLogger("llama2_server.test")
 
 
 class Terminal(io.StringIO):
-    """A stream that is a terminal."""
+    """A text stream that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def lines_of(stream: io.StringIO) -> list[dict[str, Any]]:
+def records_of(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
 def requests_of(stream: io.StringIO) -> list[dict[str, Any]]:
-    return [line for line in lines_of(stream) if line["event"] == "request"]
+    return [record for record in records_of(stream) if record["event"] == "request"]
 
 
 def a_chain() -> Exception:
-    """An exception with a cause, a note and a group inside, each with a secret."""
+    """Return an exception group with a cause and a note, each with a secret."""
     try:
         try:
             raise KeyError("secret one")
@@ -60,19 +60,19 @@ def a_chain() -> Exception:
         return error
 
 
-def test_machines_read_json() -> None:
-    """Where nobody looks, a record is a JSON object with time, level, logger and what was said beside the event."""
+def test_json_format() -> None:
+    """Without a terminal, a record is a JSON object with time, level, logger, event and extra fields."""
     stream = io.StringIO()
     logs.configure("info", "auto", stream)
     logger.warning("the %s is %s", "sea", "blue", extra={"depth": 7})
-    (line,) = lines_of(stream)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line.pop("timestamp"))
-    assert line == {"event": "the sea is blue", "level": "warning", "logger": "llama2_server.test", "depth": 7}
+    (record,) = records_of(stream)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", record.pop("timestamp"))
+    assert record == {"event": "the sea is blue", "level": "warning", "logger": "llama2_server.test", "depth": 7}
 
 
 @pytest.mark.parametrize(("log_format", "stream"), [("auto", Terminal()), ("console", io.StringIO())])
-def test_people_read_lines(log_format: Any, stream: io.StringIO) -> None:
-    """On a terminal, or where it is asked for, a record is a line for people; colours are for terminals only."""
+def test_console_format(log_format: Any, stream: io.StringIO) -> None:
+    """On a terminal, or if set, a record is a line of text; only terminals get colors."""
     logs.configure("info", log_format, stream)
     logger.info("the sea is blue", extra={"depth": 7})
     text = stream.getvalue()
@@ -81,22 +81,22 @@ def test_people_read_lines(log_format: Any, stream: io.StringIO) -> None:
     assert re.match(r"\d\d:\d\d:\d\d \[info +\] the sea is blue +\[llama2_server\.test\] depth=7\n", plain)
 
 
-def test_level_is_for_our_own_lines() -> None:
-    """`debug` shows our own debug lines and no library's: those may quote what they are given."""
+def test_level_applies_to_this_package_only() -> None:
+    """`debug` shows debug records of this package only, because those of libraries may quote their input."""
     stream = io.StringIO()
     logs.configure("debug", "json", stream)
-    logger.debug("ours")
-    logging.getLogger("aiosqlite").debug("theirs")
-    logging.getLogger("aiosqlite").info("their news", extra={"request": "quoted"})
-    assert [line["event"] for line in lines_of(stream)] == ["ours", "their news"]
+    logger.debug("own")
+    logging.getLogger("aiosqlite").debug("library debug")
+    logging.getLogger("aiosqlite").info("library info", extra={"request": "quoted"})
+    assert [record["event"] for record in records_of(stream)] == ["own", "library info"]
     assert "quoted" not in stream.getvalue()
     logs.configure("warning", "json", again := io.StringIO())
-    logger.info("ours")
+    logger.info("own")
     assert again.getvalue() == ""
 
 
-def test_python_warnings_are_lines() -> None:
-    """What Python warns of is in the log."""
+def test_python_warnings_are_logged() -> None:
+    """Python warnings are log records."""
     stream = io.StringIO()
     logs.configure("info", "json", stream)
     with warnings.catch_warnings():
@@ -104,14 +104,14 @@ def test_python_warnings_are_lines() -> None:
         logging.captureWarnings(False)
         logging.captureWarnings(True)
         warnings.warn("the sea is rising", UserWarning, stacklevel=1)
-    (line,) = lines_of(stream)
-    assert (line["logger"], line["level"]) == ("py.warnings", "warning")
-    assert "the sea is rising" in line["event"]
+    (record,) = records_of(stream)
+    assert (record["logger"], record["level"]) == ("py.warnings", "warning")
+    assert "the sea is rising" in record["event"]
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_exception_is_told_by_type_and_place(log_format: Any) -> None:
-    """An exception is logged with its chain, by types, files, lines and functions, without any of its words."""
+def test_exceptions_are_logged_by_type_and_place(log_format: Any) -> None:
+    """An exception is logged with its chain, by types, files, lines and functions, without messages."""
     stream = io.StringIO()
     logs.configure("debug", log_format, stream)
     try:
@@ -120,13 +120,13 @@ def test_exception_is_told_by_type_and_place(log_format: Any) -> None:
         logger.exception("it failed")
     text = stream.getvalue()
     assert "secret" not in text
-    for told in ("KeyError", "ExceptionGroup", "  | ValueError", "  | OSError", "which led to", "in a_chain"):
-        assert told in text
+    for part in ("KeyError", "ExceptionGroup", "  | ValueError", "  | OSError", "which led to", "in a_chain"):
+        assert part in text
     assert re.search(r"test_logging\.py:\d+ in a_chain", text)
 
 
-async def test_what_nobody_catches_is_told_so_too(capfd: pytest.CaptureFixture[str]) -> None:
-    """Exceptions in callbacks, forgotten tasks, threads and destructors are logged by type and place as well."""
+async def test_uncaught_exceptions_are_logged_by_type_and_place(capfd: pytest.CaptureFixture[str]) -> None:
+    """Uncaught exceptions in callbacks, tasks, threads and destructors are logged by type and place too."""
     stream = io.StringIO()
     logs.configure("debug", "json", stream)
     loop = asyncio.get_running_loop()
@@ -150,13 +150,13 @@ async def test_what_nobody_catches_is_told_so_too(capfd: pytest.CaptureFixture[s
     thread.start()
     await asyncio.to_thread(thread.join)
     Fails()
-    assert [line["event"] for line in lines_of(stream)] == [
+    assert [record["event"] for record in records_of(stream)] == [
         "a callback failed",
         "Task exception was never retrieved",
         "thread worker failed with an exception",
         "an exception was ignored",
     ]
-    assert all("ValueError" in line["exception"] for line in lines_of(stream))
+    assert all("ValueError" in record["exception"] for record in records_of(stream))
     assert "secret" not in stream.getvalue() + "".join(capfd.readouterr())
 
 
@@ -177,22 +177,22 @@ async def test_server_takes_the_loops_exceptions(monkeypatch: pytest.MonkeyPatch
     assert handlers == [logs.on_loop_exception]
 
 
-async def test_request_is_one_line(serve_scripted: ServiceMaker, watched: Watched) -> None:
-    """A request's line has its id, account, method, code, tokens, price, times and trace."""
+async def test_request_is_one_record(serve_scripted: ServiceMaker, watched: Watched) -> None:
+    """A request's record has its id, account, method, code, tokens, price, times and trace."""
     stream = io.StringIO()
     logs.configure("info", "json", stream)
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         completion = (await service.text.Generate(pb.GenerateRequest(prompt="x"))).completion
         await until(lambda: len(requests_of(stream)) == 1)
         spans = await watched.trace("OK")
-    (line,) = requests_of(stream)
-    times = {name for name in line if name.endswith("_seconds")}
+    (record,) = requests_of(stream)
+    times = {name for name in record if name.endswith("_seconds")}
     assert times == {f"{name}_seconds" for name in ("total", "validation", "queue_time", "prefill", "decode")}
-    assert {name: fact for name, fact in line.items() if name not in times} == {
+    assert {name: value for name, value in record.items() if name not in times} == {
         "event": "request",
         "level": "info",
         "logger": "llama2_server.requests",
-        "timestamp": line["timestamp"],
+        "timestamp": record["timestamp"],
         "request_id": completion.request_id,
         "method": GENERATE,
         "code": "OK",
@@ -201,15 +201,15 @@ async def test_request_is_one_line(serve_scripted: ServiceMaker, watched: Watche
         "cached": False,
         "input_tokens": completion.usage.input_tokens,
         "output_tokens": completion.usage.output_tokens,
-        "neurons": line["neurons"],
+        "neurons": record["neurons"],
         "trace_id": f"{spans[0].context.trace_id:032x}",
         "span_id": next(f"{span.context.span_id:016x}" for span in spans if span.parent is None),
     }
-    assert float(line["neurons"]) == float(completion.usage.neurons)
+    assert float(record["neurons"]) == float(completion.usage.neurons)
 
 
-async def test_refused_and_cancelled_requests_are_lines_too(serve_scripted: ServiceMaker, watched: Watched) -> None:
-    """A refusal's line has its reason; a cancelled request's line comes once it is known what it had cost."""
+async def test_rejected_and_cancelled_requests_are_logged(serve_scripted: ServiceMaker, watched: Watched) -> None:
+    """A rejection's record has its reason; a cancelled request is logged once its usage is known."""
     stream = io.StringIO()
     logs.configure("info", "json", stream)
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
@@ -219,14 +219,14 @@ async def test_refused_and_cancelled_requests_are_lines_too(serve_scripted: Serv
         assert len(requests_of(stream)) == 1
         service.model.open_gate()
         await until(lambda: len(requests_of(stream)) == 2)
-    refused, cancelled = requests_of(stream)
-    assert (refused["code"], refused["reason"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+    rejected, cancelled = requests_of(stream)
+    assert (rejected["code"], rejected["reason"]) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
     assert (cancelled["code"], cancelled["output_tokens"]) == ("CANCELLED", 2)
     assert "finish_reason" not in cancelled
 
 
-async def test_lines_of_a_request_share_its_ids(serve_scripted: ServiceMaker, watched: Watched) -> None:
-    """What is logged during a request has the request's id and trace: here why it failed."""
+async def test_records_of_a_request_share_its_ids(serve_scripted: ServiceMaker, watched: Watched) -> None:
+    """A record during a request, here of its error, has the request's id and trace."""
     stream = io.StringIO()
     logs.configure("info", "json", stream)
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
@@ -234,19 +234,19 @@ async def test_lines_of_a_request_share_its_ids(serve_scripted: ServiceMaker, wa
         with pytest.raises(grpc.aio.AioRpcError):
             await service.text.Generate(pb.GenerateRequest(prompt="x"))
         await until(lambda: len(requests_of(stream)) == 1)
-    # The probes that follow the fault fail as well.
-    engine_line = next(line for line in lines_of(stream) if line["logger"] == "llama2_server.engine.engine")
-    assert "RuntimeError" in engine_line["exception"]
-    assert "scripted_model.py" in engine_line["exception"]
+    # The probes after the error fail too.
+    engine_record = next(record for record in records_of(stream) if record["logger"] == "llama2_server.engine.engine")
+    assert "RuntimeError" in engine_record["exception"]
+    assert "scripted_model.py" in engine_record["exception"]
     for name in ("request_id", "trace_id", "span_id"):
-        assert engine_line[name] == requests_of(stream)[0][name]
+        assert engine_record[name] == requests_of(stream)[0][name]
 
 
-@pytest.mark.parametrize(("level", "lines"), [("info", 0), ("debug", 1)])
-async def test_probes_are_lines_at_debug_only(serve_scripted: ServiceMaker, level: str, lines: int) -> None:
-    """A probe every few seconds does not fill the log, unless it is asked to."""
+@pytest.mark.parametrize(("level", "records"), [("info", 0), ("debug", 1)])
+async def test_probes_are_logged_at_debug_only(serve_scripted: ServiceMaker, level: str, records: int) -> None:
+    """Health probes are logged at level debug only, because they arrive every few seconds."""
     stream = io.StringIO()
     logs.configure(level, "json", stream)
     async with serve_scripted(REPLY) as service:
         await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
-    assert len(requests_of(stream)) == lines
+    assert len(requests_of(stream)) == records

@@ -1,4 +1,4 @@
-"""Traces from a server process to a real OTLP receiver, and without the libraries that it takes."""
+"""Traces from a server process to a real OTLP receiver, and servers without the OpenTelemetry libraries."""
 
 import json
 import signal
@@ -32,7 +32,7 @@ main()
 
 
 class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps what it is sent."""
+    """A receiver that keeps the spans."""
 
     def __init__(self) -> None:
         self.resources: list[trace_pb2.ResourceSpans] = []
@@ -51,7 +51,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
 
 @contextmanager
 def receiving() -> Iterator[tuple[Receiver, str]]:
-    """An OTLP receiver, and its endpoint."""
+    """Run an OTLP receiver, and return it with its endpoint."""
     receiver = Receiver()
     listener = grpc.server(ThreadPoolExecutor(2))
     add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
@@ -71,7 +71,7 @@ def generate(address: str) -> pb.GenerateResponse:
         return stub.Generate(pb.GenerateRequest(prompt="Hello", max_tokens=5), metadata=metadata)
 
 
-def log_lines(folder: Path) -> list[dict[str, Any]]:
+def log_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "server.log").read_text().splitlines()]
 
 
@@ -80,7 +80,7 @@ def attributes(pairs: Any) -> dict[str, str]:
 
 
 def test_spans_reach_an_otlp_receiver(tmp_path: Path) -> None:
-    """Spans are sent by OTLP, the last ones in the drain; the log line of the request names the same trace."""
+    """Spans are sent by OTLP, the last ones in the drain; the request's log record names the same trace."""
     with receiving() as (receiver, endpoint), server(tmp_path, "--otlp-endpoint", endpoint) as (process, address):
         request_id = generate(address).completion.request_id
         process.send_signal(signal.SIGTERM)
@@ -90,13 +90,13 @@ def test_spans_reach_an_otlp_receiver(tmp_path: Path) -> None:
     assert {span.trace_id.hex() for span in receiver.spans()} == {TRACE}
     (service,) = {attributes(resource.resource.attributes)["service.name"] for resource in receiver.resources}
     assert service == "llama2-grpc"
-    (line,) = (line for line in log_lines(tmp_path) if line["event"] == "request")
+    (record,) = (record for record in log_records(tmp_path) if record["event"] == "request")
     (root,) = (span for span in receiver.spans() if span.kind == trace_pb2.Span.SPAN_KIND_SERVER)
-    assert (line["trace_id"], line["span_id"], line["request_id"]) == (TRACE, root.span_id.hex(), request_id)
+    assert (record["trace_id"], record["span_id"], record["request_id"]) == (TRACE, root.span_id.hex(), request_id)
 
 
-def test_dead_receiver_hinders_neither_calls_nor_the_exit(tmp_path: Path) -> None:
-    """Where nobody takes the spans, calls are served all the same and the process ends as it should."""
+def test_unavailable_receiver_blocks_neither_calls_nor_the_exit(tmp_path: Path) -> None:
+    """Without a receiver, calls are served and the process exits normally."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -107,14 +107,14 @@ def test_dead_receiver_hinders_neither_calls_nor_the_exit(tmp_path: Path) -> Non
 
 
 def without_otel(*flags: str) -> subprocess.Popen[str]:
-    """A server in whose Python there is no OpenTelemetry."""
+    """Start a server without the OpenTelemetry libraries."""
     command = [sys.executable, "-c", WITHOUT_OTEL, "--listen", "127.0.0.1:0", *flags]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment())
 
 
 def test_server_runs_without_opentelemetry(tmp_path: Path) -> None:
-    """The libraries are an extra: without them the server serves."""
+    """The server works without the libraries, because they are an extra."""
     with without_otel("--data-directory", str(tmp_path)) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("SERVING on ")
@@ -122,18 +122,18 @@ def test_server_runs_without_opentelemetry(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 0
 
 
-def test_endpoint_without_opentelemetry_says_what_to_install(tmp_path: Path) -> None:
-    """Traces that cannot be made are refused before the weights are loaded, with the way out."""
+def test_endpoint_without_opentelemetry_names_the_extra(tmp_path: Path) -> None:
+    """An endpoint without the libraries is rejected before the weights load, with the command that installs them."""
     flags = ("--data-directory", str(tmp_path), "--otlp-endpoint", "http://localhost:4317")
     with without_otel(*flags) as process:
-        _, told = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert told == "llama2-server: --otlp-endpoint: traces need the otel extra; run pip install 'llama2-grpc[otel]'\n"
+    assert error == "llama2-server: --otlp-endpoint: traces need the otel extra; run pip install 'llama2-grpc[otel]'\n"
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "ftp://here", "http://"])
-def test_endpoint_that_is_none_is_refused(endpoint: str) -> None:
-    """An endpoint without scheme or host is refused with an example of a good one."""
+def test_invalid_endpoint_is_rejected(endpoint: str) -> None:
+    """An endpoint without scheme or host is rejected with a valid example."""
     with pytest.raises(
         TelemetryError, match=f"^--otlp-endpoint: {endpoint} is not a valid endpoint; use http://HOST:PORT"
     ):
