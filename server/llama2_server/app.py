@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from llama2_server.admission.quota import Quota
@@ -64,13 +64,11 @@ async def serve(settings: Settings, inputs: StartupInputs, load: Load = load_mod
     """
     exit_code = exit_code_on_signals()
     asyncio.get_running_loop().set_exception_handler(on_loop_exception)
-    try:
+    with suppress(StartupCancelled):
         started = start(settings, inputs, exit_code, load)
         async with started as service, serving(service, settings, exit_code) as address:
             print_banner(address, tls=inputs.certificates is not None)
             await exit_code
-    except StartupCancelled:
-        logger.info("stopped during startup")
     logger.info("stopped")
     return exit_code.result()
 
@@ -89,16 +87,15 @@ async def start(
         ConfigurationError: one of them cannot be opened as it is configured.
         StartupCancelled: `exit_code` was set while the model loaded.
     """
-    card = inputs.card
     async with AsyncExitStack() as stack:
         if telemetry is None:
-            opening = open_telemetry(settings.metrics_listen, settings.otlp_endpoint, model=card.name)
+            opening = open_telemetry(settings.metrics_listen, settings.otlp_endpoint, model=inputs.card.name)
             telemetry = await stack.enter_async_context(opening)
         health = (await stack.enter_async_context(health_port(settings))).servicer
-        ledger = await stack.enter_async_context(open_ledger(settings, card))
-        quota = await stack.enter_async_context(open_quota(settings, card))
-        response_cache = await stack.enter_async_context(open_response_cache(settings, card))
-        loaded = await cancel_on(exit_code, run_in_thread("loading", lambda: load(settings, card)))
+        ledger = await stack.enter_async_context(open_ledger(settings, inputs.card))
+        quota = await stack.enter_async_context(open_quota(settings, inputs.card))
+        response_cache = await stack.enter_async_context(open_response_cache(settings, inputs.card))
+        loaded = await cancel_on(exit_code, run_in_thread("loading", lambda: load(settings, inputs.card)))
         readiness = Readiness(health.set_serving, interval_seconds=settings.readiness_probe_interval_seconds)
         engine = SupervisedEngine(
             Engine(loaded.model, loaded.eos_ids, on_step=telemetry.metrics.on_step, step_runner=loaded.step_runner),
@@ -106,7 +103,7 @@ async def start(
             on_outcome=readiness.record_outcome,
         )
         queue = RequestQueue(
-            card.max_concurrent_requests,
+            inputs.card.max_concurrent_requests,
             max_queue_size=settings.max_queue_size,
             queue_timeout_seconds=settings.queue_timeout_seconds,
             on_waited=telemetry.metrics.queue_time.observe,
@@ -120,26 +117,18 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
 
     Raises:
         ConfigurationError: the warm-up failed, or the server cannot listen on the address.
-        StartupCancelled: `exit_code` was set during the warm-up. It is also set when the engine fails.
+        StartupCancelled: `exit_code` was set during the warm-up; a failure of the engine sets it too.
     """
     card, authenticator, loaded = service.inputs.card, service.inputs.authenticator, service.loaded
-    health, quota, queue, engine = service.health, service.quota, service.queue, service.engine
+    health, queue, engine = service.health, service.queue, service.engine
+    quota, ledger, cache = service.quota, service.ledger, service.response_cache
     text_generation = TextGenerationServicer(
-        card,
-        authenticator,
-        loaded.tokenizer,
-        quota=quota,
-        response_cache=service.response_cache,
-        ledger=service.ledger,
-        queue=queue,
-        engine=engine,
-        fingerprint=loaded.fingerprint,
+        card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
     )
     interceptor = CallInterceptor(service.telemetry)
-    servicers = Servicers(text_generation, ModelServicer(card), AccountServicer(authenticator, quota, service.ledger))
+    servicers = Servicers(text_generation, ModelServicer(card), AccountServicer(authenticator, quota, ledger))
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
-    cache_metrics = ResponseCacheCollector(service.response_cache)
-    collectors = (queue, quota, cache_metrics, service.ledger, ReadinessCollector(health))
+    collectors = (queue, quota, ResponseCacheCollector(cache), ledger, ReadinessCollector(health))
     service.telemetry.metrics.register(card.name, loaded.model, METHODS, collectors)
     try:
         await cancel_on(exit_code, warm_up(engine, loaded, settings, card))

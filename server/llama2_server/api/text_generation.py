@@ -47,7 +47,6 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         card: ModelCard,
         authenticator: Authenticator,
         tokenizer: Tokenizer,
-        *,
         quota: Quota,
         response_cache: ResponseCache | None,
         ledger: Ledger,
