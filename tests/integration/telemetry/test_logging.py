@@ -82,7 +82,7 @@ def test_console_format(log_format: Any, stream: io.StringIO) -> None:
 
 
 def test_level_applies_to_this_package_only() -> None:
-    """`debug` shows debug records of this package only, because those of libraries may quote their input."""
+    """`debug` shows debug records of this package only, because records of libraries may quote their input."""
     stream = io.StringIO()
     logs.configure("debug", "json", stream)
     logger.debug("own")

@@ -17,6 +17,7 @@ from llama2_server.usage.records import UsageRecord
 from llama2_server.usage.schema import usage_records
 
 COSTS = {"input_tokens": Decimal("0.3672"), "output_tokens": Decimal("0.000000001")}
+RECOVERY_TIMEOUT_SECONDS = 20.0
 LedgerOpener = Callable[..., Awaitable[Ledger]]
 
 
@@ -31,12 +32,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 async def open_ledger(tmp_path: Path) -> AsyncIterator[LedgerOpener]:
-    """Opens ledgers in `tmp_path` unless told otherwise; those that are left open are crashed at the end."""
+    """Return a function that opens ledgers, by default in `tmp_path`; crash the open ones after the test."""
     ledgers = []
 
     async def open_one(**options: object) -> Ledger:
-        given: dict[str, object] = {"data_directory": tmp_path, "neuron_costs": COSTS, **options}
-        ledger = await Ledger.open(**given)  # type: ignore[arg-type]
+        arguments: dict[str, object] = {"data_directory": tmp_path, "neuron_costs": COSTS, **options}
+        ledger = await Ledger.open(**arguments)  # type: ignore[arg-type]
         ledgers.append(ledger)
         return ledger
 
@@ -47,7 +48,7 @@ async def open_ledger(tmp_path: Path) -> AsyncIterator[LedgerOpener]:
 
 
 async def crash(ledger: Ledger) -> None:
-    """What SIGKILL leaves: files as they are, locks free, nothing flushed."""
+    """Leave the ledger like SIGKILL: unchanged files, released locks, nothing flushed."""
     for task in ledger._tasks:
         task.cancel()
     await asyncio.gather(*ledger._tasks, return_exceptions=True)
@@ -57,7 +58,7 @@ async def crash(ledger: Ledger) -> None:
 
 
 async def stored(url: str) -> list[UsageRecord]:
-    """All records of a store."""
+    """Return all records of a store."""
     engine = create_engine(url)
     columns = [column.label(column.key) for column in usage_records.c if column.key != "day"]
     async with engine.connect() as connection:
@@ -69,7 +70,7 @@ async def stored(url: str) -> list[UsageRecord]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """A SQLite file that nobody else can write to."""
+    """Lock a SQLite file against other writers for the body of the `with`."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")
     yield

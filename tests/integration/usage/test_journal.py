@@ -1,4 +1,4 @@
-"""The journal outlives its process, stays within its limit, and believes no damaged line."""
+"""The journal survives its process, stays within its limit, and ignores damaged lines."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def running(request_id: str, account: str = "acme") -> RunningRequest:
     return RunningRequest(request_id, account, "model", START, COSTS)
 
 
-def end(journal: Journal, request_id: str, outcome: str = "MAX_TOKENS") -> None:
+def finish(journal: Journal, request_id: str, outcome: str = "MAX_TOKENS") -> None:
     journal.finish(request_id, outcome, TokenUsage(3, 5), START + timedelta(seconds=1), cached=False)
 
 
@@ -37,14 +37,14 @@ def files(directory: Path) -> list[str]:
 
 
 def admit_until_full(journal: Journal, run_at_once: int) -> int:
-    """Admits and ends 0, 1, 2, ... in turn; the last `run_at_once` are left running."""
+    """Admit and finish requests until the journal is full, except the last `run_at_once`; return their number."""
     for number in count():
         try:
             journal.admit(running(f"{number}"))
         except UsageJournalFull:
             return number
         if number >= run_at_once:
-            end(journal, f"{number - run_at_once}")
+            finish(journal, f"{number - run_at_once}")
     raise AssertionError
 
 
@@ -53,8 +53,8 @@ def ids(journal: Journal) -> list[str]:
 
 
 @pytest.mark.parametrize("account", ["acme", 'quote " and \n break', "münchen 🦙"])
-def test_entries_survive_their_lines(account: str) -> None:
-    """Every kind of entry reads back as it was written, on one line."""
+def test_entries_are_decoded_as_encoded(account: str) -> None:
+    """Every kind of entry is encoded as one line, and decoded without a change."""
     request = running("one", account)
     record = request.finish("CANCELLED", TokenUsage(7, 11), START, cached=False)
     for entry in (request, Progress("one", TokenUsage(7, 3)), record):
@@ -64,17 +64,17 @@ def test_entries_survive_their_lines(account: str) -> None:
 
 
 def test_killed_server_leaves_records_and_interrupted_requests(tmp_path: Path) -> None:
-    """Ended requests keep their records; running ones are INTERRUPTED, with the prices that they began with."""
+    """Finished requests keep their records; running requests are INTERRUPTED, at the prices of their admission."""
     journal = Journal.open(tmp_path, LIMIT)
-    for name in ("ended", "runs", "waits"):
+    for name in ("finished", "runs", "waits"):
         journal.admit(running(name))
     journal.progress("runs", TokenUsage(9, 1))
     journal.progress("runs", TokenUsage(9, 40))
-    end(journal, "ended")
+    finish(journal, "finished")
     journal = crash_and_reopen(journal, tmp_path)
     records = {record.request_id: record for record in journal.oldest(10)}
     assert journal.pending == len(records) == 3
-    assert records["ended"].outcome == "MAX_TOKENS"
+    assert records["finished"].outcome == "MAX_TOKENS"
     assert (records["runs"].outcome, records["waits"].outcome) == (INTERRUPTED, INTERRUPTED)
     assert (records["runs"].input_tokens, records["runs"].output_tokens) == (9, 40)
     assert records["runs"].neurons == neurons(TokenUsage(9, 40), COSTS)
@@ -84,27 +84,27 @@ def test_killed_server_leaves_records_and_interrupted_requests(tmp_path: Path) -
 
 
 def test_loss_is_bounded(tmp_path: Path) -> None:
-    """However often progress is told, a crash loses fewer than PROGRESS_TOKENS tokens, and no input token."""
-    for told in range(1, 3 * PROGRESS_TOKENS):
+    """At any time, a crash loses fewer than PROGRESS_TOKENS output tokens, and no input token."""
+    for computed in range(1, 3 * PROGRESS_TOKENS):
         journal = Journal.open(tmp_path, LIMIT)
         journal.admit(running("one"))
-        for token in range(1, told + 1):
+        for token in range(1, computed + 1):
             journal.progress("one", TokenUsage(100, token))
         journal = crash_and_reopen(journal, tmp_path)
         [record] = journal.oldest(2)
         assert record.input_tokens == 100
-        assert told - PROGRESS_TOKENS < record.output_tokens <= told
+        assert computed - PROGRESS_TOKENS < record.output_tokens <= computed
         journal.settle(1)
         journal.release()
 
 
 @pytest.mark.parametrize("cut", [1, 2, 9, 30])
-def test_torn_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
-    """A line that the crash cut short counts for nothing; all before it counts."""
+def test_incomplete_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
+    """An incomplete last line after a crash is ignored; all lines before it count."""
     journal = Journal.open(tmp_path, LIMIT)
     for name in ("one", "two"):
         journal.admit(running(name))
-        end(journal, name)
+        finish(journal, name)
     path = journal._segments.current.path
     os.truncate(path, path.stat().st_size - cut)
     journal = crash_and_reopen(journal, tmp_path)
@@ -115,12 +115,12 @@ def test_torn_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
     journal.release()
 
 
-def test_damaged_byte_costs_one_line(tmp_path: Path) -> None:
-    """A flipped bit in the middle is found by the line's checksum, and the lines around it count."""
+def test_damaged_byte_loses_one_line(tmp_path: Path) -> None:
+    """The checksum of a line detects a damaged byte; the other lines count."""
     journal = Journal.open(tmp_path, LIMIT)
     for name in ("one", "two", "three"):
         journal.admit(running(name))
-        end(journal, name)
+        finish(journal, name)
     path = journal._segments.current.path
     lines = path.read_bytes().splitlines(keepends=True)
     lines[3] = lines[3].replace(b"MAX_TOKENS", b"MAX_TOKEMS")
@@ -134,13 +134,13 @@ def test_damaged_byte_costs_one_line(tmp_path: Path) -> None:
     journal.release()
 
 
-def test_full_journal_refuses_and_recovers(tmp_path: Path) -> None:
-    """The limit holds, every admitted request still gets its record, and a settled journal admits again."""
+def test_full_journal_rejects_and_recovers(tmp_path: Path) -> None:
+    """The size stays within the limit, every admitted request gets its record, and a settled journal admits again."""
     journal = Journal.open(tmp_path, LIMIT)
     admitted = admit_until_full(journal, run_at_once=5)
     for number in range(admitted - 5, admitted):
         journal.progress(f"{number}", TokenUsage(1, 2500))
-        end(journal, f"{number}")
+        finish(journal, f"{number}")
     assert admitted > 50
     assert journal.size <= LIMIT
     assert journal.size == sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -148,17 +148,17 @@ def test_full_journal_refuses_and_recovers(tmp_path: Path) -> None:
     journal.settle(admitted)
     for number in range(50):
         journal.admit(running(f"again {number}"))
-        end(journal, f"again {number}")
+        finish(journal, f"again {number}")
     journal.release()
 
 
-def test_files_go_when_nothing_in_them_is_needed(tmp_path: Path) -> None:
-    """A long-running request does not keep the files of all that ended meanwhile; nor do a release's leftovers."""
+def test_files_without_unflushed_records_are_deleted(tmp_path: Path) -> None:
+    """A long request does not keep the files of requests that finish in the meantime; a release leaves no file."""
     journal = Journal.open(tmp_path, LIMIT)
     journal.admit(running("long"))
     for number in range(2000):
         journal.admit(running(f"{number}"))
-        end(journal, f"{number}")
+        finish(journal, f"{number}")
         journal.settle(1)
         if number % 400 == 0:
             journal.progress("long", TokenUsage(7, number + 16))
@@ -172,13 +172,13 @@ def test_files_go_when_nothing_in_them_is_needed(tmp_path: Path) -> None:
 
 
 def test_crash_after_recovery_loses_nothing(tmp_path: Path) -> None:
-    """What one server recovered and could not settle is recovered by the next, once."""
+    """Records that one server recovers but does not settle are recovered by the next one, once."""
     journal = Journal.open(tmp_path, LIMIT)
     journal.admit(running("one"))
     for number in range(3):
         journal = crash_and_reopen(journal, tmp_path)
         journal.admit(running(f"life {number}"))
-        end(journal, f"life {number}")
+        finish(journal, f"life {number}")
     everything = sorted(ids(journal))
     settled = ids(journal)[0]
     journal.settle(1)
@@ -191,22 +191,22 @@ def test_crash_after_recovery_loses_nothing(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_live_journal_is_left_alone(tmp_path: Path) -> None:
-    """A second server on the directory recovers nothing of one that lives."""
+def test_journal_of_a_running_server_is_not_recovered(tmp_path: Path) -> None:
+    """A second server in the same directory does not recover the journal of a running server."""
     first = Journal.open(tmp_path, LIMIT)
     first.admit(running("of the first"))
     second = Journal.open(tmp_path, LIMIT)
     assert second.pending == 0
     second.release()
-    end(first, "of the first")
+    finish(first, "of the first")
     assert ids(first) == ["of the first"]
     first.settle(1)
     first.release()
     assert files(tmp_path) == []
 
 
-def test_disk_that_takes_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed write refuses a new request, keeps an ended one in memory, and spoils no later line."""
+def test_incomplete_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed write rejects a new request, keeps a finished one in memory, and damages no later line."""
     journal = Journal.open(tmp_path, LIMIT)
     journal.admit(running("one"))
     journal.admit(running("two"))
@@ -217,9 +217,9 @@ def test_disk_that_takes_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
         with pytest.raises(UsageJournalFull):
             journal.admit(running("three"))
-        end(journal, "one")
+        finish(journal, "one")
     assert ids(journal) == ["one"]
-    end(journal, "two")
+    finish(journal, "two")
     journal = crash_and_reopen(journal, tmp_path)
     assert {record.request_id: record.outcome for record in journal.oldest(10)} == {
         "one": INTERRUPTED,
@@ -228,25 +228,25 @@ def test_disk_that_takes_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     journal.release()
 
 
-def test_disk_that_refuses_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there can be no new file, the old one goes on."""
+def test_new_file_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a new file cannot be created, the old file stays in use."""
 
-    def refuse(*_: object) -> int:
+    def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     journal = Journal.open(tmp_path, LIMIT)
     with monkeypatch.context() as patch:
-        patch.setattr("llama2_server.usage.journal.segments.os.open", refuse)
+        patch.setattr("llama2_server.usage.journal.segments.os.open", fail)
         for number in range(50):
             journal.admit(running(f"{number}"))
-            end(journal, f"{number}")
+            finish(journal, f"{number}")
     journal = crash_and_reopen(journal, tmp_path)
     assert ids(journal) == [f"{number}" for number in range(50)]
     journal.release()
 
 
 def test_sync_reaches_every_written_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sync brings each file to the disk once: those that are full as well as the one in use."""
+    """A sync syncs each written file once, including full files and the current one."""
     synced: list[int] = []
     monkeypatch.setattr(
         "llama2_server.usage.journal.segments.os.fsync", lambda file: synced.append(os.fstat(file).st_ino)
@@ -254,7 +254,7 @@ def test_sync_reaches_every_written_file(tmp_path: Path, monkeypatch: pytest.Mon
     journal = Journal.open(tmp_path, LIMIT)
     for number in range(50):
         journal.admit(running(f"{number}"))
-        end(journal, f"{number}")
+        finish(journal, f"{number}")
     journal.sync()
     assert set(synced) == {path.stat().st_ino for path in tmp_path.glob("*.journal")}
     assert len(synced) == len(set(synced)) > 2
@@ -264,11 +264,11 @@ def test_sync_reaches_every_written_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_second_end_is_ignored(tmp_path: Path) -> None:
-    """One record a request, though it were ended twice or told to progress after its end."""
+    """A request has one record, even after a second end or progress after its end."""
     journal = Journal.open(tmp_path, LIMIT)
     journal.admit(running("one"))
-    end(journal, "one", "MAX_TOKENS")
-    end(journal, "one", "CANCELLED")
+    finish(journal, "one", "MAX_TOKENS")
+    finish(journal, "one", "CANCELLED")
     journal.progress("one", TokenUsage(3, 500))
     [record] = journal.oldest(10)
     assert record == UsageRecord(

@@ -1,4 +1,4 @@
-"""SQLite and PostgreSQL keep the same records, add them up exactly, and migrate by themselves."""
+"""SQLite and PostgreSQL store the same records, add them up exactly, and migrate automatically."""
 
 import asyncio
 import random
@@ -63,8 +63,8 @@ def expected_totals(records: list[UsageRecord], account: str) -> list[DailyUsage
     ]
 
 
-async def test_records_read_back_as_they_were_written(url: str) -> None:
-    """Times to the microsecond, neurons to the last digit, text of any script; a second writing changes nothing."""
+async def test_records_are_read_as_written(url: str) -> None:
+    """Records keep microseconds, all digits of neurons and Unicode text; a second insert changes nothing."""
     store = Store(url)
     await store.migrate()
     records = [
@@ -75,13 +75,13 @@ async def test_records_read_back_as_they_were_written(url: str) -> None:
     await store.insert(records)
     await store.insert([record("plain", outcome="INTERRUPTED"), record("later")])
     await store.close()
-    kept = {one.request_id: one for one in await stored(url)}
-    assert kept == {one.request_id: one for one in [*records, record("later")]}
+    found = {one.request_id: one for one in await stored(url)}
+    assert found == {one.request_id: one for one in [*records, record("later")]}
 
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_totals_are_exact(url: str, seed: int) -> None:
-    """Sums by day in UTC and model agree to the last digit with exact arithmetic, whatever the prices."""
+    """Sums by day in UTC and model equal exact arithmetic to the last digit, for any prices."""
     draw = random.Random(seed)
     records = [
         record(
@@ -106,12 +106,12 @@ async def test_totals_are_exact(url: str, seed: int) -> None:
     since, until = expected[2].day, expected[-3].day
     assert await store.totals("acme", since, until) == [total for total in expected if since <= total.day <= until]
     assert await store.totals(None, None, None) == [*expected, *expected_totals(records, "other")]
-    assert await store.totals("nobody", None, None) == []
+    assert await store.totals("unknown", None, None) == []
     await store.close()
 
 
-async def test_a_batch_is_written_whole_or_not_at_all(url: str) -> None:
-    """A record that the store refuses takes its batch with it, and the reason is StoreUnavailable."""
+async def test_batch_is_atomic(url: str) -> None:
+    """An invalid record rolls back its whole batch, and raises StoreUnavailable."""
     store = Store(url)
     await store.migrate()
     with pytest.raises(StoreUnavailable):
@@ -120,8 +120,8 @@ async def test_a_batch_is_written_whole_or_not_at_all(url: str) -> None:
     assert await stored(url) == []
 
 
-async def test_migrations_make_the_schema(url: str) -> None:
-    """What the migrations make is what the code declares, and a second start changes nothing."""
+async def test_migrations_create_the_schema(url: str) -> None:
+    """The migrated schema equals the declared one, and a second start changes nothing."""
     for _ in range(2):
         store = Store(url)
         await store.migrate()
@@ -136,8 +136,8 @@ def _differences(connection: sa.Connection) -> list[object]:
     return list(compare_metadata(context, METADATA))
 
 
-async def test_newer_schema_is_refused(url: str) -> None:
-    """A store that a newer version has migrated is not written to."""
+async def test_newer_schema_is_rejected(url: str) -> None:
+    """A store that a newer version has migrated is rejected."""
     store = Store(url)
     await store.migrate()
     async with store._engine.begin() as connection:
@@ -148,7 +148,7 @@ async def test_newer_schema_is_refused(url: str) -> None:
 
 
 def test_servers_that_start_together_migrate_once(url: str) -> None:
-    """Several processes on one empty store: all of them find the schema."""
+    """Several processes start on one empty store, and all of them succeed."""
     program = (
         "import asyncio, sys\n"
         "from llama2_server.usage.ledger import read_totals\n"
@@ -162,8 +162,8 @@ def test_servers_that_start_together_migrate_once(url: str) -> None:
     assert [process.wait() for process in processes] == [0, 0, 0]
 
 
-async def test_stores_migrate_together(tmp_path: Path) -> None:
-    """Several stores of one process may migrate at the same time."""
+async def test_stores_migrate_at_the_same_time(tmp_path: Path) -> None:
+    """Several stores of one process can migrate at the same time."""
     stores = [Store(f"sqlite:///{tmp_path / f'{number}.db'}") for number in range(4)]
     await asyncio.gather(*(store.migrate() for store in stores))
     for store in stores:
@@ -172,7 +172,7 @@ async def test_stores_migrate_together(tmp_path: Path) -> None:
 
 
 async def test_sqlite_is_durable_and_shared(tmp_path: Path) -> None:
-    """Write-ahead logging, and a sync with every commit."""
+    """SQLite uses write-ahead logging, and syncs every commit."""
     store = Store(f"sqlite:///{tmp_path / 'usage.db'}")
     await store.migrate()
     async with store._engine.connect() as connection:
@@ -193,8 +193,8 @@ async def test_sqlite_is_durable_and_shared(tmp_path: Path) -> None:
         ("sqlite:///:memory:", "in memory"),
     ],
 )
-def test_impossible_url_is_named(wrong: str, message: str) -> None:
-    """One line that names the setting and what is wrong, without the password."""
+def test_invalid_url_is_rejected(wrong: str, message: str) -> None:
+    """The error is one line with the setting and the problem, without the password."""
     with pytest.raises(LedgerError, match=f"^--usage-url: .*{message}") as caught:
         create_engine(wrong)
     assert "s3cret" not in str(caught.value)
@@ -202,15 +202,15 @@ def test_impossible_url_is_named(wrong: str, message: str) -> None:
 
 
 def test_postgresql_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names the extra to install."""
+    """The error names the extra to install."""
     monkeypatch.setitem(sys.modules, "asyncpg", None)
     with pytest.raises(LedgerError, match=r"llama2-grpc\[postgresql\]"):
         create_engine("postgres://host/db")
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql"])
-async def test_postgresql_that_does_not_answer_is_down(scheme: str) -> None:
-    """A refused connection is of the moment, and its reason holds no password."""
+async def test_refused_connection_is_temporary(scheme: str) -> None:
+    """A refused connection is a temporary error, and its reason does not contain the password."""
     store = Store(f"{scheme}://user:s3cret@127.0.0.1:1/db?sslmode=prefer")
     with pytest.raises(StoreUnavailable) as caught:
         await store.migrate()
