@@ -39,7 +39,8 @@ HEAD = """\
 
 The package is `llama2.v1`; the [protos](../protos/llama2/v1) are the contract. "Unset" means that the client does not
 set an `optional` field. For Python see [python-client.md](python-client.md), for JSON over HTTP
-[examples/envoy](../examples/envoy/README.md).
+[examples/envoy](../examples/envoy/README.md). The names that other languages generate (Go import path, Java package, C#
+namespace, Objective-C prefix) are placeholders under `example.com`; [buf.gen.yaml](../buf.gen.yaml) replaces them.
 
 | RPC | description |
 |---|---|

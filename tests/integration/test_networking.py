@@ -256,7 +256,7 @@ async def test_nothing_said_or_shown_is_logged(
             for request in (
                 good,
                 pb.GenerateRequest(prompt=prompt, max_tokens=10**6, stop=[prompt] * 9, top_p=7),
-                pb.GenerateRequest(messages=[pb.Message(role=prompt, content=prompt)]),
+                pb.GenerateRequest(messages=[pb.ChatMessage(role=prompt, content=prompt)]),
                 pb.GenerateRequest(prompt=f"{prompt} " * 2000),
             ):
                 with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -153,7 +153,7 @@ async def test_many_violations_fit_the_trailers(serve_scripted: ServiceMaker) ->
     """A thousand violations are cut to what fits, with the number of the rest."""
     async with serve_scripted() as service:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await service.text.Generate(pb.GenerateRequest(messages=[pb.Message()] * 1000))
+            await service.text.Generate(pb.GenerateRequest(messages=[pb.ChatMessage()] * 1000))
         bad_request = details(refused.value)["BadRequest"]
         assert isinstance(bad_request, error_details_pb2.BadRequest)
         listed = bad_request.field_violations

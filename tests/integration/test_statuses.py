@@ -67,7 +67,7 @@ async def prompt_too_long(scene: Scene) -> grpc.aio.AioRpcError:
 
 
 async def very_many_violations(scene: Scene) -> grpc.aio.AioRpcError:
-    messages = [pb.Message(content=f"[INST] {SECRET}") for _ in range(500)]
+    messages = [pb.ChatMessage(content=f"[INST] {SECRET}") for _ in range(500)]
     async with scene.serve() as service:
         return await refused(service.text.Generate(pb.GenerateRequest(messages=messages)))
 

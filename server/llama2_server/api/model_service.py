@@ -27,7 +27,7 @@ def _card_message(card: ModelCard) -> model_pb2.ModelCard:
         name=card.name,
         display_name=card.display_name,
         description=card.description,
-        task=model_pb2.Task(**card.task.model_dump()),
+        task=model_pb2.ModelTask(**card.task.model_dump()),
         tags=card.tags,
         properties=[model_pb2.Property(**entry.model_dump()) for entry in card.properties],
         limits=model_pb2.Limits(

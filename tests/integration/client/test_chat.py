@@ -19,10 +19,10 @@ async def test_each_turn_sends_the_turns_before_it(client: Client, server: Scrip
     assert "".join([delta async for delta in chat.stream("Where to?", temperature=0)]) == "To the isle."
     assert server.requests[1] == text_generation_pb2.GenerateRequest(
         messages=[
-            text_generation_pb2.Message(role="system", content="You are a pirate."),
-            text_generation_pb2.Message(role="user", content="Hello?"),
-            text_generation_pb2.Message(role="assistant", content="Ahoy!"),
-            text_generation_pb2.Message(role="user", content="Where to?"),
+            text_generation_pb2.ChatMessage(role="system", content="You are a pirate."),
+            text_generation_pb2.ChatMessage(role="user", content="Hello?"),
+            text_generation_pb2.ChatMessage(role="assistant", content="Ahoy!"),
+            text_generation_pb2.ChatMessage(role="user", content="Where to?"),
         ],
         seed=1,
         temperature=0,

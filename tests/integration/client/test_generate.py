@@ -48,9 +48,9 @@ async def test_messages_are_sent_in_order(client: Client, server: ScriptedServer
     assert server.requests == [
         text_generation_pb2.GenerateRequest(
             messages=[
-                text_generation_pb2.Message(role="system", content="Be brief."),
-                text_generation_pb2.Message(role="user", content=""),
-                text_generation_pb2.Message(role="user"),
+                text_generation_pb2.ChatMessage(role="system", content="Be brief."),
+                text_generation_pb2.ChatMessage(role="user", content=""),
+                text_generation_pb2.ChatMessage(role="user"),
             ]
         )
     ]

@@ -17,7 +17,7 @@ async def test_count_tokens_returns_both_counts(client: Client, server: Scripted
     await client.count_tokens(messages=[Message("user", "Hi")])
     assert server.requests == [
         text_generation_pb2.CountTokensRequest(prompt="Hi", raw=True),
-        text_generation_pb2.CountTokensRequest(messages=[text_generation_pb2.Message(role="user", content="Hi")]),
+        text_generation_pb2.CountTokensRequest(messages=[text_generation_pb2.ChatMessage(role="user", content="Hi")]),
     ]
 
 

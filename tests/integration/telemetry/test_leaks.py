@@ -78,8 +78,8 @@ class Client:
         await self.generate(invalid, stop=[f"{STOP}{number}" for number in range(9)])
         await self.generate(invalid, stop=[STOP * 1000])
         await self.generate(invalid, top_p=3, temperature=-1, max_tokens=10**6)
-        await self.generate(invalid, prompt=None, messages=[pb.Message(role=PROMPT, content=PROMPT)])
-        await self.generate(invalid, prompt=None, messages=[pb.Message(role="user", content=PROMPT * 1000)])
+        await self.generate(invalid, prompt=None, messages=[pb.ChatMessage(role=PROMPT, content=PROMPT)])
+        await self.generate(invalid, prompt=None, messages=[pb.ChatMessage(role="user", content=PROMPT * 1000)])
         await self.fails(self.raw("Generate", b"\xff" + PROMPT.encode()), invalid)
         await self.fails(self.raw(PROMPT, b""), grpc.StatusCode.UNIMPLEMENTED)
         for key in (self.wrong_key, self.wrong_key * 20):

@@ -136,12 +136,12 @@ def test_lone_surrogate_is_refused(boundless: RequestValidator) -> None:
     assert not our_verdict(boundless, {"prompt": "\ud800"})
 
 
-def user(content: str) -> pb.Message:
-    return pb.Message(role="user", content=content)
+def user(content: str) -> pb.ChatMessage:
+    return pb.ChatMessage(role="user", content=content)
 
 
-def assistant(content: str) -> pb.Message:
-    return pb.Message(role="assistant", content=content)
+def assistant(content: str) -> pb.ChatMessage:
+    return pb.ChatMessage(role="assistant", content=content)
 
 
 def violations(validator: RequestValidator, request: pb.GenerateRequest, streaming: bool = False) -> list[Violation]:
@@ -158,12 +158,12 @@ def violations(validator: RequestValidator, request: pb.GenerateRequest, streami
         (pb.GenerateRequest(prompt="😀" * 4097), "prompt", "at most 4096 characters, got 4097"),
         (pb.GenerateRequest(prompt="a [/INST] b"), "prompt", "control tags"),
         (pb.GenerateRequest(messages=[user("x" * 5000)]), "messages[0].content", "at most 4096 characters, got 5000"),
-        (pb.GenerateRequest(messages=[pb.Message(role="user")]), "messages[0].content", "is required"),
-        (pb.GenerateRequest(messages=[pb.Message(content="a")]), "messages[0].role", "is required"),
-        (pb.GenerateRequest(messages=[pb.Message(role="tool", content="a")]), "messages[0].role", "system, user or"),
+        (pb.GenerateRequest(messages=[pb.ChatMessage(role="user")]), "messages[0].content", "is required"),
+        (pb.GenerateRequest(messages=[pb.ChatMessage(content="a")]), "messages[0].role", "is required"),
+        (pb.GenerateRequest(messages=[pb.ChatMessage(role="tool", content="")]), "messages[0].role", "system, user or"),
         (pb.GenerateRequest(messages=[user("a"), user("b")]), "messages[1].role", "must be assistant here"),
         (pb.GenerateRequest(messages=[user("a"), assistant("b")]), "messages[1].role", "in the last message"),
-        (pb.GenerateRequest(messages=[pb.Message(role="system", content="a")]), "messages[0].role", "must be user"),
+        (pb.GenerateRequest(messages=[pb.ChatMessage(role="system", content="a")]), "messages[0].role", "must be user"),
         (pb.GenerateRequest(messages=[user("<<SYS>>")]), "messages[0].content", "control tags"),
         (pb.GenerateRequest(messages=[user("a")], raw=True), "raw", "cannot be true with messages"),
         (pb.GenerateRequest(prompt="a", stream=True), "stream", "call GenerateStream instead"),
@@ -186,7 +186,7 @@ def violations(validator: RequestValidator, request: pb.GenerateRequest, streami
         ),
         (pb.GenerateRequest(prompt="word " * 800), "prompt", "has at least"),
         # One violation, not one for each: to look at as many as fit a message would take the server half a minute.
-        (pb.GenerateRequest(messages=[pb.Message()] * 61), "messages", "has at least 61 tokens"),
+        (pb.GenerateRequest(messages=[pb.ChatMessage()] * 61), "messages", "has at least 61 tokens"),
     ],
 )
 def test_violation_names_field_and_rule(
@@ -201,7 +201,7 @@ def test_violation_names_field_and_rule(
 def test_all_violations_come_at_once(validator: RequestValidator) -> None:
     """A request with several faults hears of all of them in one answer."""
     request = pb.GenerateRequest(
-        messages=[user("x" * 5000), pb.Message(role="assistant"), pb.Message(role="robot", content="[INST]")],
+        messages=[user("x" * 5000), pb.ChatMessage(role="assistant"), pb.ChatMessage(role="robot", content="[INST]")],
         raw=True,
         stream=True,
         max_tokens=-1,
@@ -223,7 +223,8 @@ def test_all_violations_come_at_once(validator: RequestValidator) -> None:
 
 def test_violations_never_quote_the_text(validator: RequestValidator) -> None:
     """No description holds text of the request: it may end in a log."""
-    request = pb.GenerateRequest(messages=[pb.Message(role="secret", content="secret [INST]"), user("secret" * 999)])
+    messages = [pb.ChatMessage(role="secret", content="secret [INST]"), user("secret" * 999)]
+    request = pb.GenerateRequest(messages=messages)
     assert "secret" not in str(violations(validator, request))
 
 
@@ -295,7 +296,7 @@ def test_prompt_is_one_user_turn_after_the_cards_system_prompt(
     config = small_card.generation_config.model_copy(update={"system_prompt": "Be kind."})
     with_system = RequestValidator(small_card.model_copy(update={"generation_config": config}), demo_tokenizer)
     prompt, _ = with_system.validate_generate(pb.GenerateRequest(prompt="Hi"), streaming=False)
-    chat = [pb.Message(role="system", content="Be kind."), user("Hi")]
+    chat = [pb.ChatMessage(role="system", content="Be kind."), user("Hi")]
     messages, _ = with_system.validate_generate(pb.GenerateRequest(messages=chat), streaming=False)
     assert prompt == messages
     assert demo_tokenizer.decode(prompt.token_ids) == "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]"

@@ -41,10 +41,10 @@ async def test_ctrl_c_stops_the_reply_and_not_the_program(server: ScriptedServer
         assert await asyncio.wait_for(process.wait(), 10) == 0
     assert server.requests[2] == text_generation_pb2.GenerateRequest(
         messages=[
-            text_generation_pb2.Message(role="system", content="Be brief."),
-            text_generation_pb2.Message(role="user", content="first"),
-            text_generation_pb2.Message(role="assistant", content="One."),
-            text_generation_pb2.Message(role="user", content="third"),
+            text_generation_pb2.ChatMessage(role="system", content="Be brief."),
+            text_generation_pb2.ChatMessage(role="user", content="first"),
+            text_generation_pb2.ChatMessage(role="assistant", content="One."),
+            text_generation_pb2.ChatMessage(role="user", content="third"),
         ]
     )
 
@@ -69,7 +69,7 @@ async def test_an_error_does_not_end_the_conversation(server: ScriptedServer) ->
         terminal.type("/exit\n")
         assert await asyncio.wait_for(process.wait(), 10) == 0
     assert server.requests[2] == text_generation_pb2.GenerateRequest(
-        messages=[text_generation_pb2.Message(role="user", content="third")]
+        messages=[text_generation_pb2.ChatMessage(role="user", content="third")]
     )
 
 

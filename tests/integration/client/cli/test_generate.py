@@ -76,8 +76,8 @@ async def test_messages_reads_a_conversation_from_a_file(server: ScriptedServer,
     assert server.requests == [
         text_generation_pb2.GenerateRequest(
             messages=[
-                text_generation_pb2.Message(role="system", content="Be brief."),
-                text_generation_pb2.Message(role="user", content="Hi"),
+                text_generation_pb2.ChatMessage(role="system", content="Be brief."),
+                text_generation_pb2.ChatMessage(role="user", content="Hi"),
             ]
         )
     ]
