@@ -36,7 +36,7 @@ FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-class LoadedModel(Protocol):
+class ModelProperties(Protocol):
     """Properties of a model that the metrics show."""
 
     @property
@@ -85,7 +85,7 @@ class Metrics:
         self._steps = {phase: self._step.labels(phase) for phase in ("prefill", "decode")}
 
     def register(
-        self, model_name: str, model: LoadedModel, methods: Iterable[str], collectors: Iterable[Collector]
+        self, model_name: str, model: ModelProperties, methods: Iterable[str], collectors: Iterable[Collector]
     ) -> None:
         """Register the metrics of the parts: the model, the API's methods, and each part's own collector.
 
@@ -99,7 +99,7 @@ class Metrics:
             self.registry.register(collector)
         self._register_model(model_name, model)
 
-    def _register_model(self, name: str, model: LoadedModel) -> None:
+    def _register_model(self, name: str, model: ModelProperties) -> None:
         build = Info("llama2_build", "Version of the server, and the model that it serves.", registry=self.registry)
         dtype = str(model.dtype).removeprefix("torch.")
         build.info({"version": version("llama2-grpc"), "model": name, "device": str(model.device), "dtype": dtype})

@@ -122,7 +122,10 @@ async def test_failed_insert_is_retried(
 async def test_postgresql_restart(
     tmp_path: Path, postgres: PostgresCluster, open_ledger: LedgerOpener, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Servers run, start, stop and are killed without the database; each record is stored once."""
+    """Servers run, start, stop and are killed without the database; each record is stored once.
+
+    The log never contains the password.
+    """
     url = postgres.new_database()
     ledger = await open_ledger(url=url)
     for number in range(700):
