@@ -63,6 +63,21 @@ def _rotate_and_store_kernel(
 
 
 @triton.jit
+def _accumulate(scores, value, max_score, weight_sum, sums):
+    """Add one block of the context to a running softmax (Milakov & Gimelshein 2018, online softmax).
+
+    Shapes: scores (queries, tokens), value (tokens, head_dim), max_score and weight_sum (queries,), sums (queries,
+    head_dim); the last three are returned updated.
+    """
+    new_max = tl.maximum(max_score, tl.max(scores, axis=1))
+    rescale = tl.exp(max_score - new_max)
+    weights = tl.exp(scores - new_max[:, None])
+    weight_sum = weight_sum * rescale + tl.sum(weights, axis=1)
+    sums = sums * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return new_max, weight_sum, sums
+
+
+@triton.jit
 def _split_attention_kernel(
     queries,  # (rows, heads, head_dim)
     keys,  # (slots, kv_heads, context_length, head_dim)
@@ -88,10 +103,8 @@ def _split_attention_kernel(
     """
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tokens = tl.load(positions + row) + 1
-    member = tl.arange(0, BLOCK_GROUP)
-    dim = tl.arange(0, BLOCK_DIM)
-    in_group, in_head = member < GROUP, dim < head_dim
-    head = kv_head * GROUP + member
+    member, dim = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
+    in_group, in_head, head = member < GROUP, dim < head_dim, kv_head * GROUP + member
     mask = in_group[:, None] & in_head[None, :]
     index = (row * heads + head) * tl.num_programs(2) + split
     begin = split * SPLIT
@@ -99,8 +112,7 @@ def _split_attention_kernel(
         tl.store(log_sum_exps + index, tl.full((BLOCK_GROUP,), float("-inf"), tl.float32), mask=in_group)
     else:
         query = tl.load(queries + (row * heads + head)[:, None] * head_dim + dim[None, :], mask=mask, other=0.0)
-        slot = tl.load(slots + row).to(tl.int64)
-        base = (slot * kv_heads + kv_head) * context_length * head_dim
+        base = (tl.load(slots + row).to(tl.int64) * kv_heads + kv_head) * context_length * head_dim
         max_score = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
         weight_sum = tl.zeros((BLOCK_GROUP,), tl.float32)
         sums = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
@@ -110,15 +122,10 @@ def _split_attention_kernel(
             offset = base + token[:, None].to(tl.int64) * head_dim + dim[None, :]
             kv_mask = seen[:, None] & in_head[None, :]
             key = tl.load(keys + offset, mask=kv_mask, other=0.0)
+            value = tl.load(values + offset, mask=kv_mask, other=0.0)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
             scores = tl.where(seen[None, :], scores, float("-inf"))
-            new_max = tl.maximum(max_score, tl.max(scores, axis=1))
-            rescale = tl.exp(max_score - new_max)
-            weights = tl.exp(scores - new_max[:, None])
-            value = tl.load(values + offset, mask=kv_mask, other=0.0)
-            weight_sum = weight_sum * rescale + tl.sum(weights, axis=1)
-            sums = sums * rescale[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-            max_score = new_max
+            max_score, weight_sum, sums = _accumulate(scores, value, max_score, weight_sum, sums)
         tl.store(partials + index[:, None] * head_dim + dim[None, :], sums / weight_sum[:, None], mask=mask)
         tl.store(log_sum_exps + index, max_score + tl.log(weight_sum), mask=in_group)
 
