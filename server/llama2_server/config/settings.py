@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     """Device that runs the model; auto selects CUDA if it is available."""
     dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, Group.MODEL] = None
     """Precision of the model, instead of the card's precision."""
+    max_position_embeddings: Annotated[PositiveInt | None, Group.MODEL] = None
+    """Maximum context of the model in tokens, instead of the checkpoint's value.
+    Some checkpoints of Llama-2 state 2048, although the model was trained with 4096."""
     cpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"
     """CPU kernels for float16: native code if available (auto), or torch."""
     gpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +64,9 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
     metadata = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
+    config = metadata.config
+    if settings.max_position_embeddings is not None:
+        config = replace(config, max_positions=settings.max_position_embeddings)
     with LoadingProgress(on_terminal=sys.stderr.isatty()) as progress:
         model = load_weights(
             checkpoint,
@@ -71,7 +74,7 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
             dtype=getattr(torch, settings.dtype or card.generation_config.dtype),
             context_length=card.context_length_limit,
             slots=card.max_concurrent_requests,
-            config=metadata.config,
+            config=config,
             progress=progress.show,
             cpu_kernels=settings.cpu_kernels,
         )

@@ -21,6 +21,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "listen": ("127.0.0.1:1", "[::1]:2"),
     "device": ("cpu", "cuda"),
     "cpu_kernels": ("auto", "torch"),
+    "max_position_embeddings": (4096, 8192),
     "dtype": ("float32", "bfloat16"),
     "max_queue_size": (0, 2),
     "queue_timeout_seconds": (1.5, 2.5),

@@ -1,6 +1,7 @@
 """The files of a Hugging Face Llama checkpoint: configuration and tensor table. No tensor is read here."""
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt")
+# Rotary buffers, per layer or for the whole model: inv_freq, cos_cached and others. They follow from the configuration.
+DERIVED = re.compile(r"(model\.)?(layers\.\d+\.)?(self_attn\.)?rotary_emb\.\w+")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 REQUIRED_SIZES = (
     "vocab_size",
@@ -97,7 +100,7 @@ def read_eos_ids(directory: Path) -> frozenset[int]:
 
 
 def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
-    """Return the file, dtype, shape and offset of each tensor of the checkpoint.
+    """Return the file, dtype, shape and offset of each tensor of the checkpoint, without rotary buffers.
 
     Pickle files are never opened, because loading one can run any code in it.
 
@@ -211,6 +214,8 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     for name, entry in header.items():
+        if DERIVED.fullmatch(name):
+            continue
         if entry["dtype"] not in DTYPES:
             raise WeightsError(
                 f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}; "

@@ -1,6 +1,5 @@
 """Check the tensors of a checkpoint and read them directly into the weights of a model on its device."""
 
-import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
 from llama2_server.engine.checkpoint.hub import fetch_checkpoint
-from llama2_server.engine.checkpoint.read_buffers import ReadBuffers
+from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.llama import CpuKernels, LlamaModel
@@ -20,8 +19,7 @@ from llama2_server.engine.text.tokenizer import Tokenizer
 
 __all__ = ["fetch_checkpoint", "load_model"]
 
-# Checkpoints from before transformers 4.31 contain the rotary frequencies, which follow from the configuration.
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Number of threads that read tensors. One thread would spend more time on new memory pages than on reading.
 CPU_READERS = 2
 
@@ -62,7 +60,9 @@ def load_model(
     config = config or read_config(directory)
     _check_context(directory, config, context_length)
     _check_tokenizer(directory, config)
-    stored = {name: tensor for name, tensor in read_tensor_table(directory).items() if not IGNORED.fullmatch(name)}
+    stored = read_tensor_table(directory)
+    if config.tied_embeddings:
+        stored = _merge_tied_head(stored)
     meta_weights = LlamaWeights.allocate(config, "meta", dtype)
     _check_tensors(directory, stored, tensor_destinations(config, meta_weights))
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
@@ -99,7 +99,8 @@ def _check_context(directory: Path, config: LlamaConfig, context_length: int) ->
     if context_length > config.max_positions:
         raise WeightsError(
             f"{directory / 'config.json'}: max_position_embeddings is {config.max_positions}, "
-            f"expected at least {context_length}; lower context_length_limit in the card (--card)"
+            f"expected at least {context_length}; if the model was trained with a longer context, as Llama-2 was with "
+            "4096 tokens, set --max-position-embeddings; otherwise lower context_length_limit in the card (--card)"
         )
 
 
@@ -111,6 +112,19 @@ def _check_tokenizer(directory: Path, config: LlamaConfig) -> None:
             f"{path}: has {pieces} tokens, expected at most {config.vocab_size}, the rows of the embedding; "
             "copy it from the same checkpoint"
         )
+
+
+def _merge_tied_head(stored: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the tensors with one entry for the embedding and the tied head, whichever of the two is stored."""
+    others = {name: tensor for name, tensor in stored.items() if name not in (EMBEDDING, HEAD)}
+    embedding, head = stored.get(EMBEDDING), stored.get(HEAD)
+    if embedding is not None and head is not None and not equal_in_file(embedding, head):
+        raise WeightsError(
+            f"{head.path}: tensor {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config.json; "
+            "set it to false, or remove the tensor that training did not use"
+        )
+    table = embedding or head
+    return others if table is None else {**others, EMBEDDING: table}
 
 
 def _check_tensors(directory: Path, stored: dict[str, TensorEntry], destinations: dict[str, Tensor]) -> None:
@@ -131,9 +145,9 @@ def _check_tensors(directory: Path, stored: dict[str, TensorEntry], destinations
 
 def tensor_destinations(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
     """Return the memory for each tensor of a checkpoint, by its name there; parts of a fused matrix are views."""
-    destinations = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+    destinations = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm}
     if not config.tied_embeddings:
-        destinations["lm_head.weight"] = weights.head
+        destinations[HEAD] = weights.head
     for index, layer in enumerate(weights.layers):
         parts = _layer_destinations(config, layer)
         destinations |= {f"model.layers.{index}.{name}.weight": part for name, part in parts.items()}

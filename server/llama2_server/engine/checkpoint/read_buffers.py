@@ -7,8 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2_server.engine.checkpoint.files import TensorEntry
+
 # Files are read into buffers of this size. Mapped files would count as memory of the process until they are unmapped.
 BUFFER_BYTES = 4 * 2**20
+
+
+def equal_in_file(one: TensorEntry, other: TensorEntry) -> bool:
+    """Return whether two stored tensors have the same shape and values, in any dtypes; both files are read once."""
+    if one.shape != other.shape:
+        return False
+    elements = one.size_bytes // one.dtype.itemsize
+    step = BUFFER_BYTES // torch.float32.itemsize
+    with one.path.open("rb") as first, other.path.open("rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        for start in range(0, elements, step):
+            count = min(step, elements - start)
+            if not torch.equal(_read_float32(first, one.dtype, count), _read_float32(second, other.dtype, count)):
+                return False
+    return True
+
+
+def _read_float32(file: BufferedReader, dtype: torch.dtype, count: int) -> Tensor:
+    return torch.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype=dtype).float()
 
 
 class ReadBuffers:

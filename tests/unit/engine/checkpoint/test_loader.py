@@ -1,5 +1,6 @@
 """Checkpoints are read exactly, and values and sizes that do not fit are rejected."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.support.checkpoints import MakeCheckpoint
-from tests.unit.engine.checkpoint.edited_checkpoints import config, edit_tensors, load
+from tests.unit.engine.checkpoint.edited_checkpoints import Edit, config, edit_tensors, load, tensors
 from tools.make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from llama2_server.engine.checkpoint.loader import load_model
+from llama2_server.engine.checkpoint.loader import EMBEDDING, HEAD, load_model
+from llama2_server.engine.checkpoint.read_buffers import BUFFER_BYTES
 from llama2_server.engine.errors import WeightsError
 
 K_PROJ = "model.layers.0.self_attn.k_proj.weight"
@@ -68,11 +70,61 @@ def load_shards(directory: Path) -> dict[str, Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def test_old_rotary_buffers_are_ignored(copy: Path) -> None:
-    """Checkpoints from before transformers 4.31 contain inv_freq, the only unused tensors that are accepted."""
+ROTARY_BUFFERS = {
+    "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    "model.layers.0.self_attn.rotary_emb.cos_cached": torch.zeros(1, 1, 128, 16),
+    "model.layers.0.self_attn.rotary_emb.sin_cached": torch.zeros(1, 1, 128, 16, dtype=torch.float64),
+    "model.rotary_emb.inv_freq": torch.ones(8),
+    "model.rotary_emb.original_inv_freq": torch.ones(8),
+    "model.layers.1.rotary_emb.max_seq_len_cached": torch.tensor(128),
+    "rotary_emb.inv_freq": torch.ones(8),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY_BUFFERS)
+def test_rotary_buffers_are_ignored(copy: Path, name: str) -> None:
+    """Buffers that follow from the configuration have no effect, under any name and in any dtype."""
     expected = load(copy).prefill(0, [1, 5, 9], 0)
-    edit_tensors(copy, lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    edit_tensors(copy, lambda t: t.update({name: ROTARY_BUFFERS[name]}))
     assert torch.equal(load(copy).prefill(0, [1, 5, 9], 0), expected)
+
+
+def store_head(dtype: torch.dtype) -> Edit:
+    return tensors(lambda t: t.update({HEAD: t[EMBEDDING].to(dtype, copy=True)}))
+
+
+TIED: dict[str, Edit] = {
+    "no head": lambda directory: None,
+    "an equal head": store_head(torch.float16),
+    "an equal head in another dtype": store_head(torch.float32),
+    "only a head": tensors(lambda t: t.update({HEAD: t.pop(EMBEDDING)})),
+}
+
+
+@pytest.mark.parametrize("edit", TIED.values(), ids=TIED.keys())
+@pytest.mark.parametrize("buffer_bytes", [64, 5000, BUFFER_BYTES])
+def test_a_tied_head_may_be_stored(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Edit, buffer_bytes: int
+) -> None:
+    """With tied embeddings, the logits are those of the embedding, whether or not the head is stored too."""
+    directory = Path(shutil.copytree(checkpoint(tied=True, dtype=torch.float16), tmp_path / "tied"))
+    expected = reference_logits(directory, torch.float32)
+    edit(directory)
+    monkeypatch.setattr("llama2_server.engine.checkpoint.read_buffers.BUFFER_BYTES", buffer_bytes)
+    torch.testing.assert_close(load(directory).prefill(0, [1, 5, 9], 0), expected)
+
+
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_different_tied_head_is_rejected(checkpoint: MakeCheckpoint, tmp_path: Path, index: int) -> None:
+    """One different number is enough, and the error names both tensors and the configuration."""
+    directory = Path(shutil.copytree(checkpoint(tied=True), tmp_path / "tied"))
+    store_head(torch.float32)(directory)
+    edit_tensors(directory, lambda t: t[HEAD].view(-1)[index].add_(1))
+    with pytest.raises(
+        WeightsError,
+        match=rf"tensor {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in config\.json; ",
+    ):
+        load(directory)
 
 
 def test_rope_theta_and_head_dim_are_read(copy: Path) -> None:

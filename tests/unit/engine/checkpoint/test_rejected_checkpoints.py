@@ -51,7 +51,7 @@ REJECTED: dict[str, tuple[Edit, str]] = {
     "an odd head": (config(head_dim=15), r"config\.json: .*head_dim.*15"),
     "a short context": (
         config(max_position_embeddings=16),
-        r"max_position_embeddings is 16, expected at least 32; lower",
+        r"max_position_embeddings is 16, expected at least 32; .* set --max-position-embeddings; otherwise lower",
     ),
     "no tokenizer": (remove("tokenizer.model"), r"tokenizer\.model: no such file"),
     "a broken tokenizer": (overwrite("tokenizer.model", b"rubbish"), r"tokenizer\.model: not a SentencePiece model"),
@@ -81,7 +81,10 @@ REJECTED: dict[str, tuple[Edit, str]] = {
         config(num_hidden_layers=3),
         r"tensor model\.layers\.2\..* of shape .* is missing",
     ),
-    "tied but with a head": (config(tie_word_embeddings=True), r"tensor lm_head\.weight is not part of"),
+    "tied but with a head": (
+        config(tie_word_embeddings=True),
+        r"tensor lm_head\.weight differs from model\.embed_tokens\.weight",
+    ),
     "integers": (
         tensors(lambda t: t.update({K_PROJ: torch.ones(64, 64, dtype=torch.int8)})),
         rf"{K_PROJ} has dtype I8, expected one of F16, BF16, F32",

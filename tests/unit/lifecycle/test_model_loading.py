@@ -1,0 +1,30 @@
+"""Loading with the settings and the card, on small checkpoints."""
+
+from pathlib import Path
+
+import pytest
+from tools.make_checkpoint import Shape, make_checkpoint
+
+from llama2_server.card import load_card
+from llama2_server.config.settings import Settings
+from llama2_server.configuration_error import ConfigurationError
+from llama2_server.lifecycle.model_loading import LoadedModel, load_model
+
+
+def load(weights: Path, data_directory: Path, card: str = "demo", **settings: object) -> LoadedModel:
+    """Load a checkpoint on the CPU."""
+    values = {"weights": str(weights), "data_directory": data_directory, "device": "cpu", **settings}
+    return load_model(Settings.model_validate(values), load_card(card))
+
+
+def test_a_short_published_context_has_a_remedy(tmp_path: Path) -> None:
+    """Llama-2-chat was first published with 2048 positions; the error names the setting that corrects the value."""
+    weights = make_checkpoint(tmp_path / "weights", Shape(context=2048))
+    expected = (
+        r"--weights: .*config\.json: max_position_embeddings is 2048, expected at least 3072; if .* 4096 tokens, "
+    )
+    with pytest.raises(ConfigurationError, match=expected + "set --max-position-embeddings; otherwise lower"):
+        load(weights, tmp_path, "llama-2-7b-chat-fp16")
+    for _ in range(2):  # the second time with the cached configuration
+        loaded = load(weights, tmp_path, "llama-2-7b-chat-fp16", max_position_embeddings=4096)
+        assert loaded.model.context_length == 3072
