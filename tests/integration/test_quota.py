@@ -48,7 +48,7 @@ async def on_redis(
 
 async def admitted(quota: Quota, account: str, attempts: int) -> int:
     """How many of so many concurrent attempts were let in."""
-    results = await asyncio.gather(*(quota.take(account) for _ in range(attempts)), return_exceptions=True)
+    results = await asyncio.gather(*(quota.consume(account) for _ in range(attempts)), return_exceptions=True)
     refused = [result for result in results if isinstance(result, BaseException)]
     assert all(isinstance(error, QuotaExceeded) for error in refused), refused
     return attempts - len(refused)
@@ -57,7 +57,7 @@ async def admitted(quota: Quota, account: str, attempts: int) -> int:
 async def refusal(quota: Quota, account: str = "a") -> float:
     """The time after which a refused request is to be tried again."""
     with pytest.raises(QuotaExceeded) as refused:
-        await quota.take(account)
+        await quota.consume(account)
     assert refused.value.retry_after_seconds is not None
     return refused.value.retry_after_seconds
 
@@ -74,12 +74,12 @@ def test_sixth_request_is_refused_until_the_promised_moment() -> None:
         quota = Quota(FIVE)
         for pause in (0, 1, 1, 1, 1):
             await asyncio.sleep(pause)
-            await quota.take("a")
+            await quota.consume("a")
         assert await refusal(quota) == 56
         await asyncio.sleep(56 - 1e-6)
         assert await refusal(quota) == 1e-6
         await asyncio.sleep(1e-6)
-        await quota.take("a")
+        await quota.consume("a")
         assert await refusal(quota) == 1
 
     run_virtual(main())
@@ -116,9 +116,9 @@ def test_refusal_names_account_and_limit() -> None:
 
     async def main() -> None:
         quota = Quota(FIVE)
-        await quota.take("small")
+        await quota.consume("small")
         with pytest.raises(QuotaExceeded, match=r"^account small has used up its quota of 1 requests per minute$"):
-            await quota.take("small")
+            await quota.consume("small")
 
     run_virtual(main())
 
@@ -129,9 +129,9 @@ def test_status_counts_nothing() -> None:
     async def main() -> None:
         quota = Quota(FIVE)
         assert await quota.status("a") == QuotaStatus(5, 5, 0)
-        await quota.take("a")
+        await quota.consume("a")
         await asyncio.sleep(10)
-        await quota.take("a")
+        await quota.consume("a")
         await asyncio.sleep(20)
         for _ in range(10):
             assert await quota.status("a") == QuotaStatus(5, 3, 40)
@@ -153,10 +153,10 @@ def test_no_window_holds_more_than_the_limit(pauses: list[float], limit: int) ->
         for pause in pauses:
             await asyncio.sleep(pause)
             try:
-                await quota.take("a")
+                await quota.consume("a")
             except QuotaExceeded as refused:
                 await asyncio.sleep(refused.retry_after_seconds or 0)
-                await quota.take("a")
+                await quota.consume("a")
             let_in.append(asyncio.get_running_loop().time())
         for first, last in zip(let_in, let_in[limit:], strict=False):
             assert last - first > 60 - 2e-6  # counted in whole microseconds
@@ -202,7 +202,7 @@ async def main():
     await quota.status("a")
     print("ready", flush=True)
     input()
-    results = await asyncio.gather(*(quota.take("a") for _ in range(50)), return_exceptions=True)
+    results = await asyncio.gather(*(quota.consume("a") for _ in range(50)), return_exceptions=True)
     assert all(result is None or isinstance(result, QuotaExceeded) for result in results), results
     print(results.count(None))
     await quota.close()
@@ -228,7 +228,7 @@ async def test_racers_of_two_processes_get_exactly_the_budget(redis: RedisServer
 async def test_promise_is_kept_on_redis(redis: RedisServer) -> None:
     """A request that waits as RetryInfo says is let in, and one just before is not."""
     async with on_redis(redis, window_seconds=1.5) as quota:
-        await quota.take("a")
+        await quota.consume("a")
         await asyncio.sleep(0.2)
         assert await admitted(quota, "a", 5) == 4
         await asyncio.sleep(await refusal(quota) - 0.5)
@@ -243,7 +243,7 @@ async def test_windows_on_redis_expire(redis: RedisServer) -> None:
     async with on_redis(redis, window_seconds=5) as quota:
         await quota.status("b")
         assert await redis_client(quota).dbsize() == 0
-        await quota.take("a")
+        await quota.consume("a")
         assert 0 < await redis_client(quota).pttl("llama2:quota::a") <= 5000
 
 
@@ -270,20 +270,20 @@ async def test_redis_clock_set_back_blocks_for_one_window_at_most(redis: RedisSe
         wait = await refusal(quota)
         assert 0 < wait <= 1
         await asyncio.sleep(wait)
-        await quota.take("a")
+        await quota.consume("a")
 
 
 async def test_lowered_limit_holds_at_once(redis: RedisServer) -> None:
     """After a restart with a smaller limit, the time told is when so many have left the window."""
     async with on_redis(redis, window_seconds=1) as quota:
-        await quota.take("a")
+        await quota.consume("a")
         await asyncio.sleep(0.2)
         assert await admitted(quota, "a", 5) == 4
         quota._limits = RequestsPerMinute(default=2)
         status = await quota.status("a")
         assert (status.limit, status.remaining) == (2, 0)
         await asyncio.sleep(await refusal(quota))
-        await quota.take("a")
+        await quota.consume("a")
 
 
 async def test_models_do_not_share_their_limits(redis: RedisServer) -> None:
@@ -299,11 +299,11 @@ async def test_without_redis_requests_are_refused(
 ) -> None:
     """The default policy: UNAVAILABLE and retry, counted and logged once; when Redis is back, so is the service."""
     async with on_redis(redis) as quota:
-        await quota.take("a")
+        await quota.consume("a")
         redis.kill()
         for _ in range(3):
             with pytest.raises(QuotaStoreUnavailable):
-                await quota.take("a")
+                await quota.consume("a")
             await rests_no_more(quota, monkeypatch)
         assert (quota.store_up, quota.store_errors) == (False, 3)
         redis.start()
@@ -320,10 +320,10 @@ async def test_recovery_needs_no_more_than_the_told_wait(redis: RedisServer) -> 
     async with on_redis(redis) as quota:
         redis.kill()
         with pytest.raises(QuotaStoreUnavailable) as refused:
-            await quota.take("a")
+            await quota.consume("a")
         redis.start()
         await asyncio.sleep(refused.value.retry_after_seconds or 0)
-        await quota.take("a")
+        await quota.consume("a")
 
 
 async def test_restarted_redis_goes_unnoticed(redis: RedisServer) -> None:
@@ -355,18 +355,18 @@ async def test_without_redis_a_replica_holds_the_limits_by_itself(
 async def test_frozen_redis_costs_one_timeout_only(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Redis that takes the call and never answers is given up after the time-out, then left alone for a while."""
     async with on_redis(redis) as quota:
-        await quota.take("a")
+        await quota.consume("a")
         redis.freeze()
         monkeypatch.setattr(link_of(quota), "timeout_seconds", 0.2)
         begun = time.monotonic()
         for _ in range(20):
             with pytest.raises(QuotaStoreUnavailable):
-                await quota.take("a")
+                await quota.consume("a")
         assert time.monotonic() - begun < 2
         redis.thaw()
         monkeypatch.setattr(link_of(quota), "timeout_seconds", 10)
         await rests_no_more(quota, monkeypatch)
-        await quota.take("a")
+        await quota.consume("a")
 
 
 async def test_password_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -374,15 +374,15 @@ async def test_password_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureF
     caplog.set_level(logging.DEBUG)
     with running_redis(tmp_path, password="s3cret") as redis:  # noqa: S106
         async with on_redis(redis) as quota:
-            await quota.take("a")
+            await quota.consume("a")
             redis.kill()
             with pytest.raises(QuotaStoreUnavailable):
-                await quota.take("a")
+                await quota.consume("a")
             redis.start()
         wrong_url = redis.url.replace("s3cret", "wr0ng")
         wrong = Quota(FIVE, redis_url=wrong_url)
         with pytest.raises(QuotaStoreUnavailable) as refused:
-            await wrong.take("a")
+            await wrong.consume("a")
         await wrong.close()
     broken_url = "redis://:s3cret/wr0ng@127.0.0.1"
     with pytest.raises(ValueError, match="not a valid Redis URL; use redis://") as broken:

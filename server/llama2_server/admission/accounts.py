@@ -59,7 +59,7 @@ class Authenticator(Protocol):
         """
 
     async def watch(self) -> None:
-        """Keep up with changes of the accounts, until cancelled."""
+        """Apply changes of the accounts while the server runs, until cancelled."""
 
 
 class AnonymousAuthenticator:
@@ -74,7 +74,7 @@ class AnonymousAuthenticator:
 
 
 class _KeyRecord(BaseModel):
-    """One key in the file."""
+    """The entry of one key in the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,7 +92,7 @@ class _KeysFile(BaseModel):
 
 
 class ApiKeyAuthenticator:
-    """Accounts by the API keys of a file."""
+    """Accounts by the API keys of a file. `watch` applies changes of the file."""
 
     def __init__(self, path: Path) -> None:
         """Read the file; raises KeysFileError if it cannot be used."""
@@ -101,7 +101,7 @@ class ApiKeyAuthenticator:
         self._records = _read(path)
 
     def authenticate(self, metadata: Metadata) -> Account:
-        """See Accounts."""
+        """Return the account of the call's API key; see `Authenticator.authenticate` for the errors."""
         headers = [value for key, value in metadata if key == "authorization"]
         if len(headers) != 1 or not isinstance(headers[0], str) or len(headers[0]) > MAX_HEADER_CHARACTERS:
             raise Unauthenticated
@@ -139,7 +139,7 @@ class ApiKeyAuthenticator:
 
 
 def new_key(account: str, name: str = "") -> tuple[str, str]:
-    """Return a new key for an account, and its line for the keys file, under `keys:`."""
+    """Return a new key for an account, and its entry for the keys file, under `keys:`."""
     key_id, salt = secrets.token_hex(6), secrets.token_hex(16)
     key = f"l2_{key_id}_{secrets.token_urlsafe(32)}"
     record = {"account": account, "name": name, "enabled": True, "salt": salt, "digest": _digest(salt, key)}

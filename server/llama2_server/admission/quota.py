@@ -21,30 +21,30 @@ from llama2_server.redis_client import RedisClient, RedisUnavailable
 STORE_TIMEOUT_SECONDS = 1.0
 
 # KEYS: the account's window, a list of times in microseconds, newest first.
-# ARGV: limit, window in microseconds, 1 to take a request or 0 to read.  Returns the fields of _Window.
+# ARGV: limit, window in microseconds, 1 to consume a request or 0 to read.  Returns the fields of _Window.
 _WINDOW_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local function leaves_in(index)
+local function expires_in(index)
   local entry = redis.call('LINDEX', key, index)
   return entry and tonumber(entry) + window - now
 end
--- If Redis' clock was set back, requests in its future count as made now, so that no wait exceeds one window.
+-- If Redis' clock was set back, requests with a later time count as made now, so that no wait exceeds one window.
 local index = 0
-while (leaves_in(index) or 0) > window do
+while (expires_in(index) or 0) > window do
   redis.call('LSET', key, index, string.format('%.0f', now))
   index = index + 1
 end
-while (leaves_in(-1) or 1) <= 0 do redis.call('RPOP', key) end
+while (expires_in(-1) or 1) <= 0 do redis.call('RPOP', key) end
 local used = redis.call('LLEN', key)
-local taken = 0
+local allowed = 0
 if ARGV[3] == '1' and used < limit then
   redis.call('LPUSH', key, string.format('%.0f', now))
   redis.call('PEXPIRE', key, math.ceil(window / 1000))
-  taken, used = 1, used + 1
+  allowed, used = 1, used + 1
 end
-return {taken, used, used >= limit and leaves_in(limit - 1) or 0, leaves_in(0) or 0}
+return {allowed, used, used >= limit and expires_in(limit - 1) or 0, expires_in(0) or 0}
 """
 
 
@@ -61,10 +61,10 @@ class QuotaStatus:
 
 
 class _Window(NamedTuple):
-    """An account's window after a read; times in microseconds."""
+    """The state of an account's window; times in microseconds."""
 
     allowed: bool
-    """Whether a request was taken."""
+    """Whether a request was consumed."""
     used: int
     retry_in: int
     """Time until one more request is allowed; 0 if one is now."""
@@ -116,15 +116,15 @@ class Quota(Collector):
         errors = "Requests that could not be counted in the shared quota store."
         yield CounterMetricFamily("llama2_quota_store_errors", errors, self.store_errors)
 
-    async def take(self, account_id: str) -> None:
-        """Take one request from the account's quota.
+    async def consume(self, account_id: str) -> None:
+        """Consume one request of the account's quota.
 
         Raises:
             QuotaExceeded: the quota is used up; nothing was counted.
-            QuotaStoreUnavailable: Redis is unavailable, and the fallback is to reject.
+            QuotaStoreUnavailable: Redis is unavailable, and the fallback is `reject`.
         """
         limit = self._limit(account_id)
-        window = await self._use(account_id, limit, take=True)
+        window = await self._use(account_id, limit, consume=True)
         if not window.allowed:
             raise QuotaExceeded(account_id, limit, window.retry_in / 1e6)
 
@@ -132,10 +132,10 @@ class Quota(Collector):
         """Return the state of the account's quota, without counting a request.
 
         Raises:
-            QuotaStoreUnavailable: as `take`.
+            QuotaStoreUnavailable: as `consume`.
         """
         limit = self._limit(account_id)
-        window = await self._use(account_id, limit, take=False)
+        window = await self._use(account_id, limit, consume=False)
         return QuotaStatus(limit, max(0, limit - window.used), window.reset_in / 1e6)
 
     async def close(self) -> None:
@@ -146,19 +146,19 @@ class Quota(Collector):
     def _limit(self, account_id: str) -> int:
         return self._limits.accounts.get(account_id, self._limits.default)
 
-    async def _use(self, account_id: str, limit: int, *, take: bool) -> _Window:
+    async def _use(self, account_id: str, limit: int, *, consume: bool) -> _Window:
         if self._shared is None:
-            return self._local.use(account_id, limit, take=take)
+            return self._local.use(account_id, limit, consume=consume)
         try:
-            window = await self._shared.use(account_id, limit, take=take)
+            window = await self._shared.use(account_id, limit, consume=consume)
         except RedisUnavailable:
             self.store_errors += 1
             if self._fallback == "reject":
                 raise QuotaStoreUnavailable("the quota store is unavailable; retry") from None
-            return self._local.use(account_id, limit, take=take)
+            return self._local.use(account_id, limit, consume=consume)
         if window.allowed:
             # If Redis becomes unavailable, this replica continues from the requests that it allowed itself.
-            self._local.use(account_id, limit, take=True)
+            self._local.use(account_id, limit, consume=True)
         return window
 
 
@@ -167,18 +167,20 @@ class _LocalWindows:
 
     def __init__(self, window: int) -> None:
         self._window = window
-        self._taken_at: defaultdict[str, deque[int]] = defaultdict(deque)  # oldest first, no more than the limit
+        # Times of the allowed requests per account, oldest first; at most as many as the limit.
+        self._allowed_at: defaultdict[str, deque[int]] = defaultdict(deque)
 
-    def use(self, account_id: str, limit: int, *, take: bool) -> _Window:
+    def use(self, account_id: str, limit: int, *, consume: bool) -> _Window:
         now = round(asyncio.get_running_loop().time() * 1e6)
-        taken_at = self._taken_at[account_id]
-        while taken_at and taken_at[0] + self._window <= now:
-            taken_at.popleft()
-        taken = take and len(taken_at) < limit
-        if taken:
-            taken_at.append(now)
-        fits_in = taken_at[-limit] + self._window - now if len(taken_at) >= limit else 0
-        return _Window(taken, len(taken_at), fits_in, taken_at[-1] + self._window - now if taken_at else 0)
+        allowed_at = self._allowed_at[account_id]
+        while allowed_at and allowed_at[0] + self._window <= now:
+            allowed_at.popleft()
+        allowed = consume and len(allowed_at) < limit
+        if allowed:
+            allowed_at.append(now)
+        retry_in = allowed_at[-limit] + self._window - now if len(allowed_at) >= limit else 0
+        reset_in = allowed_at[-1] + self._window - now if allowed_at else 0
+        return _Window(allowed, len(allowed_at), retry_in, reset_in)
 
 
 class _RedisWindows:
@@ -194,11 +196,11 @@ class _RedisWindows:
     def up(self) -> bool:
         return self._redis.up
 
-    async def use(self, account_id: str, limit: int, *, take: bool) -> _Window:
-        """Raises RedisUnavailable."""
-        keys, arguments = [self._prefix + account_id], [limit, self._window, int(take)]
-        taken, used, fits_in, empty_in = await self._redis.execute(lambda: self._script(keys=keys, args=arguments))
-        return _Window(bool(taken), used, fits_in, empty_in)
+    async def use(self, account_id: str, limit: int, *, consume: bool) -> _Window:
+        """Run the script; raises RedisUnavailable."""
+        keys, arguments = [self._prefix + account_id], [limit, self._window, int(consume)]
+        allowed, used, retry_in, reset_in = await self._redis.execute(lambda: self._script(keys=keys, args=arguments))
+        return _Window(bool(allowed), used, retry_in, reset_in)
 
     async def close(self) -> None:
         await self._redis.close()

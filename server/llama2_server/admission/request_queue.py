@@ -212,9 +212,9 @@ class RequestQueue(Collector):
         """Return how many queued requests would be served before a new one of this account."""
         own = len(self._waiters.get(account_id, ()))
         account_ids = list(self._waiters)
-        turn = account_ids.index(account_id) if own else len(account_ids)
+        place = account_ids.index(account_id) if own else len(account_ids)
         others = ((index, len(self._waiters[other])) for index, other in enumerate(account_ids) if other != account_id)
-        return own + sum(min(waiting, own + (index < turn)) for index, waiting in others)
+        return own + sum(min(waiting, own + (index < place)) for index, waiting in others)
 
 
 def _now() -> float:

@@ -76,7 +76,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
     async def GenerateStream(  # type: ignore[override]  # writes to its context instead of yielding
         self, request: pb.GenerateRequest, context: Any
     ) -> None:
-        """Send the reply as it is generated; the last message has the completion."""
+        """Send the reply while it is generated; the last message has the completion."""
         async with self._serve(request, context, streaming=True) as reply:
             async for delta in reply.deltas():
                 await context.write(pb.GenerateStreamResponse(response=delta))
@@ -89,13 +89,13 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         return pb.CountTokensResponse(input_tokens=input_tokens, max_output_tokens=max_output_tokens)
 
     async def close(self) -> None:
-        """Wait until every record is written and every complete reply is stored; no request may run any more."""
+        """Wait until every record is written and every complete reply is stored; call it after the last request."""
         await self._usage.close()
         await self._coalescer.close()
 
     @asynccontextmanager
     async def _serve(self, request: pb.GenerateRequest, context: Any, *, streaming: bool) -> AsyncIterator[Reply]:
-        """Admit the request and yield its reply; the end of the block cancels a generation without other readers."""
+        """Admit the request and yield its reply. After the body, a generation without other readers is cancelled."""
         call, deadline = CALL.get(), _deadline(context)
         account = self._authenticator.authenticate(context.invocation_metadata())
         call.account_id = account.id
@@ -109,7 +109,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         # A request that cannot be served now costs no quota, and a request beyond the quota leaves no record.
         self._queue.check_open()
         self._ledger.check_capacity(call.request_id, account.id, self._card.name)
-        await self._quota.take(account.id)
+        await self._quota.consume(account.id)
         with self._usage.record(call, account.id) as recorded:
             if (cached := await self._cached_reply(key)) is not None:
                 recorded.set_cached(cached.stats())
@@ -120,8 +120,8 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
                 on_progress = partial(self._ledger.progress, call.request_id)
                 generation = Generation(prompt, params, self._tokenizer, on_progress)
                 self._queue.check_wait(account.id, deadline)
-                # A generation with a key can have later requests, which may wait longer than this one.
-                generation.start(self._queue, self._engine, account, deadline if key is None else None)
+                # Later requests can share a generation with a key, and may wait for it longer than this one.
+                generation.start(self._queue, self._engine, account.id, deadline if key is None else None)
                 return generation
 
             with self._coalescer.subscribe(key, start) as subscription:
@@ -138,8 +138,8 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
     async def _store_response(self, key: CacheKey, generation: Generation) -> None:
         if self._response_cache is not None and generation.finish_reason is not None:
             tokens, seed = generation.tokens, generation.params.seed
-            reason = generation.finish_reason.name
-            entry = CacheEntry(generation.text, reason, tokens.input_tokens, tokens.output_tokens, seed)
+            finish_reason = generation.finish_reason.name
+            entry = CacheEntry(generation.text, finish_reason, tokens.input_tokens, tokens.output_tokens, seed)
             await self._response_cache.put(key, entry)
 
     def _completion(self, stats: ReplyStats) -> pb.Completion:
@@ -170,7 +170,7 @@ def _deadline(context: Any) -> float | None:
 
 
 def _span_attributes(params: GenerationParams, *, streaming: bool) -> dict[str, Attribute]:
-    """Return what telemetry may record of a request: numbers, by OpenTelemetry's names."""
+    """Return the attributes of a request for its span: only numbers and flags, with OpenTelemetry's names."""
     return {
         "gen_ai.request.stream": streaming,
         "gen_ai.request.max_tokens": params.max_tokens,
