@@ -1,4 +1,4 @@
-"""One usage record for each recorded request, however its call ends; telemetry counts what the record holds."""
+"""Write one usage record per recorded request, however its call ends. Telemetry counts the record's values."""
 
 import asyncio
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class UsageRecorder:
 
     @contextmanager
     def record(self, call: Call, account_id: str) -> Iterator["RecordedRequest"]:
-        """Record a request for the body; the record has the outcome of the body.
+        """Admit a request to the ledger, run the body, and write the record with the body's outcome.
 
         Raises:
             UsageJournalFull: usage cannot be recorded, so the request is rejected.
@@ -68,7 +68,7 @@ class UsageRecorder:
             call.set_usage(usage, times, finish_reason)
 
     def write_when_done(self, call: Call, status: str, generation: Generation) -> None:
-        """Write the record, with the tokens computed by then, once the generation has ended."""
+        """Write the record after the generation has ended, with the tokens that it has computed."""
         finish_reason = _finish_reason(generation)
 
         async def wait() -> None:
@@ -81,7 +81,7 @@ class UsageRecorder:
 
 
 class RecordedRequest:
-    """A request with a record, and the source of its reply: `set_cached`, `set_generation`, or none yet."""
+    """A request that has a usage record. `set_cached` or `set_generation` sets the source of its reply, once known."""
 
     def __init__(self, recorder: UsageRecorder, call: Call) -> None:
         self._recorder = recorder
@@ -91,19 +91,19 @@ class RecordedRequest:
         self._shared = False
 
     def set_cached(self, stats: ReplyStats) -> None:
-        """The reply comes from the response cache."""
+        """Record that the reply comes from the response cache."""
         self._cached = stats
 
     def set_generation(self, generation: Generation, *, shared: bool) -> None:
-        """The reply comes from a generation; the call that started it is billed, a call that shares it is not."""
+        """Record that the reply comes from a generation; only the call that started the generation is billed."""
         self._generation = generation
         self._shared = shared
 
     def finish(self, status: str) -> None:
         """Write the record; `status` is the call's status."""
         if self._cached is not None:
-            reason = self._cached.finish_reason.name if status == "OK" else None
-            self._recorder.write(self._call, status, self._cached.tokens, finish_reason=reason, cached=True)
+            finish_reason = self._cached.finish_reason.name if status == "OK" else None
+            self._recorder.write(self._call, status, self._cached.tokens, finish_reason=finish_reason, cached=True)
         elif self._generation is None:
             self._recorder.write(self._call, status, ZERO_TOKENS)
         elif self._shared:

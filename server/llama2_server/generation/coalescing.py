@@ -42,7 +42,7 @@ class Subscription(Generic[T]):
 
     generation: T
     shared: bool
-    """Whether another request started it: then this one computes nothing."""
+    """Whether another request started it; this one then computes nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +102,7 @@ class Coalescer(Generic[Key, T]):
         return entry, False
 
     async def _report_when_done(self, key: Key, entry: _Shared[T]) -> None:
-        """Wait for the end; requests can subscribe until the reply is stored, so that it is generated only once."""
+        """Wait for the end. Requests can subscribe until the reply is stored, so that it is generated only once."""
         try:
             await entry.generation.wait()
             if entry.generation.complete:

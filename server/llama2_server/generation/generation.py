@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 
-from llama2_server.admission.accounts import Account
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
@@ -34,7 +33,7 @@ class Generation:
         """`on_progress` is called for each token on the engine's thread, and must return quickly."""
         self.params = params
         self.finish_reason: FinishReason | None = None
-        """Why the reply ended; None before the end, and if the generation was rejected, failed or was cancelled."""
+        """Why the reply ended; None before, and if the generation was rejected, failed or was cancelled."""
         self.tokens = ZERO_TOKENS
         """The computed tokens, however the generation ends."""
         self.reused_input_tokens = 0
@@ -79,18 +78,18 @@ class Generation:
 
     @property
     def times(self) -> GenerationTimes:
-        """The moments of each phase, for telemetry."""
+        """The start and the end of each phase, for telemetry."""
         return GenerationTimes(self.queued_at, self.admitted_at, self.first_token_at, self.finished_at)
 
     def start(
-        self, queue: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
+        self, queue: RequestQueue, engine: SupervisedEngine, account_id: str | None, deadline: float | None
     ) -> None:
-        """Start to wait for a slot; the deadline is a time of the event loop's clock, or None.
+        """Start the task, which first waits for a slot; the deadline is a time of the event loop's clock, or None.
 
         Without an account the generation neither reuses the KV cache nor leaves anything in it.
         """
         self.queued_at = time.monotonic()
-        self._task = asyncio.create_task(self._run(queue, engine, account, deadline))
+        self._task = asyncio.create_task(self._run(queue, engine, account_id, deadline))
 
     def cancel(self) -> None:
         """Cancel the generation: leave the queue, or stop within one decode step. No-op once finished."""
@@ -105,7 +104,7 @@ class Generation:
             await asyncio.wait([self._task])
 
     async def deltas(self) -> AsyncIterator[str]:
-        """Yield the reply's text from its start, as it is generated; a slow reader gets fewer, longer deltas.
+        """Yield the reply's text from its start, while it is generated; a slow reader gets fewer, longer deltas.
 
         Raises:
             ServiceError: the generation was rejected, failed or was cancelled.
@@ -133,9 +132,8 @@ class Generation:
             self._finished.set_result(result)
 
     async def _run(
-        self, queue: RequestQueue, engine: SupervisedEngine, account: Account | None, deadline: float | None
+        self, queue: RequestQueue, engine: SupervisedEngine, account_id: str | None, deadline: float | None
     ) -> None:
-        account_id = None if account is None else account.id
         try:
             async with queue.slot(account_id or "", deadline):
                 self.admitted_at = time.monotonic()

@@ -12,13 +12,13 @@ from llama2_server.usage.pricing import TokenUsage
 
 @dataclass(frozen=True, slots=True)
 class ReplyStats:
-    """How a reply ended and what it took; times are seconds since the call started."""
+    """Finish reason, tokens and times of a reply; times are seconds since the call started."""
 
     finish_reason: FinishReason
     tokens: TokenUsage
     seed: int
     cached: bool
-    """Whether the reply was computed for another call: then its tokens are free."""
+    """Whether the reply was computed for another call; its tokens are then free."""
     queue_seconds: float
     time_to_first_token_seconds: float
     total_seconds: float
@@ -30,7 +30,7 @@ class Reply(Protocol):
     """A reply to one call."""
 
     def deltas(self) -> AsyncIterator[str]:
-        """Yield the text as it is generated; raises ServiceError if the reply fails."""
+        """Yield the text while it is generated; raises ServiceError if the reply fails."""
 
     def stats(self) -> ReplyStats:
         """Return the statistics; only after `deltas` has ended."""

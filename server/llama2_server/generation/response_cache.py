@@ -23,7 +23,7 @@ from llama2_server.redis_client import RedisClient, RedisUnavailable
 # Memory of the cache's tables per entry, measured and rounded up.
 ENTRY_OVERHEAD_BYTES = 600
 ALLOCATION_BYTES = 16  # Python allocates memory in multiples of this
-# A slower answer would take longer than generating the reply.
+# With a slower answer, a cached reply would take longer than a generated one.
 STORE_TIMEOUT_SECONDS = 0.25
 # Thirty years; Redis rejects a time to live that it cannot add to its clock.
 MAX_TTL_SECONDS = 1e9
@@ -76,7 +76,7 @@ class ResponseCache(Protocol):
     async def get(self, key: CacheKey) -> CacheEntry | None:
         """Return the reply of an equal request, or None."""
 
-    async def put(self, key: CacheKey, reply: CacheEntry) -> None:
+    async def put(self, key: CacheKey, entry: CacheEntry) -> None:
         """Store a complete reply, if it fits."""
 
     async def close(self) -> None:
@@ -84,7 +84,7 @@ class ResponseCache(Protocol):
 
 
 class ResponseCacheCollector(Collector):
-    """Metrics of the response cache; all are 0 if there is none."""
+    """Metrics of the response cache; all are 0 without a cache."""
 
     def __init__(self, cache: ResponseCache | None) -> None:
         self._cache = cache
@@ -107,7 +107,9 @@ class MemoryResponseCache:
         self._max_bytes = max_bytes
         # The scrape thread reads `bytes_used`.
         self._lock = threading.Lock()
-        self._entries: TTLCache[CacheKey, _Entry] = TTLCache(max_bytes, ttl_seconds, clock, lambda entry: entry.size)
+        self._entries: TTLCache[CacheKey, _SizedEntry] = TTLCache(
+            max_bytes, ttl_seconds, clock, lambda sized: sized.size
+        )
         self.hits = 0
         self.misses = 0
 
@@ -120,19 +122,19 @@ class MemoryResponseCache:
     async def get(self, key: CacheKey) -> CacheEntry | None:
         """Return the reply of an equal request, or None."""
         with self._lock:
-            entry = self._entries.get(key)
-        if entry is None:
+            sized = self._entries.get(key)
+        if sized is None:
             self.misses += 1
             return None
         self.hits += 1
-        return entry.reply
+        return sized.entry
 
-    async def put(self, key: CacheKey, reply: CacheEntry) -> None:
+    async def put(self, key: CacheKey, entry: CacheEntry) -> None:
         """Store a complete reply, unless it is larger than the whole cache."""
-        size = ENTRY_OVERHEAD_BYTES + _bytes_of(key) + _bytes_of(reply)
+        size = ENTRY_OVERHEAD_BYTES + _size_of(key) + _size_of(entry)
         if size <= self._max_bytes:
             with self._lock:
-                self._entries[key] = _Entry(reply, size)
+                self._entries[key] = _SizedEntry(entry, size)
 
     async def close(self) -> None:
         """Remove every entry."""
@@ -141,10 +143,11 @@ class MemoryResponseCache:
 
 
 class RedisResponseCache:
-    """A cache in one Redis for all replicas, `ttl_seconds` per entry. An unavailable Redis is a cache miss.
+    """A cache in one Redis for all replicas, `ttl_seconds` per entry. An unavailable Redis is a cache miss; the cache
+    reconnects by itself.
 
     The key's hash finds an entry, and the full key stored with the reply must match. Anyone with access to this Redis
-    can read prompts (as token ids) and replies. API keys are never stored in it.
+    can read prompts (as token ids) and replies, as in the server's own memory. API keys are never stored in it.
 
     Raises:
         ValueError: the Redis URL is not valid.
@@ -171,27 +174,27 @@ class RedisResponseCache:
     async def get(self, key: CacheKey) -> CacheEntry | None:
         """Return the reply of an equal request, or None; also None if Redis is unavailable."""
         canonical = _canonical(key)
-        stored = await self._ask("GET", _redis_key(canonical))
-        reply = None if stored is None else _parse(stored, canonical)
-        if reply is None:
+        stored = await self._execute("GET", _redis_key(canonical))
+        entry = None if stored is None else _parse(stored, canonical)
+        if entry is None:
             self.misses += 1
         else:
             self.hits += 1
-        return reply
+        return entry
 
-    async def put(self, key: CacheKey, reply: CacheEntry) -> None:
+    async def put(self, key: CacheKey, entry: CacheEntry) -> None:
         """Store a complete reply, if it is small enough and Redis is available."""
         canonical = _canonical(key)
-        entry = canonical + b"\n" + json.dumps(dataclasses.asdict(reply)).encode()
-        if len(entry) <= self._max_entry_bytes:
-            await self._ask("SET", _redis_key(canonical), entry, "PX", self._ttl_milliseconds)
+        stored = canonical + b"\n" + json.dumps(dataclasses.asdict(entry)).encode()
+        if len(stored) <= self._max_entry_bytes:
+            await self._execute("SET", _redis_key(canonical), stored, "PX", self._ttl_milliseconds)
 
     async def close(self) -> None:
         """Disconnect from Redis; its entries stay for the other replicas."""
         await self._redis.close()
 
-    async def _ask(self, *command: str | bytes | int) -> bytes | None:
-        """Return Redis' answer, or None."""
+    async def _execute(self, *command: str | bytes | int) -> bytes | None:
+        """Return Redis' answer; None for a missing key, and if Redis is unavailable."""
         try:
             answer: bytes | None = await self._redis.execute(lambda: self._redis.client.execute_command(*command))
         except RedisUnavailable:
@@ -200,18 +203,18 @@ class RedisResponseCache:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    reply: CacheEntry
+class _SizedEntry:
+    entry: CacheEntry
     size: int
 
 
-def _bytes_of(value: object) -> int:
-    """Return the memory of a key or a reply, each part counted in full."""
+def _size_of(value: object) -> int:
+    """Return the memory of a key or an entry, each part counted in full."""
     size = math.ceil(sys.getsizeof(value) / ALLOCATION_BYTES) * ALLOCATION_BYTES
     if dataclasses.is_dataclass(value):
-        return size + sum(map(_bytes_of, _fields(value)))
+        return size + sum(map(_size_of, _fields(value)))
     if isinstance(value, tuple):
-        return size + sum(map(_bytes_of, value))
+        return size + sum(map(_size_of, value))
     return size
 
 
@@ -232,9 +235,9 @@ def _digest(canonical: bytes) -> str:
     return hashlib.sha256(canonical).hexdigest()
 
 
-def _parse(entry: bytes, canonical: bytes) -> CacheEntry | None:
-    """Return the reply of an entry; None if it belongs to another key or cannot be parsed."""
-    stored_key, _, reply = entry.partition(b"\n")
+def _parse(stored: bytes, canonical: bytes) -> CacheEntry | None:
+    """Return the entry; None if it belongs to another key or cannot be parsed."""
+    stored_key, _, reply = stored.partition(b"\n")
     if stored_key != canonical:
         return None
     try:

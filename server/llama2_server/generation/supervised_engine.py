@@ -43,7 +43,7 @@ class SupervisedEngine:
 
     @property
     def failed(self) -> bool:
-        """Whether this process can compute nothing more."""
+        """Whether this process can no longer compute."""
         return self._failed.is_set()
 
     def submit(
@@ -86,9 +86,11 @@ class SupervisedEngine:
     async def wait_until_failed(self) -> None:
         """Wait until the engine has failed; then each pending `result` raises EngineUnavailable."""
         while not self._has_failed():
-            began = self._engine.step_started_at
-            left = POLL_INTERVAL_SECONDS if began is None else began + self._step_timeout_seconds - time.monotonic()
-            await asyncio.sleep(min(max(left, 0.0), POLL_INTERVAL_SECONDS))
+            started_at = self._engine.step_started_at
+            seconds = POLL_INTERVAL_SECONDS
+            if started_at is not None:
+                seconds = started_at + self._step_timeout_seconds - time.monotonic()
+            await asyncio.sleep(min(max(seconds, 0.0), POLL_INTERVAL_SECONDS))
         self._failed.set()
 
     async def close(self, timeout_seconds: float) -> None:
@@ -98,8 +100,8 @@ class SupervisedEngine:
             self._failed.set()
 
     def _has_failed(self) -> bool:
-        began = self._engine.step_started_at
-        if began is not None and time.monotonic() - began >= self._step_timeout_seconds:
+        started_at = self._engine.step_started_at
+        if started_at is not None and time.monotonic() - started_at >= self._step_timeout_seconds:
             logger.critical(
                 "an engine step did not end within --engine-step-timeout-seconds (%.0f s)", self._step_timeout_seconds
             )

@@ -1,4 +1,4 @@
-"""Turn tokens into text on the engine's thread, and deliver it to the event loop."""
+"""Convert tokens into text on the engine's thread, and deliver it to the event loop."""
 
 import asyncio
 import time

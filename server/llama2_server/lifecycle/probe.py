@@ -1,4 +1,4 @@
-"""A short generation of the server itself: it warms up a new server and tests an idle one."""
+"""A short generation that the server starts itself, to warm up a new server and to test an idle one."""
 
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.engine.sampling import GenerationParams
@@ -11,7 +11,7 @@ PROMPT = (ChatMessage("user", "Hello"),)
 
 
 async def probe(engine: SupervisedEngine, tokenizer: Tokenizer, *, max_tokens: int = 1) -> Generation:
-    """Generate as for a client, without account, quota or usage record; return when the generation has ended.
+    """Generate without account, quota or usage record; return the generation when it has ended.
 
     The probe has a dedicated queue. In the clients' queue it would reject a client of a server with
     `--max-queue-size 0`, and its short hold would distort the estimated waits. Without an account, each probe computes
