@@ -60,7 +60,7 @@ async def serve(settings: Settings, inputs: StartupInputs, load: Load = load_mod
     """Serve until SIGTERM or SIGINT, then drain; return the exit code: 0, or EXIT_ENGINE_FAILED.
 
     Raises:
-        ConfigurationError: the service cannot start as it is configured.
+        ConfigurationError: the service cannot start with this configuration.
     """
     exit_code = exit_code_on_signals()
     asyncio.get_running_loop().set_exception_handler(on_loop_exception)
@@ -84,7 +84,7 @@ async def start(
     """Open telemetry (unless given), the health port and the stores, and load the model; close them after the body.
 
     Raises:
-        ConfigurationError: one of them cannot be opened as it is configured.
+        ConfigurationError: one of them cannot be opened with this configuration.
         StartupCancelled: `exit_code` was set while the model loaded.
     """
     async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""AccountService: an account's own usage and quota."""
+"""AccountService: the usage and the quota of the calling account."""
 
 import re
 from datetime import UTC, date, datetime, timedelta
@@ -20,7 +20,7 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 
 class AccountServicer(account_pb2_grpc.AccountServiceServicer):
-    """AccountService: the usage and the quota of the calling account."""
+    """Serves the usage and the quota of the calling account."""
 
     def __init__(self, authenticator: Authenticator, quota: Quota, ledger: Ledger) -> None:
         self._authenticator = authenticator

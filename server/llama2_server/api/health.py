@@ -23,7 +23,7 @@ LIVENESS = "liveness"
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Check and Watch for "" (the whole server) and each service, all in one state, and for liveness."""
+    """Serves Check and Watch for "" (the whole server) and each service, all in one state, and for liveness."""
 
     def __init__(self, services: tuple[str, ...]) -> None:
         self._services = ("", *services)

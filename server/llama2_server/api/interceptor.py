@@ -27,9 +27,9 @@ class _MalformedRequest:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Starts and finishes the telemetry of each call, and maps exceptions to statuses.
 
-    A ServiceError has its own status; any other exception becomes INTERNAL. Without it, gRPC would answer malformed
-    bytes and unexpected exceptions with UNKNOWN and the exception's text. Calls that gRPC rejects before the request
-    has arrived, such as a message that is too large, do not reach it.
+    A ServiceError has its own status; any other exception becomes INTERNAL. Without the interceptor, gRPC would answer
+    malformed bytes and unexpected exceptions with UNKNOWN and the exception's text. Calls that gRPC rejects before the
+    request has arrived, such as a message that is too large, do not reach the interceptor.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
@@ -42,7 +42,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap a method. Our methods take one request; a method with a request stream (reflection) is only observed."""
+        """Wrap a method. A method with a request stream is only observed: the only one is reflection."""
         self.calls += 1
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -57,22 +57,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.request_deserializer is None:
             return handler
         if handler.unary_unary is not None:
-            make, behaviour = grpc.unary_unary_rpc_method_handler, self._wrap_handler(method, handler.unary_unary)
+            make_handler = grpc.unary_unary_rpc_method_handler
+            behavior: Handler = handler.unary_unary
         elif asyncio.iscoroutinefunction(handler.unary_stream):
-            make, behaviour = grpc.unary_stream_rpc_method_handler, self._wrap_handler(method, handler.unary_stream)
+            make_handler = grpc.unary_stream_rpc_method_handler
+            behavior = handler.unary_stream
         else:
             return handler
-        return make(behaviour, _safe_deserializer(handler.request_deserializer), handler.response_serializer)
+        deserializer = _safe_deserializer(handler.request_deserializer)
+        return make_handler(self._wrap_handler(method, behavior), deserializer, handler.response_serializer)
 
-    def _wrap_handler(self, method: str, behaviour: Handler) -> Handler:
+    def _wrap_handler(self, method: str, behavior: Handler) -> Handler:
         async def handle(request: Any, grpc_context: Any) -> Any:
             context = _Context(grpc_context)
-            with _call(self._telemetry, method, context) as call:
+            with _tracked_call(self._telemetry, method, context) as call:
                 try:
                     if isinstance(request, _MalformedRequest):
                         description = "the request is not a valid protobuf message of this method"
                         raise InvalidRequest([Violation("", description)])
-                    return await behaviour(request, context)
+                    return await behavior(request, context)
                 except ServiceError as error:
                     await _abort(context, error, call)
                 except grpc.aio.AbortError:
@@ -84,10 +87,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    def _wrap_stream(self, method: str, behaviour: StreamHandler) -> StreamHandler:
+    def _wrap_stream(self, method: str, behavior: StreamHandler) -> StreamHandler:
         async def handle_stream(requests: Any, context: Any) -> AsyncIterator[Any]:
-            with _call(self._telemetry, method, context):
-                async for response in behaviour(requests, context):
+            with _tracked_call(self._telemetry, method, context):
+                async for response in behavior(requests, context):
                     yield response
 
         return handle_stream
@@ -126,7 +129,7 @@ def _disconnect_is_cancellation() -> Iterator[None]:
 
 
 @contextmanager
-def _call(telemetry: Telemetry, method: str, context: Any) -> Iterator[Call]:
+def _tracked_call(telemetry: Telemetry, method: str, context: Any) -> Iterator[Call]:
     """Track a call from its request to its status, during the body."""
     call = Call(telemetry, method, context.invocation_metadata(), _expiry(context))
     CALL.set(call)

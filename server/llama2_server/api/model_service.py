@@ -1,4 +1,4 @@
-"""ModelService: the card in force."""
+"""ModelService: the model card that the server uses."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from llama2_server.usage.pricing import decimal_text
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """ModelService: the card in force."""
+    """Serves the model card as one message, which is built once."""
 
     def __init__(self, card: ModelCard) -> None:
         self._card_message = _card_message(card)

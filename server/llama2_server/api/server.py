@@ -58,12 +58,12 @@ class Servicers(NamedTuple):
 
 
 def connection_options(settings: Settings, *, streams: int, message_bytes: int) -> list[tuple[str, Any]]:
-    """Return gRPC's options that limit each resource which a client can consume."""
+    """Return gRPC's options, which limit each resource that a client can consume."""
     return [
-        # With port sharing a second server would start on the same port without an error.
+        # With port sharing, a second server would start on the same port without an error.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", message_bytes),
-        # Between a soft and a hard limit gRPC rejects at random; equal limits make it deterministic.
+        # Between the soft and the hard limit gRPC rejects at random; equal limits make it deterministic.
         ("grpc.max_metadata_size", settings.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
@@ -86,7 +86,7 @@ def connection_options(settings: Settings, *, streams: int, message_bytes: int) 
 def make_server(
     settings: Settings, servicers: Servicers, health: HealthServicer, interceptor: CallInterceptor, *, slots: int
 ) -> grpc.aio.Server:
-    """Return the server of all services, still without a port."""
+    """Return the server of all services. It has no port yet."""
     options = connection_options(
         settings,
         streams=settings.max_concurrent_streams or settings.max_queue_size + slots + SPARE_STREAMS,

@@ -41,12 +41,12 @@ class CertificateFiles:
         Raises:
             CertificateError: a file is missing, not PEM, or expired, or does not match the others.
         """
-        found = self._contents()
-        _check(self)
+        content = self._contents()
+        _test_handshake(self)
         # OpenSSL read the files itself: serve exactly the content that it checked.
-        if self._contents() != found:
-            raise CertificateError(f"--tls-certificate: {self.certificate} or its key changed while it was read")
-        return found
+        if self._contents() != content:
+            raise CertificateError(f"--tls-certificate: {self.certificate} or its key changed during the check; retry")
+        return content
 
     def fingerprint(self) -> tuple[tuple[int, int, int] | None, ...]:
         """Return a value that changes when a file is replaced, rewritten or removed."""
@@ -54,9 +54,9 @@ class CertificateFiles:
 
     def _contents(self) -> "Certificates":
         return Certificates(
-            _bytes(self.certificate, "--tls-certificate"),
-            _bytes(self.key, "--tls-key"),
-            None if self.client_ca is None else _bytes(self.client_ca, "--tls-client-ca"),
+            _read_pem(self.certificate, "--tls-certificate"),
+            _read_pem(self.key, "--tls-key"),
+            None if self.client_ca is None else _read_pem(self.client_ca, "--tls-client-ca"),
         )
 
 
@@ -83,32 +83,32 @@ class RotatingCertificates:
     def __init__(self, files: CertificateFiles) -> None:
         self._files = files
         self._lock = threading.Lock()
-        self._seen = files.fingerprint()
+        self._fingerprint = files.fingerprint()
         self._current = files.read()
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return the credentials for one port of a server."""
         return grpc.dynamic_ssl_server_credentials(
             self._current.configuration(),
-            self._changed,  # type: ignore[arg-type]  # None, for no change, is what gRPC documents
+            self._reload,  # type: ignore[arg-type]  # None, for no change, is what gRPC documents
             require_client_authentication=self._files.client_ca is not None,
         )
 
-    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+    def _reload(self) -> grpc.ServerCertificateConfiguration | None:
         """Return the new configuration, or None; gRPC calls this for each new connection, on one of its threads."""
         with self._lock:
-            seen = self._files.fingerprint()
-            if seen == self._seen:
+            fingerprint = self._files.fingerprint()
+            if fingerprint == self._fingerprint:
                 return None
             try:
-                found = self._files.read()
+                current = self._files.read()
             except CertificateError as error:
                 logger.error("certificate reload failed; keeping the previous certificate: %s", error)  # noqa: TRY400 - one line is enough
-                self._seen = seen  # logged once; the next change is checked again
+                self._fingerprint = fingerprint  # logs once per change
                 return None
-            self._seen, self._current = seen, found
+            self._fingerprint, self._current = fingerprint, current
             logger.info("certificate reloaded from %s for new connections", self._files.certificate)
-            return found.configuration()
+            return current.configuration()
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
@@ -119,7 +119,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _bytes(path: Path, flag: str) -> bytes:
+def _read_pem(path: Path, flag: str) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -129,8 +129,8 @@ def _bytes(path: Path, flag: str) -> bytes:
     return content
 
 
-def _check(files: CertificateFiles) -> None:
-    """Perform a TLS handshake in memory: a client that trusts the certificate then accepts it too."""
+def _test_handshake(files: CertificateFiles) -> None:
+    """Test the files with a TLS handshake in memory; if it succeeds, clients that trust the certificate accept it."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust the certificate itself, not its issuer
@@ -151,7 +151,7 @@ def _check(files: CertificateFiles) -> None:
         with _as_certificate_error(f"--tls-client-ca: {files.client_ca} has no readable certificate"):
             server.load_verify_locations(files.client_ca)
     try:
-        _shake_hands(client, server)
+        _handshake(client, server)
     except ssl.SSLCertVerificationError as error:
         reason = _VERIFICATION_ERRORS.get(error.verify_code, f"is rejected by clients: {error.verify_message}")
         raise CertificateError(f"--tls-certificate: {files.certificate} {reason}") from error
@@ -161,14 +161,14 @@ def _check(files: CertificateFiles) -> None:
 
 @contextmanager
 def _as_certificate_error(message: str) -> Iterator[None]:
-    """Replace OpenSSL's error by a message for operators."""
+    """Replace OpenSSL's error with a message for operators."""
     try:
         yield
     except OSError as error:  # ssl.SSLError is one
         raise CertificateError(message) from error
 
 
-def _shake_hands(client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> None:
+def _handshake(client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> None:
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = client_context.wrap_bio(to_client, to_server)
     server = server_context.wrap_bio(to_server, to_client, server_side=True)

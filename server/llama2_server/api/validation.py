@@ -1,7 +1,8 @@
-"""Turn a request message into a Prompt and GenerationParams, or raise InvalidRequest with every violation.
+"""Convert a request message into a Prompt and GenerationParams, or raise InvalidRequest with every violation.
 
-The card's own JSON Schema runs on the JSON form of the message, so the schema decides by construction. `_extra_rules`
-has the rules that a schema cannot express; the comments of text_generation.proto list them with their reasons.
+The card's JSON Schema runs on the JSON form of the message: the schema is executed, not implemented a second time.
+`_extra_rules` has the rules that a schema cannot express; the comments of text_generation.proto list them with their
+reasons.
 """
 
 import json
@@ -28,7 +29,7 @@ AnyRequest = pb.GenerateRequest | pb.CountTokensRequest
 
 
 class RequestValidator:
-    """Validates requests against one card, with one tokenizer."""
+    """Validates requests against a card, and counts their tokens with a tokenizer."""
 
     def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
         self._card = card
@@ -36,12 +37,13 @@ class RequestValidator:
         self._schema = jsonschema.Draft202012Validator(json.loads(card.input_schema))
 
     def validate_generate(self, request: pb.GenerateRequest, *, streaming: bool) -> tuple[Prompt, GenerationParams]:
-        """Validate a request of Generate, or of GenerateStream if `streaming`.
+        """Return the prompt and the parameters of a Generate request, or of a GenerateStream request if `streaming`.
 
         Raises:
-            InvalidRequest: with every violation of the schema and the rules; if there are none, of the token limits.
+            InvalidRequest: has every violation of the schema and the rules. The token limits are checked
+                after these, and only if none is violated.
         """
-        violations = [*self._form_violations(request), *self._parameter_violations(request, streaming)]
+        violations = [*self._input_violations(request), *self._parameter_violations(request, streaming)]
         violations = violations or self._size_violations(request)
         if not violations:
             prompt = self._encode(request)
@@ -52,31 +54,31 @@ class RequestValidator:
         return prompt, params
 
     def validate_count_tokens(self, request: pb.CountTokensRequest) -> tuple[int, int]:
-        """Return the input tokens, and the largest `max_tokens` that fits.
+        """Return the number of input tokens, and the largest `max_tokens` that fits; 0 if the prompt does not fit.
 
         Raises:
-            InvalidRequest: as `validate_generate`. A prompt beyond the context is counted, unless its size alone shows
-                that it cannot fit.
+            InvalidRequest: as `validate_generate`. A prompt that exceeds the context is counted, unless its size alone
+                shows that it cannot fit.
         """
-        if violations := self._form_violations(request) or self._size_violations(request):
+        if violations := self._input_violations(request) or self._size_violations(request):
             raise InvalidRequest(violations)
         input_tokens = len(self._encode(request).token_ids)
         room = self._card.context_length_limit - input_tokens
         return input_tokens, max(0, min(room, self._card.sequence_length_limit))
 
-    def _form_violations(self, request: AnyRequest) -> list[Violation]:
+    def _input_violations(self, request: AnyRequest) -> list[Violation]:
         if len(request.messages) > self._card.context_length_limit:
             # Each message takes at least one token. Validating hundreds of thousands of messages, and listing their
             # violations, would block the event loop for half a minute.
             return [Violation("messages", self._too_long(f"at least {len(request.messages)}"))]
-        form = MessageToDict(request, preserving_proto_field_name=True)
-        found = [*_schema_violations(self._schema.iter_errors(form)), *_extra_rules(request)]
+        body = MessageToDict(request, preserving_proto_field_name=True)
+        found = [*_schema_violations(self._schema.iter_errors(body)), *_extra_rules(request)]
         return list(dict.fromkeys(found))  # without duplicates, in order
 
     def _parameter_violations(self, request: pb.GenerateRequest, streaming: bool) -> Iterator[Violation]:
         if request.HasField("stream") and request.stream != streaming:
-            right = "GenerateStream" if request.stream else "Generate"
-            yield Violation("stream", f"is {str(request.stream).lower()}; call {right} instead, or leave it unset")
+            method = "GenerateStream" if request.stream else "Generate"
+            yield Violation("stream", f"is {str(request.stream).lower()}; call {method} instead, or leave it unset")
         limit = self._card.sequence_length_limit
         if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limit:
             yield Violation("max_tokens", f"must be in [1, {limit}], got {request.max_tokens}")
@@ -90,7 +92,7 @@ class RequestValidator:
                 yield Violation(f"stop[{index}]", f"must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(stop)}")
 
     def _size_violations(self, request: AnyRequest) -> list[Violation]:
-        """Return a violation if the prompt is too long whatever its tokens are: encoding would block the event loop."""
+        """Reject a prompt whose size alone shows that it is too long. Encoding it would block the event loop."""
         characters = sum(len(message.content) for message in request.messages) + len(request.prompt)
         at_least = math.ceil(characters / self._tokenizer.max_piece_length)
         if at_least <= self._card.context_length_limit:
@@ -156,12 +158,12 @@ def _alternatives_violations(error: jsonschema.ValidationError) -> Iterator[Viol
     branches: dict[Any, list[jsonschema.ValidationError]] = {}
     for inner in error.context or ():
         branches.setdefault(inner.schema_path[0], []).append(inner)
-    meant = [inner for inner in branches.values() if not any(_misses_field(one) for one in inner)]
+    intended = [inner for inner in branches.values() if not any(_misses_field(one) for one in inner)]
     if not branches:
         yield Violation(required[0], f"only one of {' and '.join(required)} may be given")
-    elif not meant:
+    elif not intended:
         yield Violation(required[0], f"either {' or '.join(required)} is required")
-    for errors in meant:
+    for errors in intended:
         yield from _schema_violations(errors)
 
 
@@ -170,7 +172,7 @@ def _misses_field(error: jsonschema.ValidationError) -> bool:
 
 
 def _to_violation(error: jsonschema.ValidationError) -> Violation:
-    """Return a schema error in plain words, without the value, which is the client's text."""
+    """Return the violation of a schema error, in plain words and without the value, which is the client's text."""
     path = _field_path(error.absolute_path)
     instance: Any = error.instance
     allowed: Any = error.validator_value
@@ -195,7 +197,7 @@ def _field_path(parts: Iterable[str | int]) -> str:
 
 
 def _extra_rules(request: AnyRequest) -> Iterator[Violation]:
-    """Yield violations of the rules that a JSON Schema cannot express, or that the card's schema leaves open."""
+    """Yield the violations of rules that a JSON Schema cannot express or that the card's schema omits."""
     if request.HasField("prompt") and request.messages:
         yield Violation("prompt", "only one of prompt and messages may be given")
     if request.raw and request.messages:

@@ -12,7 +12,7 @@ FIRST_RETRY_SECONDS = 1.0
 
 
 class Readiness:
-    """SERVING after a generation that succeeded, NOT_SERVING after one that failed.
+    """Sets SERVING after a successful generation, and NOT_SERVING after a failed one.
 
     Args:
         set_serving: sets the state of the health service.
@@ -22,7 +22,7 @@ class Readiness:
     def __init__(self, set_serving: Callable[[bool], None], *, interval_seconds: float) -> None:
         self._set_serving = set_serving
         self._interval_seconds = interval_seconds
-        self._working = True
+        self._last_succeeded = True
         self._probe_at = _now() + interval_seconds
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._changed = asyncio.Event()
@@ -32,15 +32,15 @@ class Readiness:
         now = _now()
         if succeeded:
             self._probe_at, self._retry_seconds = now + self._interval_seconds, FIRST_RETRY_SECONDS
-        elif self._working:
+        elif self._last_succeeded:
             self._probe_at = now
         else:
             self._probe_at = now + self._retry_seconds
             self._retry_seconds = min(2 * self._retry_seconds, self._interval_seconds)
-        if succeeded != self._working:
+        if succeeded != self._last_succeeded:
             level, event = (logging.INFO, "recovered") if succeeded else (logging.ERROR, "failed")
             logger.log(level, "the engine %s", event)
-            self._working = succeeded
+            self._last_succeeded = succeeded
             self._set_serving(succeeded)
         self._changed.set()
 
@@ -49,17 +49,17 @@ class Readiness:
 
         Args:
             probe: generates without an account, and returns after `record_outcome` was called.
-            idle: returns whether a probe would disturb no client.
+            idle: returns whether no client is served, so that a probe disturbs none.
         """
         while True:
             self._changed.clear()
-            wait = self._probe_at - _now()
-            if wait <= 0 and idle():
+            wait_seconds = self._probe_at - _now()
+            if wait_seconds <= 0 and idle():
                 await probe()
                 continue
             # A client's generation sets `_changed`; a cancelled one does not, so this also polls.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait if wait > 0 else FIRST_RETRY_SECONDS):
+                async with asyncio.timeout(wait_seconds if wait_seconds > 0 else FIRST_RETRY_SECONDS):
                     await self._changed.wait()
 
 

@@ -16,7 +16,7 @@ async def open_ledger(settings: Settings, card: ModelCard) -> AsyncIterator[Ledg
     """Open the usage ledger, and close it after the body.
 
     Raises:
-        ConfigurationError: the ledger cannot be opened as it is configured.
+        ConfigurationError: the ledger cannot be opened with this configuration.
     """
     ledger = await Ledger.open(
         data_directory=settings.data_directory,

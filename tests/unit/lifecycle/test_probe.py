@@ -1,8 +1,7 @@
-"""The server's own generations, on a scripted model."""
+"""The probe, on a scripted model."""
 
 from tests.support.scripted_model import ScriptedModel
 
-from llama2_server.admission.accounts import Account
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.sampling import GenerationParams
@@ -13,22 +12,21 @@ from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.lifecycle import probe
 
 
-async def test_probes_own_no_prefix(demo_tokenizer: Tokenizer) -> None:
-    """Each computes its whole prompt, or its time would tell nothing; no account of any name goes on from it."""
+async def test_probe_neither_uses_nor_fills_the_prefix_cache(demo_tokenizer: Tokenizer) -> None:
+    """Each probe computes its whole prompt, so that its time is meaningful; no account reuses a probe's tokens."""
     prompt_ids = demo_tokenizer.encode_chat(probe.PROMPT)
     model = ScriptedModel([300], vocab_size=demo_tokenizer.vocab_size, probe_ids=prompt_ids, chunk_invariant=True)
     engine = Engine(model, frozenset())
     try:
-        watched = SupervisedEngine(engine, engine_step_timeout_seconds=60)
-        probes = [await probe.probe(watched, demo_tokenizer, max_tokens=2) for _ in range(2)]
-        assert [one.reused_input_tokens for one in probes] == [0, 0]
+        supervised = SupervisedEngine(engine, engine_step_timeout_seconds=60)
+        probes = [await probe.probe(supervised, demo_tokenizer, max_tokens=2) for _ in range(2)]
+        assert [generation.reused_input_tokens for generation in probes] == [0, 0]
         assert model.probes == 2
-        callers = Generation(
-            Prompt(tuple(prompt_ids), raw=False), GenerationParams(max_tokens=2), demo_tokenizer, lambda counts: None
-        )
-        callers.start(RequestQueue(1, max_queue_size=0, queue_timeout_seconds=1), watched, Account("probe"), None)
-        await callers.wait()
-        assert callers.reused_input_tokens == 0
+        prompt, params = Prompt(tuple(prompt_ids), raw=False), GenerationParams(max_tokens=2)
+        of_client = Generation(prompt, params, demo_tokenizer, lambda tokens: None)
+        of_client.start(RequestQueue(1, max_queue_size=0, queue_timeout_seconds=1), supervised, "probe", None)
+        await of_client.wait()
+        assert of_client.reused_input_tokens == 0
         assert model.probes == 3
     finally:
         assert engine.close(timeout_seconds=10)
