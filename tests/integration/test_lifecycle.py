@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from tests.integration.usage.conftest import locked, stored
 from tests.support.scripted_model import ScriptedModel
-from tests.support.service import Service, ServiceMaker, details, health_stub, hold_the_slot, until, with_config
+from tests.support.service import Service, ServiceMaker, details, health_stub, hold_slot, until, with_config
 from tests.support.virtual_time import run_virtual
 
 from llama2.v1 import account_pb2, account_pb2_grpc
@@ -168,7 +168,7 @@ class TestWatchdog:
     ) -> None:
         """UNAVAILABLE with RetryInfo for both, NOT_SERVING, still alive; what was computed is recorded."""
         async with serve_scripted(engine_step_timeout_seconds=0.5, card=limited(demo_card, 10)) as service:
-            running = await hold_the_slot(service)
+            running = await hold_slot(service)
             waiting = asyncio.create_task(_generate(service))
             for call, reason in ((running.read(), "ENGINE_UNAVAILABLE"), (waiting, "SHUTTING_DOWN")):
                 with pytest.raises(grpc.aio.AioRpcError) as failed:
@@ -199,7 +199,7 @@ class TestWatchdog:
         try:
             async with asyncio.timeout(30), serve_scripted(shutdown_grace_seconds=0) as service:
                 monkeypatch.setattr(service.model, "open_gate", lambda: None)  # nor does it end with the drain
-                reading = asyncio.create_task((await hold_the_slot(service)).read())
+                reading = asyncio.create_task((await hold_slot(service)).read())
             with pytest.raises(grpc.aio.AioRpcError) as cut:
                 await reading
             assert cut.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -15,7 +15,7 @@ from tests.support.certificates import Authority
 from tests.support.http2_peer import Http2Peer
 from tests.support.processes import free_port
 from tests.support.repository import ROOT
-from tests.support.service import ServiceMaker, health_stub, reflection_stub, text_of
+from tests.support.service import ServiceMaker, health_stub, reflection_stub, remaining_text
 
 from llama2.v1 import model_pb2, model_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
@@ -128,7 +128,7 @@ async def test_an_old_connection_ends_and_its_calls_may_finish(serve_scripted: S
         async with asyncio.timeout(20):
             await service.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
         service.model.open_gate()
-        assert await text_of(call)
+        assert await remaining_text(call)
 
 
 async def test_the_grace_of_an_old_connection_ends(serve_scripted: ServiceMaker) -> None:

@@ -17,12 +17,12 @@ from tests.support.service import (
     Service,
     ServiceMaker,
     details,
-    hang_up,
+    disconnect,
     health_stub,
-    hold_the_slot,
+    hold_slot,
     reflection_stub,
+    remaining_text,
     server_deadline,
-    text_of,
     until,
     with_config,
 )
@@ -66,7 +66,7 @@ async def test_tokens_come_as_they_are_computed(serve_scripted: ServiceMaker) ->
         assert first.response
         assert REPLY.startswith(first.response)
         service.model.open_gate()
-        assert first.response + await text_of(call) == REPLY
+        assert first.response + await remaining_text(call) == REPLY
 
 
 async def test_usage_is_exact(serve_scripted: ServiceMaker, demo_card: ModelCard) -> None:
@@ -87,7 +87,7 @@ async def test_timings_are_in_order(serve_scripted: ServiceMaker) -> None:
     async with serve_scripted(REPLY) as service:
         service.model.gate()
         calls = [service.text.Generate(pb.GenerateRequest(prompt=text)) for text in ("a", "b")]
-        await service.in_line(1)
+        await service.wait_until_queued(1)
         service.model.open_gate()
         timings = [(await call).completion.timings for call in calls]
         for timing in timings:
@@ -116,7 +116,7 @@ async def test_stop_sequences_cut_exactly(serve_scripted: ServiceMaker, stop: li
         request = pb.GenerateRequest(prompt="a", stop=stop)
         reply = await service.text.Generate(request)
         assert reply.response == REPLY[:end]
-        assert await text_of(service.text.GenerateStream(request)) == REPLY[:end]
+        assert await remaining_text(service.text.GenerateStream(request)) == REPLY[:end]
         assert reply.completion.finish_reason == pb.FINISH_REASON_STOP_SEQUENCE
         assert reply.completion.usage.output_tokens < len(service.model.reply_ids)
 
@@ -201,7 +201,7 @@ async def test_unknown_method_is_unimplemented(serve_scripted: ServiceMaker) -> 
 async def test_cancelled_call_frees_the_slot(serve_scripted: ServiceMaker) -> None:
     """A caller who hangs up while generating stops the model within one step, and the next caller runs."""
     async with serve_scripted(REPLY, ends=False) as service:
-        await hang_up(service, await hold_the_slot(service))
+        await disconnect(service, await hold_slot(service))
         decoded = len(service.model.decoded_rows)
         service.model.open_gate()
         assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
@@ -216,13 +216,13 @@ async def _generate(service: Service, prompt: str, max_tokens: int) -> pb.Genera
 async def test_caller_who_leaves_the_line_never_reaches_the_engine(serve_scripted: ServiceMaker) -> None:
     """A call cancelled while it waits is gone from the line; the model never sees it."""
     async with serve_scripted(REPLY) as service:
-        holder = await hold_the_slot(service)
+        holder = await hold_slot(service)
         waiting = asyncio.create_task(_generate(service, "waiting", 2))
         last = asyncio.create_task(_generate(service, "last", 2))
-        await service.in_line(2)
-        await hang_up(service, waiting)
+        await service.wait_until_queued(2)
+        await disconnect(service, waiting)
         service.model.open_gate()
-        assert REPLY.endswith(await text_of(holder))
+        assert REPLY.endswith(await remaining_text(holder))
         await last
         assert service.model.prefills == 2
 
@@ -242,7 +242,7 @@ async def test_caller_who_leaves_during_prefill(serve_scripted: ServiceMaker) ->
         service.model.gate()
         call = asyncio.create_task(_generate(service, "leaving", 2))
         await asyncio.to_thread(service.model.in_step.wait, 10)
-        await hang_up(service, call)
+        await disconnect(service, call)
         service.model.open_gate()
         assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
 
@@ -250,12 +250,12 @@ async def test_caller_who_leaves_during_prefill(serve_scripted: ServiceMaker) ->
 async def test_deadline_in_line(serve_scripted: ServiceMaker) -> None:
     """A call whose deadline passes in line ends with DEADLINE_EXCEEDED and never reaches the engine."""
     async with serve_scripted(REPLY) as service:
-        holder = await hold_the_slot(service)
+        holder = await hold_slot(service)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await service.text.Generate(pb.GenerateRequest(prompt="late"), timeout=0.2)
         assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         service.model.open_gate()
-        await text_of(holder)
+        await remaining_text(holder)
         assert service.model.prefills == 1
 
 
@@ -266,7 +266,7 @@ async def test_deadline_while_generating_frees_the_slot(serve_scripted: ServiceM
         service.model.allow(1)
         call = service.text.GenerateStream(pb.GenerateRequest(prompt="slow"), timeout=0.5)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await text_of(call)
+            await remaining_text(call)
         assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         service.model.open_gate()
         assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
@@ -281,7 +281,7 @@ async def test_reader_who_reads_nothing_never_holds_the_slot(serve_scripted: Ser
         stalled = type(service.text)(channel).GenerateStream(pb.GenerateRequest(prompt="stalled", max_tokens=700))
         await until(lambda: service.model.prefills == 1)
         assert (await _generate(service, "next", 2)).completion.usage.output_tokens == 2
-        assert len((await text_of(stalled)).split()) > 300
+        assert len((await remaining_text(stalled)).split()) > 300
 
 
 @pytest.mark.parametrize("code", ["CANCELLED", "DEADLINE_EXCEEDED"])
@@ -298,8 +298,8 @@ async def test_reader_who_leaves_while_a_message_waits_for_him_is_no_fault(
             await _generate(service, "next", 2)  # the model has finished with the first: it is all in the server
             if code == "CANCELLED":
                 stalled.cancel()
-            await until(lambda: service.ended(code) == 1)
-        assert service.ended("OK") == 1
+            await until(lambda: service.finished_calls(code) == 1)
+        assert service.finished_calls("OK") == 1
     assert not caplog.records
 
 
@@ -318,7 +318,7 @@ async def test_refusal_after_the_deadline_is_counted_as_expired(serve_scripted: 
         with pytest.raises(grpc.aio.AioRpcError) as late:
             await service.text.Generate(pb.GenerateRequest(prompt="a"), metadata=server_deadline(100))
         assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await until(lambda: service.ended("DEADLINE_EXCEEDED") == 1)
+        await until(lambda: service.finished_calls("DEADLINE_EXCEEDED") == 1)
 
 
 async def test_engine_fault_is_internal_without_its_text(serve_scripted: ServiceMaker) -> None:
@@ -367,13 +367,13 @@ async def test_never_more_at_once_than_the_card_says(
 async def test_drain_finishes_who_runs_and_refuses_who_waits(serve_scripted: ServiceMaker) -> None:
     """On shutdown watchers hear NOT_SERVING and end, who waits gets UNAVAILABLE with RetryInfo, who runs finishes."""
     async with serve_scripted(REPLY) as service:
-        holder = await hold_the_slot(service)
+        holder = await hold_slot(service)
         watch = health_stub(service.channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         waiting = asyncio.create_task(_generate(service, "waiting", 2))
-        await service.in_line(1)
+        await service.wait_until_queued(1)
         ending = asyncio.create_task(_leave_when_refused(service, waiting))
-        reading = asyncio.create_task(text_of(holder))
+        reading = asyncio.create_task(remaining_text(holder))
         statuses = asyncio.create_task(_statuses(watch))
     assert isinstance(await ending, error_details_pb2.RetryInfo)
     assert REPLY.endswith(await reading)

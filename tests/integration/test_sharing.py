@@ -16,10 +16,10 @@ from tests.support.service import (
     Service,
     ServiceMaker,
     details,
-    hang_up,
-    hold_the_slot,
+    disconnect,
+    hold_slot,
+    remaining_text,
     server_deadline,
-    text_of,
     until,
     with_config,
 )
@@ -67,7 +67,7 @@ async def test_equal_request_is_served_from_the_cache(
     async with serve_scripted(REPLY, card=sharing_card) as service:
         request = pb.GenerateRequest(prompt="a story")
         first = await service.text.Generate(request)
-        await hold_the_slot(service)
+        await hold_slot(service)
         again = await service.text.Generate(request)
         parts = [part async for part in service.text.GenerateStream(request)]
         assert first.response == again.response == "".join(part.response for part in parts) == REPLY
@@ -145,7 +145,7 @@ async def test_card_without_cache_shares_nothing(serve_scripted: ServiceMaker) -
 async def test_incomplete_reply_is_not_kept(serve_scripted: ServiceMaker, sharing_card: ModelCard) -> None:
     """What was cancelled or failed is generated anew."""
     async with serve_scripted(REPLY, card=sharing_card) as service:
-        await hang_up(service, await hold_the_slot(service))
+        await disconnect(service, await hold_slot(service))
         service.model.open_gate()
         service.model.failure = RuntimeError("broken")
         with pytest.raises(grpc.aio.AioRpcError):
@@ -158,7 +158,7 @@ async def test_incomplete_reply_is_not_kept(serve_scripted: ServiceMaker, sharin
 
 async def followed(service: Service, prompt: str) -> tuple[Any, Any]:
     """Two calls of one request: the one that began it, and one that shares it, each with its first delta read."""
-    leader = await hold_the_slot(service, prompt)
+    leader = await hold_slot(service, prompt)
     follower = service.text.GenerateStream(pb.GenerateRequest(prompt=prompt))
     first = await follower.read()
     assert isinstance(first, pb.GenerateStreamResponse)
@@ -173,7 +173,7 @@ async def test_identical_requests_in_flight_share_one_generation(
     async with serve_scripted(REPLY, card=sharing_card) as service:
         leader, follower = await followed(service, "a story")
         service.model.open_gate()
-        rests = await asyncio.gather(text_of(leader), text_of(follower))
+        rests = await asyncio.gather(remaining_text(leader), remaining_text(follower))
         assert all(REPLY.endswith(rest) for rest in rests)
         assert service.model.prefills == 1
     paid = {record["served_from_cache"]: record["neurons"] for record in records(tmp_path)}
@@ -185,9 +185,9 @@ async def test_generation_goes_on_for_followers(serve_scripted: ServiceMaker, sh
     """When the caller who began it hangs up, the followers get the whole reply all the same."""
     async with serve_scripted(REPLY, card=sharing_card) as service:
         leader, follower = await followed(service, "a story")
-        await hang_up(service, leader)
+        await disconnect(service, leader)
         service.model.open_gate()
-        assert REPLY.endswith(await text_of(follower))
+        assert REPLY.endswith(await remaining_text(follower))
         assert service.model.prefills == 1
 
 
@@ -197,7 +197,7 @@ async def test_generation_without_readers_is_stopped(
     """When all have hung up the model stops, and what was computed is in the ledger once."""
     async with serve_scripted(REPLY, ends=False, card=sharing_card) as service:
         leader, follower = await followed(service, "a story")
-        await hang_up(service, leader, follower)
+        await disconnect(service, leader, follower)
         service.model.open_gate()
         other = await service.text.Generate(pb.GenerateRequest(prompt="other", max_tokens=2))
         assert other.completion.usage.output_tokens == 2
@@ -278,16 +278,16 @@ async def test_every_admitted_request_has_one_record(
     """Finished, cancelled in line, cancelled while generating, expired, failed, full line: one record each."""
     async with serve_scripted(REPLY, card=sharing_card, max_queue_size=1) as service:
         await service.text.Generate(pb.GenerateRequest(prompt="finished"))
-        holder = await hold_the_slot(service)
+        holder = await hold_slot(service)
         with pytest.raises(grpc.aio.AioRpcError):
             await service.text.Generate(pb.GenerateRequest(prompt="expired"), metadata=server_deadline(300))
         await until(lambda: len(list(records(tmp_path))) == 2)  # the server's own timer comes later than the caller's
         waiting = service.text.GenerateStream(pb.GenerateRequest(prompt="waiting"))
         reading = asyncio.create_task(waiting.read())
-        await service.in_line(1)
+        await service.wait_until_queued(1)
         with pytest.raises(grpc.aio.AioRpcError):
             await service.text.Generate(pb.GenerateRequest(prompt="one too many"))
-        await hang_up(service, waiting, holder)
+        await disconnect(service, waiting, holder)
         await asyncio.wait([reading])
         service.model.open_gate()
         await until(lambda: len(list(records(tmp_path))) == 5)

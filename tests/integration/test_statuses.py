@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
 from tests.support.processes import free_port
-from tests.support.service import ServiceMaker, details, hold_the_slot, server_deadline, text_of, with_config
+from tests.support.service import ServiceMaker, details, hold_slot, remaining_text, server_deadline, with_config
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
@@ -110,21 +110,21 @@ async def quota_used_up(scene: Scene) -> grpc.aio.AioRpcError:
 
 async def line_full(scene: Scene) -> grpc.aio.AioRpcError:
     async with scene.serve(max_queue_size=0) as service:
-        await hold_the_slot(service)
+        await hold_slot(service)
         return await refused(service.text.Generate(REQUEST))
 
 
 async def wait_too_long(scene: Scene) -> grpc.aio.AioRpcError:
     async with scene.serve(queue_timeout_seconds=0.05) as service:
-        await hold_the_slot(service)
+        await hold_slot(service)
         return await refused(service.text.Generate(REQUEST))
 
 
 async def draining(scene: Scene) -> grpc.aio.AioRpcError:
     async with scene.serve() as service:
-        await hold_the_slot(service)
+        await hold_slot(service)
         waiting = asyncio.create_task(refused(service.text.Generate(REQUEST)))
-        await service.in_line(1)
+        await service.wait_until_queued(1)
     return await waiting
 
 
@@ -157,7 +157,7 @@ async def ledger_down(scene: Scene) -> grpc.aio.AioRpcError:
 
 async def deadline_in_line(scene: Scene) -> grpc.aio.AioRpcError:
     async with scene.serve() as service:
-        await hold_the_slot(service)
+        await hold_slot(service)
         while True:
             error = await refused(service.text.Generate(REQUEST, metadata=server_deadline(100)))
             # gRPC has a timer in the server too, and says nothing but the code when that is the first.
@@ -173,8 +173,8 @@ async def engine_fault(scene: Scene) -> grpc.aio.AioRpcError:
 
 async def engine_hung(scene: Scene) -> grpc.aio.AioRpcError:
     async with scene.serve(engine_step_timeout_seconds=0.5) as service:
-        held = await hold_the_slot(service)
-        return await refused(text_of(held))
+        held = await hold_slot(service)
+        return await refused(remaining_text(held))
 
 
 AGAIN = {"RetryInfo"}

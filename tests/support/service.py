@@ -38,13 +38,13 @@ class Service:
         """The port that it listens on."""
         return int(self.address.rpartition(":")[2])
 
-    def ended(self, code: str) -> int:
+    def finished_calls(self, code: str) -> int:
         """How many calls have ended with this code, by the server's own count."""
         families = self.metrics.registry.collect()
         samples = [one for family in families for one in family.samples if one.name == "llama2_requests_total"]
         return int(sum(one.value for one in samples if one.labels["code"] == code))
 
-    async def in_line(self, calls: int) -> None:
+    async def wait_until_queued(self, calls: int) -> None:
         """Wait until this many calls wait for a slot: one that was begun may still be on its way."""
         await until(lambda: self.metrics.registry.get_sample_value("llama2_requests_queued") == calls)
 
@@ -123,7 +123,7 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, Message]:
     return found
 
 
-async def text_of(call: UnaryStream) -> str:
+async def remaining_text(call: UnaryStream) -> str:
     """What is left of a stream, to its end."""
     text = ""
     while isinstance(message := await call.read(), pb.GenerateStreamResponse):
@@ -131,7 +131,7 @@ async def text_of(call: UnaryStream) -> str:
     return text
 
 
-async def hold_the_slot(service: Service, prompt: str = "hold") -> UnaryStream:
+async def hold_slot(service: Service, prompt: str = "hold") -> UnaryStream:
     """A call that holds the only slot, its first token read, the model waiting before the second."""
     service.model.gate()
     service.model.allow(1)
@@ -141,9 +141,9 @@ async def hold_the_slot(service: Service, prompt: str = "hold") -> UnaryStream:
     return call
 
 
-async def hang_up(service: Service, *calls: Cancellable) -> None:
+async def disconnect(service: Service, *calls: Cancellable) -> None:
     """Give calls up, and wait until the server has heard of it: a cancel is only on its way when `cancel` returns."""
-    heard = service.ended("CANCELLED") + len(calls)
+    heard = service.finished_calls("CANCELLED") + len(calls)
     for call in calls:
         call.cancel()
-    await until(lambda: service.ended("CANCELLED") == heard)
+    await until(lambda: service.finished_calls("CANCELLED") == heard)

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from prometheus_client import generate_latest
 from tests.integration.telemetry.conftest import Watched
-from tests.support.service import Service, ServiceMaker, hang_up, with_config
+from tests.support.service import Service, ServiceMaker, disconnect, with_config
 
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
@@ -98,7 +98,7 @@ class Client:
         self.service.model.allow(1)
         call: Any = self.service.text.GenerateStream(request, metadata=self.metadata)
         await call.read()
-        await hang_up(self.service, call)
+        await disconnect(self.service, call)
         self.service.model.open_gate()
 
     async def fail_in_the_server(self, monkeypatch: pytest.MonkeyPatch) -> None:

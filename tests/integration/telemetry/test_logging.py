@@ -17,7 +17,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2
 from tests.integration.telemetry.conftest import Watched
-from tests.support.service import ServiceMaker, hang_up, health_stub, hold_the_slot, until
+from tests.support.service import ServiceMaker, disconnect, health_stub, hold_slot, until
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server import app
@@ -215,7 +215,7 @@ async def test_rejected_and_cancelled_requests_are_logged(serve_scripted: Servic
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         with pytest.raises(grpc.aio.AioRpcError):
             await service.text.Generate(pb.GenerateRequest(prompt="x", top_p=2))
-        await hang_up(service, await hold_the_slot(service))
+        await disconnect(service, await hold_slot(service))
         assert len(requests_of(stream)) == 1
         service.model.open_gate()
         await until(lambda: len(requests_of(stream)) == 2)

@@ -23,12 +23,12 @@ from tests.support.redis_server import running_redis
 from tests.support.service import (
     Service,
     ServiceMaker,
-    hang_up,
+    disconnect,
     health_stub,
-    hold_the_slot,
+    hold_slot,
     reflection_stub,
+    remaining_text,
     server_deadline,
-    text_of,
     until,
     with_config,
 )
@@ -111,7 +111,7 @@ async def test_calls_are_counted_by_method_and_code(serve_scripted: ServiceMaker
             await service.text.Generate(pb.GenerateRequest(prompt="x"), metadata=server_deadline(200))
         service.model.open_gate()
         await until(lambda: watched.value("llama2_requests_running") == 0)
-        await hang_up(service, await hold_the_slot(service))
+        await disconnect(service, await hold_slot(service))
         service.model.open_gate()
         await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())
         with pytest.raises(grpc.aio.AioRpcError):
@@ -171,7 +171,7 @@ def steps(watched: Watched) -> list[float]:
 async def test_queue_and_slots(serve_scripted: ServiceMaker, watched: Watched) -> None:
     """A scrape shows queued and running requests; the queue time of a cancelled request counts."""
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
-        held = await hold_the_slot(service)
+        held = await hold_slot(service)
         waiting = service.text.Generate(pb.GenerateRequest(prompt="x"))
         await until(lambda: watched.value("llama2_requests_queued") == 1)
         assert (watched.value("llama2_requests_running"), watched.value("llama2_max_concurrent_requests")) == (1, 1)
@@ -180,7 +180,7 @@ async def test_queue_and_slots(serve_scripted: ServiceMaker, watched: Watched) -
         await until(lambda: watched.value("llama2_queue_time_seconds_count") == 2)
         assert watched.value("llama2_requests_queued") == 0
         service.model.open_gate()
-        await text_of(held)
+        await remaining_text(held)
         await until(lambda: watched.value("llama2_requests_running") == 0)
 
 
@@ -242,7 +242,7 @@ async def test_metrics_are_served_until_the_drain_is_over(
     async with AsyncExitStack() as stack:
         service: Service = await stack.enter_async_context(serve_scripted(REPLY, metrics_listen=address))
         assert sample(await scrape(address), "llama2_ready") == 1
-        held = await hold_the_slot(service)
+        held = await hold_slot(service)
         release = service.model.open_gate
         monkeypatch.setattr(service.model, "open_gate", lambda: None)  # which the fixture calls at its end
         ending = asyncio.create_task(stack.pop_all().aclose())
@@ -250,7 +250,7 @@ async def test_metrics_are_served_until_the_drain_is_over(
             assert not ending.done()
         assert sample(text, "llama2_requests_running") == 1
         release()
-        await text_of(held)
+        await remaining_text(held)
         await ending
     with pytest.raises(OSError):
         await scrape(address)

@@ -13,12 +13,12 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tests.integration.telemetry.conftest import Watched
 from tests.support.service import (
     ServiceMaker,
-    hang_up,
+    disconnect,
     health_stub,
-    hold_the_slot,
+    hold_slot,
     reflection_stub,
+    remaining_text,
     server_deadline,
-    text_of,
     with_config,
 )
 
@@ -147,7 +147,7 @@ async def test_quota_rejection_names_its_reason(
 async def test_cancelled_call_has_its_status_and_tokens(serve_scripted: ServiceMaker, watched: Watched) -> None:
     """A call whose client disconnects is CANCELLED, not an error, and has the tokens computed by then."""
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
-        await hang_up(service, await hold_the_slot(service))
+        await disconnect(service, await hold_slot(service))
         service.model.open_gate()
         spans = await watched.trace("CANCELLED")
     root = root_of(spans)
@@ -160,13 +160,13 @@ async def test_cancelled_call_has_its_status_and_tokens(serve_scripted: ServiceM
 async def test_expired_call_is_an_error(serve_scripted: ServiceMaker, watched: Watched) -> None:
     """A call whose deadline passes in the queue has only queue time; by the conventions it is an error."""
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
-        holder = await hold_the_slot(service)
+        holder = await hold_slot(service)
         request = pb.GenerateRequest(prompt="x")
         deadline = server_deadline(200)
         await rejected(lambda: service.text.Generate(request, metadata=deadline), grpc.StatusCode.DEADLINE_EXCEEDED)
         spans = await watched.trace("DEADLINE_EXCEEDED")
         service.model.open_gate()
-        await text_of(holder)
+        await remaining_text(holder)
     root = root_of(spans)
     assert root.status.status_code is StatusCode.ERROR
     assert attributes(root)["error.type"] == "DEADLINE_EXCEEDED"
@@ -210,12 +210,12 @@ async def test_shared_generation_is_in_both_traces(
 ) -> None:
     """Two calls that share a generation have one span each; the later one shows the remaining part."""
     async with serve_scripted(REPLY, card=caching_card, telemetry=watched.telemetry) as service:
-        leader = await hold_the_slot(service, "same")
+        leader = await hold_slot(service, "same")
         follower = service.text.GenerateStream(pb.GenerateRequest(prompt="same"))
         assert isinstance(await follower.read(), pb.GenerateStreamResponse)
         service.model.open_gate()
-        await text_of(leader)
-        await text_of(follower)
+        await remaining_text(leader)
+        await remaining_text(follower)
         spans = await watched.trace("OK", "OK")
     first, second = (span for span in spans if span.kind is SpanKind.SERVER)
     assert first.context.trace_id != second.context.trace_id
