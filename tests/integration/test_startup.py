@@ -41,6 +41,7 @@ def taken_port() -> Iterator[int]:
         (["--card", "no-such-card"], {}, "--weights: this card needs weights"),
         (["--card", "no-such-card", "--weights", "."], {}, "--card no-such-card: cannot be read"),
         (["--weights", "/no/such/directory"], {}, "--weights: /no/such/directory: not a directory and not an org/name"),
+        (["--weights", "~no-such-account/x"], {}, "--weights: ~no-such-account/x: the home directory is unknown; pass"),
         (["--weights", "."], {}, "--weights: tokenizer.model: no such file; copy it from the Llama-2 checkpoint"),
         (["--shutdown-grace-seconds", "-1"], {}, "--shutdown-grace-seconds: must be at least 0"),
         (["--api-keys-file", "/no/such/keys"], {}, "--api-keys-file: cannot read /no/such/keys: "),
@@ -91,6 +92,31 @@ def test_port_in_use_is_named(as_flag: bool, tmp_path: Path, taken_port: int) ->
     assert done.returncode == 2
     name = "--listen" if as_flag else "LLAMA2_LISTEN"
     assert done.stderr.splitlines()[-1].startswith(f"llama2-server: {name}: cannot listen on {address};")
+
+
+def run_without_home(*flags: str) -> subprocess.CompletedProcess[str]:
+    """Run a server process without HOME whose uid is in no passwd file, as in many containers."""
+    hidden = "import pwd; pwd.getpwuid = {}.__getitem__; from llama2_server.cli.main import main; main()"
+    variables = {key: value for key, value in environment().items() if key not in ("HOME", "XDG_STATE_HOME")}
+    call = [sys.executable, "-c", hidden, *flags]
+    return subprocess.run(call, capture_output=True, text=True, timeout=60, env=variables, check=False)
+
+
+@pytest.mark.parametrize("command_line", [[], ["settings"], ["usage"]])
+def test_a_missing_home_directory_is_named(command_line: list[str]) -> None:
+    """Without a home directory, the default of the data directory is unknown: one line, exit code 2."""
+    done = run_without_home(*command_line)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("llama2-server: --data-directory: has no default, because HOME is not set and uid ")
+    assert line.endswith("; pass a directory, or set HOME")
+
+
+def test_no_home_directory_is_needed_with_a_data_directory(tmp_path: Path) -> None:
+    """With a data directory, the server reaches the weights without a home directory."""
+    done = run_without_home("--data-directory", str(tmp_path), "--weights", "~/x")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("llama2-server: --weights: ~/x: the home directory is unknown; pass")
 
 
 @pytest.mark.parametrize(

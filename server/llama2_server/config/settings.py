@@ -18,6 +18,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from llama2_server.configuration_error import ConfigurationError
+
 DEMO_CARD = "demo"
 ENV_PREFIX = "LLAMA2_"
 # A smaller journal could not hold even a few usage records.
@@ -49,8 +51,18 @@ def _host_and_port(listen: str | None) -> str | None:
 
 
 def default_data_directory() -> Path:
-    """Return the directory for a service's state by the XDG rules."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "llama2-grpc"
+    """Return the directory for a service's state by the XDG rules.
+
+    Raises:
+        ConfigurationError: the account of this process has no home directory, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "llama2-grpc"
+    except RuntimeError:
+        raise ConfigurationError(
+            f"--data-directory: has no default, because HOME is not set and uid {os.getuid()} has no home directory; "
+            "pass a directory, or set HOME"
+        ) from None
 
 
 class Settings(BaseSettings):

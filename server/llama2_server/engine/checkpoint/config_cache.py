@@ -34,7 +34,8 @@ def read_metadata(directory: Path, file: Path) -> ModelMetadata:
     key = _key(directory)
     metadata = _from_json(disk_cache.load(file, key))
     if metadata is None:
-        metadata = ModelMetadata(files.read_config(directory), files.read_eos_ids(directory))
+        config = files.read_config(directory)
+        metadata = ModelMetadata(config, files.read_eos_ids(directory, config.vocab_size))
         disk_cache.save(file, key, {"config": asdict(metadata.config), "eos_ids": sorted(metadata.eos_ids)})
     return metadata
 

@@ -16,6 +16,7 @@ from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.weights import LlamaConfig
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
     from transformers import LlamaConfig as HFConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -77,25 +78,29 @@ def read_config(directory: Path) -> LlamaConfig:
     )
 
 
-def read_eos_ids(directory: Path) -> frozenset[int]:
+def read_eos_ids(directory: Path, vocab_size: int) -> frozenset[int]:
     """Return the token ids that end a generation, from generation_config.json or else config.json.
 
     Raises:
-        WeightsError: neither file contains such ids, or a file is unreadable.
+        WeightsError: neither file contains such ids, an id is not in [0, vocab_size), or a file is unreadable.
     """
-    from transformers import GenerationConfig  # takes seconds to import
-
-    ids = None
-    if (directory / "generation_config.json").is_file():
-        _read_json(directory / "generation_config.json")
-        ids = GenerationConfig.from_pretrained(directory).eos_token_id
+    path, ids = directory / "generation_config.json", None
+    if path.is_file():
+        ids = _parse_generation_config(directory).eos_token_id
     if ids is None:
-        ids = _read_json(directory / "config.json").get("eos_token_id")
+        path = directory / "config.json"
+        ids = _read_json(path).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(type(token_id) is int for token_id in ids):
         raise WeightsError(
             f"{directory}: eos_token_id is {ids}, expected token ids that end a reply; set it in generation_config.json"
         )
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise WeightsError(
+                f"{path}: eos_token_id is {token_id}, expected an id below vocab_size, {vocab_size}; "
+                "set it to the id of </s> in the tokenizer, or use the file of the same checkpoint"
+            )
     return frozenset(ids)
 
 
@@ -154,6 +159,22 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
         if type(size) is not int or size < 1:
             raise WeightsError(f"{path}: {name} is {size!r}, expected a positive integer; fetch it again")
     return config
+
+
+def _parse_generation_config(directory: Path) -> "GenerationConfig":
+    from transformers import GenerationConfig  # takes seconds to import
+
+    path = directory / "generation_config.json"
+    _read_json(path)
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    # Each entry has its own parser in transformers, and they raise various exceptions. All mean an invalid entry.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise WeightsError(
+            f"{path}: transformers rejects it ({reason}); correct the entry, or remove the file to use the "
+            "eos_token_id of config.json"
+        ) from error
 
 
 def _check_config(path: Path, config: "HFConfig") -> None:

@@ -31,7 +31,7 @@ def fetch_checkpoint(weights: str) -> Path:
     Raises:
         WeightsError: the directory does not exist, or the Hub does not provide the checkpoint.
     """
-    directory = Path(weights).expanduser()
+    directory = _expand_home(weights)
     if weights and directory.is_dir():
         return directory
     if not HUB_ID.fullmatch(weights):
@@ -57,7 +57,7 @@ def download_to(directory: Path, repository: str, revision: str | None = None) -
             "meta-llama/Llama-2-7b-chat-hf"
         )
     source = repository if revision is None else f"{repository}@{revision}"
-    directory = directory.expanduser().absolute()
+    directory = _expand_home(directory).absolute()
     try:
         with _download_lock(directory):
             if _is_complete(directory, source):
@@ -73,6 +73,13 @@ def download_to(directory: Path, repository: str, revision: str | None = None) -
             f"{directory}: cannot be written: {error.strerror or error}; make it writable, or pass another directory"
         ) from error
     return True
+
+
+def _expand_home(path: Path | str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # an unknown account, or no home directory
+        raise WeightsError(f"{path}: the home directory is unknown; pass a path without ~") from error
 
 
 @contextmanager

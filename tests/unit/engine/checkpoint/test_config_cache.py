@@ -42,7 +42,8 @@ def edit(directory: Path, name: str, **changes: object) -> None:
 
 
 def uncached(directory: Path) -> ModelMetadata:
-    return ModelMetadata(files.read_config(directory), files.read_eos_ids(directory))
+    config = files.read_config(directory)
+    return ModelMetadata(config, files.read_eos_ids(directory, config.vocab_size))
 
 
 def test_the_second_start_returns_the_same(directory: Path, tmp_path: Path, reads: list[Path]) -> None:

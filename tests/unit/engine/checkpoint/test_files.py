@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.engine.checkpoint.edited_checkpoints import config
+from tests.unit.engine.checkpoint.edited_checkpoints import config, edit_json
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.files import read_config, read_eos_ids
@@ -30,7 +30,7 @@ def test_end_of_sequence_ids(copy: Path, generation: dict[str, Any] | None, fall
     if generation is not None:
         (copy / "generation_config.json").write_text(json.dumps(generation))
     config(eos_token_id=fallback)(copy)
-    assert read_eos_ids(copy) == expected
+    assert read_eos_ids(copy, 600) == expected
 
 
 @pytest.mark.parametrize("eos", [None, [], "two", True])
@@ -39,14 +39,40 @@ def test_a_model_without_end_of_sequence_is_rejected(copy: Path, eos: Any) -> No
     (copy / "generation_config.json").unlink()
     config(eos_token_id=eos)(copy)
     with pytest.raises(WeightsError, match=r"eos_token_id is .*, expected token ids that end a reply; set it in"):
-        read_eos_ids(copy)
+        read_eos_ids(copy, 600)
 
 
 def test_a_broken_generation_config_is_named(copy: Path) -> None:
     """The error for an invalid generation_config.json contains its path."""
     (copy / "generation_config.json").write_text("rubbish")
     with pytest.raises(WeightsError, match=r"generation_config\.json: not valid JSON"):
-        read_eos_ids(copy)
+        read_eos_ids(copy, 600)
+
+
+@pytest.mark.parametrize("token_id", [600, -1, 32000])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_outside_the_vocabulary_is_rejected(copy: Path, name: str, token_id: int) -> None:
+    """The engine could never generate this id, so a reply would always have the maximum length."""
+    if name == "config.json":
+        (copy / "generation_config.json").unlink()
+    edit_json(copy, name, eos_token_id=[2, token_id])
+    with pytest.raises(
+        WeightsError, match=rf"{name}: eos_token_id is {token_id}, expected an id below vocab_size, 600; set it"
+    ):
+        read_eos_ids(copy, 600)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [("watermarking_config", {"x": 1}), ("compile_config", "fast"), ("cache_implementation", "x")]
+)
+def test_a_generation_config_that_transformers_rejects(copy: Path, entry: str, value: Any) -> None:
+    """One line names the file, the reason by transformers and the two remedies."""
+    edit_json(copy, "generation_config.json", **{entry: value})
+    with pytest.raises(
+        WeightsError, match=r"generation_config\.json: transformers rejects it \(\w+: .*\); correct .*, or remove"
+    ) as rejection:
+        read_eos_ids(copy, 600)
+    assert "\n" not in str(rejection.value)
 
 
 def test_the_config_of_llama_2_7b_chat_is_read(tmp_path: Path) -> None:
