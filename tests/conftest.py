@@ -23,7 +23,7 @@ from llama2_server.config.settings import Settings
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle import probe
 from llama2_server.lifecycle.model_loading import LoadedModel
-from llama2_server.lifecycle.preflight import StartupInputs, read_certificates
+from llama2_server.lifecycle.preflight import StartupInputs, create_usage_store, read_certificates
 from llama2_server.telemetry.telemetry import Telemetry
 
 
@@ -84,7 +84,9 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         options = Settings.model_validate(
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 5, **settings}
         )
-        inputs = StartupInputs(card, accounts or AnonymousAuthenticator(), read_certificates(options))
+        inputs = StartupInputs(
+            card, accounts or AnonymousAuthenticator(), read_certificates(options), create_usage_store(options)
+        )
         exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         # The channel outlives the server, so that calls see how the server drains.
         async with (

@@ -92,7 +92,7 @@ async def start(
             opening = open_telemetry(settings.metrics_listen, settings.otlp_endpoint, model=inputs.card.name)
             telemetry = await stack.enter_async_context(opening)
         health = (await stack.enter_async_context(health_port(settings))).servicer
-        ledger = await stack.enter_async_context(open_ledger(settings, inputs.card))
+        ledger = await stack.enter_async_context(open_ledger(settings, inputs.card, inputs.usage_store))
         quota = await stack.enter_async_context(open_quota(settings, inputs.card))
         response_cache = await stack.enter_async_context(open_response_cache(settings, inputs.card))
         loaded = await cancel_on(exit_code, run_in_thread("loading", lambda: load(settings, inputs.card)))

@@ -10,19 +10,21 @@ from llama2_server.config.settings import Settings, is_loopback
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.redis_client import RedisClient
 from llama2_server.telemetry.telemetry import check_endpoint
-from llama2_server.usage.database import create_engine
+from llama2_server.usage.store import Store
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StartupInputs:
-    """The content of the files that the settings name."""
+    """The content of the files and the stores that the settings name."""
 
     card: ModelCard
     authenticator: Authenticator
     certificates: RotatingCertificates | None
     """The server's certificate; None for plaintext."""
+    usage_store: Store | None = None
+    """The store that `--usage-url` names, not connected; None for a file in the data directory."""
 
 
 def check(settings: Settings) -> StartupInputs:
@@ -31,16 +33,24 @@ def check(settings: Settings) -> StartupInputs:
     Raises:
         ConfigurationError: a file or a URL cannot be used.
     """
-    inputs = StartupInputs(load_card(settings.card), _authenticator(settings), read_certificates(settings))
+    card, authenticator, certificates = load_card(settings.card), _authenticator(settings), read_certificates(settings)
     check_endpoint(settings.otlp_endpoint)
-    if settings.usage_url is not None:
-        create_engine(settings.usage_url.get_secret_value())
+    usage_store = create_usage_store(settings)
     if settings.redis_url is not None:
         try:
             RedisClient(settings.redis_url.get_secret_value(), subject="store", timeout_seconds=1.0)
         except (ValueError, ImportError) as error:
             raise ConfigurationError(f"--redis-url: {error}") from error
-    return inputs
+    return StartupInputs(card, authenticator, certificates, usage_store)
+
+
+def create_usage_store(settings: Settings) -> Store | None:
+    """Return the store that `--usage-url` names, not connected; None if it names none.
+
+    Raises:
+        LedgerError: the URL is not supported, or its driver is not installed.
+    """
+    return None if settings.usage_url is None else Store(settings.usage_url.get_secret_value())
 
 
 def _authenticator(settings: Settings) -> Authenticator:

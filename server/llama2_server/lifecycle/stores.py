@@ -9,11 +9,12 @@ from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.generation.response_cache import MemoryResponseCache, RedisResponseCache, ResponseCache
 from llama2_server.usage.ledger import Ledger
+from llama2_server.usage.store import Store
 
 
 @asynccontextmanager
-async def open_ledger(settings: Settings, card: ModelCard) -> AsyncIterator[Ledger]:
-    """Open the usage ledger, and close it after the body.
+async def open_ledger(settings: Settings, card: ModelCard, store: Store | None) -> AsyncIterator[Ledger]:
+    """Open the usage ledger in this store, or in the data directory, and close it after the body.
 
     Raises:
         ConfigurationError: the ledger cannot be opened with this configuration.
@@ -21,7 +22,7 @@ async def open_ledger(settings: Settings, card: ModelCard) -> AsyncIterator[Ledg
     ledger = await Ledger.open(
         data_directory=settings.data_directory,
         neuron_costs=card.neuron_costs,
-        url=settings.usage_url.get_secret_value() if settings.usage_url else None,
+        store=store,
         journal_limit_bytes=settings.usage_journal_max_bytes,
     )
     try:

@@ -94,27 +94,25 @@ class Ledger(Collector):
         *,
         data_directory: Path,
         neuron_costs: Mapping[str, Decimal],
-        url: str | None = None,
+        store: Store | None = None,
         journal_limit_bytes: int = JOURNAL_LIMIT_BYTES,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> Self:
         """Migrate the store, and recover the journals of killed servers; their requests are marked INTERRUPTED.
 
+        Without a store, the ledger is a SQLite file in the data directory.
+
         If the store is temporarily unavailable, the ledger opens, and records wait in the journal.
 
         Raises:
-            LedgerError: the URL, the store, the prices or the directory cannot be used.
+            LedgerError: the store, the prices or the directory cannot be used.
         """
         _check_prices(neuron_costs)
         try:
             journal = await asyncio.to_thread(Journal.open, data_directory / "journal", journal_limit_bytes)
         except OSError as error:
             raise LedgerError(f"--data-directory: {data_directory}: {error.strerror}") from error
-        try:
-            ledger = cls(Store(url or default_url(data_directory)), journal, neuron_costs, now)
-        except LedgerError:
-            journal.release()
-            raise
+        ledger = cls(store or Store(default_url(data_directory)), journal, neuron_costs, now)
         try:
             await ledger._start()
         except BaseException:

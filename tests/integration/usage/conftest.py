@@ -15,6 +15,7 @@ from llama2_server.usage.database import READ_ONLY, create_engine
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.records import UsageRecord
 from llama2_server.usage.schema import usage_records
+from llama2_server.usage.store import Store
 
 COSTS = {"input_tokens": Decimal("0.3672"), "output_tokens": Decimal("0.000000001")}
 RECOVERY_TIMEOUT_SECONDS = 20.0
@@ -36,7 +37,9 @@ async def open_ledger(tmp_path: Path) -> AsyncIterator[LedgerOpener]:
     ledgers = []
 
     async def open_one(**options: object) -> Ledger:
-        arguments: dict[str, object] = {"data_directory": tmp_path, "neuron_costs": COSTS, **options}
+        url = options.pop("url", None)
+        store = None if url is None else Store(str(url))
+        arguments: dict[str, object] = {"data_directory": tmp_path, "neuron_costs": COSTS, "store": store, **options}
         ledger = await Ledger.open(**arguments)  # type: ignore[arg-type]
         ledgers.append(ledger)
         return ledger

@@ -99,13 +99,14 @@ from decimal import Decimal
 from pathlib import Path
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import TokenUsage
+from llama2_server.usage.store import Store
 
 def report(*event):
     print(json.dumps(event), flush=True)
 
 async def main(directory, url):
     costs = {"input_tokens": Decimal("0.3672"), "output_tokens": Decimal("0.000000001")}
-    ledger = await Ledger.open(data_directory=Path(directory), url=url, neuron_costs=costs)
+    ledger = await Ledger.open(data_directory=Path(directory), store=Store(url), neuron_costs=costs)
     for number in itertools.count():
         ledger.admit(f"{number}", "acme", "model")
         report("admitted", number, 0)
