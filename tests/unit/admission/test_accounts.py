@@ -1,4 +1,4 @@
-"""API keys: who gets in, who does not, and what a keys file may hold."""
+"""Authentication by API keys, and the format of the keys file."""
 
 import asyncio
 import os
@@ -27,11 +27,11 @@ from llama2_server.admission.accounts import (
 from llama2_server.errors import AccountDisabled, Unauthenticated
 
 
-def api_keys_file(path: Path, *lines: str) -> Path:
-    """Write a keys file the way Kubernetes changes a secret: a new file takes the old one's place."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text("keys:\n" + "".join(f"  {line}\n" for line in lines) if lines else "keys: {}\n")
-    os.replace(fresh, path)
+def api_keys_file(path: Path, *entries: str) -> Path:
+    """Write a keys file as Kubernetes updates a Secret: a new file replaces the old one."""
+    new = path.with_suffix(".new")
+    new.write_text("keys:\n" + "".join(f"  {entry}\n" for entry in entries) if entries else "keys: {}\n")
+    os.replace(new, path)
     return path
 
 
@@ -39,30 +39,30 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
     return (("user-agent", "test"), ("authorization", f"Bearer {key}"))
 
 
-def test_valid_key_is_its_account(tmp_path: Path) -> None:
-    """Each key is the account that its line names."""
-    (first, first_line), (second, second_line) = new_key("32118455", "staging"), new_key("b")
-    accounts = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", first_line, second_line))
-    assert accounts.authenticate(bearer(first)) == Account("32118455", "staging")
-    assert accounts.authenticate(bearer(second)) == Account("b")
-    assert accounts.authenticate((("authorization", f"bearer {first}"),)).id == "32118455"
+def test_valid_key_has_its_account(tmp_path: Path) -> None:
+    """Each key belongs to the account of its entry."""
+    (first, first_entry), (second, second_entry) = new_key("32118455", "staging"), new_key("b")
+    authenticator = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", first_entry, second_entry))
+    assert authenticator.authenticate(bearer(first)) == Account("32118455", "staging")
+    assert authenticator.authenticate(bearer(second)) == Account("b")
+    assert authenticator.authenticate((("authorization", f"bearer {first}"),)).id == "32118455"
 
 
-def test_numeric_account_id_is_the_cards(tmp_path: Path) -> None:
-    """An account id that YAML reads as a number is the string that the card's overrides use."""
-    key, line = new_key("32118455")
-    path = api_keys_file(tmp_path / "keys.yaml", line.replace("'32118455'", "32118455"))
+def test_numeric_account_id_is_read_as_a_string(tmp_path: Path) -> None:
+    """An account id that YAML reads as a number becomes a string, as in the card's overrides."""
+    key, entry = new_key("32118455")
+    path = api_keys_file(tmp_path / "keys.yaml", entry.replace("'32118455'", "32118455"))
     assert yaml.safe_load(path.read_text())["keys"].popitem()[1]["account"] == 32118455
     assert ApiKeyAuthenticator(path).authenticate(bearer(key)).id == "32118455"
 
 
-def test_every_bad_header_gets_one_and_the_same_answer(tmp_path: Path) -> None:
-    """Missing, malformed, unknown, wrong, oversize and duplicated keys cannot be told apart."""
-    key, line = new_key("a")
-    accounts = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", line))
+def test_every_invalid_header_gets_the_same_error(tmp_path: Path) -> None:
+    """Missing, malformed, unknown, wrong, oversize and duplicated keys cannot be distinguished."""
+    key, entry = new_key("a")
+    authenticator = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", entry))
     unknown, _ = new_key("a")
     wrong_secret = key[:-1] + ("A" if key[-1] != "A" else "B")
-    bad: list[tuple[tuple[str, str | bytes], ...]] = [
+    invalid: list[tuple[tuple[str, str | bytes], ...]] = [
         (),
         (("authorization", key),),
         (("authorization", f"Basic {key}"),),
@@ -76,67 +76,66 @@ def test_every_bad_header_gets_one_and_the_same_answer(tmp_path: Path) -> None:
         (*bearer(key), *bearer(key)),
     ]
     messages = set()
-    for metadata in bad:
-        with pytest.raises(Unauthenticated) as refused:
-            accounts.authenticate(metadata)
-        messages.add(str(refused.value))
+    for metadata in invalid:
+        with pytest.raises(Unauthenticated) as rejected:
+            authenticator.authenticate(metadata)
+        messages.add(str(rejected.value))
     assert len(messages) == 1
 
 
-def test_disabled_account_is_told_so(tmp_path: Path) -> None:
-    """A good key of a disabled account is answered differently: its owner should ask."""
-    key, line = new_key("a")
-    accounts = ApiKeyAuthenticator(
-        api_keys_file(tmp_path / "keys.yaml", line.replace("enabled: true", "enabled: false"))
+def test_disabled_account_has_its_own_error(tmp_path: Path) -> None:
+    """A valid key of a disabled account gets a different error, so that the client can ask the operator."""
+    key, entry = new_key("a")
+    authenticator = ApiKeyAuthenticator(
+        api_keys_file(tmp_path / "keys.yaml", entry.replace("enabled: true", "enabled: false"))
     )
     with pytest.raises(AccountDisabled):
-        accounts.authenticate(bearer(key))
+        authenticator.authenticate(bearer(key))
 
 
-def test_file_holds_no_key(tmp_path: Path) -> None:
-    """Neither a key nor its secret part can be read from the line."""
-    key, line = new_key("a")
-    assert key not in line
-    assert key.split("_", 2)[2] not in line
+def test_entry_does_not_contain_the_key() -> None:
+    """An entry contains neither the key nor its secret part, and no two entries are equal."""
+    key, entry = new_key("a")
+    assert key not in entry
+    assert key.split("_", 2)[2] not in entry
     assert len({new_key("a")[1] for _ in range(50)}) == 50
 
 
 def test_changed_file_is_read_within_five_seconds(tmp_path: Path) -> None:
-    """After a change the old key is dead and the new one works, within 5 s by the clock of the loop."""
-    (old, old_line), (new, new_line) = new_key("a"), new_key("a")
-    path = api_keys_file(tmp_path / "keys.yaml", old_line)
+    """After a change, the old key is invalid and the new one valid within 5 s of the event loop's clock."""
+    (old, old_entry), (new, new_entry) = new_key("a"), new_key("a")
+    path = api_keys_file(tmp_path / "keys.yaml", old_entry)
 
     async def main() -> None:
-        accounts = ApiKeyAuthenticator(path)
-        watching = asyncio.create_task(accounts.watch())
-        patience = 4.9
-        await asyncio.sleep(patience)
-        api_keys_file(path, new_line)
-        await asyncio.sleep(patience)
-        assert accounts.authenticate(bearer(new)).id == "a"
+        authenticator = ApiKeyAuthenticator(path)
+        watching = asyncio.create_task(authenticator.watch())
+        almost_five_seconds = 4.9
+        await asyncio.sleep(almost_five_seconds)
+        api_keys_file(path, new_entry)
+        await asyncio.sleep(almost_five_seconds)
+        assert authenticator.authenticate(bearer(new)).id == "a"
         with pytest.raises(Unauthenticated):
-            accounts.authenticate(bearer(old))
+            authenticator.authenticate(bearer(old))
         watching.cancel()
 
     run_virtual(main())
 
 
-@pytest.mark.parametrize("ending", ["broken: [", None])
-def test_broken_file_leaves_the_keys_as_they_are(tmp_path: Path, ending: str | None) -> None:
-    """A file that became unreadable, or is gone, neither locks everybody out nor lets anybody in."""
-    key, line = new_key("a")
-    path = api_keys_file(tmp_path / "keys.yaml", line)
+@pytest.mark.parametrize("content", ["broken: [", None])
+def test_keys_stay_valid_while_the_file_cannot_be_read(tmp_path: Path, content: str | None) -> None:
+    """After the file becomes invalid or is deleted, the previous keys stay valid, and the reload continues."""
+    key, entry = new_key("a")
+    path = api_keys_file(tmp_path / "keys.yaml", entry)
 
     async def main() -> None:
-        accounts = ApiKeyAuthenticator(path)
-        watching = asyncio.create_task(accounts.watch())
-        if ending is None:
+        authenticator = ApiKeyAuthenticator(path)
+        watching = asyncio.create_task(authenticator.watch())
+        if content is None:
             path.unlink()
         else:
-            path.write_text(ending)
-        patience = 5.0
-        await asyncio.sleep(patience)
-        assert accounts.authenticate(bearer(key)).id == "a"
+            path.write_text(content)
+        await asyncio.sleep(5)
+        assert authenticator.authenticate(bearer(key)).id == "a"
         assert not watching.done()
         watching.cancel()
 
@@ -154,45 +153,45 @@ def test_broken_file_leaves_the_keys_as_they_are(tmp_path: Path, ending: str | N
         ("a: b: c", "not YAML"),
     ],
 )
-def test_unusable_file_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
-    """A keys file that cannot be used is refused in one line that names the file and the entry."""
+def test_invalid_file_is_rejected(tmp_path: Path, text: str, words: str) -> None:
+    """The one-line error for an invalid keys file names the file and the entry."""
     path = tmp_path / "keys.yaml"
     path.write_text(text)
-    with pytest.raises(KeysFileError) as refused:
+    with pytest.raises(KeysFileError) as rejected:
         ApiKeyAuthenticator(path)
-    assert str(path) in str(refused.value)
-    assert words in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert str(path) in str(rejected.value)
+    assert words in str(rejected.value)
+    assert "\n" not in str(rejected.value)
 
 
-def test_open_service_is_anonymous() -> None:
-    """Without a keys file everybody is one account."""
+def test_clients_are_anonymous_without_a_keys_file() -> None:
+    """Without a keys file, all clients have the same account."""
     assert AnonymousAuthenticator().authenticate(()) == ANONYMOUS
 
 
-async def test_key_is_asked_for_on_the_wire(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
-    """Generate and CountTokens need a key; health, reflection and the card do not."""
-    key, line = new_key("a")
-    accounts = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", line))
-    async with serve_scripted("Hello.", accounts=accounts) as service:
+async def test_server_requires_a_key(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
+    """Generate and CountTokens require a key; GetModelCard does not."""
+    key, entry = new_key("a")
+    authenticator = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", entry))
+    async with serve_scripted("Hello.", accounts=authenticator) as service:
         request = pb.GenerateRequest(prompt="Hi")
-        for refused_call in (
+        for call in (
             service.text.Generate(request),
             service.text.CountTokens(pb.CountTokensRequest(prompt="Hi")),
         ):
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await refused_call
-            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.aio.AioRpcError) as rejected:
+                await call
+            assert rejected.value.code() is grpc.StatusCode.UNAUTHENTICATED
         reply = await service.text.Generate(request, metadata=bearer(key)[1:])
         assert reply.response == "Hello."
         assert (await service.models.GetModelCard(model_pb2.GetModelCardRequest())).model_card.name
 
 
-def test_command_prints_key_and_line(tmp_path: Path) -> None:
-    """`llama2-server keys new` prints a key and the line that makes it valid."""
-    call = [sys.executable, "-m", "llama2_server", "keys", "new", "42", "--name", "Alice"]
-    printed = subprocess.run(call, capture_output=True, text=True, check=True, timeout=60).stdout
+def test_command_prints_a_key_and_its_entry(tmp_path: Path) -> None:
+    """`llama2-server keys new` prints a key and the entry for the keys file."""
+    command = [sys.executable, "-m", "llama2_server", "keys", "new", "42", "--name", "Alice"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     key = re.search(r"^l2_\S+$", printed, re.MULTILINE)
     assert key
-    accounts = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", printed.splitlines()[-1].strip()))
-    assert accounts.authenticate(bearer(key[0])) == Account("42", "Alice")
+    authenticator = ApiKeyAuthenticator(api_keys_file(tmp_path / "keys.yaml", printed.splitlines()[-1].strip()))
+    assert authenticator.authenticate(bearer(key[0])) == Account("42", "Alice")

@@ -1,4 +1,4 @@
-"""The waiting line, in virtual time."""
+"""The request queue, in virtual time."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -11,214 +11,224 @@ from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
 
-def make_slots(limit: int = 1, max_queue_size: int = 100, queue_timeout_seconds: float = 1000) -> RequestQueue:
-    return RequestQueue(limit, max_queue_size=max_queue_size, queue_timeout_seconds=queue_timeout_seconds)
+def make_queue(slots: int = 1, max_queue_size: int = 100, queue_timeout_seconds: float = 1000) -> RequestQueue:
+    return RequestQueue(slots, max_queue_size=max_queue_size, queue_timeout_seconds=queue_timeout_seconds)
 
 
-async def hold(
-    slots: RequestQueue, account: str, seconds: float, log: list[str] | None = None, deadline: float | None = None
+async def hold_slot(
+    queue: RequestQueue,
+    account_id: str,
+    seconds: float,
+    started: list[str] | None = None,
+    deadline: float | None = None,
 ) -> float:
-    """Hold a slot for a time; returns the time spent in line."""
-    async with slots.slot(account, deadline) as turn:
-        if log is not None:
-            log.append(account)
+    """Hold a slot for a time, and return the queue time; add the account to `started` when it gets the slot."""
+    async with queue.slot(account_id, deadline) as lease:
+        if started is not None:
+            started.append(account_id)
         await asyncio.sleep(seconds)
-        return turn.queue_seconds
+        return lease.queue_seconds
 
 
-async def in_order(calls: list[Coroutine[Any, Any, float]]) -> list[asyncio.Task[float]]:
-    """Start calls one after another, each in line before the next comes."""
+async def start_in_order(requests: list[Coroutine[Any, Any, float]]) -> list[asyncio.Task[float]]:
+    """Start requests one after another; each is in the queue before the next one starts."""
     tasks = []
-    for call in calls:
-        tasks.append(asyncio.create_task(call))
+    for request in requests:
+        tasks.append(asyncio.create_task(request))
         await asyncio.sleep(0)
     return tasks
 
 
-def test_every_wait_is_told() -> None:
-    """Who waited hears nothing of it, but the observer does: for a slot, in vain, and not at all."""
+def test_every_queue_time_is_reported() -> None:
+    """`on_waited` is called for served requests, with or without a wait, and for expired ones; not for rejected ones."""
     waits: list[float] = []
 
     async def main() -> None:
-        slots = RequestQueue(1, max_queue_size=2, queue_timeout_seconds=1000, on_waited=waits.append)
-        calls = [hold(slots, "a", 5), hold(slots, "a", 5), hold(slots, "b", 5, deadline=3)]
-        tasks = await in_order(calls)
+        queue = RequestQueue(1, max_queue_size=2, queue_timeout_seconds=1000, on_waited=waits.append)
+        tasks = await start_in_order(
+            [hold_slot(queue, "a", 5), hold_slot(queue, "a", 5), hold_slot(queue, "b", 5, deadline=3)]
+        )
         with pytest.raises(QueueFull):
-            await hold(slots, "c", 5)
+            await hold_slot(queue, "c", 5)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     run_virtual(main())
     assert waits == [0, 3, 5]
 
 
-def test_free_slot_is_given_at_once() -> None:
-    """With a free slot nobody waits."""
+def test_free_slot_is_granted_at_once() -> None:
+    """With a free slot, no request waits."""
 
     async def main() -> None:
-        slots = make_slots(2)
-        assert sum(await asyncio.gather(hold(slots, "a", 5), hold(slots, "b", 5))) == 0
-        assert (slots.running, slots.waiting) == (0, 0)
+        queue = make_queue(2)
+        assert sum(await asyncio.gather(hold_slot(queue, "a", 5), hold_slot(queue, "b", 5))) == 0
+        assert (queue.running, queue.waiting) == (0, 0)
 
     run_virtual(main())
 
 
-def test_never_more_than_the_limit_at_once() -> None:
-    """Of 200 concurrent calls exactly `limit` run at any time, and all of them get their turn."""
+def test_never_more_requests_than_slots_run() -> None:
+    """Of 200 concurrent requests, at most `slots` run at any time, and all of them get a slot."""
 
     async def main() -> None:
-        slots, running, peak = make_slots(3, max_queue_size=200), 0, 0
+        queue, running, peak = make_queue(3, max_queue_size=200), 0, 0
 
-        async def call(index: int) -> None:
+        async def request(index: int) -> None:
             nonlocal running, peak
-            async with slots.slot(f"account{index % 7}", None):
+            async with queue.slot(f"account{index % 7}", None):
                 running += 1
                 peak = max(peak, running)
                 await asyncio.sleep(1 + index % 3)
                 running -= 1
 
-        await asyncio.gather(*(call(index) for index in range(200)))
-        assert (peak, slots.running, slots.waiting) == (3, 0, 0)
+        await asyncio.gather(*(request(index) for index in range(200)))
+        assert (peak, queue.running, queue.waiting) == (3, 0, 0)
 
     run_virtual(main())
 
 
 def test_first_come_first_served_within_an_account() -> None:
-    """Calls of one account run in the order of their arrival."""
+    """Requests of one account run in the order of their arrival."""
 
     async def main() -> None:
-        slots = make_slots()
-        tasks = await in_order([hold(slots, "a", 10) for _ in range(5)])
+        queue = make_queue()
+        tasks = await start_in_order([hold_slot(queue, "a", 10) for _ in range(5)])
         assert await asyncio.gather(*tasks) == [0, 10, 20, 30, 40]
 
     run_virtual(main())
 
 
 def test_flood_of_one_account_does_not_starve_another() -> None:
-    """Round robin: a late call of a quiet account waits for one turn of the flood, not for all of it."""
+    """Round robin: a late request of a quiet account waits for one queued request of the flood, not for all of them."""
 
     async def main() -> None:
-        slots, log = make_slots(), list[str]()
-        flood = [hold(slots, "flood", 1, log) for _ in range(6)]
-        tasks = await in_order([*flood, hold(slots, "quiet", 1, log), hold(slots, "other", 1, log)])
-        await asyncio.gather(*tasks)
-        assert log == ["flood", "flood", "quiet", "other", "flood", "flood", "flood", "flood"]
+        queue, started = make_queue(), list[str]()
+        flood = [hold_slot(queue, "flood", 1, started) for _ in range(6)]
+        others = [hold_slot(queue, account_id, 1, started) for account_id in ("quiet", "other")]
+        await asyncio.gather(*await start_in_order([*flood, *others]))
+        assert started == ["flood", "flood", "quiet", "other", "flood", "flood", "flood", "flood"]
 
     run_virtual(main())
 
 
-def test_cancelled_call_leaves_the_line() -> None:
-    """A call that is cancelled in line gives its place up and never gets a slot."""
+def test_cancelled_request_leaves_the_queue() -> None:
+    """A request that is cancelled in the queue never gets a slot, and later requests move up."""
 
     async def main() -> None:
-        slots, log = make_slots(), list[str]()
-        first, second, third = await in_order([hold(slots, name, 10, log) for name in ("first", "second", "third")])
+        queue, started = make_queue(), list[str]()
+        first, second, third = await start_in_order(
+            [hold_slot(queue, account_id, 10, started) for account_id in ("first", "second", "third")]
+        )
         second.cancel()
         assert list(await asyncio.gather(first, third)) == [0, 10]
         assert second.cancelled()
-        assert log == ["first", "third"]
+        assert started == ["first", "third"]
 
     run_virtual(main())
 
 
-def test_slot_granted_to_a_call_just_cancelled_goes_on() -> None:
-    """A cancel in the same instant as the grant neither loses the slot nor runs the call."""
+def test_slot_granted_to_a_just_cancelled_request_goes_to_the_next() -> None:
+    """A cancellation in the same instant as the grant neither loses the slot nor runs the request."""
 
     async def main() -> None:
-        slots, log = make_slots(), list[str]()
+        queue, started = make_queue(), list[str]()
         release = asyncio.Event()
 
         async def first() -> None:
-            async with slots.slot("first", None):
+            async with queue.slot("first", None):
                 await release.wait()
-            waiter.cancel()  # before it could wake up with the slot
+            waiter.cancel()  # after the grant, before its task runs
 
         holder = asyncio.create_task(first())
         await asyncio.sleep(0)
-        waiter, last = await in_order([hold(slots, "waiter", 1, log), hold(slots, "last", 1, log)])
+        waiter, last = await start_in_order(
+            [hold_slot(queue, "waiter", 1, started), hold_slot(queue, "last", 1, started)]
+        )
         release.set()
         await asyncio.wait([holder, waiter, last])
         assert waiter.cancelled()
-        assert log == ["last"]
-        assert (slots.running, slots.waiting) == (0, 0)
+        assert started == ["last"]
+        assert (queue.running, queue.waiting) == (0, 0)
 
     run_virtual(main())
 
 
-def test_deadline_passes_in_line() -> None:
-    """A call whose deadline passes in line ends then, with DeadlineExceeded, and leaves the line."""
+def test_deadline_passes_in_the_queue() -> None:
+    """A request whose deadline passes in the queue ends at that moment with DeadlineExceeded, and leaves the queue."""
 
     async def main() -> None:
-        slots = make_slots()
-        holder, waiter = await in_order([hold(slots, "a", 10), hold(slots, "b", 1, deadline=4)])
+        queue = make_queue()
+        holder, waiter = await start_in_order([hold_slot(queue, "a", 10), hold_slot(queue, "b", 1, deadline=4)])
         with pytest.raises(DeadlineExceeded):
             await waiter
         assert asyncio.get_running_loop().time() == 4
-        assert slots.waiting == 0
+        assert queue.waiting == 0
         await holder
 
     run_virtual(main())
 
 
-def test_full_line_refuses_with_the_time_of_the_next_place() -> None:
-    """A full line refuses at once; a retry after the time that it names finds a place."""
+def test_full_queue_rejects_with_the_time_until_it_has_room() -> None:
+    """A full queue rejects at once; a retry after the time in the error is accepted."""
 
     async def main() -> None:
-        slots = make_slots(max_queue_size=1)
-        await hold(slots, "a", 10)  # the line learns that a turn takes 10 s
-        tasks = await in_order([hold(slots, "a", 10), hold(slots, "a", 10)])
+        queue = make_queue(max_queue_size=1)
+        await hold_slot(queue, "a", 10)  # the queue then expects that each request takes 10 s
+        tasks = await start_in_order([hold_slot(queue, "a", 10), hold_slot(queue, "a", 10)])
         await asyncio.sleep(3)
-        with pytest.raises(QueueFull) as refused:
-            await hold(slots, "b", 1)
-        assert refused.value.retry_after_seconds == pytest.approx(7)
-        await asyncio.sleep(refused.value.retry_after_seconds or 0)
+        with pytest.raises(QueueFull) as rejected:
+            await hold_slot(queue, "b", 1)
+        assert rejected.value.retry_after_seconds == pytest.approx(7)
+        await asyncio.sleep(rejected.value.retry_after_seconds or 0)
         await asyncio.sleep(0)
-        assert await hold(slots, "b", 1) == pytest.approx(10)
+        assert await hold_slot(queue, "b", 1) == pytest.approx(10)
         await asyncio.gather(*tasks)
 
     run_virtual(main())
 
 
-def test_wait_beyond_the_deadline_is_refused_at_once() -> None:
-    """A hopeless deadline is refused on arrival, with a time after which the same call would be served."""
+def test_wait_beyond_the_deadline_is_rejected_at_once() -> None:
+    """A request that cannot meet its deadline is rejected on arrival, with a time after which a retry is served."""
 
     async def main() -> None:
-        slots = make_slots()
-        await hold(slots, "a", 10)
-        tasks = await in_order([hold(slots, "a", 10), hold(slots, "a", 10)])
+        queue = make_queue()
+        await hold_slot(queue, "a", 10)
+        tasks = await start_in_order([hold_slot(queue, "a", 10), hold_slot(queue, "a", 10)])
         now = asyncio.get_running_loop().time()
-        with pytest.raises(QueueWaitTooLong) as refused:
-            await hold(slots, "b", 1, deadline=now + 4)
+        with pytest.raises(QueueWaitTooLong) as rejected:
+            await hold_slot(queue, "b", 1, deadline=now + 4)
         assert asyncio.get_running_loop().time() == now
-        assert refused.value.retry_after_seconds == pytest.approx(16)
-        await asyncio.sleep(refused.value.retry_after_seconds or 0)
-        assert await hold(slots, "b", 1, deadline=asyncio.get_running_loop().time() + 4.001) == pytest.approx(4)
+        assert rejected.value.retry_after_seconds == pytest.approx(16)
+        await asyncio.sleep(rejected.value.retry_after_seconds or 0)
+        deadline = asyncio.get_running_loop().time() + 4.001
+        assert await hold_slot(queue, "b", 1, deadline=deadline) == pytest.approx(4)
         await asyncio.gather(*tasks)
 
     run_virtual(main())
 
 
-@pytest.mark.parametrize("account", ["a", "b", "c", "new"])
-def test_estimate_is_the_wait(account: str) -> None:
-    """With equal turns the estimate is exactly the time that the call then waits, for each account in the round."""
+@pytest.mark.parametrize("account_id", ["a", "b", "c", "new"])
+def test_estimate_is_the_wait(account_id: str) -> None:
+    """If all requests take equally long, the estimate is exactly the later wait, for each account in the round."""
 
     async def main() -> None:
-        slots = make_slots(2)
-        await hold(slots, "a", 6)
-        tasks = await in_order([hold(slots, name, 6) for name in "aabbacaab"])
+        queue = make_queue(2)
+        await hold_slot(queue, "a", 6)
+        tasks = await start_in_order([hold_slot(queue, other, 6) for other in "aabbacaab"])
         await asyncio.sleep(1)
-        estimate = slots.estimated_wait_seconds(account)
-        assert await hold(slots, account, 6) == pytest.approx(estimate)
+        estimate = queue.estimated_wait_seconds(account_id)
+        assert await hold_slot(queue, account_id, 6) == pytest.approx(estimate)
         await asyncio.gather(*tasks)
 
     run_virtual(main())
 
 
 def test_longest_wait_is_bounded() -> None:
-    """A call that has waited for the line's limit is refused, though its estimate had promised better."""
+    """A request that has waited for the queue timeout is rejected, although its estimate was shorter."""
 
     async def main() -> None:
-        slots = make_slots(queue_timeout_seconds=5)
-        holder, waiter = await in_order([hold(slots, "a", 100), hold(slots, "b", 1)])
+        queue = make_queue(queue_timeout_seconds=5)
+        holder, waiter = await start_in_order([hold_slot(queue, "a", 100), hold_slot(queue, "b", 1)])
         with pytest.raises(QueueWaitTooLong):
             await waiter
         assert asyncio.get_running_loop().time() == 5
@@ -227,17 +237,17 @@ def test_longest_wait_is_bounded() -> None:
     run_virtual(main())
 
 
-def test_close_refuses_the_line_and_lets_the_running_finish() -> None:
-    """ShuttingDown: who waits and who comes is told so; who runs goes on."""
+def test_close_rejects_queued_requests_and_lets_running_ones_finish() -> None:
+    """Queued and new requests end with ShuttingDown; a running request finishes."""
 
     async def main() -> None:
-        slots = make_slots()
-        holder, waiter = await in_order([hold(slots, "a", 10), hold(slots, "b", 1)])
-        slots.close()
+        queue = make_queue()
+        holder, waiter = await start_in_order([hold_slot(queue, "a", 10), hold_slot(queue, "b", 1)])
+        queue.close()
         with pytest.raises(ShuttingDown):
             await waiter
         with pytest.raises(ShuttingDown):
-            await hold(slots, "c", 1)
+            await hold_slot(queue, "c", 1)
         assert await holder == 0
 
     run_virtual(main())
