@@ -40,7 +40,7 @@ async def start_in_order(requests: list[Coroutine[Any, Any, float]]) -> list[asy
 
 
 def test_every_queue_time_is_reported() -> None:
-    """`on_waited` is called for served requests, with or without a wait, and for expired ones; not for rejected ones."""
+    """`on_waited` is called for each served or expired request, also without a wait, but not for a rejected one."""
     waits: list[float] = []
 
     async def main() -> None:
