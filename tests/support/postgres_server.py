@@ -17,7 +17,7 @@ PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 
 
 class PostgresCluster:
-    """A private cluster on a loopback port; root runs it as another user, because PostgreSQL requires that."""
+    """A private cluster on a loopback port. As root, it runs as another user, because PostgreSQL rejects root."""
 
     def __init__(self, programs: Path) -> None:
         self._programs = programs

@@ -1,3 +1,5 @@
+"""Detection of other load on the machine, and repetition of disturbed measurements."""
+
 import os
 import subprocess
 import sys

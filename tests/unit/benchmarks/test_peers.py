@@ -1,3 +1,5 @@
+"""Selection and grouping of the peers, and the benchmark's prompts."""
+
 import sys
 from dataclasses import replace
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The report and the charts, made from sample results."""
+
 import json
 from pathlib import Path
 from xml.etree import ElementTree as ET

@@ -37,7 +37,7 @@ def on_fake_gpu(model: LlamaModel) -> Any:
 
 
 def test_a_model_on_the_cpu_is_sampled_on_the_host(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is logged."""
+    """The runner is HostStepRunner, and nothing is logged."""
     with caplog.at_level(logging.INFO):
         assert isinstance(build_step_runner(model, compiled=True, cache_directory=None), HostStepRunner)
     assert not caplog.records
