@@ -1,8 +1,10 @@
 """A server process whose loading or model hangs: `python -m tests.support.scripted_process SCRIPT FLAGS`."""
 
 import functools
+import itertools
 import sys
 import threading
+from typing import Any
 
 from tests.support.scripted_model import ScriptedModel
 
@@ -10,9 +12,11 @@ from llama2_server import app
 from llama2_server.card import ModelCard
 from llama2_server.cli.main import main
 from llama2_server.config.settings import Settings
+from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.lifecycle.model_loading import LoadedModel, load_model
 
 HANGS_AFTER_STEPS = 8
+WARM_UP_GENERATIONS = 2
 
 
 def load_forever(settings: Settings, card: ModelCard) -> LoadedModel:
@@ -44,11 +48,27 @@ def load_model_that_hangs_in_the_warm_up(settings: Settings, card: ModelCard) ->
     return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
+def load_model_that_loses_its_slot(settings: Settings, card: ModelCard) -> LoadedModel:
+    """Load a model whose KV cache slot cannot be released, after the warm-up."""
+    loaded = load_model(settings, card)
+    model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
+    release, releases = PrefixCache.release, itertools.count()
+
+    def release_until_the_warm_up_has_ended(*args: Any) -> None:
+        if next(releases) >= WARM_UP_GENERATIONS:
+            raise RuntimeError("injected")
+        release(*args)
+
+    PrefixCache.release = release_until_the_warm_up_has_ended  # type: ignore[method-assign, assignment]
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
+
+
 if __name__ == "__main__":
     scripts = {
         "never-loads": load_forever,
         "hangs": load_hanging_model,
         "hangs-in-the-warm-up": load_model_that_hangs_in_the_warm_up,
+        "loses-its-slot": load_model_that_loses_its_slot,
     }
     app.serve = functools.partial(app.serve, load=scripts[sys.argv.pop(1)])
     main()

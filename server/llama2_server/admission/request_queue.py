@@ -6,6 +6,7 @@ starves another. It runs on the event loop and needs no locks: nothing awaits be
 
 import asyncio
 import heapq
+import logging
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,8 +18,11 @@ from prometheus_client.registry import Collector
 
 from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
+logger = logging.getLogger(__name__)
+
 # Weight of the newest hold in the moving average: a change of load shows after a handful of requests.
 EMA_ALPHA = 0.3
+GRANT_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +59,7 @@ class RequestQueue(Collector):
         self._waiters: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the first account is next
         self._mean_hold_seconds: float | None = None
         self._closed = False
+        self._grant_retry: asyncio.TimerHandle | None = None
 
     @property
     def running(self) -> int:
@@ -92,21 +97,19 @@ class RequestQueue(Collector):
         self.check_open()
         if self._granted < self._slots:
             self._granted += 1
-            self._on_waited(0.0)
+            self._report_wait(0.0)
         else:
             self.check_wait(account_id, deadline)
             try:
                 await self._wait_in_queue(account_id, deadline)
             finally:
-                self._on_waited(_now() - arrived_at)
+                self._report_wait(_now() - arrived_at)
         lease = SlotLease(_now() - arrived_at, _now())
         self._leases.add(lease)
         try:
             yield lease
         finally:
-            self._leases.remove(lease)
-            self._update_mean_hold(_now() - lease.started_at)
-            self._release()
+            self._end_lease(lease)
 
     def close(self) -> None:
         """Reject queued and new requests with ShuttingDown; requests that hold a slot finish."""
@@ -184,17 +187,45 @@ class RequestQueue(Collector):
         elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
             self._release()
 
+    def _report_wait(self, seconds: float) -> None:
+        try:
+            self._on_waited(seconds)
+        except Exception:  # an observer must not change what happens to a slot
+            logger.exception("the time in the queue could not be reported")
+
+    def _end_lease(self, lease: SlotLease) -> None:
+        """Free the slot of a lease, whatever fails."""
+        self._leases.discard(lease)
+        try:
+            self._update_mean_hold(_now() - lease.started_at)
+        except Exception:  # the next request needs the slot; only its estimated wait is less exact
+            logger.exception("the mean time of a lease could not be updated")
+        self._release()
+
     def _release(self) -> None:
-        """Grant a slot to the next waiter, whose account moves to the end of the round."""
-        while self._waiters:
-            account_id, waiters = self._waiters.popitem(last=False)
-            waiter = waiters.popleft()
-            if waiters:
-                self._waiters[account_id] = waiters
-            if not waiter.done():
-                waiter.set_result(None)
-                return
         self._granted -= 1
+        self._grant_free_slots()
+
+    def _grant_free_slots(self) -> None:
+        """Grant the free slots; after a failure try again later, because no other event may follow."""
+        try:
+            while self._granted < self._slots and self._waiters:
+                self._grant_next()
+        except Exception:  # the slots are free: new requests get them
+            logger.exception("a free slot could not be granted")
+            if self._grant_retry is not None:
+                self._grant_retry.cancel()
+            self._grant_retry = asyncio.get_running_loop().call_later(GRANT_RETRY_SECONDS, self._grant_free_slots)
+
+    def _grant_next(self) -> None:
+        """Grant a slot to the next waiter, whose account moves to the end of the round."""
+        account_id, waiters = self._waiters.popitem(last=False)
+        waiter = waiters.popleft()
+        if waiters:
+            self._waiters[account_id] = waiters
+        if not waiter.done():
+            waiter.set_result(None)
+            self._granted += 1
 
     def _update_mean_hold(self, hold_seconds: float) -> None:
         mean = hold_seconds if self._mean_hold_seconds is None else self._mean_hold_seconds

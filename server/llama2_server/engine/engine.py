@@ -139,6 +139,7 @@ class Engine:
         while self._prefix_cache.has_free_slot and self._submitted:
             sequence = self._submitted.popleft()
             sequence.slot, sequence.reused = self._prefix_cache.acquire(sequence.cache_scope, sequence.prompt_ids)
+            sequence.holds_slot = True
             sequence.position = sequence.reused
             self._running.append(sequence)
 
@@ -225,11 +226,29 @@ class Engine:
         self._end(sequence, FinishReason.FAILED)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence, whatever fails: the engine's thread must live, and the other sequences must continue."""
+        sequence.ended = True
         if sequence in self._running:
             self._running.remove(sequence)
-            self._prefix_cache.release(sequence.slot, sequence.cache_scope, self._reusable(sequence, reason))
+            self._release_slot(sequence, reason)
         reused = min(sequence.reused, sequence.input_tokens)
-        sequence.listener.on_finish(SequenceResult(reason, sequence.input_tokens, len(sequence.output_ids), reused))
+        result = SequenceResult(reason, sequence.input_tokens, len(sequence.output_ids), reused)
+        try:
+            sequence.listener.on_finish(result)
+        except Exception as error:  # the supervision notices that the result is missing
+            sequence.context.run(logger.error, "a sequence's result could not be delivered", exc_info=error)
+
+    def _release_slot(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Free the sequence's slot, without its prefix if that fails; on another failure `holds_slot` stays True."""
+        for cached in (reason, FinishReason.FAILED):  # without its prefix in the second attempt
+            try:
+                reusable = self._reusable(sequence, cached)
+                self._prefix_cache.release(sequence.slot, sequence.cache_scope, reusable)
+            except Exception as error:  # the next sequence needs the slot more than the prefix
+                sequence.context.run(logger.error, "a KV cache slot could not be released", exc_info=error)
+            else:
+                sequence.holds_slot = False
+                return
 
     def _reusable(self, sequence: Sequence, reason: FinishReason) -> list[int]:
         """Return the token ids in the KV cache that a later prompt may reuse."""

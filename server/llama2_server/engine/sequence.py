@@ -56,6 +56,8 @@ class Sequence:
     sampler: Sampler | None = None
     context: Context = field(default_factory=copy_context)  # log fields of the request
     cancelled: bool = False
+    holds_slot: bool = False  # from the admission until the engine has confirmed that the slot is free again
+    ended: bool = False  # the engine computes nothing more; `on_finish` follows
 
     def cancel(self) -> None:
         """End the sequence before the engine's next step; safe from any thread, and a no-op after the end."""

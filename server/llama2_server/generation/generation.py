@@ -13,7 +13,7 @@ from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.errors import EngineUnavailable, InternalError, ServiceError, ShuttingDown
+from llama2_server.errors import InternalError, ServiceError, ShuttingDown
 from llama2_server.generation.prompt import Prompt
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.generation.text_stream import OnProgress, TextStream
@@ -139,14 +139,12 @@ class Generation:
                 self.admitted_at = time.monotonic()
                 self._text = self._text_stream()
                 self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, account_id)
-                result = await engine.result(self._finished)
+                result = await engine.result(self._sequence, self._finished)
             self._set_result(result, stopped=self._text.stopped)
-        except EngineUnavailable as error:
+        except ServiceError as error:
             if self._sequence is not None:
                 # The tokens computed so far are billed; the exact count is unknown.
                 self.tokens = TokenUsage(self._sequence.input_tokens, len(self._sequence.output_ids))
-            self._error = error
-        except ServiceError as error:
             self._error = error
         except asyncio.CancelledError:
             self._error = ShuttingDown("the call was cancelled")

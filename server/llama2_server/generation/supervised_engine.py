@@ -1,8 +1,10 @@
 """The engine under supervision: the results of its sequences, and whether its steps return."""
 
 import asyncio
+import contextlib
 import logging
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as SequenceOf
 
@@ -10,15 +12,19 @@ from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceListener, SequenceResult
-from llama2_server.errors import EngineUnavailable
+from llama2_server.errors import EngineUnavailable, InternalError
 
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_SECONDS = 1.0  # between two checks of an engine that runs no step
+# A result follows the end of its sequence within one turn of the event loop. Polls count the loop's own time: after a
+# pause of the whole process, a result that is on its way still arrives first.
+RESULT_POLL_SECONDS = 0.5
+MISSING_POLLS = 4
 
 
 class SupervisedEngine:
-    """The engine as generations use it. It has failed if a step hangs, or if its thread has died.
+    """The engine as generations use it. It has failed if a step hangs, its thread has died, or a slot is lost.
 
     A thread that hangs in a kernel or a driver cannot be stopped: only the end of the process ends it.
 
@@ -65,32 +71,53 @@ class SupervisedEngine:
         except EngineError as error:
             raise _unavailable() from error
 
-    async def result(self, finished: "asyncio.Future[SequenceResult]") -> SequenceResult:
-        """Wait for the result of a submitted sequence, which sets `finished`.
+    async def result(self, sequence: Sequence, finished: "asyncio.Future[SequenceResult]") -> SequenceResult:
+        """Wait for the result of a submitted sequence, which sets `finished`; its slot in the engine is free then.
 
         Raises:
             EngineUnavailable: the engine failed first.
+            InternalError: the sequence has ended without a result.
         """
         failed = asyncio.create_task(self._failed.wait())
+        missing = 0
         try:
-            await asyncio.wait((finished, failed), return_when=asyncio.FIRST_COMPLETED)
+            while missing < MISSING_POLLS and not finished.done() and not self.failed:
+                await asyncio.wait((finished, failed), timeout=RESULT_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                missing = missing + 1 if sequence.ended else 0
         finally:
             failed.cancel()
-        if not finished.done():
+        if self.failed and not finished.done():
             raise _unavailable()
+        return self._checked_result(sequence, finished)
+
+    def _checked_result(self, sequence: Sequence, finished: "asyncio.Future[SequenceResult]") -> SequenceResult:
+        """Return the result; without the slot of its sequence the engine has failed, because no request gets it."""
+        if sequence.holds_slot:
+            self.fail("the engine did not release a KV cache slot")
+        if not finished.done():
+            logger.critical("a sequence ended without a result; its request fails")
+            self._on_outcome(False)
+            raise _unavailable() if self.failed else InternalError
         result = finished.result()
         if result.reason is not FinishReason.CANCELLED:
             self._on_outcome(result.reason is not FinishReason.FAILED)
         return result
 
+    def fail(self, reason: str) -> None:
+        """Declare that the engine has failed; the process must end."""
+        logger.critical(reason)
+        self._failed.set()
+
     async def wait_until_failed(self) -> None:
         """Wait until the engine has failed; then each pending `result` raises EngineUnavailable."""
-        while not self._has_failed():
+        while not self.failed and not self._has_failed():
             started_at = self._engine.step_started_at
             seconds = POLL_INTERVAL_SECONDS
             if started_at is not None:
                 seconds = started_at + self._step_timeout_seconds - time.monotonic()
-            await asyncio.sleep(min(max(seconds, 0.0), POLL_INTERVAL_SECONDS))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(max(seconds, 0.0), POLL_INTERVAL_SECONDS)):
+                    await self._failed.wait()
         self._failed.set()
 
     async def close(self, timeout_seconds: float) -> None:

@@ -1,15 +1,19 @@
 """Convert tokens into text on the engine's thread, and deliver it to the event loop."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
-from llama2_server.engine.sequence import SequenceResult
+from llama2_server.engine.sequence import FinishReason, SequenceResult
 from llama2_server.engine.text.detokenizer import Detokenizer
 from llama2_server.engine.text.stop_sequences import StopMatcher
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.usage.pricing import TokenUsage
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[TokenUsage], None]
 
@@ -62,9 +66,13 @@ class TextStream:
         """Take the result, and deliver the text that was held back."""
         self.finished_at = time.monotonic()
         self.first_token_at = self.first_token_at or self.finished_at  # the first token was the end-of-sequence token
-        if not self._stop_matcher.matched:
-            self._push(self._stop_matcher.push(self._detokenizer.flush()))
-            self._push(self._stop_matcher.flush())
+        try:
+            if not self._stop_matcher.matched:
+                self._push(self._stop_matcher.push(self._detokenizer.flush()))
+                self._push(self._stop_matcher.flush())
+        except Exception as error:  # without a result, the call and its slot would wait for it
+            logger.error("the last text of a reply failed", exc_info=error)  # noqa: TRY400 - no message: it may quote text
+            result = replace(result, reason=FinishReason.FAILED)
         self._loop.call_soon_threadsafe(self._on_finish, result)
 
     def _push(self, text: str) -> None:
