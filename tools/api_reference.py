@@ -54,7 +54,8 @@ STATUSES = """
 
 Every error of the service is a `google.rpc.Status` in the trailer `grpc-status-details-bin`. It has one `ErrorInfo`
 with the domain `llama2.v1` and a reason of this table, one `RequestInfo` with the id of the call in the server's log,
-and the further details of the table. The trailer `grpc-retry-pushback-ms` repeats the delay of each `RetryInfo`.
+and the further details of the table. The trailer `grpc-retry-pushback-ms` repeats the delay of each `RetryInfo`. It is
+-1 (do not retry) if the delay exceeds the time until the call's deadline.
 
 A client that cancels its call sees CANCELLED. gRPC itself rejects a message or metadata beyond the
 [limits](networking.md#limits) with RESOURCE_EXHAUSTED, and an unknown method with UNIMPLEMENTED; these two errors have

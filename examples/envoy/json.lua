@@ -68,7 +68,7 @@ end
 function envoy_on_response(response)
   local headers = response:headers()
   local pushback = headers:get("grpc-retry-pushback-ms")
-  if pushback then
+  if pushback and tonumber(pushback) >= 0 then
     headers:replace("retry-after", tostring(math.ceil(tonumber(pushback) / 1000)))
   end
   -- Replies of the service are JSON, events or gRPC; plain text comes from Envoy.

@@ -53,8 +53,15 @@ class ServiceError(Exception):
         """Return the google.rpc details in addition to ErrorInfo, RetryInfo and RequestInfo."""
         return []
 
-    def to_status(self, request_id: str) -> tuple[str, list[tuple[str, str | bytes]]]:
-        """Return the status message and the trailing metadata of this error."""
+    def to_status(
+        self, request_id: str, remaining_seconds: float | None = None
+    ) -> tuple[str, list[tuple[str, str | bytes]]]:
+        """Return the status message and the trailing metadata of this error.
+
+        `remaining_seconds` is the time until the call's deadline; None without one. If the wait exceeds it, the
+        pushback is -1 (do not retry): gRPC clients sleep for the pushback before they return the error, and would
+        return DEADLINE_EXCEEDED without details in its place.
+        """
         status = status_pb2.Status(code=self.code.value[0], message=str(self))
         trailers: list[tuple[str, str | bytes]] = []
         status.details.add().Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN))
@@ -64,7 +71,8 @@ class ServiceError(Exception):
             milliseconds = max(1, math.ceil(self.retry_after_seconds * 1000))
             delay = Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
             status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-            trailers.append(("grpc-retry-pushback-ms", str(milliseconds)))
+            in_time = remaining_seconds is None or milliseconds <= remaining_seconds * 1000
+            trailers.append(("grpc-retry-pushback-ms", str(milliseconds if in_time else -1)))
         status.details.add().Pack(error_details_pb2.RequestInfo(request_id=request_id))
         trailers.append(("grpc-status-details-bin", status.SerializeToString()))
         return str(self), trailers

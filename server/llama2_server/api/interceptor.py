@@ -161,7 +161,7 @@ def _safe_deserializer(deserializer: Callable[[bytes], Any]) -> Callable[[bytes]
 
 async def _abort(context: _Context, error: ServiceError, call: Call) -> NoReturn:
     call.error = error
-    message, trailers = error.to_status(call.request_id)
+    message, trailers = error.to_status(call.request_id, context.time_remaining())
     await context.abort(error.code, message, tuple(trailers))
 
 
