@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.text.detokenizer import Detokenizer
-from llama2_server.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Prompts:
     """A source of random prompts of digits; each digit is one token in Llama's vocabularies."""
 
     def __init__(self, checkpoint: Path, seed: int) -> None:
-        self._tokenizer = Tokenizer(checkpoint / "tokenizer.model")
+        self._tokenizer = open_tokenizer(checkpoint)
         self._random = random.Random(seed)
 
     def of_length(self, tokens: int) -> Prompt:

@@ -19,6 +19,7 @@ from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.config_cache import read_metadata
 from llama2_server.engine.checkpoint.loader import fetch_checkpoint
 from llama2_server.engine.checkpoint.loader import load_model as load_weights
+from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.interface import Model
@@ -62,7 +63,7 @@ def load_model(settings: Settings, card: ModelCard) -> LoadedModel:
 def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     started_at = time.monotonic()
     checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
-    tokenizer = Tokenizer(checkpoint / "tokenizer.model")
+    tokenizer = open_tokenizer(checkpoint)
     metadata = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
     config = metadata.config
     if settings.max_position_embeddings is not None:
@@ -75,6 +76,7 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
             context_length=card.context_length_limit,
             slots=card.max_concurrent_requests,
             config=config,
+            tokenizer=tokenizer,
             progress=progress.show,
             cpu_kernels=settings.cpu_kernels,
         )

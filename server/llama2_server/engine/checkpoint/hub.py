@@ -16,7 +16,10 @@ ALLOW_PATTERNS = (
     "config.json",
     "generation_config.json",
     "tokenizer.model",
+    "tokenizer.json",
+    "added_tokens.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
 )
 # Names the source of a complete download, inside its directory.
 SOURCE_FILE = "fetched-from.txt"

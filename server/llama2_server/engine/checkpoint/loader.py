@@ -11,6 +11,7 @@ from torch import Tensor
 from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
 from llama2_server.engine.checkpoint.hub import fetch_checkpoint
 from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file
+from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.llama import CpuKernels, LlamaModel
@@ -37,6 +38,7 @@ def load_model(
     context_length: int,
     slots: int,
     config: LlamaConfig | None = None,
+    tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
     cpu_kernels: CpuKernels = "auto",
 ) -> LlamaModel:
@@ -49,6 +51,7 @@ def load_model(
         context_length: maximum number of tokens per sequence.
         slots: maximum number of concurrent sequences.
         config: the result of `read_config`, if known.
+        tokenizer: the result of `open_tokenizer`, if known.
         progress: called after each tensor.
         cpu_kernels: "auto" uses the native kernels on a CPU if they are available.
 
@@ -59,7 +62,7 @@ def load_model(
     """
     config = config or read_config(directory)
     _check_context(directory, config, context_length)
-    _check_tokenizer(directory, config)
+    _check_tokenizer(directory, config, tokenizer or open_tokenizer(directory))
     stored = read_tensor_table(directory)
     if config.tied_embeddings:
         stored = _merge_tied_head(stored)
@@ -104,13 +107,11 @@ def _check_context(directory: Path, config: LlamaConfig, context_length: int) ->
         )
 
 
-def _check_tokenizer(directory: Path, config: LlamaConfig) -> None:
-    path = directory / "tokenizer.model"
-    pieces = Tokenizer(path).vocab_size
-    if pieces > config.vocab_size:
+def _check_tokenizer(directory: Path, config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
         raise WeightsError(
-            f"{path}: has {pieces} tokens, expected at most {config.vocab_size}, the rows of the embedding; "
-            "copy it from the same checkpoint"
+            f"{directory / tokenizer.file_name}: has {tokenizer.vocab_size} tokens, expected at most "
+            f"{config.vocab_size}, the rows of the embedding; copy it from the same checkpoint"
         )
 
 

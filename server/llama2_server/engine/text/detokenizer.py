@@ -8,12 +8,14 @@ from llama2_server.engine.text.tokenizer import Tokenizer
 class Detokenizer:
     """Converts the tokens of one generation to text, one token at a time.
 
-    The concatenated deltas equal SentencePiece's decoding of all tokens at once, and no delta ends inside a character.
+    The concatenated deltas equal the tokenizer's decoding of all tokens at once, and no delta ends inside a character.
+    The exception is a run of bytes that is not valid UTF-8 in a `tokenizer.json`: its library replaces the whole run,
+    and here the valid characters stay, as with SentencePiece. Otherwise they could not be sent before the run ends.
     The time per token does not depend on the number of earlier tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, keep_leading_space: bool) -> None:
-        """Keep the space that SentencePiece adds before the first word in continuations; drop it in replies."""
+        """Keep the space that the tokenizer adds before the first word in continuations; drop it in replies."""
         self._tokenizer = tokenizer
         self._piece_texts = tokenizer.piece_texts
         self._at_start = not keep_leading_space
@@ -34,11 +36,13 @@ class Detokenizer:
         return self._append(self._decode_bytes(final=True))
 
     def _append(self, text: str) -> str:
+        """Return the text of bytes, without its first space if it is at the start and the tokenizer strips it."""
+        strips = self._at_start and self._tokenizer.strips_space_byte
         self._at_start = self._at_start and not text
-        return text
+        return text.removeprefix(" ") if strips else text
 
     def _decode_first(self, token_id: int) -> str:
-        """Return the first visible text; pieces lose their leading space, bytes and the unknown token keep it."""
+        """Return the first visible text; pieces lose their leading space."""
         self._at_start = False
         return self._tokenizer.decode([token_id])
 

@@ -1,17 +1,16 @@
-"""Convert text to token ids with SentencePiece and Llama-2's chat template."""
+"""Convert text to token ids with the checkpoint's tokenizer and Llama-2's chat template."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from sentencepiece import SentencePieceProcessor
-
 from llama2_server.engine.errors import WeightsError
+from llama2_server.engine.text.sentencepiece_model import SentencePieceModel
+from llama2_server.engine.text.tokenizer_json import TokenizerJson
 
 # Tags of the chat template. In a client's text they could imitate another turn of the conversation.
 CONTROL_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-SPACE_SYMBOL = "\u2581"  # represents a space in SentencePiece pieces
 
 
 class ChatMessage(NamedTuple):
@@ -22,21 +21,24 @@ class ChatMessage(NamedTuple):
 
 
 class Tokenizer:
-    """The SentencePiece model of a checkpoint."""
+    """The tokenizer of a checkpoint, a SentencePiece model or a `tokenizer.json`."""
 
     def __init__(self, path: Path | str) -> None:
-        """Raise WeightsError if `path` is not a SentencePiece model with tokens for the start and end of a text."""
-        self._processor = _open(Path(path))
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
+        """Raise WeightsError if `path` is not a tokenizer with tokens for the start and end of a text."""
+        path = Path(path)
+        self._model = TokenizerJson(path) if path.suffix == ".json" else SentencePieceModel(path)
+        self.vocab_size = self._model.vocab_size
+        self.bos_id = self._model.bos_id
+        self.eos_id = self._model.eos_id
+        self.strips_space_byte = self._model.strips_space_byte
+        self.file_name = path.name
         if self.bos_id < 0 or self.eos_id < 0:
             raise WeightsError(f"{path}: has no <s> or no </s> token; use the tokenizer of a Llama-2 checkpoint")
 
     @cached_property
     def piece_texts(self) -> tuple[str | int, ...]:
         """Text of each token id, with its leading space, or the value of a byte token."""
-        return tuple(self._piece_text(token_id) for token_id in range(self.vocab_size))
+        return tuple(self._model.piece_text(token_id) for token_id in range(self.vocab_size))
 
     @cached_property
     def max_piece_length(self) -> int:
@@ -45,7 +47,7 @@ class Tokenizer:
 
     def encode_raw(self, text: str) -> list[int]:
         """Return `<s>` and the ids of the unchanged text."""
-        return [self.bos_id, *self._processor.encode(text)]
+        return [self.bos_id, *self._model.encode(text)]
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the ids of a conversation that ends with a user's message, in Llama-2's chat template.
@@ -65,28 +67,11 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of all tokens; bytes that are not valid UTF-8 become U+FFFD."""
-        return str(self._processor.decode(list(token_ids)))
+        return self._model.decode(token_ids)
 
-    def _piece_text(self, token_id: int) -> str | int:
-        if self._processor.is_control(token_id):
-            return ""
-        if self._processor.is_unknown(token_id):
-            return self.decode([token_id])
-        piece: str = self._processor.id_to_piece(token_id)
-        if self._processor.is_byte(token_id):
-            return int(piece[1:-1], base=16)  # <0x0A>
-        return piece.replace(SPACE_SYMBOL, " ")
-
-
-def _open(path: Path) -> SentencePieceProcessor:
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; copy it from the Llama-2 checkpoint")
-    processor = SentencePieceProcessor()
-    try:
-        processor.Load(str(path))  # unlike the constructor, Load rejects an empty file
-    except (RuntimeError, OSError) as error:
-        raise WeightsError(f"{path}: not a SentencePiece model; copy it from the Llama-2 checkpoint again") from error
-    return processor
+    def token(self, token_id: int) -> str:
+        """Return the name of a token, or an empty string for an id without a token."""
+        return self._model.token(token_id) if token_id < self.vocab_size else ""
 
 
 def _turns(messages: Sequence[ChatMessage]) -> Iterator[tuple[str, str | None]]:

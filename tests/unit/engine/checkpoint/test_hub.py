@@ -69,5 +69,6 @@ def test_only_needed_files_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert fetch_checkpoint("org/name") == tmp_path
     ((repository, patterns),) = calls
     assert repository == "org/name"
-    offered = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "pytorch_model.bin", "README.md"]
-    assert [name for name in offered if any(fnmatch(name, pattern) for pattern in patterns)] == offered[:3]
+    offered = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "tokenizer.json"]
+    offered += ["chat_template.jinja", "pytorch_model.bin", "README.md"]
+    assert [name for name in offered if any(fnmatch(name, pattern) for pattern in patterns)] == offered[:5]

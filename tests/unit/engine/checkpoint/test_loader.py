@@ -106,7 +106,7 @@ TIED: dict[str, Edit] = {
 def test_a_tied_head_may_be_stored(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Edit, buffer_bytes: int
 ) -> None:
-    """With tied embeddings, the logits are those of the embedding, whether or not the head is stored too."""
+    """With tied embeddings, the logits follow from the embedding, whether or not the head is stored too."""
     directory = Path(shutil.copytree(checkpoint(tied=True, dtype=torch.float16), tmp_path / "tied"))
     expected = reference_logits(directory, torch.float32)
     edit(directory)

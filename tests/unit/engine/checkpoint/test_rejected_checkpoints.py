@@ -53,7 +53,7 @@ REJECTED: dict[str, tuple[Edit, str]] = {
         config(max_position_embeddings=16),
         r"max_position_embeddings is 16, expected at least 32; .* set --max-position-embeddings; otherwise lower",
     ),
-    "no tokenizer": (remove("tokenizer.model"), r"tokenizer\.model: no such file"),
+    "no tokenizer": (remove("tokenizer.model"), r"tokenizer\.model: no such file, and no tokenizer\.json; copy either"),
     "a broken tokenizer": (overwrite("tokenizer.model", b"rubbish"), r"tokenizer\.model: not a SentencePiece model"),
     "a larger tokenizer": (
         lambda directory: make_tokenizer(directory / "tokenizer.model", 601),

@@ -80,7 +80,7 @@ def test_plain_text_is_encoded_like_apply_chat_template(reference: LlamaTokenize
 
 def test_a_turn_has_the_published_shape(ours: Tokenizer) -> None:
     """The ids are <s>, the turn and </s>, then <s> and the open turn."""
-    processor = ours._processor
+    processor = ours._model
     first, last = processor.encode("[INST] a [/INST] b "), processor.encode("[INST] c [/INST]")
     assert ours.encode_chat(conversation(["a", "b", "c"], system=None)) == [1, *first, 2, 1, *last]
 
@@ -97,7 +97,7 @@ def test_roles_out_of_order_are_rejected(ours: Tokenizer, roles: str) -> None:
 @given(text=st.text(st.characters(codec="utf-8")))
 def test_raw_text_gets_only_a_bos(ours: Tokenizer, text: str) -> None:
     """A raw prompt is encoded unchanged; template tags and token names in it are text."""
-    assert ours.encode_raw(text) == [1, *ours._processor.encode(text)]
+    assert ours.encode_raw(text) == [1, *ours._model.encode(text)]
 
 
 def test_a_literal_token_name_stays_text(ours: Tokenizer) -> None:
