@@ -126,7 +126,8 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
         card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
     )
     interceptor = CallInterceptor(service.telemetry)
-    servicers = Servicers(text_generation, ModelServicer(card), AccountServicer(authenticator, quota, ledger))
+    model = ModelServicer(card, authenticator, quota)
+    servicers = Servicers(text_generation, model, AccountServicer(authenticator, quota, ledger))
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
     collectors = (queue, quota, ResponseCacheCollector(cache), ledger, ReadinessCollector(health))
     service.telemetry.metrics.register(card.name, loaded.model, METHODS, collectors)

@@ -198,13 +198,20 @@ def _card_rows(card: model_pb2.ModelCard) -> Iterator[tuple[str, str]]:
         yield "tags", ", ".join(card.tags)
     yield "context", f"{limits.context_length_limit} tokens, at most {limits.sequence_length_limit} of them generated"
     yield "concurrent requests", f"{limits.max_concurrent_requests}; more requests wait in the queue"
-    yield "quota", f"{card.quota.max_requests_per_min} requests per minute"
+    yield "quota", _quota(card.quota)
     for price in card.prices:
         yield f"price of {price.metric}", f"{price.neuron_cost} neurons each"
     for field in defaults.DESCRIPTOR.fields:
         yield f"default {field.name}", f"{getattr(defaults, field.name):g}"
     for item in card.properties:
         yield item.property_id, item.value
+
+
+def _quota(quota: model_pb2.Quota) -> str:
+    default = f"{quota.max_requests_per_min} requests per minute"
+    if not quota.HasField("account_max_requests_per_min"):
+        return default
+    return f"{quota.account_max_requests_per_min} requests per minute for this account, {default} by default"
 
 
 def _error_lines(error: errors.Llama2Error, address: str) -> list[str]:

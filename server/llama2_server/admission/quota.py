@@ -116,6 +116,10 @@ class Quota(Collector):
         errors = "Requests that could not be counted in the shared quota store."
         yield CounterMetricFamily("llama2_quota_store_errors", errors, self.store_errors)
 
+    def limit(self, account_id: str) -> int:
+        """Return the account's requests per minute: the card's value for it, otherwise the default."""
+        return self._limits.accounts.get(account_id, self._limits.default)
+
     async def consume(self, account_id: str) -> None:
         """Consume one request of the account's quota.
 
@@ -123,7 +127,7 @@ class Quota(Collector):
             QuotaExceeded: the quota is used up; nothing was counted.
             QuotaStoreUnavailable: Redis is unavailable, and the fallback is `reject`.
         """
-        limit = self._limit(account_id)
+        limit = self.limit(account_id)
         window = await self._use(account_id, limit, consume=True)
         if not window.allowed:
             raise QuotaExceeded(account_id, limit, window.retry_in / 1e6)
@@ -134,7 +138,7 @@ class Quota(Collector):
         Raises:
             QuotaStoreUnavailable: as `consume`.
         """
-        limit = self._limit(account_id)
+        limit = self.limit(account_id)
         window = await self._use(account_id, limit, consume=False)
         return QuotaStatus(limit, max(0, limit - window.used), window.reset_in / 1e6)
 
@@ -142,9 +146,6 @@ class Quota(Collector):
         """Disconnect from Redis."""
         if self._shared is not None:
             await self._shared.close()
-
-    def _limit(self, account_id: str) -> int:
-        return self._limits.accounts.get(account_id, self._limits.default)
 
     async def _use(self, account_id: str, limit: int, *, consume: bool) -> _Window:
         if self._shared is None:

@@ -2,22 +2,37 @@
 
 from typing import Any
 
+import yaml
+
 from llama2.v1 import model_pb2, model_pb2_grpc
-from llama2_server.card import SAMPLING_RANGES, ModelCard
+from llama2_server.admission.accounts import Authenticator
+from llama2_server.admission.quota import Quota
+from llama2_server.card import SAMPLING_RANGES, ModelCard, Property
+from llama2_server.errors import AccountDisabled, Unauthenticated
+from llama2_server.telemetry.call import CALL
 from llama2_server.usage.pricing import decimal_text
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Serves the model card as one message, which is built once."""
+    """Serves the model card, which is built once, and the quota of the calling account."""
 
-    def __init__(self, card: ModelCard) -> None:
+    def __init__(self, card: ModelCard, authenticator: Authenticator, quota: Quota) -> None:
         self._card_message = _card_message(card)
+        self._authenticator = authenticator
+        self._quota = quota
 
     async def GetModelCard(
         self, request: model_pb2.GetModelCardRequest, context: Any
     ) -> model_pb2.GetModelCardResponse:
-        """Return the card as a message."""
-        return model_pb2.GetModelCardResponse(model_card=self._card_message)
+        """Return the card, with the quota of the calling account if the call identifies one."""
+        response = model_pb2.GetModelCardResponse(model_card=self._card_message)
+        try:
+            account = self._authenticator.authenticate(context.invocation_metadata())
+        except (Unauthenticated, AccountDisabled):
+            return response
+        CALL.get().account_id = account.id
+        response.model_card.quota.account_max_requests_per_min = self._quota.limit(account.id)
+        return response
 
 
 def _card_message(card: ModelCard) -> model_pb2.ModelCard:
@@ -29,7 +44,9 @@ def _card_message(card: ModelCard) -> model_pb2.ModelCard:
         description=card.description,
         task=model_pb2.ModelTask(**card.task.model_dump()),
         tags=card.tags,
-        properties=[model_pb2.Property(**entry.model_dump()) for entry in card.properties],
+        properties=[
+            model_pb2.Property(property_id=entry.property_id, value=_public(entry)) for entry in card.properties
+        ],
         limits=model_pb2.Limits(
             context_length_limit=card.context_length_limit,
             sequence_length_limit=card.sequence_length_limit,
@@ -47,3 +64,15 @@ def _card_message(card: ModelCard) -> model_pb2.ModelCard:
         input_schema=card.input_schema,
         output_schema=card.output_schema,
     )
+
+
+def _public(entry: Property) -> str:
+    """Return a property's value without the quotas of single accounts, which only these accounts may read."""
+    if entry.property_id != "constellation_config":
+        return entry.value
+    config: dict[str, Any] = yaml.safe_load(entry.value)
+    quota: dict[str, Any] = config["max_requests_per_min"]
+    if "accounts" not in quota:
+        return entry.value
+    del quota["accounts"]
+    return yaml.safe_dump(config, sort_keys=False).rstrip()

@@ -37,7 +37,12 @@ async def test_usage_is_a_table(server: ScriptedServer) -> None:
 async def test_card_is_readable(server: ScriptedServer) -> None:
     """The summary has the card's name, limits, quota and prices; --json has the whole card."""
     summary, whole = await asyncio.gather(run(server.address, "card"), run(server.address, "card", "--json"))
-    for words in ("@cf/meta/llama-2-7b-chat-fp16", "3072 tokens", "5 requests per minute", "0.3672 neurons"):
+    for words in (
+        "@cf/meta/llama-2-7b-chat-fp16",
+        "3072 tokens",
+        "60 requests per minute for this account, 5 ",
+        "0.3672 neurons",
+    ):
         assert words in summary.out
     card = json.loads(whole.out)
     assert card["limits"]["context_length_limit"] == 3072
