@@ -19,15 +19,24 @@ from google.protobuf.descriptor_pb2 import (
 )
 from google.rpc import status_pb2
 
-from llama2_server.errors import InvalidRequest, QueueFull, QueueWaitTooLong, QuotaExceeded, ServiceError, Violation
+from llama2_server.errors import (
+    InvalidRequest,
+    QueueFull,
+    QueueWaitTooLong,
+    QuotaExceeded,
+    RequestTooLarge,
+    ServiceError,
+    Violation,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
-FILES = ("text_generation", "account", "model")
+FILES = ("text_generation", "account", "model", "error_reason")
 PACKAGE = ".llama2.v1."
 # Constructor arguments for the errors that need some; only the types of their details are printed.
 ARGUMENTS: dict[type[ServiceError], tuple[Any, ...]] = {
     InvalidRequest: ([Violation("prompt", "is required")],),
+    RequestTooLarge: (2, 1),
     QuotaExceeded: ("42", 5, 1.0),
     QueueFull: ("", 1.0),
     QueueWaitTooLong: ("", 1.0),
@@ -46,20 +55,22 @@ namespace, Objective-C prefix) are placeholders under `example.com`; [buf.gen.ya
 |---|---|
 """
 STANDARD_SERVICES = """\
-| `grpc.health.v1.Health` | `Check` and `Watch` for `""`, each service and `liveness` ([lifecycle.md](lifecycle.md)) |
-| `grpc.reflection.v1alpha.ServerReflection` | for `grpcurl` and `buf curl`; `--no-reflection` disables it |
+| `grpc.health.v1.Health` | `Check`, `List`, `Watch`: `""`, each service, `liveness` ([lifecycle.md](lifecycle.md)) |
+| `grpc.reflection.v1.ServerReflection` | for `grpcurl` and `buf curl`, with all comments |
+| `grpc.reflection.v1alpha.ServerReflection` | the same; `--no-reflection` disables both |
 """
 STATUSES = """
 ## Status codes
 
 Every error of the service is a `google.rpc.Status` in the trailer `grpc-status-details-bin`. It has one `ErrorInfo`
 with the domain `llama2.v1` and a reason of this table, one `RequestInfo` with the id of the call in the server's log,
-and the further details of the table. The trailer `grpc-retry-pushback-ms` repeats the delay of each `RetryInfo`. It is
--1 (do not retry) if the delay exceeds the time until the call's deadline.
+and the further details of the table. [ErrorReason](#errorreason) states what a client should do. The trailer
+`grpc-retry-pushback-ms` repeats the delay of each `RetryInfo`. It is -1 (do not retry) if the delay exceeds the time
+until the call's deadline.
 
-A client that cancels its call sees CANCELLED. gRPC itself rejects a message or metadata beyond the
-[limits](networking.md#limits) with RESOURCE_EXHAUSTED, and an unknown method with UNIMPLEMENTED; these two errors have
-no details.
+A client that cancels its call sees CANCELLED. gRPC itself rejects metadata beyond the [limits](networking.md#limits),
+and a message far beyond them, with RESOURCE_EXHAUSTED, and an unknown method with UNIMPLEMENTED; these errors have no
+details.
 
 | reason | status code | meaning | further details |
 |---|---|---|---|
@@ -75,7 +86,7 @@ def render() -> str:
 
 
 def _compiled_files() -> Iterator[FileDescriptorProto]:
-    """Yield the descriptors of the three protos, with their comments."""
+    """Yield the descriptors of the protos, with their comments."""
     command = [str(Path(sys.executable).with_name("buf")), "build", "--as-file-descriptor-set", "--output", "-"]
     compiled = FileDescriptorSet.FromString(subprocess.check_output(command, cwd=ROOT))
     by_name = {file.name: file for file in compiled.file}

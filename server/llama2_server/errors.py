@@ -2,6 +2,7 @@
 
     ServiceError
     |-- InvalidRequest             INVALID_ARGUMENT
+    |   `-- RequestTooLarge
     |-- Unauthenticated            UNAUTHENTICATED
     |-- AccountDisabled            PERMISSION_DENIED
     |-- ResourceExhausted          RESOURCE_EXHAUSTED
@@ -100,6 +101,16 @@ class InvalidRequest(ServiceError):
                 break
             bad_request.field_violations.add(field=field, description=description)
         return [bad_request]
+
+
+class RequestTooLarge(InvalidRequest):
+    """The request message has more bytes than the server accepts."""
+
+    reason = "REQUEST_TOO_LARGE"
+
+    def __init__(self, size: int, limit: int) -> None:
+        message = f"the request message has {size} bytes; at most {limit} are allowed: send a shorter request"
+        super().__init__([Violation("", message)])
 
 
 class Unauthenticated(ServiceError):

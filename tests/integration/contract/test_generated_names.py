@@ -10,10 +10,11 @@ import yaml
 from google.protobuf.descriptor_pb2 import FileOptions
 from tests.support.repository import ROOT
 
-from llama2.v1 import account_pb2, model_pb2, text_generation_pb2
+from llama2.v1 import account_pb2, error_reason_pb2, model_pb2, text_generation_pb2
 
 BUF = Path(sys.executable).with_name("buf")
-FILES = ("llama2/v1/account.proto", "llama2/v1/model.proto", "llama2/v1/text_generation.proto")
+MODULES = (account_pb2, error_reason_pb2, model_pb2, text_generation_pb2)
+FILES = tuple(module.DESCRIPTOR.name for module in MODULES)
 # Types of the standard library or the protobuf runtime of a language that generates code for this contract.
 COLLIDING = {"Any", "Duration", "Enum", "Error", "Field", "Message", "Method", "Object", "Status", "String", "Task"}
 # A protoc plugin that generates nothing and prints the options of the files that it receives.
@@ -31,8 +32,8 @@ sys.stdout.buffer.write(response.SerializeToString())
 
 
 def test_the_protos_claim_only_reserved_names() -> None:
-    """`example.com` and `com.example` belong to nobody, and a Go module compiles with such an import path."""
-    for module in (account_pb2, model_pb2, text_generation_pb2):
+    """`example.com` and `com.example` are reserved for examples, and a Go module compiles with such an import path."""
+    for module in MODULES:
         assert module.DESCRIPTOR.GetOptions() == FileOptions(
             go_package="example.com/llama2grpc/llama2/v1;llama2v1",
             java_package="com.example.llama2.v1",
@@ -44,11 +45,7 @@ def test_the_protos_claim_only_reserved_names() -> None:
 
 def test_no_type_has_the_name_of_a_standard_type() -> None:
     """`Task` and `Message` collide with types of Swift, C# and protobuf's own runtimes."""
-    types = {
-        name
-        for module in (account_pb2, model_pb2, text_generation_pb2)
-        for name in module.DESCRIPTOR.message_types_by_name
-    }
+    types = {name for module in MODULES for name in module.DESCRIPTOR.message_types_by_name}
     assert types & COLLIDING == set()
 
 
