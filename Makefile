@@ -96,4 +96,5 @@ $(BIN)/python:
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find protos -name '*_pb2*' -delete
+	rm -f protos/llama2/v1/descriptors.pb
 	rm -f server/llama2_server/engine/native/decode.so

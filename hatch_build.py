@@ -1,4 +1,4 @@
-"""Build hook that generates the Python stubs of the .proto files and compiles the native library."""
+"""Build hook that generates the Python stubs and descriptors of the .proto files and compiles the native library."""
 
 import os
 import shutil
@@ -10,6 +10,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).parent
 PROTO_ROOT = ROOT / "protos"
+# The protos with their comments, which the stubs do not contain; reflection serves them.
+DESCRIPTORS = PROTO_ROOT / "llama2/v1/descriptors.pb"
 NATIVE_SOURCE = ROOT / "server/llama2_server/engine/native/decode.cpp"
 # No -march: the instruction set is selected at run time, so one build runs on every processor of the family.
 # -ffp-contract=off fuses multiplications and additions only where the source calls fma(), so that all instruction sets
@@ -26,7 +28,7 @@ class BuildHook(BuildHookInterface):  # type: ignore[type-arg]
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Generate the stubs and, if possible, compile the native library.
+        """Generate the stubs and descriptors and, if possible, compile the native library.
 
         Raises:
             RuntimeError: a .proto file does not compile.
@@ -77,6 +79,7 @@ def _generate_stubs() -> None:
 
     sources = sorted(str(path.relative_to(PROTO_ROOT)) for path in PROTO_ROOT.rglob("*.proto"))
     outputs = [f"--{kind}_out={PROTO_ROOT}" for kind in ("python", "pyi", "grpc_python", "mypy_grpc")]
+    outputs += [f"--descriptor_set_out={DESCRIPTORS}", "--include_imports", "--include_source_info"]
     bundled = Path(grpc_tools.__file__).parent / "_proto"
     if protoc.main(["protoc", f"-I{PROTO_ROOT}", f"-I{bundled}", *outputs, *sources]) != 0:
         raise RuntimeError("protoc: cannot compile the .proto files; fix the errors printed above")

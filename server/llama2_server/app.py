@@ -125,7 +125,7 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     text_generation = TextGenerationServicer(
         card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
     )
-    interceptor = CallInterceptor(service.telemetry)
+    interceptor = CallInterceptor(service.telemetry, settings.max_message_bytes)
     model = ModelServicer(card, authenticator, quota)
     servicers = Servicers(text_generation, model, AccountServicer(authenticator, quota, ledger))
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)

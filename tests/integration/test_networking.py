@@ -15,11 +15,11 @@ from tests.support.certificates import Authority
 from tests.support.http2_peer import Http2Peer
 from tests.support.processes import free_port
 from tests.support.repository import ROOT
-from tests.support.service import ServiceMaker, health_stub, reflection_stub, remaining_text
+from tests.support.service import ServiceMaker, details, health_stub, reflection_stub, remaining_text
 
 from llama2.v1 import model_pb2, model_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.api.server import connection_options, health_port
+from llama2_server.api.server import GRPC_MESSAGE_BYTES, connection_options, health_port
 from llama2_server.config.settings import Settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -36,15 +36,49 @@ async def closed(reader: asyncio.StreamReader) -> None:
             return
 
 
-async def test_a_message_that_is_too_large_is_refused(serve_scripted: ServiceMaker) -> None:
-    """One byte more than max_message_bytes is RESOURCE_EXHAUSTED, before anything is read into a message."""
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+async def test_a_message_that_is_too_large_is_rejected(
+    serve_scripted: ServiceMaker, compression: grpc.Compression
+) -> None:
+    """One byte more than max_message_bytes is INVALID_ARGUMENT with both sizes; compression changes nothing."""
     async with serve_scripted(max_message_bytes=2000) as service:
         fits = pb.CountTokensRequest(prompt="a" * 1997)  # two bytes of length and one of the field's number
         assert fits.ByteSize() == 2000
         assert (await service.text.CountTokens(fits)).input_tokens > 0
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await service.text.CountTokens(pb.CountTokensRequest(prompt="a" * 1998))
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            await service.text.CountTokens(pb.CountTokensRequest(prompt="a" * 1998), compression=compression)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "2001 bytes; at most 2000 are allowed" in str(refused.value.details())
+        found = details(refused.value)
+        assert (found["ErrorInfo"].reason, set(found)) == (  # type: ignore[attr-defined]
+            "REQUEST_TOO_LARGE",
+            {"ErrorInfo", "BadRequest", "RequestInfo"},
+        )
+
+
+async def test_grpc_rejects_a_message_that_is_far_too_large(serve_scripted: ServiceMaker) -> None:
+    """Beyond gRPC's own limit the message is never read: RESOURCE_EXHAUSTED without details; the connection goes on."""
+    async with serve_scripted(max_message_bytes=2000) as service:
+        for size, code in (
+            (GRPC_MESSAGE_BYTES - 100, grpc.StatusCode.INVALID_ARGUMENT),
+            (GRPC_MESSAGE_BYTES, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await service.text.CountTokens(pb.CountTokensRequest(prompt="a" * size))
+            assert refused.value.code() is code
+        assert (await service.text.CountTokens(pb.CountTokensRequest(prompt="Hi"))).input_tokens > 0
+
+
+async def test_the_limit_can_exceed_grpcs_default(serve_scripted: ServiceMaker) -> None:
+    """GRPC's own limit is twice the setting if that is more than its default."""
+    limit = 2 * GRPC_MESSAGE_BYTES
+    async with serve_scripted(max_message_bytes=limit) as service:
+        for size in (limit - 100, 2 * limit - 100):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await service.text.CountTokens(pb.CountTokensRequest(prompt="a" * size))
+            info = details(refused.value)["ErrorInfo"]
+            expected = "INVALID_REQUEST" if size < limit else "REQUEST_TOO_LARGE"
+            assert info.reason == expected  # type: ignore[attr-defined]
 
 
 async def test_metadata_that_is_too_large_is_refused(serve_scripted: ServiceMaker) -> None:
@@ -235,6 +269,7 @@ def test_the_table_of_limits_tells_the_defaults() -> None:
         name: "none" if field.default is None else str(field.default)
         for name, field in Settings.model_fields.items()
         if name.startswith(("max_", "connection_", "keepalive_", "min_ping_", "handshake_"))
+        and name != "max_position_embeddings"  # describes the checkpoint and limits no client
     }
     assert limits.items() <= told.items()
     assert all(str(Settings.model_fields[name].default) == value for name, value in told.items() if value != "none")

@@ -78,6 +78,11 @@ async def malformed_bytes(scene: Scene) -> grpc.aio.AioRpcError:
         return await refused(generate(b"\xff" + SECRET.encode()))
 
 
+async def too_large(scene: Scene) -> grpc.aio.AioRpcError:
+    async with scene.serve(max_message_bytes=1000) as service:
+        return await refused(service.text.Generate(pb.GenerateRequest(prompt=SECRET * 1000)))
+
+
 async def wrong_key(scene: Scene, metadata: tuple[tuple[str, str], ...]) -> grpc.aio.AioRpcError:
     keys = scene.tmp_path / "keys.yaml"
     keys.write_text("keys: {}\n")
@@ -186,6 +191,7 @@ REFUSALS = [
         very_many_violations, CODE.INVALID_ARGUMENT, "INVALID_REQUEST", {"BadRequest"}, client_errors.InvalidRequest
     ),
     Refusal(malformed_bytes, CODE.INVALID_ARGUMENT, "INVALID_REQUEST", {"BadRequest"}, client_errors.InvalidRequest),
+    Refusal(too_large, CODE.INVALID_ARGUMENT, "REQUEST_TOO_LARGE", {"BadRequest"}, client_errors.InvalidRequest),
     Refusal(no_key, CODE.UNAUTHENTICATED, "UNAUTHENTICATED", set(), client_errors.Unauthenticated),
     Refusal(unknown_key, CODE.UNAUTHENTICATED, "UNAUTHENTICATED", set(), client_errors.Unauthenticated),
     Refusal(disabled_account, CODE.PERMISSION_DENIED, "ACCOUNT_DISABLED", set(), client_errors.PermissionDenied),

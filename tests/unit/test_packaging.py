@@ -30,3 +30,4 @@ def test_the_wheel_has_the_packages_and_nothing_else() -> None:
     paths = {PurePath(file.distribution_path) for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     assert {path.parts[0] for path in paths} == {"llama2", "llama2_client", "llama2_server"}
     assert {Path("llama2_client/py.typed"), Path("llama2_server/py.typed")} <= paths
+    assert Path("llama2/v1/descriptors.pb") in paths  # reflection serves it

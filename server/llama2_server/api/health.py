@@ -23,7 +23,7 @@ LIVENESS = "liveness"
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Serves Check and Watch for "" (the whole server) and each service, all in one state, and for liveness."""
+    """Serves Check, List and Watch for "" (the whole server) and each service, all in one state, and for liveness."""
 
     def __init__(self, services: tuple[str, ...]) -> None:
         self._services = ("", *services)
@@ -53,6 +53,13 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
         return health_pb2.HealthCheckResponse(status=status)
+
+    async def List(self, request: Any, context: Any) -> Any:
+        """Return the state of each name that Check knows."""
+        names = (*self._services, LIVENESS)
+        statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in names}
+        messages: Any = health_pb2  # its published types lack this RPC
+        return messages.HealthListResponse(statuses=statuses)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
         """Send the state of one service now and at each change, until the client disconnects or the server drains."""

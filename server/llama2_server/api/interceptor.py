@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
 
-from llama2_server.errors import InternalError, InvalidRequest, ServiceError, Violation
+from llama2_server.errors import InternalError, InvalidRequest, RequestTooLarge, ServiceError, Violation
 from llama2_server.telemetry.call import CALL, Call
 from llama2_server.telemetry.telemetry import Telemetry
 
@@ -20,20 +21,28 @@ StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
 STATUS_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
 
 
-class _MalformedRequest:
-    """A placeholder for bytes that do not parse, until the wrapped handler rejects them."""
+class _RejectedRequest:
+    """A placeholder for a message that is malformed or too large, until the wrapped handler raises its error."""
+
+    def __init__(self, error: InvalidRequest) -> None:
+        self.error = error
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Starts and finishes the telemetry of each call, and maps exceptions to statuses.
 
-    A ServiceError has its own status; any other exception becomes INTERNAL. Without the interceptor, gRPC would answer
-    malformed bytes and unexpected exceptions with UNKNOWN and the exception's text. Calls that gRPC rejects before the
-    request has arrived, such as a message that is too large, do not reach the interceptor.
+    A ServiceError has its own status; any other exception becomes INTERNAL. Without it, gRPC would answer malformed
+    bytes and unexpected exceptions with UNKNOWN and the exception's text. Calls that gRPC rejects before the request
+    has arrived, such as a message beyond gRPC's own limit, do not reach it.
+
+    Args:
+        telemetry: receives each call.
+        max_message_bytes: the largest request message; a larger one is rejected with details.
     """
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, max_message_bytes: int) -> None:
         self._telemetry = telemetry
+        self._max_message_bytes = max_message_bytes
         self.calls = 0
         """Number of calls that have arrived."""
 
@@ -42,20 +51,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap a method. A method with a request stream is only observed: the only one is reflection."""
+        """Wrap a method. Only reflection has a request stream."""
         self.calls += 1
         handler = await continuation(handler_call_details)
         if handler is None:
             self._telemetry.metrics.unknown_method()
             return None
         method = _text(handler_call_details.method).removeprefix("/")
-        if handler.stream_stream is not None:
-            observed: Any = self._wrap_stream(method, cast(StreamHandler, handler.stream_stream))
-            return grpc.stream_stream_rpc_method_handler(
-                observed, handler.request_deserializer, handler.response_serializer
-            )
         if handler.request_deserializer is None:
             return handler
+        deserializer = _safe_deserializer(handler.request_deserializer, self._max_message_bytes)
+        if handler.stream_stream is not None:
+            wrapped: Any = self._wrap_stream(method, cast(StreamHandler, handler.stream_stream))
+            return grpc.stream_stream_rpc_method_handler(wrapped, deserializer, handler.response_serializer)
         if handler.unary_unary is not None:
             make_handler = grpc.unary_unary_rpc_method_handler
             behavior: Handler = handler.unary_unary
@@ -64,36 +72,57 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             behavior = handler.unary_stream
         else:
             return handler
-        deserializer = _safe_deserializer(handler.request_deserializer)
         return make_handler(self._wrap_handler(method, behavior), deserializer, handler.response_serializer)
 
     def _wrap_handler(self, method: str, behavior: Handler) -> Handler:
         async def handle(request: Any, grpc_context: Any) -> Any:
             context = _Context(grpc_context)
             with _tracked_call(self._telemetry, method, context) as call:
-                try:
-                    if isinstance(request, _MalformedRequest):
-                        description = "the request is not a valid protobuf message of this method"
-                        raise InvalidRequest([Violation("", description)])
-                    return await behavior(request, context)
-                except ServiceError as error:
-                    await _abort(context, error, call)
-                except grpc.aio.AbortError:
-                    raise
-                except Exception as error:
-                    # The log has the place and not the exception's message, which may quote the request.
-                    logger.error("request %s failed", call.request_id, exc_info=error)  # noqa: TRY400
-                    await _abort(context, InternalError(), call)
+                async with _errors_as_statuses(context, call):
+                    return await behavior(_accepted(request), context)
 
         return handle
 
     def _wrap_stream(self, method: str, behavior: StreamHandler) -> StreamHandler:
-        async def handle_stream(requests: Any, context: Any) -> AsyncIterator[Any]:
-            with _tracked_call(self._telemetry, method, context):
-                async for response in behavior(requests, context):
-                    yield response
+        async def handle_stream(requests: Any, grpc_context: Any) -> AsyncIterator[Any]:
+            context = _Context(grpc_context)
+            with _tracked_call(self._telemetry, method, context) as call:
+                async with _errors_as_statuses(context, call):
+                    accepted = (_accepted(request) async for request in requests)
+                    async for response in behavior(accepted, context):
+                        yield response
 
         return handle_stream
+
+
+class MessageCheck(grpc.aio.ServerInterceptor):
+    """Rejects malformed messages on the health port, whose calls are neither counted nor logged."""
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._max_message_bytes = max_message_bytes
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """Wrap a method of the health service; each of them takes one request and is a coroutine."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        deserializer = _safe_deserializer(handler.request_deserializer, self._max_message_bytes)
+        if handler.unary_unary is not None:
+            make, behavior = grpc.unary_unary_rpc_method_handler, cast(Handler, handler.unary_unary)
+        else:
+            make, behavior = grpc.unary_stream_rpc_method_handler, cast(Handler, handler.unary_stream)
+
+        async def handle(request: Any, context: Any) -> Any:
+            if isinstance(request, _RejectedRequest):
+                message, trailers = request.error.to_status(uuid.uuid4().hex)
+                await context.abort(request.error.code, message, tuple(trailers))
+            return await behavior(request, context)
+
+        return make(handle, deserializer, handler.response_serializer)
 
 
 class _Context:
@@ -149,14 +178,44 @@ def _tracked_call(telemetry: Telemetry, method: str, context: Any) -> Iterator[C
         call.finish(code)
 
 
-def _safe_deserializer(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+@asynccontextmanager
+async def _errors_as_statuses(context: _Context, call: Call) -> AsyncIterator[None]:
+    """End the call with the status of the error that the body raises."""
+    try:
+        yield
+    except ServiceError as error:
+        await _abort(context, error, call)
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:
+        # The log has the place and not the exception's message, which may quote the request.
+        logger.error("request %s failed", call.request_id, exc_info=error)  # noqa: TRY400
+        await _abort(context, InternalError(), call)
+
+
+def _safe_deserializer(deserializer: Callable[[bytes], Any], max_bytes: int) -> Callable[[bytes], Any]:
+    """Return a deserializer that never raises, because gRPC would answer with UNKNOWN and the exception's text.
+
+    `data` is the uncompressed message.
+    """
+
     def deserialize(data: bytes) -> Any:
+        if len(data) > max_bytes:
+            return _RejectedRequest(RequestTooLarge(len(data), max_bytes))
         try:
             return deserializer(data)
         except Exception:  # protobuf's DecodeError, and other exceptions of its runtimes
-            return _MalformedRequest()
+            description = "the request is not a valid protobuf message of this method"
+            return _RejectedRequest(InvalidRequest([Violation("", description)]))
 
     return deserialize
+
+
+def _accepted(request: Any) -> Any:
+    """Return the request; raises the error of a rejected one."""
+    if isinstance(request, _RejectedRequest):
+        raise request.error
+    return request
 
 
 async def _abort(context: _Context, error: ServiceError, call: Call) -> NoReturn:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from llama2.v1 import (
     account_pb2,
@@ -23,8 +22,9 @@ from llama2.v1 import (
 )
 from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer
-from llama2_server.api.interceptor import CallInterceptor
+from llama2_server.api.interceptor import CallInterceptor, MessageCheck
 from llama2_server.api.model_service import ModelServicer
+from llama2_server.api.reflection import REFLECTION_SERVICES, ReflectionServicer, described_files
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.api.tls import RotatingCertificates
 from llama2_server.config.settings import Settings
@@ -44,9 +44,15 @@ METHODS = tuple(
     for method in service.methods
 )
 SPARE_STREAMS = 100  # for health watches, card and usage calls, in addition to the calls that generate
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 HEALTH_STREAMS = 100
 HEALTH_MESSAGE_BYTES = 4096
 HEALTH_STOP_SECONDS = 1.0
+
+
+# gRPC rejects a message beyond its own limit before it reads it, but without details. gRPC's default limit is far above
+# the service's, so that only absurd messages get that answer.
+GRPC_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 class Servicers(NamedTuple):
@@ -90,7 +96,7 @@ def make_server(
     options = connection_options(
         settings,
         streams=settings.max_concurrent_streams or settings.max_queue_size + slots + SPARE_STREAMS,
-        message_bytes=settings.max_message_bytes,
+        message_bytes=max(GRPC_MESSAGE_BYTES, 2 * settings.max_message_bytes),
     )
     server = grpc.aio.server(interceptors=[interceptor], options=options)
     text_generation_pb2_grpc.add_TextGenerationServiceServicer_to_server(servicers.text_generation, server)
@@ -98,8 +104,8 @@ def make_server(
     account_pb2_grpc.add_AccountServiceServicer_to_server(servicers.account, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if settings.reflection:
-        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), server)
+        services = (*SERVICES, HEALTH_SERVICE, *REFLECTION_SERVICES)
+        ReflectionServicer(services, described_files()).add_to(server)
     return server
 
 
@@ -131,8 +137,8 @@ async def health_port(settings: Settings) -> AsyncIterator[HealthPort]:
     if settings.health_listen is None:
         yield HealthPort(health, None)
         return
-    options = connection_options(settings, streams=HEALTH_STREAMS, message_bytes=HEALTH_MESSAGE_BYTES)
-    server = grpc.aio.server(options=options)
+    options = connection_options(settings, streams=HEALTH_STREAMS, message_bytes=2 * HEALTH_MESSAGE_BYTES)
+    server = grpc.aio.server(interceptors=[MessageCheck(HEALTH_MESSAGE_BYTES)], options=options)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     address = _bind(server, "--health-listen", settings.health_listen, None)
     await server.start()
