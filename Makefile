@@ -44,6 +44,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.settings_reference --check
 	$(BIN)/python -m tools.api_reference --check
+	$(BIN)/python -m tools.names
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m tools.container.lock --check
 	$(BIN)/buf lint
