@@ -149,11 +149,16 @@ def keys_of(node: Any, path: str = "") -> Iterator[str]:
             yield from keys_of(value, f"{path}/{key}")
 
 
+# Objects whose keys Helm or Kubernetes defines.
+KUBERNETES_OBJECTS = {"/global", "/resources/requests", "/resources/limits", "/resources/claims"}
+SECURITY_CONTEXTS = ("podSecurityContext", "containerSecurityContext")
+
+
 def schema_keys(node: Any, path: str = "") -> Iterator[str]:
     """Yield the paths of all keys in the schema."""
     for key, value in node.get("properties", {}).items():
-        if f"{path}/{key}" in {"/global", "/resources/requests", "/resources/limits", "/resources/claims"}:
-            continue  # defined by Helm and by Kubernetes
+        if f"{path}/{key}" in KUBERNETES_OBJECTS:
+            continue
         yield f"{path}/{key}"
         if f"{path}/{key}" != "/settings":
             yield from schema_keys(value, f"{path}/{key}")
@@ -162,6 +167,7 @@ def schema_keys(node: Any, path: str = "") -> Iterator[str]:
 def test_values_and_schema_have_the_same_keys() -> None:
     """Each value has a default, a comment and a type."""
     values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    values |= dict.fromkeys(SECURITY_CONTEXTS)
     assert sorted(keys_of(values)) == sorted(schema_keys(json.loads(SCHEMA.read_text(encoding="utf-8"))))
 
 

@@ -12,7 +12,9 @@ def mounted_files(release: Rendered, pod: Manifest, container: Manifest) -> dict
     volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
     for mount in container.get("volumeMounts", []):
         volume = volumes[mount["name"]]
-        if "configMap" in volume:
+        if volume in release.values["extraVolumes"]:
+            contents[mount["mountPath"]] = None
+        elif "configMap" in volume:
             (found,) = (m for m in release.of("ConfigMap") if m["metadata"]["name"] == volume["configMap"]["name"])
             contents[mount["mountPath"]] = set(found["data"])
         elif "secret" in volume:

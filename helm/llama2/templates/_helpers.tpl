@@ -1,14 +1,21 @@
 {{/* Names and labels. */}}
+{{- define "llama2.appName" -}}
+{{- default .Chart.Name .Values.nameOverride -}}
+{{- end -}}
+
+{{/* At most 44 characters, so that suffixes fit into 63. A longer name ends in a digest, or two releases could collide. */}}
 {{- define "llama2.name" -}}
-{{- if contains .Chart.Name .Release.Name -}}
-{{- .Release.Name | trunc 44 | trimSuffix "-" -}}
+{{- $app := include "llama2.appName" . -}}
+{{- $name := .Values.fullnameOverride | default (ternary .Release.Name (printf "%s-%s" .Release.Name $app) (contains $app .Release.Name)) -}}
+{{- if gt (len $name) 44 -}}
+{{- printf "%s-%s" ($name | trunc 35 | trimSuffix "-") ($name | sha256sum | trunc 8) -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 44 | trimSuffix "-" -}}
+{{- $name -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "llama2.selector" -}}
-app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/name: {{ include "llama2.appName" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: server
 {{- end -}}
@@ -17,6 +24,17 @@ app.kubernetes.io/component: server
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- with omit .Values.commonLabels "helm.sh/chart" "app.kubernetes.io/version" "app.kubernetes.io/managed-by" "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* The annotations of a manifest: commonAnnotations, and the manifest's own, which win. Argument: (list $ own). */}}
+{{- define "llama2.annotations" -}}
+{{- $all := merge (dict) (index . 1) (index . 0).Values.commonAnnotations -}}
+{{- if $all }}
+annotations: {{- toYaml $all | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{- define "llama2.labels" -}}
@@ -79,6 +97,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $createWeightsClaim := and (not $v.demo) (not (empty $v.weights.hubId)) (not $v.weights.existingClaim) -}}
 name: {{ include "llama2.name" . }}
 maxReplicas: {{ $replicas }}
+{{- /* The device plugin's MIG resources share the taint of the whole GPU. */}}
+gpuTaint: {{ ternary "nvidia.com/gpu" $v.gpu.resource (hasPrefix "nvidia.com/mig-" $v.gpu.resource) }}
 gpus: {{ ternary (ternary 0 1 $v.demo) ($v.gpu.count | int) (kindIs "invalid" $v.gpu.count) }}
 unauthenticated: {{ and (not $v.apiKeys.secret) (or $v.demo $v.allowUnauthenticated) }}
 weights: {{ ternary "" (printf "/weights/%s" (ternary $v.weights.directory $hubDirectory (empty $v.weights.hubId)) | trimSuffix "/") $v.demo | quote }}
@@ -122,6 +142,21 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 {{- if and $d.createWeightsClaim (gt (int $d.maxReplicas) 1) (hasPrefix "ReadWriteOnce" $v.weights.accessMode) -}}
 {{- fail (printf "weights.accessMode: %d replicas cannot share a %s volume; set ReadWriteMany and a weights.storageClass that supports it, or set weights.existingClaim" (int $d.maxReplicas) $v.weights.accessMode) -}}
 {{- end -}}
+{{- range $kind, $amounts := pick $v.resources "requests" "limits" -}}
+{{- range $name, $_ := $amounts -}}
+{{- if or (eq $name $v.gpu.resource) (hasPrefix "nvidia.com/" $name) (hasPrefix "amd.com/" $name) -}}
+{{- fail (printf "resources.%s: %s is set by gpu.count and gpu.resource, which also schedule the pod; remove it here" $kind $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $names := list -}}
+{{- range $v.extraEnv -}}
+{{- if has .name $names -}}{{- fail (printf "extraEnv: %s is defined twice; remove one" .name) -}}{{- end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- if and (not (kindIs "invalid" $v.podDisruptionBudget.minAvailable)) (not (kindIs "invalid" $v.podDisruptionBudget.maxUnavailable)) -}}
+{{- fail "podDisruptionBudget: minAvailable and maxUnavailable exclude each other; set maxUnavailable to null, or leave minAvailable empty" -}}
+{{- end -}}
 {{- if and $v.data.existingClaim (gt (int $d.maxReplicas) 1) -}}
 {{- fail "data.existingClaim: several replicas cannot share one data volume; leave it empty and store usage in PostgreSQL (usage.secret)" -}}
 {{- end -}}
@@ -131,8 +166,38 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 {{- if and (or $v.autoscaling.enabled $v.alerts.enabled) (not $v.serviceMonitor.enabled) -}}
 {{- fail "serviceMonitor.enabled: autoscaling and alerts need scraped metrics; set it to true" -}}
 {{- end -}}
-{{- if and (eq (toString $v.rollingUpdate.maxSurge | trimSuffix "%") "0") (eq (toString $v.rollingUpdate.maxUnavailable | trimSuffix "%") "0") -}}
+{{- $rolling := include "llama2.rollingUpdate" . | fromYaml -}}
+{{- if and (eq (toString $rolling.maxSurge | trimSuffix "%") "0") (eq (toString $rolling.maxUnavailable | trimSuffix "%") "0") -}}
 {{- fail "rollingUpdate: no pod can be replaced if maxSurge and maxUnavailable are both 0; raise one" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A surge needs a spare GPU for its duration, so pods with a GPU are replaced one by one unless the values ask for a surge. */}}
+{{- define "llama2.rollingUpdate" -}}
+{{- $d := include "llama2.derived" . | fromYaml -}}
+{{- $v := .Values.rollingUpdate -}}
+{{- $gpu := gt (int $d.gpus) 0 -}}
+maxSurge: {{ ternary (ternary 0 1 $gpu) $v.maxSurge (kindIs "invalid" $v.maxSurge) }}
+maxUnavailable: {{ ternary (ternary 1 0 $gpu) $v.maxUnavailable (kindIs "invalid" $v.maxUnavailable) }}
+{{- end -}}
+
+{{/* A storage class; "-" disables dynamic provisioning, empty selects the cluster's default. */}}
+{{- define "llama2.storageClass" -}}
+{{- if eq . "-" -}}storageClassName: ""{{- else if . -}}storageClassName: {{ . }}{{- end -}}
+{{- end -}}
+
+{{/* Environment variables: the chart's list without the names that extraEnv defines, then extraEnv. Argument: (list $ list). */}}
+{{- define "llama2.withExtraEnv" -}}
+{{- $extra := (index . 0).Values.extraEnv -}}
+{{- $names := list -}}
+{{- range $extra -}}{{- $names = append $names .name -}}{{- end -}}
+{{- range index . 1 -}}
+{{- if not (has .name $names) }}
+- {{ toYaml . | nindent 2 | trim }}
+{{- end -}}
+{{- end -}}
+{{- with $extra }}
+{{ toYaml . }}
 {{- end -}}
 {{- end -}}
 
@@ -177,9 +242,7 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 - name: LLAMA2_USAGE_URL
   valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.usage.key }}}}
 {{- end }}
-{{- with $v.extraEnv }}
-{{ toYaml . }}
-{{- end }}
+{{- include "llama2.withExtraEnv" (list . (list)) }}
 {{- end -}}
 
 {{/* CPU and memory of the server; deployment.yaml adds the GPU. */}}
@@ -193,22 +256,6 @@ limits: {memory: 2Gi}
 requests: {cpu: "2", memory: 20Gi}
 limits: {memory: 20Gi}
 {{- end -}}
-{{- end -}}
-
-{{/* The restricted Pod Security profile, with a read-only root file system. */}}
-{{- define "llama2.podSecurity" -}}
-runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
-fsGroup: 65532
-fsGroupChangePolicy: OnRootMismatch
-seccompProfile: {type: RuntimeDefault}
-{{- end -}}
-
-{{- define "llama2.containerSecurity" -}}
-allowPrivilegeEscalation: false
-readOnlyRootFilesystem: true
-capabilities: {drop: [ALL]}
 {{- end -}}
 
 {{/* Selector of this release's time series, by the labels that the ServiceMonitor adds. */}}
