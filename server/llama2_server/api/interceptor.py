@@ -31,9 +31,9 @@ class _RejectedRequest:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Starts and finishes the telemetry of each call, and maps exceptions to statuses.
 
-    A ServiceError has its own status; any other exception becomes INTERNAL. Without it, gRPC would answer malformed
-    bytes and unexpected exceptions with UNKNOWN and the exception's text. Calls that gRPC rejects before the request
-    has arrived, such as a message beyond gRPC's own limit, do not reach it.
+    A ServiceError has its own status; any other exception becomes INTERNAL. Without the interceptor, gRPC would answer
+    malformed bytes and unexpected exceptions with UNKNOWN and the exception's text. Calls that gRPC rejects before the
+    request has arrived, such as a message beyond gRPC's own limit, do not reach the interceptor.
 
     Args:
         telemetry: receives each call.

@@ -20,7 +20,7 @@ from llama2_server.configuration_error import ConfigurationError
 logger = logging.getLogger(__name__)
 
 # OpenSSL's verification errors that operators often meet.
-_VERIFICATION_ERRORS = {9: "is not valid yet", 10: "has expired"}
+_VERIFICATION_ERRORS = {9: "is not valid yet; check the clock", 10: "has expired; renew it"}
 
 
 class CertificateError(ConfigurationError):
