@@ -13,8 +13,8 @@ class InjectedFault(Exception):
 class FaultPoint:
     """A function that raises InjectedFault for its next `count` calls after `arm`, and otherwise works as before."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-        original = getattr(owner, name)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> None:
+        original = getattr(target, name)
         self.raised = 0
         self._left = 0
         self._lock = threading.Lock()
@@ -28,7 +28,7 @@ class FaultPoint:
                 raise InjectedFault(name)
             return original(*args, **options)
 
-        monkeypatch.setattr(owner, name, function)
+        monkeypatch.setattr(target, name, function)
 
     def arm(self, count: int = 1) -> None:
         """Let the next `count` calls fail."""

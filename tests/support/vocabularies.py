@@ -1,6 +1,8 @@
 """Tokenizers of the size of Llama-2's, and their `tokenizer.json`."""
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from transformers import LlamaTokenizer
 
 NORMAL = 1  # sentencepiece_model.proto: ModelProto.SentencePiece.Type
 MAX_PIECE_CHARACTERS = 10
+VOCAB_SIZE = 32000  # of Llama-2
 
 
-def make_large_tokenizer(path: Path, vocab_size: int = 32000, seed: int = 0) -> None:
+def make_large_tokenizer(path: Path, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> None:
     """Write a byte-fallback BPE tokenizer whose pieces are random merges of shorter pieces."""
     make_tokenizer(path, 600)
     model = model_proto.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
@@ -40,3 +43,12 @@ def pieces_of(path: Path) -> list[str]:
     """Return the texts of the normal pieces of a `tokenizer.model`."""
     model = model_proto.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
     return [piece.piece.replace("\u2581", " ") for piece in model.pieces if piece.type == NORMAL]
+
+
+def edit_tokenizer_json(source: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """Write an edited copy of the tokenizer.json in `source` to the folder `target`, and return its path."""
+    document = json.loads((source / "tokenizer.json").read_text())
+    edit(document)
+    path = target / "tokenizer.json"
+    path.write_text(json.dumps(document))
+    return path

@@ -20,9 +20,9 @@ def ledger_directory(tmp_path: Path) -> Path:
 
     async def write() -> None:
         ledger = await Ledger.open(data_directory=tmp_path, neuron_costs=COSTS)
-        for account, counts in (("42", TokenUsage(3, 5)), ("7", TokenUsage(1, 1))):
+        for account, tokens in (("42", TokenUsage(3, 5)), ("7", TokenUsage(1, 1))):
             ledger.admit(f"request-of-{account}", account, "model")
-            ledger.finish(f"request-of-{account}", "MAX_TOKENS", counts)
+            ledger.finish(f"request-of-{account}", "MAX_TOKENS", tokens)
         await ledger.close()
 
     asyncio.run(write())

@@ -19,8 +19,8 @@ from tools.names import uses_in
         ),
         (
             "tests/a.py",
-            "from llama2_server.flights import x",
-            ["tests/a.py:1: llama2_server.flights import -> coalescing"],
+            "from llama2_server.redis_link import x",
+            ["tests/a.py:1: llama2_server.redis_link import -> redis_client"],
         ),
     ],
 )

@@ -1,10 +1,9 @@
 """`tokenizer.json`, compared with transformers and with the `tokenizer.model` of the same vocabulary."""
 
-import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from tests.support.vocabularies import make_large_tokenizer, pieces_of, save_tokenizer_json
+from tests.support.vocabularies import VOCAB_SIZE, edit_tokenizer_json, pieces_of
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.text.detokenizer import Detokenizer
 from llama2_server.engine.text.stop_sequences import StopMatcher
 from llama2_server.engine.text.tokenizer import ChatMessage, Tokenizer
 
 FIRST_BYTE = 3  # <0x00>, after <unk>, <s> and </s>
-VOCAB_SIZE = 32000
 TEXTS = 10_000
 SPECIAL = re.compile("<unk>|</?s>")
 ODD_PARTS = [
@@ -46,16 +43,6 @@ IDS = st.lists(
     st.integers(0, VOCAB_SIZE - 1) | st.sampled_from([0x20, 0x41, 0xE4, 0xBB, 0x8A, 0xF0, 0x9F]).map(lambda b: 3 + b),
     max_size=20,
 )
-
-
-@pytest.fixture(scope="module")
-def saved(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a large vocabulary in both files."""
-    directory = tmp_path_factory.mktemp("saved")
-    shutil.copy(checkpoint() / "tokenizer_config.json", directory)
-    make_large_tokenizer(directory / "tokenizer.model", VOCAB_SIZE)
-    save_tokenizer_json(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -131,19 +118,11 @@ def with_normalizers(document: dict[str, Any]) -> None:
     }
 
 
-def edited(saved: Path, directory: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    document = json.loads((saved / "tokenizer.json").read_text())
-    edit(document)
-    path = directory / "tokenizer.json"
-    path.write_text(json.dumps(document))
-    return path
-
-
 def test_the_published_form_equals_sentencepiece(
     saved: Path, tmp_path: Path, sentencepiece: SentencePieceProcessor
 ) -> None:
     """With the normalizers of Llama-2's first tokenizer.json, all texts have the ids of the tokenizer.model."""
-    path = edited(saved, tmp_path, with_normalizers)
+    path = edit_tokenizer_json(saved, tmp_path, with_normalizers)
     ours, reference = Tokenizer(path), read_by_transformers(path)
     texts = list(random_texts(pieces_of(saved / "tokenizer.model"), 2000))
     found = [ours.encode_raw(text)[1:] for text in texts]
@@ -238,69 +217,10 @@ def add_tokens(document: dict[str, Any]) -> None:
 
 def test_added_tokens(saved: Path, tmp_path: Path) -> None:
     """An added token that is not special is one token, as in transformers; a special one needs no row and is silent."""
-    path = edited(saved, tmp_path, add_tokens)
+    path = edit_tokenizer_json(saved, tmp_path, add_tokens)
     ours, reference = Tokenizer(path), read_by_transformers(path)
     ids = ours.encode_raw("a<tool>b<pad>")
     assert VOCAB_SIZE - 1 in ids
     assert VOCAB_SIZE not in ids
     assert ours.vocab_size == VOCAB_SIZE
     assert "".join(deltas(ours, [*ids, VOCAB_SIZE])) == reference.decode(ids, skip_special_tokens=True)
-
-
-REJECTED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another model": (lambda d: d["model"].update(type="Unigram"), "the model's type is 'Unigram', expected 'BPE'"),
-    "no type": (lambda d: d.update(model={"vocab": {}}), "the model's type is None, expected 'BPE'"),
-    "no byte fallback": (lambda d: d["model"].update(byte_fallback=False), "byte_fallback is False, expected True"),
-    "dropout": (lambda d: d["model"].update(dropout=0.1), r"dropout is 0\.1, expected None"),
-    "a normalizer": (lambda d: d.update(normalizer={"type": "NFKC"}), r'has the normalizer \{"type": "NFKC"\}, which'),
-    "a normalizer in a sequence": (
-        lambda d: d.update(normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}),
-        r'has the normalizer \{"type": "Lowercase"\}, which',
-    ),
-    "another pre-tokenizer": (
-        lambda d: d.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False}),
-        r'has the pre-tokenizer \{"type": "ByteLevel", .*, which',
-    ),
-    "another decoder": (
-        lambda d: d.update(decoder={"type": "WordPiece"}),
-        r'has the decoder \[\{"type": "WordPiece"\}',
-    ),
-    "no start token": (lambda d: rename_token(d, "<s>"), "has no <s> or no </s> token; "),
-    "no end token": (lambda d: rename_token(d, "</s>"), "has no <s> or no </s> token; "),
-    "a broken part": (
-        lambda d: d.update(post_processor={"type": "No"}),
-        r"the tokenizers library rejects it \(.*\); pass the tokenizer\.json or",
-    ),
-    "no model": (lambda d: d.pop("model"), "has no model of a tokenizer; pass"),
-}
-
-
-def rename_token(document: dict[str, Any], name: str) -> None:
-    vocab = document["model"]["vocab"]
-    vocab["<begin>"] = vocab.pop(name)
-    document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] != name]
-    document["post_processor"] = None
-
-
-@pytest.mark.parametrize(("edit", "message"), REJECTED.values(), ids=REJECTED.keys())
-def test_unusable_tokenizers_are_rejected_by_name(
-    saved: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
-) -> None:
-    """One line names the file, the part that Llama-2 does not have, and the remedy."""
-    path = edited(saved, tmp_path, edit)
-    with pytest.raises(WeightsError, match=message) as rejection:
-        Tokenizer(path)
-    assert str(rejection.value).startswith(f"{path}: ")
-    assert "\n" not in str(rejection.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}"])
-def test_an_invalid_file_is_rejected(tmp_path: Path, content: bytes) -> None:
-    """The error for an invalid tokenizer.json contains its path."""
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(WeightsError, match=f"{path}: (not valid JSON|has no model)"):
-        Tokenizer(path)
-    path.unlink()
-    with pytest.raises(WeightsError, match=r"tokenizer\.json: no such file; copy it from the Llama-2 checkpoint"):
-        Tokenizer(path)
