@@ -19,10 +19,10 @@ from llama2_server.engine.engine import Engine
 from llama2_server.generation.response_cache import ResponseCache, ResponseCacheCollector
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.lifecycle.banner import print_banner
-from llama2_server.lifecycle.drain import drain, stop_when_engine_fails
+from llama2_server.lifecycle.drain import drain, fail_engine_when_probes_fail, stop_when_engine_fails
 from llama2_server.lifecycle.model_loading import Load, LoadedModel, load_model
 from llama2_server.lifecycle.preflight import StartupInputs
-from llama2_server.lifecycle.probe import probe
+from llama2_server.lifecycle.probe import probe_succeeds
 from llama2_server.lifecycle.readiness import Readiness
 from llama2_server.lifecycle.stores import open_ledger, open_quota, open_response_cache
 from llama2_server.lifecycle.tasks import (
@@ -136,7 +136,9 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
         address = add_port(server, settings.listen, service.inputs.certificates)
         await server.start()
         health.set_serving(True)
-        probing = service.readiness.run(lambda: probe(engine, loaded.tokenizer), idle=lambda: queue.running == 0)
+        probing = fail_engine_when_probes_fail(
+            service.readiness, engine, lambda: probe_succeeds(engine, loaded.tokenizer), idle=lambda: queue.running == 0
+        )
         supervision = stop_when_engine_fails(engine, health, queue, exit_code)
         async with background_task(authenticator.watch()), background_task(probing), background_task(supervision):
             yield address

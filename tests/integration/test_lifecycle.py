@@ -10,6 +10,7 @@ from typing import cast
 import grpc
 import grpc.aio
 import pytest
+import torch
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from tests.integration.usage.conftest import locked, stored
@@ -122,9 +123,9 @@ class TestReadiness:
         async def scene() -> None:
             loop = asyncio.get_running_loop()
 
-            async def probe() -> None:
+            async def probe() -> bool:
                 probes.append(loop.time())
-                readiness.record_outcome(succeeded=True)
+                return True
 
             readiness = Readiness(lambda serving: None, interval_seconds=60)
             running = asyncio.create_task(readiness.run(probe, idle=lambda: loop.time() >= busy_until))
@@ -138,28 +139,55 @@ class TestReadiness:
         assert probes[0] == pytest.approx(1000, abs=1)
         assert probes[1] == pytest.approx(probes[0] + 60)
 
-    def test_a_failure_is_followed_by_a_probe_at_once_and_by_rarer_ones(self) -> None:
-        """The first comes at once, then after 1, 2, 4 … seconds, at most an interval apart, until one works."""
+    @pytest.mark.parametrize("succeeds", [1, 2, 3, None])
+    def test_three_failed_probes_in_a_row_are_the_end(self, succeeds: int | None) -> None:
+        """Probes run at once, after 1 and after 2 more seconds, although clients fail all the time.
+
+        A success before the third failure makes the server SERVING again; the next failure starts a new count.
+        """
         probes: list[float] = []
         states: list[bool] = []
 
         async def scene() -> None:
             loop = asyncio.get_running_loop()
 
-            async def probe() -> None:
+            async def probe() -> bool:
                 probes.append(loop.time())
-                readiness.record_outcome(succeeded=len(probes) == 6)
+                return len(probes) == succeeds
 
-            readiness = Readiness(states.append, interval_seconds=5)
-            running = asyncio.create_task(readiness.run(probe, idle=lambda: True))
+            readiness = Readiness(states.append, interval_seconds=60)
+            running = asyncio.create_task(readiness.run(probe, idle=lambda: False))
             await asyncio.sleep(1)
-            readiness.record_outcome(succeeded=False)
-            await asyncio.sleep(18)
+            while not running.done() and loop.time() < 10 and True not in states:
+                readiness.record_outcome(succeeded=False)  # a client's generation
+                await asyncio.sleep(0.125)
+            assert running.done() == (succeeds is None)
             running.cancel()
 
         run_virtual(scene())
-        assert probes == pytest.approx([1, 2, 4, 8, 13, 18])
-        assert states == [False, True]
+        assert probes == pytest.approx([1, 2, 4][:succeeds])
+        assert states == [False] if succeeds is None else [False, True]
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MemoryError(), None])
+    async def test_a_request_that_fails_alone_changes_nothing(
+        self, serve_scripted: ServiceMaker, error: Exception | None
+    ) -> None:
+        """Out of memory and logits that are not finite (None) are INTERNAL, and the server stays SERVING."""
+        async with serve_scripted() as service:
+            watch = health_stub(service.channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == SERVING
+            service.model.failure, service.model.nan_logits = error, error is None
+            for _ in range(4):
+                with pytest.raises(grpc.aio.AioRpcError) as failed:
+                    await _generate(service)
+                assert failed.value.code() is grpc.StatusCode.INTERNAL
+            service.model.failure, service.model.nan_logits = None, False
+            assert (await _generate(service)).response
+            assert service.model.probes == 0
+            change = asyncio.create_task(watch.read())
+            assert await state(service) == SERVING
+            assert not change.done()
+            change.cancel()
 
 
 class TestWatchdog:

@@ -205,6 +205,30 @@ def test_hung_engine_ends_the_process(tmp_path: Path) -> None:
     assert rows == [("UNAVAILABLE", 1, 1)]
 
 
+def test_dead_device_ends_the_process(tmp_path: Path) -> None:
+    """Calls fail with a status, each has a record, and after three failed probes the exit code is 70."""
+    codes = []
+    with scripted_server(tmp_path, "device-dies", "--listen", "127.0.0.1:0") as process:
+        assert process.stdout is not None
+        serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
+        assert serving
+        with grpc.insecure_channel(serving[1]) as channel:
+            stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+            for _ in range(3):
+                call = stub.GenerateStream(pb.GenerateRequest(prompt="Hello", max_tokens=100, seed=1), timeout=60)
+                with pytest.raises(grpc.RpcError):
+                    list(call)
+                codes.append(call.code())
+        assert process.wait(timeout=30) == 70
+        assert process.stderr is not None
+        assert "3 probes in a row failed" in process.stderr.read()
+    assert set(codes) <= {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as ledger:
+        outcomes = [row[0] for row in ledger.execute("SELECT outcome FROM usage_records")]
+    assert outcomes.count("INTERNAL") == codes.count(grpc.StatusCode.INTERNAL) > 0
+    assert "INTERRUPTED" not in outcomes
+
+
 def test_request_longer_than_the_grace_gets_a_status(tmp_path: Path) -> None:
     """It ends with UNAVAILABLE and RetryInfo, not with a closed connection. Its tokens are recorded; exit code 0."""
     with (

@@ -48,6 +48,23 @@ def load_model_that_hangs_in_the_warm_up(settings: Settings, card: ModelCard) ->
     return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
 
 
+def load_model_whose_device_dies(settings: Settings, card: ModelCard) -> LoadedModel:
+    """Load a model whose steps all fail after some time, as after an illegal address in a CUDA kernel."""
+    loaded = load_model(settings, card)
+    model = ScriptedModel([300], vocab_size=loaded.tokenizer.vocab_size)
+    model.gate()
+    model.allow(HANGS_AFTER_STEPS)
+
+    def fail_when_out_of_steps() -> None:
+        while model.completed_steps < HANGS_AFTER_STEPS:
+            model.in_step.wait()
+        model.failure = RuntimeError("CUDA error: an illegal memory access was encountered")
+        model.open_gate()
+
+    threading.Thread(target=fail_when_out_of_steps, daemon=True).start()
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
+
+
 def load_model_that_loses_its_slot(settings: Settings, card: ModelCard) -> LoadedModel:
     """Load a model whose KV cache slot cannot be released, after the warm-up."""
     loaded = load_model(settings, card)
@@ -68,6 +85,7 @@ if __name__ == "__main__":
         "never-loads": load_forever,
         "hangs": load_hanging_model,
         "hangs-in-the-warm-up": load_model_that_hangs_in_the_warm_up,
+        "device-dies": load_model_whose_device_dies,
         "loses-its-slot": load_model_that_loses_its_slot,
     }
     app.serve = functools.partial(app.serve, load=scripts[sys.argv.pop(1)])

@@ -40,18 +40,22 @@ def serve(**flags: Any) -> None:
         with resolved.naming_sources():
             inputs = preflight.check(resolved.settings)
             from llama2_server import app
+            from llama2_server.lifecycle.drain import EXIT_ENGINE_FAILED
 
             gc.freeze()
             gc.enable()
             code = asyncio.run(app.serve(resolved.settings, inputs))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    _exit(code)
+    _exit(code, at_once=code == EXIT_ENGINE_FAILED)
 
 
-def _exit(code: int) -> NoReturn:
-    """Exit without waiting for a thread that loads the model or hangs; only the end of the process stops it."""
-    if any(thread.daemon and thread.name in ("loading", "engine") for thread in threading.enumerate()):
+def _exit(code: int, *, at_once: bool) -> NoReturn:
+    """Exit without waiting for a thread that loads the model or hangs; only the end of the process stops it.
+
+    With `at_once`, also skip the cleanup of libraries, which can block or crash after an error of the device.
+    """
+    if at_once or any(thread.daemon and thread.name in ("loading", "engine") for thread in threading.enumerate()):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

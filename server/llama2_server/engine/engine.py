@@ -15,7 +15,9 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as SequenceOf
 
-from llama2_server.engine.errors import EngineError
+import torch
+
+from llama2_server.engine.errors import EngineError, SequenceError
 from llama2_server.engine.model.interface import Model
 from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.engine.sampling import GenerationParams
@@ -222,6 +224,7 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if sequence not in self._running:
             return
+        sequence.request_error = _is_request_error(error)
         sequence.context.run(logger.error, "sequence failed in the engine", exc_info=error)
         self._end(sequence, FinishReason.FAILED)
 
@@ -256,3 +259,10 @@ class Engine:
             return []
         ids = [*sequence.prompt_ids, *sequence.output_ids] if self._model.chunk_invariant else sequence.prompt_ids
         return ids[: sequence.position]
+
+
+def _is_request_error(error: Exception) -> bool:
+    if isinstance(error, SequenceError | torch.OutOfMemoryError | MemoryError):
+        return True
+    # On a CPU, torch has no class for it.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

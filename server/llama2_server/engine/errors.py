@@ -8,4 +8,19 @@ class WeightsError(ConfigurationError):
 
 
 class EngineError(Exception):
-    """A broken invariant during a generation, such as logits that are not finite."""
+    """A broken invariant during a generation."""
+
+
+class SequenceError(EngineError):
+    """An error of one sequence: another one can succeed on the same device."""
+
+
+class OutOfMemory(SequenceError):
+    """The device has too little free memory for the sequence."""
+
+
+class NonFiniteLogits(SequenceError):
+    """The model computed logits that are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are not finite")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama2_server.engine.errors import EngineError
+from llama2_server.engine.errors import NonFiniteLogits
 
 # The top_p nucleus is first searched among this number of largest probabilities, which nearly always contain it. A full
 # sort of 32,000 probabilities takes twenty times as long.
@@ -51,12 +51,12 @@ class Sampler:
         penalty, temperature, top_k, top_p.
 
         Raises:
-            EngineError: a logit is not finite.
+            NonFiniteLogits: a logit is not finite.
         """
         logits = logits.float()
         # A sum is finite only if each term is, so one cheap reduction checks all logits.
         if not math.isfinite(logits.sum().item()):
-            raise EngineError("the model's logits are not finite")
+            raise NonFiniteLogits
         logits = self._penalize(logits)
         token_id = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits)
         self._remember(token_id)

@@ -57,6 +57,7 @@ class Sequence:
     context: Context = field(default_factory=copy_context)  # log fields of the request
     cancelled: bool = False
     holds_slot: bool = False  # from the admission until the engine has confirmed that the slot is free again
+    request_error: bool = False  # it failed, and the device and the other sequences are not affected
     ended: bool = False  # the engine computes nothing more; `on_finish` follows
 
     def cancel(self) -> None:

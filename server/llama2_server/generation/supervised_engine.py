@@ -32,7 +32,7 @@ class SupervisedEngine:
         engine: the one engine of this process.
         engine_step_timeout_seconds: a step that takes longer counts as hung.
         on_outcome: is called with True for each sequence that succeeds and False for each that fails, on the event
-            loop; not for a cancelled one.
+            loop; not for a cancelled one, and not for one whose request failed without a fault of the device.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class SupervisedEngine:
             self._on_outcome(False)
             raise _unavailable() if self.failed else InternalError
         result = finished.result()
-        if result.reason is not FinishReason.CANCELLED:
+        if result.reason is not FinishReason.CANCELLED and not sequence.request_error:
             self._on_outcome(result.reason is not FinishReason.FAILED)
         return result
 

@@ -25,3 +25,8 @@ async def probe(engine: SupervisedEngine, tokenizer: Tokenizer, *, max_tokens: i
     finally:
         generation.cancel()
     return generation
+
+
+async def probe_succeeds(engine: SupervisedEngine, tokenizer: Tokenizer) -> bool:
+    """Run one probe, and return whether it generated a token."""
+    return not (await probe(engine, tokenizer)).failed

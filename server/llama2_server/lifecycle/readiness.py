@@ -1,14 +1,18 @@
-"""Readiness: whether the last generation succeeded, a client's or, without clients, a probe's."""
+"""Readiness: whether the last generation succeeded, a client's or, without clients, a probe's.
+
+A device can stay broken, for example after an illegal address in a CUDA kernel. Only a new process recovers from that,
+so failed probes in a row end this one.
+"""
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS = 1.0
+MAX_FAILED_PROBES = 3
 
 
 class Readiness:
@@ -25,6 +29,7 @@ class Readiness:
         self._last_succeeded = True
         self._probe_at = _now() + interval_seconds
         self._retry_seconds = FIRST_RETRY_SECONDS
+        self._failed_probes = 0  # in a row
         self._changed = asyncio.Event()
 
     def record_outcome(self, succeeded: bool) -> None:
@@ -32,11 +37,9 @@ class Readiness:
         now = _now()
         if succeeded:
             self._probe_at, self._retry_seconds = now + self._interval_seconds, FIRST_RETRY_SECONDS
-        elif self._last_succeeded:
+            self._failed_probes = 0
+        elif self._last_succeeded:  # a later failure of a client does not delay the next probe
             self._probe_at = now
-        else:
-            self._probe_at = now + self._retry_seconds
-            self._retry_seconds = min(2 * self._retry_seconds, self._interval_seconds)
         if succeeded != self._last_succeeded:
             level, event = (logging.INFO, "recovered") if succeeded else (logging.ERROR, "failed")
             logger.log(level, "the engine %s", event)
@@ -44,23 +47,31 @@ class Readiness:
             self._set_serving(succeeded)
         self._changed.set()
 
-    async def run(self, probe: Callable[[], Awaitable[object]], *, idle: Callable[[], bool]) -> NoReturn:
-        """Probe after an interval without generations, and after a failure; never while clients are served.
+    async def run(self, probe: Callable[[], Awaitable[bool]], *, idle: Callable[[], bool]) -> None:
+        """Probe after an interval without generations, and after a failure; return after MAX_FAILED_PROBES in a row.
 
         Args:
-            probe: generates without an account, and returns after `record_outcome` was called.
-            idle: returns whether no client is served, so that a probe disturbs none.
+            probe: generates without an account, and returns whether it succeeded.
+            idle: returns whether no client is served. Before a failure, a probe disturbs no client.
         """
-        while True:
+        while self._failed_probes < MAX_FAILED_PROBES:
             self._changed.clear()
             wait_seconds = self._probe_at - _now()
-            if wait_seconds <= 0 and idle():
-                await probe()
+            if wait_seconds <= 0 and (idle() or not self._last_succeeded):
+                self._record_probe(await probe())
                 continue
             # A client's generation sets `_changed`; a cancelled one does not, so this also polls.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_seconds if wait_seconds > 0 else FIRST_RETRY_SECONDS):
                     await self._changed.wait()
+
+    def _record_probe(self, succeeded: bool) -> None:
+        self.record_outcome(succeeded)
+        if succeeded:
+            return
+        self._failed_probes += 1
+        self._probe_at = _now() + self._retry_seconds
+        self._retry_seconds = min(2 * self._retry_seconds, self._interval_seconds)
 
 
 def _now() -> float:

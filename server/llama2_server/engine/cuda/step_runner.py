@@ -21,7 +21,7 @@ from llama2_server.engine.cuda.sampling import (
     is_argmax,
     sample,
 )
-from llama2_server.engine.errors import EngineError
+from llama2_server.engine.errors import NonFiniteLogits
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sequence import Sequence
 from llama2_server.engine.step_runner import TokenOrError
@@ -54,7 +54,7 @@ class _HostBuffers:
         if self._copied:
             self._copied.synchronize()
         for token_id in self.token_ids[:rows].tolist():
-            yield EngineError("the model's logits are not finite") if token_id == NO_TOKEN else token_id
+            yield NonFiniteLogits() if token_id == NO_TOKEN else token_id
 
 
 class CudaStepRunner:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
-from llama2_server.engine.errors import EngineError
+from llama2_server.engine.errors import EngineError, OutOfMemory
 from llama2_server.engine.model.kv_cache import KVCache, Slot
 from llama2_server.engine.model.native_decoder import NativeDecoder
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
@@ -103,7 +103,8 @@ class LlamaModel:
         A long prompt may be passed in chunks. Cached tokens from `position` on are overwritten.
 
         Raises:
-            EngineError: the slot does not exist, the tokens do not fit, or the device is out of memory.
+            EngineError: the slot does not exist, or the tokens do not fit.
+            OutOfMemory: the device is out of memory.
         """
         end = position + len(token_ids)
         self._check(slot, position, end)
@@ -116,7 +117,7 @@ class LlamaModel:
             reason = str(error)
         # The frames of the error keep the tensors of the failed prefill alive until the except block ends.
         torch.cuda.empty_cache()
-        raise EngineError(f"out of memory in a prefill of {len(token_ids)} tokens: {reason}")
+        raise OutOfMemory(f"out of memory in a prefill of {len(token_ids)} tokens: {reason}")
 
     @torch.inference_mode()
     def _prefill(self, slot: int, token_ids: list[int], position: int, end: int) -> Tensor:  # (vocab_size,)
