@@ -131,6 +131,20 @@ def test_fast_commands_import_no_slow_library(flags: list[str], exit_code: int) 
     assert not {"torch", "grpc", "transformers", "sqlalchemy"} & imported
 
 
+def test_a_later_start_of_the_demo_imports_no_slow_library(tmp_path: Path) -> None:
+    """Once the configuration is cached, the demo model loads without transformers, tokenizers and Jinja."""
+    program = (
+        "import sys; from llama2_server.card import load_card; from llama2_server.config.settings import Settings; "
+        "from llama2_server.lifecycle.model_loading import load_model; "
+        f"load_model(Settings(data_directory={str(tmp_path)!r}, device='cpu'), load_card('demo')); "
+        "print({'transformers', 'tokenizers', 'jinja2'} & set(sys.modules))"
+    )
+    for _ in range(2):
+        call = [sys.executable, "-c", program]
+        done = subprocess.run(call, capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout == "set()\n"
+
+
 def test_preflight_imports_no_torch() -> None:
     """The checks of stores and files come before the import of torch, which takes seconds."""
     program = "import sys, llama2_server.lifecycle.preflight, llama2_server.__main__; print('torch' in sys.modules)"

@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     max_position_embeddings: Annotated[PositiveInt | None, Group.MODEL] = None
     """Maximum context of the model in tokens, instead of the checkpoint's value.
     Some checkpoints of Llama-2 state 2048, although the model was trained with 4096."""
+    allow_other_chat_template: Annotated[bool, Group.MODEL] = False
+    """Accept a checkpoint with a chat template other than Llama-2's.
+    The server still uses Llama-2's template, and logs a warning. Prompts with `raw` use no template."""
     cpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"
     """CPU kernels for float16: native code if available (auto), or torch."""
     gpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
+from llama2_server.engine.checkpoint.chat_template import check_chat_template
 from llama2_server.engine.checkpoint.config_cache import read_metadata
 from llama2_server.engine.checkpoint.loader import fetch_checkpoint
 from llama2_server.engine.checkpoint.loader import load_model as load_weights
@@ -64,6 +65,7 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     started_at = time.monotonic()
     checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
     tokenizer = open_tokenizer(checkpoint)
+    check_chat_template(checkpoint, tokenizer, allow_other=settings.allow_other_chat_template)
     metadata = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
     config = metadata.config
     if settings.max_position_embeddings is not None:

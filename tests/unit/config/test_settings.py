@@ -60,6 +60,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "gpu_kernels": ("auto", "torch"),
     "reflection": (True, False),
     "allow_unauthenticated": (False, True),
+    "allow_other_chat_template": (False, True),
 }
 # Other flags that a setting requires.
 NEEDS: Mapping[str, list[str]] = {

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tests.unit.engine.checkpoint.edited_checkpoints import edit_json
 from tools.make_checkpoint import Shape, make_checkpoint
 
 from llama2_server.card import load_card
@@ -28,3 +29,14 @@ def test_a_short_published_context_has_a_remedy(tmp_path: Path) -> None:
     for _ in range(2):  # the second time with the cached configuration
         loaded = load(weights, tmp_path, "llama-2-7b-chat-fp16", max_position_embeddings=4096)
         assert loaded.model.context_length == 3072
+
+
+def test_another_chat_template_needs_a_setting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """ChatML is rejected with the name of the setting that allows it; then a warning remains."""
+    weights = make_checkpoint(tmp_path / "weights", Shape(context=1024))
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    edit_json(weights, "tokenizer_config.json", chat_template=template)
+    with pytest.raises(ConfigurationError, match=r"--weights: .*the chat template .* pass --allow-other-chat-template"):
+        load(weights, tmp_path)
+    load(weights, tmp_path, allow_other_chat_template=True)
+    assert "the server uses Llama-2's template" in caplog.text

@@ -59,7 +59,7 @@ def read_config(directory: Path) -> LlamaConfig:
         WeightsError: config.json is unreadable, or needs features beyond a plain Llama.
     """
     path = directory / "config.json"
-    raw = _read_json(path)
+    raw = read_json(path)
     _check_architecture(path, raw)
     config = _parse_config(path, raw)
     _check_config(path, config)
@@ -89,7 +89,7 @@ def read_eos_ids(directory: Path, vocab_size: int) -> frozenset[int]:
         ids = _parse_generation_config(directory).eos_token_id
     if ids is None:
         path = directory / "config.json"
-        ids = _read_json(path).get("eos_token_id")
+        ids = read_json(path).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(type(token_id) is int for token_id in ids):
         raise WeightsError(
@@ -123,7 +123,12 @@ def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
     return table
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of the checkpoint.
+
+    Raises:
+        WeightsError: the file is missing, unreadable or has no JSON object.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -165,7 +170,7 @@ def _parse_generation_config(directory: Path) -> "GenerationConfig":
     from transformers import GenerationConfig  # takes seconds to import
 
     path = directory / "generation_config.json"
-    _read_json(path)
+    read_json(path)
     try:
         return GenerationConfig.from_pretrained(directory)
     # Each entry has its own parser in transformers, and they raise various exceptions. All mean an invalid entry.
@@ -210,7 +215,7 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _indexed_shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index}: has no weight_map of tensor names to files; fetch it again")
     names = sorted(set(map(str, weight_map.values())))

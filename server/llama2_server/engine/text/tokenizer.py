@@ -60,10 +60,19 @@ class Tokenizer:
                 user's message at the end.
         """
         ids: list[int] = []
+        for text, ended in self.chat_turns(messages):
+            ids += [*self.encode_raw(text), *([self.eos_id] if ended else [])]
+        return ids
+
+    def chat_turns(self, messages: Sequence[ChatMessage]) -> Iterator[tuple[str, bool]]:
+        """Yield the text of each turn of a conversation, and whether `</s>` ends it.
+
+        Raises:
+            ValueError: as in `encode_chat`.
+        """
         for question, answer in _turns(messages):
             text = f"[INST] {question} [/INST]"
-            ids += self.encode_raw(text) if answer is None else [*self.encode_raw(f"{text} {answer} "), self.eos_id]
-        return ids
+            yield (text, False) if answer is None else (f"{text} {answer} ", True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of all tokens; bytes that are not valid UTF-8 become U+FFFD."""
