@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, Group.MODEL] = None
     """Precision of the model, instead of the card's precision."""
     max_position_embeddings: Annotated[PositiveInt | None, Group.MODEL] = None
-    """Maximum context of the model in tokens, instead of the checkpoint's value.
+    """Context of the model in tokens, instead of the checkpoint's value.
     Some checkpoints of Llama-2 state 2048, although the model was trained with 4096."""
     allow_other_chat_template: Annotated[bool, Group.MODEL] = False
     """Accept a checkpoint with a chat template other than Llama-2's.
