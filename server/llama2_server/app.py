@@ -33,6 +33,7 @@ from llama2_server.lifecycle.tasks import (
     run_in_thread,
 )
 from llama2_server.lifecycle.warm_up import warm_up
+from llama2_server.telemetry.guard import guarded
 from llama2_server.telemetry.logging import on_loop_exception
 from llama2_server.telemetry.telemetry import Telemetry, open_telemetry
 from llama2_server.usage.ledger import Ledger
@@ -97,8 +98,9 @@ async def start(
         response_cache = await stack.enter_async_context(open_response_cache(settings, inputs.card))
         loaded = await cancel_on(exit_code, run_in_thread("loading", lambda: load(settings, inputs.card)))
         readiness = Readiness(health.set_serving, interval_seconds=settings.readiness_probe_interval_seconds)
+        metrics = telemetry.metrics
         engine = SupervisedEngine(
-            Engine(loaded.model, loaded.eos_ids, on_step=telemetry.metrics.on_step, step_runner=loaded.step_runner),
+            Engine(loaded.model, loaded.eos_ids, on_step=guarded(metrics.on_step), step_runner=loaded.step_runner),
             engine_step_timeout_seconds=settings.engine_step_timeout_seconds,
             on_outcome=readiness.record_outcome,
         )
@@ -106,7 +108,7 @@ async def start(
             inputs.card.max_concurrent_requests,
             max_queue_size=settings.max_queue_size,
             queue_timeout_seconds=settings.queue_timeout_seconds,
-            on_waited=telemetry.metrics.queue_time.observe,
+            on_waited=guarded(metrics.queue_time.observe),
         )
         yield Service(inputs, telemetry, health, ledger, quota, response_cache, loaded, readiness, engine, queue)
 

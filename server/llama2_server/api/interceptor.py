@@ -12,6 +12,7 @@ import grpc.aio
 
 from llama2_server.errors import InternalError, InvalidRequest, RequestTooLarge, ServiceError, Violation
 from llama2_server.telemetry.call import CALL, Call
+from llama2_server.telemetry.guard import run_guarded
 from llama2_server.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.calls += 1
         handler = await continuation(handler_call_details)
         if handler is None:
-            self._telemetry.metrics.unknown_method()
+            run_guarded(self._telemetry.metrics.unknown_method)
             return None
         method = _text(handler_call_details.method).removeprefix("/")
         if handler.request_deserializer is None:

@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Protocol
 
 from llama2_server.errors import ServiceError
+from llama2_server.telemetry.guard import run_guarded
 from llama2_server.usage.pricing import TokenUsage
 
 API_PACKAGE = "llama2.v1."
@@ -59,7 +60,7 @@ class RecordedUsage:
 
 
 class CallObserver(Protocol):
-    """Callbacks for calls, on the event loop."""
+    """Callbacks for calls, on the event loop. An exception of a callback is logged and changes no reply."""
 
     def call_started(self, call: "Call", metadata: Metadata) -> None:
         """Handle a new call, of which only the method is known."""
@@ -106,7 +107,7 @@ class Call:
         self._phases: list[Phase] = []
         self._observer = observer
         self._awaits_usage = False
-        observer.call_started(self, metadata)
+        run_guarded(observer.call_started, self, metadata)
 
     @property
     def is_public_api(self) -> bool:
@@ -129,14 +130,14 @@ class Call:
     def set_usage(self, usage: RecordedUsage, times: GenerationTimes | None, finish_reason: str | None) -> None:
         """Store the call's usage record, and the times of the generation that served the call, if there was one."""
         self.usage, self.times, self.finish_reason = usage, times, finish_reason
-        self._observer.usage_recorded(self, usage)
+        run_guarded(self._observer.usage_recorded, self, usage)
         self._awaits_usage = False
         self._complete_if_done()
 
     def finish(self, code: str) -> None:
         """Store the name of the call's gRPC status code."""
         self.code, self.finished_at = code, time.monotonic()
-        self._observer.call_finished(self)
+        run_guarded(self._observer.call_finished, self)
         self._complete_if_done()
 
     def phases(self) -> list[Phase]:
@@ -149,7 +150,7 @@ class Call:
 
     def _complete_if_done(self) -> None:
         if self.code and not self._awaits_usage:
-            self._observer.call_completed(self)
+            run_guarded(self._observer.call_completed, self)
 
 
 CALL: ContextVar[Call] = ContextVar("call")

@@ -45,7 +45,9 @@ class CallTracer:
 
     def call_completed(self, call: Call) -> None:
         """End the call's span at the time of its status, and add the children."""
-        span = self._spans.pop(call)
+        span = self._spans.pop(call, None)
+        if span is None:  # its start failed
+            return
         parent = set_span_in_context(span, Context())
         for phase in call.phases():
             child = self._tracer.start_span(phase.name, parent, start_time=_nanoseconds(call, phase.started_at))
