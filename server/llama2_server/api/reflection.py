@@ -9,10 +9,12 @@ from importlib import resources
 from typing import Any
 
 import grpc
+from google.protobuf import any_pb2
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.json_format import MessageToJson, Parse
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -103,7 +105,9 @@ class ReflectionServicer:
 
 
 def described_files() -> list[FileDescriptorProto]:
-    """Return the files of all served services: the protos with their comments, health, and both reflection versions.
+    """Return the protos with their comments, the error details, health and both reflection versions.
+
+    Clients need the error details to print an error; no proto imports them.
 
     Raises:
         ConfigurationError: the installation is older than the protos.
@@ -115,7 +119,8 @@ def described_files() -> list[FileDescriptorProto]:
         raise ConfigurationError(message) from error
     health, v1alpha = _descriptor(health_pb2), _descriptor(reflection_pb2)
     v1 = Parse(MessageToJson(v1alpha).replace("v1alpha", "v1"), FileDescriptorProto())
-    return [*FileDescriptorSet.FromString(data).file, health, v1alpha, v1]
+    errors = [_descriptor(module) for module in (any_pb2, status_pb2, error_details_pb2)]
+    return [*FileDescriptorSet.FromString(data).file, *errors, health, v1alpha, v1]
 
 
 def _descriptor(module: Any) -> FileDescriptorProto:

@@ -107,3 +107,10 @@ async def test_a_request_without_a_question_is_not_valid(service: Service) -> No
     """INVALID_ARGUMENT inside the response."""
     response = await ask(service, REFLECTION_SERVICES[0])
     assert response.error_response.error_code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+
+
+@pytest.mark.parametrize("detail", ["ErrorInfo", "BadRequest", "QuotaFailure", "RetryInfo", "RequestInfo", "Status"])
+async def test_the_error_details_are_described(service: Service, detail: str) -> None:
+    """Without their descriptors, grpcurl prints the details of an error as bytes."""
+    found = files(await ask(service, REFLECTION_SERVICES[0], file_containing_symbol=f"google.rpc.{detail}"))
+    assert detail in {message.name for file in found.values() for message in file.message_type}
