@@ -68,7 +68,7 @@ async def serve(settings: Settings, inputs: StartupInputs, load: Load = load_mod
     with suppress(StartupCancelled):
         started = start(settings, inputs, exit_code, load)
         async with started as service, serving(service, settings, exit_code) as address:
-            print_banner(address, tls=inputs.certificates is not None)
+            print_banner(address, settings)
             await exit_code
     logger.info("stopped")
     return exit_code.result()

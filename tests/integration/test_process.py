@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import shlex
 import signal
 import sqlite3
 import subprocess
@@ -13,15 +12,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2
 from tests.support.processes import command, environment, server
 from tests.support.service import details, health_stub
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
-from llama2_server.api.server import METHODS
-from llama2_server.lifecycle.banner import print_banner
 
 STORY = "Tell me a story about a fox who lives by the sea."
 BIN = Path(sys.executable).parent
@@ -34,18 +30,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def test_bufcurl_streams_a_story(demo: str) -> None:
-    """`buf curl`, like grpcurl, finds the method by reflection and streams the story."""
-    url = f"http://{demo}/llama2.v1.TextGenerationService/GenerateStream"
-    body = f'{{"prompt": "{STORY}", "temperature": 0}}'
-    call = [str(BIN / "buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", body, url]
-    printed = subprocess.run(call, capture_output=True, text=True, timeout=60, check=True).stdout
-    text = "".join(re.findall(r'"response":\s*"(.*?)"', printed))
-    assert "fox" in text
-    assert "sea" in text
-    assert "FINISH_REASON_END_OF_SEQUENCE" in printed
-
-
 def test_cli_streams_a_story(demo: str) -> None:
     """`llama2 generate` prints the text of the same greedy request, and its statistics on stderr."""
     call = [str(BIN / "llama2"), "--address", demo, "generate", "--temperature", "0", STORY]
@@ -55,22 +39,6 @@ def test_cli_streams_a_story(demo: str) -> None:
         reply = stub.Generate(pb.GenerateRequest(prompt=STORY, temperature=0))
     assert done.stdout.strip() == reply.response
     assert f"{reply.completion.usage.output_tokens}" in done.stderr
-
-
-def test_suggested_commands_work(demo: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The server prints three commands after SERVING: two `llama2` commands, which run unchanged, and a grpcurl one."""
-    print_banner(demo, tls=False)
-    generate, chat, grpcurl = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[2:5])
-    for words, typed in ((generate, ""), (chat, "Tell me a story.\n")):
-        call = [str(BIN / "llama2"), *words[1:]]
-        done = subprocess.run(
-            call, input=typed, capture_output=True, text=True, timeout=60, env=environment(), check=True
-        )
-        assert len(done.stdout.split()) > 20
-    flag, body, address, method = grpcurl[2:]
-    assert (grpcurl[:2], flag, address) == (["grpcurl", "-plaintext"], "-d", demo)
-    assert ParseDict(json.loads(body), pb.GenerateRequest()) == pb.GenerateRequest(prompt=STORY)
-    assert method in METHODS
 
 
 def test_cli_shows_usage_as_a_table(demo: str) -> None:

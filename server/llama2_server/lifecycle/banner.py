@@ -4,23 +4,49 @@ import os
 import sys
 from pathlib import Path
 
+from llama2_server.config.settings import Settings
+
 PROMPT = "Tell me a story about a fox who lives by the sea."
 METHOD = "llama2.v1.TextGenerationService/GenerateStream"
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # compared, not bound
 
 
-def print_banner(address: str, *, tls: bool) -> None:
-    """Print the address, and commands that call the service."""
-    address_flag = "" if address == "127.0.0.1:50051" else f"--address {address} "
-    tls_flag = "-plaintext "
-    if tls:
-        address_flag, tls_flag = f"{address_flag}--ca CA.pem ", "-cacert CA.pem "
-    command = Path(sys.executable).parent / "llama2"
-    llama2 = os.path.relpath(command) if command.is_relative_to(Path.cwd()) else command.name
-    body = f'{{"prompt": "{PROMPT}"}}'
-    print(
-        f"SERVING on {address}. Press Ctrl-C to stop. In another terminal, try:\n\n"
-        f'  {llama2} {address_flag}generate "{PROMPT}"\n'
-        f"  {llama2} {address_flag}chat\n"
-        f"  grpcurl {tls_flag}-d '{body}' {address} {METHOD}\n",
-        flush=True,
-    )
+def print_banner(address: str, settings: Settings) -> None:
+    """Print the address, and commands that call the service with these settings.
+
+    The words in capitals are placeholders: KEY is an API key, CA.pem has the certificate authority of the server,
+    CLIENT.pem and CLIENT.key are the client's certificate, and HOST is a name in the server's certificate.
+    """
+    commands = "\n".join(f"  {command}" for command in _commands(_reachable(address, settings), settings))
+    print(f"SERVING on {address}. Press Ctrl-C to stop. In another terminal, try:\n\n{commands}\n", flush=True)
+
+
+def _reachable(address: str, settings: Settings) -> str:
+    """Return the address for a client on this machine; a server that listens on every interface has no host."""
+    host, _, port = address.rpartition(":")
+    if host not in LOOPBACK:
+        return address
+    # A certificate rarely has a loopback address.
+    return f"{LOOPBACK[host] if settings.tls_certificate is None else 'HOST'}:{port}"
+
+
+def _commands(address: str, settings: Settings) -> list[str]:
+    llama2_flags = "" if address == DEFAULT_ADDRESS else f"--address {address} "
+    grpcurl_flags = "-plaintext "
+    if settings.tls_certificate is not None:
+        llama2_flags, grpcurl_flags = f"{llama2_flags}--ca CA.pem ", "-cacert CA.pem "
+    if settings.tls_client_ca is not None:
+        llama2_flags += "--certificate CLIENT.pem --key CLIENT.key "
+        grpcurl_flags += "-cert CLIENT.pem -key CLIENT.key "
+    commands = []
+    if settings.api_keys_file is not None:
+        commands.append("export LLAMA2_API_KEY=KEY")
+        grpcurl_flags += '-H "authorization: Bearer $LLAMA2_API_KEY" '
+    executable = Path(sys.executable).parent / "llama2"
+    llama2 = os.path.relpath(executable) if executable.is_relative_to(Path.cwd()) else executable.name
+    commands += [f'{llama2} {llama2_flags}generate "{PROMPT}"', f"{llama2} {llama2_flags}chat"]
+    if settings.reflection:
+        body = f'{{"prompt": "{PROMPT}"}}'
+        commands.append(f"grpcurl {grpcurl_flags}-d '{body}' {address} {METHOD}")
+    return commands
