@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share."""
+"""Fixtures for all test folders."""
 
 import asyncio
 import signal
@@ -6,21 +6,26 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc.aio
 import pytest
 from tests.support.certificates import Authority
+from tests.support.deadlines import CallDeadlines, LoopClock
 from tests.support.postgres_server import PostgresCluster, running_postgres
 from tests.support.scripted_model import ScriptedModel
 from tests.support.service import Service, ServiceMaker, until, with_config
 
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
+from llama2_server.admission import quota
 from llama2_server.admission.accounts import AnonymousAuthenticator, Authenticator
 from llama2_server.api.health import HealthServicer
+from llama2_server.api.interceptor import CallInterceptor, Handler
 from llama2_server.app import serving, start
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.config.settings import Settings
 from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.generation import response_cache, supervised_engine
 from llama2_server.lifecycle import probe
 from llama2_server.lifecycle.model_loading import LoadedModel
 from llama2_server.lifecycle.preflight import StartupInputs, create_usage_store, read_certificates
@@ -28,7 +33,10 @@ from llama2_server.telemetry.telemetry import Telemetry
 
 
 def pytest_configure() -> None:
-    """Undo what a shell does to its background jobs: they ignore SIGINT, and so would each program that tests start."""
+    """Restore the default handler of SIGINT.
+
+    Shells start background jobs with SIGINT ignored, and every program that a test starts would inherit that.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -37,21 +45,22 @@ DEMO = Path(str(resources.files("llama2_server") / "demo"))
 
 @pytest.fixture(scope="session")
 def demo_card() -> ModelCard:
-    """The card of the demo model."""
+    """Return the card of the demo model."""
     return load_card("demo")
 
 
 @pytest.fixture(scope="session")
 def demo_tokenizer() -> Tokenizer:
-    """The demo model's tokenizer."""
+    """Return the tokenizer of the demo model."""
     return Tokenizer(DEMO / "tokenizer.model")
 
 
 @pytest.fixture
 def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Path) -> ServiceMaker:
-    """Makes a service whose model replies with `reply`, then ends; other keywords are settings.
+    """Return a function that runs a service whose model always replies with `reply`; other keywords are settings.
 
-    Unless a card is given there is no response cache and as good as no quota: calls do not depend on each other.
+    With `ends=False`, the reply never reaches its end of sequence. Without a card, the service has no response cache
+    and a practically unlimited quota, so that calls are independent.
     """
     plain_card = with_config(
         demo_card, infer_response_cache=None, max_requests_per_min=RequestsPerMinute(default=10**6)
@@ -82,20 +91,20 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         eos_ids = frozenset({demo_tokenizer.eos_id})
         loaded = LoadedModel(demo_tokenizer, model, eos_ids, fingerprint)
         options = Settings.model_validate(
-            {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 5, **settings}
+            {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 30, **settings}
         )
         inputs = StartupInputs(
             card, accounts or AnonymousAuthenticator(), read_certificates(options), create_usage_store(options)
         )
         exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        # The channel outlives the server, so that calls see how the server drains.
+        # The channel outlives the server, so that calls are observed until the drain ends.
         async with (
             AsyncExitStack() as stack,
             start(options, inputs, exit_code, lambda *_: loaded, telemetry) as parts,
             serving(parts, options, exit_code) as address,
         ):
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-            model.probes = 0  # the warm-up does not count
+            model.probes = 0  # without the warm-up
             try:
                 yield Service(
                     address,
@@ -106,7 +115,7 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
                     parts.telemetry.metrics,
                 )
             finally:
-                # Not before the drain has begun: who waits shall be refused, not served.
+                # The drain must start first: it rejects queued requests, which a free model would serve.
                 opening = asyncio.create_task(open_gate_once_draining(model, parts.health))
                 stack.push_async_callback(lambda: opening)
 
@@ -114,21 +123,51 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
 
 
 async def open_gate_once_draining(model: ScriptedModel, health: HealthServicer) -> None:
-    """Let the model run free as soon as the server says NOT_SERVING."""
+    """Open the model's gate as soon as the server is NOT_SERVING."""
     await until(lambda: not health.serving)
     model.open_gate()
 
 
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> LoopClock:
+    """Return a clock that controls the timers of the event loop and of the engine's supervision."""
+    loop = asyncio.get_running_loop()
+    clock = LoopClock(loop.time)
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(supervised_engine, "time", SimpleNamespace(monotonic=clock))
+    return clock
+
+
+@pytest.fixture
+def deadlines(monkeypatch: pytest.MonkeyPatch) -> CallDeadlines:
+    """Return the control over the deadlines of all calls on this process's servers."""
+    deadlines = CallDeadlines()
+    wrap_handler = CallInterceptor._wrap_handler
+
+    def wrap_expiring(interceptor: CallInterceptor, method: str, behavior: Handler) -> Handler:
+        return deadlines.wrap(wrap_handler(interceptor, method, behavior))
+
+    monkeypatch.setattr(CallInterceptor, "_wrap_handler", wrap_expiring)
+    return deadlines
+
+
+@pytest.fixture
+def patient_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give Redis more time for its answers, because a busy machine is slow."""
+    monkeypatch.setattr(quota, "STORE_TIMEOUT_SECONDS", 30)
+    monkeypatch.setattr(response_cache, "STORE_TIMEOUT_SECONDS", 30)
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresCluster]:
-    """A running PostgreSQL."""
+    """Return a running PostgreSQL cluster."""
     with running_postgres() as cluster:
         yield cluster
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """An authority with a folder of its own."""
+    """Return a certificate authority with a new folder."""
     folder = tmp_path / "certificates"
     folder.mkdir()
     return Authority(folder)

@@ -89,7 +89,7 @@ async def test_metadata_that_is_too_large_is_refused(serve_scripted: ServiceMake
             assert peer.setting(h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE) == 4096
             # gRPC's clients look at that setting. This peer does not.
             for size in (4200, 8000):
-                stream = await peer.begin_call(service.address, ("x-large", "a" * size))
+                stream = await peer.start_call(service.address, ("x-large", "a" * size))
                 answer = await peer.event(h2.events.ResponseReceived)
                 assert answer.stream_id == stream
                 assert ("grpc-status", "8") in (answer.headers or ())
@@ -124,7 +124,7 @@ async def test_streams_have_a_limit(serve_scripted: ServiceMaker) -> None:
         assert peer.setting(h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS) == 3
         peer.http2.remote_settings.update({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 1000})
         peer.http2.remote_settings.acknowledge()  # the peer forgets what it was told
-        streams = [await peer.begin_call(service.address) for _ in range(4)]
+        streams = [await peer.start_call(service.address) for _ in range(4)]
         refused = await peer.event(h2.events.StreamReset)
         assert refused.stream_id == streams[-1]
         assert refused.error_code == h2.errors.ErrorCodes.REFUSED_STREAM
@@ -143,7 +143,7 @@ async def test_an_idle_connection_is_closed(serve_scripted: ServiceMaker) -> Non
         Http2Peer.connected(service.address) as busy,
         Http2Peer.connected(service.address) as idle,
     ):
-        await busy.begin_call(service.address)
+        await busy.start_call(service.address)
         goodbye = await idle.event(h2.events.ConnectionTerminated)
         assert goodbye.additional_data == b"connection idle"
         await idle.closed()
@@ -182,7 +182,7 @@ async def test_a_peer_that_went_away_is_noticed(serve_scripted: ServiceMaker) ->
         Http2Peer.connected(service.address) as gone,
         Http2Peer.connected(service.address) as there,
     ):
-        gone.deaf = True
+        gone.silent = True
         await asyncio.gather(gone.closed(), there.event(h2.events.PingReceived))
         await there.event(h2.events.PingReceived)
 

@@ -1,4 +1,4 @@
-"""A peer that speaks HTTP/2 by itself, and so can do what no gRPC client would."""
+"""An HTTP/2 client without gRPC, which can violate the protocol in ways that gRPC clients cannot."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,26 +14,26 @@ Event = TypeVar("Event", bound=h2.events.Event)
 
 
 class Http2Peer:
-    """One connection; what the server does is an event."""
+    """A connection. Each action of the server is an event."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         config = h2.config.H2Configuration(client_side=True, header_encoding="utf-8", validate_outbound_headers=False)
         self.http2 = h2.connection.H2Connection(config)
-        self.deaf = False
-        """Whether nothing is answered any more, not even pings."""
+        self.silent = False
+        """Whether the peer answers nothing more, not even pings."""
         self._reader, self._writer = reader, writer
         self._events: list[h2.events.Event] = []
 
     @classmethod
     @asynccontextmanager
     async def connected(cls, address: str) -> AsyncIterator[Self]:
-        """A connection on which both sides have said hello."""
+        """Connect, and exchange the settings."""
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         peer = cls(reader, writer)
         try:
             peer.http2.initiate_connection()
-            # gRPC servers speak of no limit that they would not hold a peer to who has not heard of it.
+            # A gRPC server enforces a limit only after the peer has received it.
             await peer.flush()
             await peer.event(h2.events.RemoteSettingsChanged)
             yield peer
@@ -43,13 +43,13 @@ class Http2Peer:
                 await writer.wait_closed()
 
     async def flush(self) -> None:
-        """Send what there is to send."""
+        """Send all pending data."""
         self._writer.write(self.http2.data_to_send())
         with suppress(OSError):
             await self._writer.drain()
 
-    async def begin_call(self, address: str, *metadata: tuple[str, str], service: str = "", method: str = "") -> int:
-        """The headers of a call, whose request never comes; the number of its stream."""
+    async def start_call(self, address: str, *metadata: tuple[str, str], service: str = "", method: str = "") -> int:
+        """Send the headers of a call without its request, and return the number of its stream."""
         stream = self.http2.get_next_available_stream_id()
         path = f"/{service or 'llama2.v1.TextGenerationService'}/{method or 'CountTokens'}"
         headers = [
@@ -65,24 +65,24 @@ class Http2Peer:
         await self.flush()
         return stream
 
-    async def event(self, kind: type[Event], timeout_seconds: float = 20) -> Event:
-        """The next event of a kind, past or to come; fails when the server closes the connection before."""
+    async def event(self, kind: type[Event], timeout_seconds: float = 60) -> Event:
+        """Return the next event of a kind, received or to come; fail if the server closes the connection first."""
         async with asyncio.timeout(timeout_seconds):
             while True:
                 for event in self._events:
                     if isinstance(event, kind):
                         self._events.remove(event)
                         return event
-                assert await self._read(), f"closed before {kind.__name__}; there were {self._events}"
+                assert await self._read(), f"closed before {kind.__name__}; events: {self._events}"
 
-    async def closed(self, timeout_seconds: float = 20) -> None:
+    async def closed(self, timeout_seconds: float = 60) -> None:
         """Wait until the server closes the connection."""
         async with asyncio.timeout(timeout_seconds):
             while await self._read():
                 pass
 
     def setting(self, code: h2.settings.SettingCodes) -> Any:
-        """What the server has asked for."""
+        """Return a setting of the server."""
         return self.http2.remote_settings[code]
 
     async def _read(self) -> bool:
@@ -92,7 +92,7 @@ class Http2Peer:
             return False
         if not data:
             return False
-        if not self.deaf:
+        if not self.silent:
             self._events += self.http2.receive_data(data)
             await self.flush()
         return True

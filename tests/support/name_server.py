@@ -1,4 +1,4 @@
-"""A DNS server for tests: one name with the addresses that the test says, as a headless Kubernetes service has."""
+"""A DNS server for tests: one name with several addresses, like a headless Kubernetes service."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ NAME = "llama2-headless.test"
 
 
 class NameServer(BaseResolver):  # type: ignore[misc]  # the library has no types
-    """Answers for `NAME`; `addresses` may change at any time."""
+    """A resolver of `NAME`; `addresses` may change at any time."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self.addresses = list(addresses)
         self.port = 0
 
     def resolve(self, request: DNSRecord, handler: DNSHandler) -> DNSRecord:
-        """The reply to one query: the addresses, to be kept by nobody."""
+        """Return the reply to a query: the addresses, with a time to live of 0."""
         reply = request.reply()
         if request.q.qtype == QTYPE.A and request.q.qname.matchGlob(f"{NAME}."):
             for address in self.addresses:
@@ -25,13 +25,16 @@ class NameServer(BaseResolver):  # type: ignore[misc]  # the library has no type
         return reply
 
     def target(self, port: int) -> str:
-        """The name as gRPC's target, resolved here. In a cluster the part between the slashes is empty: dns:///NAME:PORT."""
+        """Return the name as a gRPC target that this server resolves.
+
+        In a cluster, the part between the slashes is empty: dns:///NAME:PORT.
+        """
         return f"dns://127.0.0.1:{self.port}/{NAME}:{port}"
 
 
 @contextmanager
 def running_name_server(*addresses: str) -> Iterator[NameServer]:
-    """A name server on a free port of loopback."""
+    """Run a name server on a free loopback port."""
     names = NameServer(addresses)
     server = DNSServer(names, address="127.0.0.1", port=0, logger=DNSLogger(log="-request,-reply,-truncated,-data"))
     names.port = server.server.server_address[1]

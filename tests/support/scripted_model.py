@@ -11,8 +11,8 @@ from torch import Tensor
 class ScriptedModel:
     """Replies to every prompt with the same token ids; can be stopped at a step, fail, and count its steps.
 
-    A prompt equal to `probe_ids` is one of the server's probes, whose timing a test does not control. Probes are never
-    stopped, and are counted separately.
+    A prompt equal to `probe_ids` is one of the server's probes, whose timing a test does not control. Probes are
+    counted separately, and are stopped only by `gate(probes=True)`.
     """
 
     def __init__(
@@ -43,28 +43,30 @@ class ScriptedModel:
         self.nan_logits = False
         self.steps = threading.Semaphore(0)
         self.gated = False
+        self._gates_probes = False
         self.completed_steps = 0
         self.in_step = threading.Event()
         self._produced = [0] * slots
 
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
         self._probed[slot] = token_ids == self._probe_ids
-        self._wait(skip_gate=self._probed[slot])
+        self._wait(is_probe=self._probed[slot])
         self.prefills += position == 0 and not self._probed[slot]
         self.probes += self._probed[slot]
         self._produced[slot] = 0
         return self._next_logits(slot)
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Tensor:  # (rows, vocab_size)
-        self._wait(skip_gate=all(self._probed[slot] for slot in slots))
+        self._wait(is_probe=all(self._probed[slot] for slot in slots))
         self.decoded_rows.append(len(slots))
         return torch.stack([self._next_logits(slot) for slot in slots])
 
-    def gate(self) -> None:
-        """Make each following step wait for a permit from `allow`."""
+    def gate(self, *, probes: bool = False) -> None:
+        """Make each following step, also of probes if asked, wait for a permit from `allow`."""
         while self.steps.acquire(blocking=False):
             pass
         self.completed_steps = 0
+        self._gates_probes = probes
         self.gated = True
 
     def allow(self, steps: int) -> None:
@@ -81,10 +83,10 @@ class ScriptedModel:
         self.gated = False
         self.steps.release(1)
 
-    def _wait(self, *, skip_gate: bool) -> None:
+    def _wait(self, *, is_probe: bool) -> None:
         if self.failure is not None:
             raise self.failure
-        if self.gated and not skip_gate:
+        if self.gated and (self._gates_probes or not is_probe):
             self.in_step.set()
             self.steps.acquire()
             self.in_step.clear()

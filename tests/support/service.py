@@ -1,4 +1,4 @@
-"""A whole service on a scripted model, and what tests need to talk to it."""
+"""A service with a scripted model, and helpers for tests that call it."""
 
 import asyncio
 import sys
@@ -24,7 +24,7 @@ from llama2_server.telemetry.metrics import Metrics
 
 @dataclass(frozen=True)
 class Service:
-    """A service that listens, and stubs for it over a real socket."""
+    """A running service, with stubs that call it over a real socket."""
 
     address: str
     model: ScriptedModel
@@ -35,34 +35,41 @@ class Service:
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """Return the port that the service listens on."""
         return int(self.address.rpartition(":")[2])
 
     def finished_calls(self, code: str) -> int:
-        """How many calls have ended with this code, by the server's own count."""
+        """Return the number of finished calls with this code, as the server counts them."""
         families = self.metrics.registry.collect()
-        samples = [one for family in families for one in family.samples if one.name == "llama2_requests_total"]
-        return int(sum(one.value for one in samples if one.labels["code"] == code))
+        samples = (sample for family in families for sample in family.samples if sample.name == "llama2_requests_total")
+        return int(sum(sample.value for sample in samples if sample.labels["code"] == code))
 
     async def wait_until_queued(self, calls: int) -> None:
-        """Wait until this many calls wait for a slot: one that was begun may still be on its way."""
+        """Wait until exactly this many calls are queued: a new call takes a while to arrive."""
         await until(lambda: self.metrics.registry.get_sample_value("llama2_requests_queued") == calls)
 
+    async def wait_until_in_step(self) -> None:
+        """Wait until the gated model is in a step that needs a permit."""
+        await until(self.model.in_step.is_set)
 
-UnaryStream = Any  # grpc.aio's call classes take no type arguments at run time
-Cancellable = Any  # one of them, or the task that awaits its reply
+
+UnaryStream = Any  # grpc.aio's call classes accept no type arguments at run time
+Cancellable = Any  # a call, or the task that awaits its reply
 ServiceMaker = Callable[..., AbstractAsyncContextManager[Service]]
 
-# Several servers on one port, as the pods of a headless service are.
+# Options of a channel with which the server soon has to wait for the reader.
+SMALL_WINDOWS = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
+
+# Servers on one port of several hosts, like the pods of a headless Kubernetes service.
 ONE_PORT_HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 needs_one_port_hosts = pytest.mark.skipif(
-    sys.platform != "linux", reason="NOT TESTED WITH ONE NAME FOR SEVERAL SERVERS: only Linux has 127.0.0.2 as it is"
+    sys.platform != "linux", reason="NOT TESTED WITH ONE NAME FOR SEVERAL SERVERS: only Linux has 127.0.0.2 by default"
 )
 
 
 @asynccontextmanager
 async def three_services(serve: ServiceMaker, folder: Path) -> AsyncIterator[list[Service]]:
-    """Services on one port of each of `ONE_PORT_HOSTS`."""
+    """Run three services, on the same port of each of `ONE_PORT_HOSTS`."""
     async with AsyncExitStack() as stack:
         services: list[Service] = []
         for host in ONE_PORT_HOSTS:
@@ -72,43 +79,35 @@ async def three_services(serve: ServiceMaker, folder: Path) -> AsyncIterator[lis
 
 
 def prefills(services: Sequence[Service]) -> list[int]:
-    """How many calls each service's model has begun."""
+    """Return the number of prompts that each service's model has processed."""
     return [service.model.prefills for service in services]
 
 
 def with_config(card: ModelCard, **changes: object) -> ModelCard:
-    """A card with another constellation_config."""
+    """Return the card with these changes to its constellation_config."""
     return card.model_copy(update={"constellation_config": card.constellation_config.model_copy(update=changes)})
 
 
 def health_stub(channel: grpc.aio.Channel | grpc.Channel) -> Any:
-    """The health service's stub; its published types know no methods."""
+    """Return the stub of the health service; its published types have no methods."""
     return health_pb2_grpc.HealthStub(channel)
 
 
 def reflection_stub(channel: grpc.aio.Channel) -> Any:
-    """The reflection service's stub."""
+    """Return the stub of the reflection service."""
     make: Any = reflection_pb2_grpc.ServerReflectionStub
     return make(channel)
 
 
-def server_deadline(milliseconds: int) -> tuple[tuple[str, str], ...]:
-    """Metadata with a deadline that the server's timer keeps alone.
-
-    A caller's own timer ends the call too, and on a busy machine so early that the server takes it for a cancel.
-    """
-    return (("grpc-timeout", f"{milliseconds}m"),)
-
-
-async def until(condition: Callable[[], bool], timeout_seconds: float = 10) -> None:
-    """Let the event loop run until a condition holds; fails after the timeout."""
+async def until(condition: Callable[[], bool], timeout_seconds: float = 60) -> None:
+    """Run the event loop until a condition holds; the timeout only ends a test that hangs."""
     async with asyncio.timeout(timeout_seconds):
         while not condition():
             await asyncio.sleep(0)
 
 
 def details(error: grpc.aio.AioRpcError) -> dict[str, Message]:
-    """The google.rpc details of a refusal by type, ErrorInfo checked: it is always there."""
+    """Return the google.rpc details of an error by type; each error has an ErrorInfo."""
     trailers = dict(error.trailing_metadata())
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     assert (status.code, status.message) == (error.code().value[0], error.details())
@@ -124,26 +123,33 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, Message]:
 
 
 async def remaining_text(call: UnaryStream) -> str:
-    """What is left of a stream, to its end."""
+    """Read a stream to its end, and return the text."""
     text = ""
     while isinstance(message := await call.read(), pb.GenerateStreamResponse):
         text += message.response
     return text
 
 
+async def generate(service: Service, prompt: str, max_tokens: int) -> pb.GenerateResponse:
+    """Return a whole reply."""
+    request = pb.GenerateRequest(prompt=prompt, max_tokens=max_tokens)
+    reply: pb.GenerateResponse = await service.text.Generate(request)
+    return reply
+
+
 async def hold_slot(service: Service, prompt: str = "hold") -> UnaryStream:
-    """A call that holds the only slot, its first token read, the model waiting before the second."""
+    """Return a call that holds the only slot: its first token is read, and the model is in its second step."""
     service.model.gate()
     service.model.allow(1)
     call: UnaryStream = service.text.GenerateStream(pb.GenerateRequest(prompt=prompt))
     await call.read()
-    await asyncio.to_thread(service.model.in_step.wait, 10)
+    await service.wait_until_in_step()
     return call
 
 
 async def disconnect(service: Service, *calls: Cancellable) -> None:
-    """Give calls up, and wait until the server has heard of it: a cancel is only on its way when `cancel` returns."""
-    heard = service.finished_calls("CANCELLED") + len(calls)
+    """Cancel calls, and wait until the server has finished them: `cancel` returns before the server is notified."""
+    finished = service.finished_calls("CANCELLED") + len(calls)
     for call in calls:
         call.cancel()
-    await until(lambda: service.finished_calls("CANCELLED") == heard)
+    await until(lambda: service.finished_calls("CANCELLED") == finished)

@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer instead of waiting: hours of queueing run in milliseconds."""
+"""An event loop whose clock jumps to the next timer instead of waiting: hours in the queue take milliseconds."""
 
 import asyncio
 import selectors
@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Never sleeps: a timeout moves the clock."""
+    """A selector that never sleeps: a timeout moves the clock."""
 
     now = 0.0
 
@@ -23,7 +23,7 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """`time()` is virtual and starts at 0."""
+    """An event loop whose `time()` is virtual and starts at 0."""
 
     def __init__(self) -> None:
         self._jumping = _JumpingSelector()
@@ -34,6 +34,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtual(main: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine to its end in virtual time."""
+    """Run a coroutine in virtual time, and return its result."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)

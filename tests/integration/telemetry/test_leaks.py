@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 from prometheus_client import generate_latest
 from tests.integration.telemetry.conftest import Watched
+from tests.support.deadlines import CallDeadlines, server_deadline
 from tests.support.service import Service, ServiceMaker, disconnect, with_config
 
 from llama2.v1 import account_pb2, account_pb2_grpc
@@ -86,11 +87,13 @@ class Client:
             call = self.service.text.Generate(pb.GenerateRequest(prompt=PROMPT), metadata=with_key(key))
             await self.fails(call, grpc.StatusCode.UNAUTHENTICATED)
 
-    async def leave_early(self) -> None:
+    async def leave_early(self, deadlines: CallDeadlines) -> None:
         """Let one call's deadline pass during generation, and cancel another call."""
         request = pb.GenerateRequest(prompt=f"{PROMPT}?", stop=[STOP])
         self.service.model.gate()
-        late = self.service.text.Generate(request, metadata=self.metadata, timeout=0.2)
+        late = self.service.text.Generate(request, metadata=(*self.metadata, *server_deadline()))
+        await self.service.wait_until_in_step()
+        deadlines.expire()
         await self.fails(late, grpc.StatusCode.DEADLINE_EXCEEDED)
         self.service.model.open_gate()
         await self.generate(prompt=f"{PROMPT} once more")  # waits until the slot is free
@@ -141,6 +144,7 @@ async def test_nothing_leaks(
     watched: Watched,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    deadlines: CallDeadlines,
     capfd: pytest.CaptureFixture[str],
     log_format: Any,
 ) -> None:
@@ -159,7 +163,7 @@ async def test_nothing_leaks(
         client = Client(service, key, wrong_key)
         await client.succeed()
         await client.send_invalid_calls()
-        await client.leave_early()
+        await client.leave_early(deadlines)
         await client.fail_in_the_server(monkeypatch)
         scrape = generate_latest(watched.telemetry.metrics.registry).decode()
         files = b"".join(file.read_bytes() for file in data.rglob("*") if file.is_file())

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from tests.integration.telemetry.conftest import Watched, sample, scrape
+from tests.support.deadlines import CallDeadlines, server_deadline
 from tests.support.processes import free_port
 from tests.support.redis_server import running_redis
 from tests.support.service import (
@@ -28,7 +29,6 @@ from tests.support.service import (
     hold_slot,
     reflection_stub,
     remaining_text,
-    server_deadline,
     until,
     with_config,
 )
@@ -98,7 +98,9 @@ async def test_scrape_passes_promtool(serve_scripted: ServiceMaker) -> None:
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
-async def test_calls_are_counted_by_method_and_code(serve_scripted: ServiceMaker, watched: Watched) -> None:
+async def test_calls_are_counted_by_method_and_code(
+    serve_scripted: ServiceMaker, watched: Watched, deadlines: CallDeadlines
+) -> None:
     """Every call is counted under its method and code, however it ends."""
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         await service.text.Generate(pb.GenerateRequest(prompt="x"))
@@ -107,8 +109,11 @@ async def test_calls_are_counted_by_method_and_code(serve_scripted: ServiceMaker
             with pytest.raises(grpc.aio.AioRpcError):
                 await rejected
         service.model.gate()
+        late = service.text.Generate(pb.GenerateRequest(prompt="x"), metadata=server_deadline())
+        await service.wait_until_in_step()
+        deadlines.expire()
         with pytest.raises(grpc.aio.AioRpcError):
-            await service.text.Generate(pb.GenerateRequest(prompt="x"), metadata=server_deadline(200))
+            await late
         service.model.open_gate()
         await until(lambda: watched.value("llama2_requests_running") == 0)
         await disconnect(service, await hold_slot(service))
@@ -199,7 +204,9 @@ async def test_quota_and_response_cache(serve_scripted: ServiceMaker, demo_card:
         assert watched.value("llama2_quota_store_up") == 1
 
 
-async def test_unavailable_quota_store(serve_scripted: ServiceMaker, watched: Watched, tmp_path: Path) -> None:
+async def test_unavailable_quota_store(
+    serve_scripted: ServiceMaker, watched: Watched, tmp_path: Path, patient_stores: None
+) -> None:
     """While the quota store does not answer, its gauge is 0, and every affected request is counted."""
     request = pb.GenerateRequest(prompt="x")
     with running_redis(tmp_path) as redis:
@@ -213,7 +220,7 @@ async def test_unavailable_quota_store(serve_scripted: ServiceMaker, watched: Wa
             assert watched.value("llama2_quota_store_up") == 0
             assert watched.value("llama2_quota_store_errors_total") == 1
             redis.start()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while watched.value("llama2_quota_store_up") == 0:
                     with contextlib.suppress(grpc.aio.AioRpcError):  # the client pauses for a second
                         await service.text.Generate(request)

@@ -47,12 +47,15 @@ async def test_server_listens_on_ipv4_and_ipv6(monkeypatch: pytest.MonkeyPatch, 
 
 async def test_silent_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that sends nothing does not block scrapes, and is disconnected after a timeout."""
-    monkeypatch.setattr("llama2_server.telemetry.metrics_server._Handler.timeout", 0.2)
     with metrics_server(Metrics(CollectorRegistry()).registry, "127.0.0.1:0") as address:
-        reader, writer = await asyncio.open_connection(*address.split(":"))
+        _, patient = await asyncio.open_connection(*address.split(":"))
         assert "llama2_neurons_total 0.0" in await scrape(address)
-        assert await asyncio.wait_for(reader.read(), 10) == b""
+        # A scrape could be slower than this timeout.
+        monkeypatch.setattr("llama2_server.telemetry.metrics_server._Handler.timeout", 0.2)
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        assert await asyncio.wait_for(reader.read(), 60) == b""
         writer.close()
+        patient.close()
 
 
 async def test_scrape_works_while_the_event_loop_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +64,7 @@ async def test_scrape_works_while_the_event_loop_hangs(monkeypatch: pytest.Monke
     metrics.registry.register(ReadinessCollector(HealthServicer(())))
     metrics.registry.register(RequestQueue(1, max_queue_size=1, queue_timeout_seconds=1.0))
     metrics.on_step("decode", 0.02, 1)
+    monkeypatch.setattr(health_module, "LOOP_TIMEOUT_SECONDS", 60)
     with metrics_server(metrics.registry, "127.0.0.1:0") as address:
         assert sample(await scrape(address), "llama2_ready") == 0
         monkeypatch.setattr(health_module, "LOOP_TIMEOUT_SECONDS", 0.01)

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 from tests.integration.telemetry.conftest import Watched
+from tests.support.deadlines import DEADLINE_SECONDS, LoopClock, server_deadline
 from tests.support.service import (
     ServiceMaker,
     disconnect,
@@ -18,7 +19,6 @@ from tests.support.service import (
     hold_slot,
     reflection_stub,
     remaining_text,
-    server_deadline,
     with_config,
 )
 
@@ -157,13 +157,15 @@ async def test_cancelled_call_has_its_status_and_tokens(serve_scripted: ServiceM
     assert [child.name for child in children_of(root, spans)] == ["validation", "queue", "prefill", "decode"]
 
 
-async def test_expired_call_is_an_error(serve_scripted: ServiceMaker, watched: Watched) -> None:
+async def test_expired_call_is_an_error(serve_scripted: ServiceMaker, watched: Watched, clock: LoopClock) -> None:
     """A call whose deadline passes in the queue has only queue time; by the conventions it is an error."""
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         holder = await hold_slot(service)
         request = pb.GenerateRequest(prompt="x")
-        deadline = server_deadline(200)
-        await rejected(lambda: service.text.Generate(request, metadata=deadline), grpc.StatusCode.DEADLINE_EXCEEDED)
+        call = service.text.Generate(request, metadata=server_deadline())
+        await service.wait_until_queued(1)
+        clock.advance(DEADLINE_SECONDS)
+        await rejected(lambda: call, grpc.StatusCode.DEADLINE_EXCEEDED)
         spans = await watched.trace("DEADLINE_EXCEEDED")
         service.model.open_gate()
         await remaining_text(holder)
