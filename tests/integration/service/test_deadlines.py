@@ -77,7 +77,7 @@ async def test_deadline_with_a_waiting_message_is_not_a_server_error(
 async def _expires_with_a_waiting_message(service: Service, channel: grpc.aio.Channel, timeout_seconds: float) -> bool:
     """Return whether the deadline passed when the whole reply waited in the server, not before."""
     prefills, expired = service.model.prefills, service.finished_calls("DEADLINE_EXCEEDED")
-    request = pb.GenerateRequest(prompt="stalled", max_tokens=700)
+    request = pb.GenerateRequest(prompt="stalled", max_tokens=200)
     stalled = type(service.text)(channel).GenerateStream(request, metadata=server_deadline(timeout_seconds))
     await until(lambda: service.model.prefills > prefills or stalled.done())
     if stalled.done():

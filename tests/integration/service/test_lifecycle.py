@@ -31,7 +31,7 @@ from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.api.server import SERVICES
 from llama2_server.card import ModelCard
 from llama2_server.configuration_error import ConfigurationError
-from llama2_server.lifecycle import drain
+from llama2_server.lifecycle import drain, readiness
 
 REPLY = "Once upon a time, a fox 🦊 lived by the sea."
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -93,9 +93,12 @@ async def test_probe_takes_no_place_in_the_queue(serve_scripted: ServiceMaker, c
         assert (await call).response
 
 
-async def test_failed_engine_is_not_serving_until_a_probe_succeeds(serve_scripted: ServiceMaker) -> None:
+async def test_failed_engine_is_not_serving_until_a_probe_succeeds(
+    serve_scripted: ServiceMaker, clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a failed generation, every service is NOT_SERVING; a probe makes it SERVING again without a client."""
-    async with serve_scripted() as service:
+    monkeypatch.setattr(readiness, "FIRST_RETRY_SECONDS", 60)  # the server ends after three failed probes
+    async with serve_scripted(engine_step_timeout_seconds=1e9) as service:
         watches = [
             health_stub(service.channel).Watch(health_pb2.HealthCheckRequest(service=name))
             for name in ("", SERVICES[0])
@@ -107,7 +110,10 @@ async def test_failed_engine_is_not_serving_until_a_probe_succeeds(serve_scripte
         assert [(await watch.read()).status for watch in watches] == [NOT_SERVING] * 2
         assert await health_of(service, "liveness") == SERVING
         service.model.failure = None
-        assert [(await watch.read()).status for watch in watches] == [SERVING] * 2
+        recovery = [asyncio.create_task(watch.read()) for watch in watches]
+        for change in recovery:
+            await clock.expire(change)
+            assert change.result().status == SERVING
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), MemoryError(), None])
