@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tests.unit.engine.checkpoint.edited_checkpoints import edit_json
+from tests.support.checkpoints import edit_json
 from tools.make_checkpoint import Shape, make_checkpoint
 
 from llama2_server.card import load_card

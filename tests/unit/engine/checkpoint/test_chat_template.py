@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.engine.checkpoint.edited_checkpoints import edit_json
+from tests.support.checkpoints import edit_json
 from tools.make_checkpoint import CHAT_TEMPLATE
 
 from llama2_server.engine.checkpoint import chat_template

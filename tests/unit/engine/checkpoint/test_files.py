@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.engine.checkpoint.edited_checkpoints import config, edit_json
+from tests.support.checkpoints import config, edit_json
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.files import read_config, read_eos_ids

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.checkpoints import MakeCheckpoint
-from tests.unit.engine.checkpoint.edited_checkpoints import Edit, config, edit_tensors, load, tensors
+from tests.support.checkpoints import Edit, MakeCheckpoint, config, edit_tensors, tensors
+from tests.unit.engine.checkpoint.loading import load
 from tools.make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 from transformers import LlamaForCausalLM

@@ -6,16 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.engine.checkpoint.edited_checkpoints import (
-    Edit,
-    config,
-    load,
-    only_pickles,
-    overwrite,
-    remove,
-    tensors,
-    truncate,
-)
+from tests.support.checkpoints import Edit, config, only_pickles, overwrite, remove, tensors, truncate
+from tests.unit.engine.checkpoint.loading import load
 from tools.make_checkpoint import make_tokenizer
 
 from llama2_server.engine.errors import WeightsError
@@ -38,7 +30,7 @@ REJECTED: dict[str, tuple[Edit, str]] = {
     "another model type": (config(model_type="mistral"), r"model_type 'mistral'"),
     "quantized": (
         config(quantization_config={"quant_method": "gptq"}),
-        r"quantization_config; pass a checkpoint with unquantized weights",
+        r"the weights are quantized with GPTQ \(quantization_config\); pass a checkpoint with unquantized weights",
     ),
     "scaled rotary embedding": (config(rope_scaling={"type": "linear", "factor": 2.0}), r"rope_scaling is 'linear'"),
     "attention bias": (config(attention_bias=True), r"attention_bias is True, expected False"),

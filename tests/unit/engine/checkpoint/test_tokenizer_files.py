@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.vocabularies import save_tokenizer_json
-from tests.unit.engine.checkpoint.edited_checkpoints import load
+from tests.support.checkpoints import save_tokenizer_json
+from tests.unit.engine.checkpoint.loading import load
 
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.errors import WeightsError

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.vocabularies import VOCAB_SIZE, make_large_tokenizer, save_tokenizer_json
+from tests.support.checkpoints import VOCAB_SIZE, make_large_tokenizer, save_tokenizer_json
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as model_proto
-from tests.support.vocabularies import pieces_of
+from tests.support.checkpoints import pieces_of
 from tests.unit.engine.text.test_tokenizer_json import TEXTS, random_texts, starts_with_space
 from tools.make_checkpoint import make_tokenizer
 from transformers import LlamaTokenizer

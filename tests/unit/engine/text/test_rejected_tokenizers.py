@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.vocabularies import edit_tokenizer_json
+from tests.support.checkpoints import edit_tokenizer_json
 
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.text.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from tests.support.vocabularies import VOCAB_SIZE, edit_tokenizer_json, pieces_of
+from tests.support.checkpoints import VOCAB_SIZE, edit_tokenizer_json, pieces_of
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from llama2_server.engine.text.detokenizer import Detokenizer
