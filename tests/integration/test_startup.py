@@ -42,7 +42,7 @@ def taken_port() -> Iterator[int]:
         (["--card", "no-such-card", "--weights", "."], {}, "--card no-such-card: cannot be read"),
         (["--weights", "/no/such/directory"], {}, "--weights: /no/such/directory: not a directory and not an org/name"),
         (["--weights", "~no-such-account/x"], {}, "--weights: ~no-such-account/x: the home directory is unknown; pass"),
-        (["--weights", "."], {}, "--weights: tokenizer.model: no such file, and no tokenizer.json; copy either from"),
+        (["--weights", "."], {}, "--weights: config.json: no such file; pass the directory of a Hugging Face"),
         (["--shutdown-grace-seconds", "-1"], {}, "--shutdown-grace-seconds: must be at least 0"),
         (["--api-keys-file", "/no/such/keys"], {}, "--api-keys-file: cannot read /no/such/keys: "),
         (

@@ -18,6 +18,7 @@ from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.chat_template import check_chat_template
 from llama2_server.engine.checkpoint.config_cache import read_metadata
+from llama2_server.engine.checkpoint.formats import check_format
 from llama2_server.engine.checkpoint.loader import fetch_checkpoint
 from llama2_server.engine.checkpoint.loader import load_model as load_weights
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
@@ -64,6 +65,7 @@ def load_model(settings: Settings, card: ModelCard) -> LoadedModel:
 def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     started_at = time.monotonic()
     checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
+    check_format(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
     check_chat_template(checkpoint, tokenizer, allow_other=settings.allow_other_chat_template)
     metadata = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")

@@ -25,6 +25,7 @@ PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt")
 # Rotary buffers, per layer or for the whole model: inv_freq, cos_cached and others. They follow from the configuration.
 DERIVED = re.compile(r"(model\.)?(layers\.\d+\.)?(self_attn\.)?rotary_emb\.\w+")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+QUANTIZERS = {"awq": "AWQ", "gptq": "GPTQ"}
 REQUIRED_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -60,7 +61,7 @@ def read_config(directory: Path) -> LlamaConfig:
     """
     path = directory / "config.json"
     raw = read_json(path)
-    _check_architecture(path, raw)
+    check_architecture(path, raw)
     config = _parse_config(path, raw)
     _check_config(path, config)
     return LlamaConfig(
@@ -140,15 +141,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
+def check_architecture(path: Path, raw: dict[str, Any]) -> None:
+    """Check the content of a config.json, without transformers.
+
+    Raises:
+        WeightsError: it is not the configuration of an unquantized Llama.
+    """
     if raw.get("architectures") != ["LlamaForCausalLM"] or raw.get("model_type") != "llama":
         found = f"{raw.get('architectures')} of model_type {raw.get('model_type')!r}"
         raise WeightsError(
             f"{path}: architectures is {found}, expected ['LlamaForCausalLM'] of model_type 'llama'; "
             "pass a Llama checkpoint"
         )
-    if raw.get("quantization_config") is not None:
-        raise WeightsError(f"{path}: has a quantization_config; pass a checkpoint with unquantized weights")
+    for key in ("quantization_config", "quantization"):  # the second by MLX
+        if (quantization := raw.get(key)) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            name = f"with {QUANTIZERS.get(method, method)} " if isinstance(method, str) else ""
+            raise WeightsError(
+                f"{path}: the weights are quantized {name}({key}); pass a checkpoint with unquantized weights"
+            )
 
 
 def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":

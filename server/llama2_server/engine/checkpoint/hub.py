@@ -14,6 +14,9 @@ ALLOW_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "generation_config.json",
     "tokenizer.model",
     "tokenizer.json",
@@ -37,6 +40,9 @@ def fetch_checkpoint(weights: str) -> Path:
     directory = _expand_home(weights)
     if weights and directory.is_dir():
         return directory
+    if directory.is_file():
+        kind = "a GGUF file of llama.cpp" if directory.suffix == ".gguf" else "a file"
+        raise WeightsError(f"{weights}: {kind}; pass the directory of a Hugging Face checkpoint with safetensors files")
     if not HUB_ID.fullmatch(weights):
         raise WeightsError(
             f"{weights}: not a directory and not an org/name on the Hugging Face Hub; pass a checkpoint's directory "

@@ -132,7 +132,8 @@ def _check_tensors(directory: Path, stored: dict[str, TensorEntry], destinations
     for name, destination in destinations.items():
         expected = tuple(destination.shape)
         if name not in stored:
-            raise WeightsError(f"{directory}: tensor {name} of shape {expected} is missing; fetch the checkpoint again")
+            remedy = _remedy_for_missing(name, stored)
+            raise WeightsError(f"{directory}: tensor {name} of shape {expected} is missing; {remedy}")
         if stored[name].shape != expected:
             found = stored[name].shape
             raise WeightsError(
@@ -142,6 +143,15 @@ def _check_tensors(directory: Path, stored: dict[str, TensorEntry], destinations
         raise WeightsError(
             f"{stored[name].path}: tensor {name} is not part of a Llama with this config.json; {MATCHING_FILES}"
         )
+
+
+def _remedy_for_missing(name: str, stored: dict[str, TensorEntry]) -> str:
+    renamed = next((other for other in stored if other.endswith(f".{name}")), None)
+    if renamed is not None:  # as by torch.compile or an incomplete merge
+        return f"rename {renamed} and the other tensors to Llama's names"
+    if name == HEAD:
+        return "set tie_word_embeddings to true in config.json if the model uses the embedding, or fetch it again"
+    return "fetch the checkpoint again"
 
 
 def tensor_destinations(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:

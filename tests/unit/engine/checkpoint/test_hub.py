@@ -25,6 +25,16 @@ def test_neither_directory_nor_hub_id_is_rejected(weights: str) -> None:
         fetch_checkpoint(weights)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("a.gguf", "a GGUF file of llama.cpp"), ("model.safetensors", "a file")])
+def test_a_file_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    """A file is not looked up on the Hub, although its path can have the form of a Hub id."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=f"^models/{name}: {kind}; pass the directory of a Hugging Face checkpoint"):
+        fetch_checkpoint(f"models/{name}")
+
+
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 
 
