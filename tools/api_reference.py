@@ -55,7 +55,7 @@ namespace, Objective-C prefix) are placeholders under `example.com`; [buf.gen.ya
 |---|---|
 """
 STANDARD_SERVICES = """\
-| `grpc.health.v1.Health` | `Check`, `List`, `Watch`: `""`, each service, `liveness` ([lifecycle.md](lifecycle.md)) |
+| `grpc.health.v1.Health` | `Check`, `List`, `Watch`; [names and their meaning](lifecycle.md) |
 | `grpc.reflection.v1.ServerReflection` | for `grpcurl` and `buf curl`, with all comments |
 | `grpc.reflection.v1alpha.ServerReflection` | the same; `--no-reflection` disables both |
 """

@@ -24,7 +24,7 @@ from llama2_server.lifecycle.model_loading import Load, LoadedModel, load_model
 from llama2_server.lifecycle.preflight import StartupInputs
 from llama2_server.lifecycle.probe import probe_succeeds
 from llama2_server.lifecycle.readiness import Readiness
-from llama2_server.lifecycle.stores import open_ledger, open_quota, open_response_cache
+from llama2_server.lifecycle.stores import open_ledger, open_quota, open_response_cache, watch_stores
 from llama2_server.lifecycle.tasks import (
     StartupCancelled,
     background_task,
@@ -95,6 +95,7 @@ async def start(
         health = (await stack.enter_async_context(health_port(settings))).servicer
         ledger = await stack.enter_async_context(open_ledger(settings, inputs.card, inputs.usage_store))
         quota = await stack.enter_async_context(open_quota(settings, inputs.card))
+        await stack.enter_async_context(watch_stores(quota, ledger, health))
         response_cache = await stack.enter_async_context(open_response_cache(settings, inputs.card))
         loaded = await cancel_on(exit_code, run_in_thread("loading", lambda: load(settings, inputs.card)))
         readiness = Readiness(health.set_serving, interval_seconds=settings.readiness_probe_interval_seconds)

@@ -1,6 +1,7 @@
 """Redis client with a timeout per command, and a pause after a command without an answer."""
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable
@@ -72,18 +73,27 @@ class RedisClient:
         """
         if _now() < self._paused_until:
             raise RedisUnavailable
+        return await self._run(command, BACKOFF_SECONDS)
+
+    async def probe(self) -> None:
+        """Update `up`, also during a pause; call it each second, so that no call waits for an answer in between."""
+        with contextlib.suppress(RedisUnavailable):
+            # The pause lasts until after the next probe: only the probes wait for a Redis that does not answer.
+            await self._run(self.client.ping, 2 * BACKOFF_SECONDS + self.timeout_seconds)
+
+    async def _run(self, command: Callable[[], Awaitable[Answer]], pause_seconds: float) -> Answer:
         try:
             async with asyncio.timeout(self.timeout_seconds):
                 answer = await command()
         except self._errors as error:
-            self._paused_until = _now() + BACKOFF_SECONDS
+            self._paused_until = _now() + pause_seconds
             if self.up:
                 logger.warning("the %s does not answer (%s)", self._subject, type(error).__name__)
             self.up = False
             raise RedisUnavailable from error
         if not self.up:
             logger.warning("the %s answers again", self._subject)
-        self.up = True
+        self.up, self._paused_until = True, -math.inf
         return answer
 
     async def close(self) -> None:

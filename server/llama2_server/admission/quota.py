@@ -109,6 +109,11 @@ class Quota(Collector):
         """Whether Redis answered the last command; always true in memory."""
         return self._shared is None or self._shared.up
 
+    async def probe_store(self) -> None:
+        """Send a command to Redis, so that `store_up` is current without calls; no-op in memory."""
+        if self._shared is not None:
+            await self._shared.probe()
+
     def collect(self) -> Iterator[Metric]:
         """Yield the quota store's metrics, on the scrape thread."""
         up = "1 if the quota store answered the last command, or if quotas are kept in memory; else 0."
@@ -196,6 +201,9 @@ class _RedisWindows:
     @property
     def up(self) -> bool:
         return self._redis.up
+
+    async def probe(self) -> None:
+        await self._redis.probe()
 
     async def use(self, account_id: str, limit: int, *, consume: bool) -> _Window:
         """Run the script; raises RedisUnavailable."""

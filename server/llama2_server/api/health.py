@@ -22,30 +22,54 @@ LIVENESS = "liveness"
 """The name that is SERVING while the event loop runs, also while the service loads or drains."""
 
 
+QUOTA_STORE = "quota-store"
+USAGE_STORE = "usage-store"
+
+
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Serves Check, List and Watch for "" (the whole server) and each service, all in one state, and for liveness."""
+    """Serves Check, List and Watch for "" (the whole server) and each service, all in one state, liveness and stores.
+
+    A shared store changes only the state of its name: otherwise all replicas would leave at once.
+    """
 
     def __init__(self, services: tuple[str, ...]) -> None:
         self._services = ("", *services)
+        self._stores = {QUOTA_STORE: True, USAGE_STORE: True}
         self._serving = False
+        self._disk_writable = True
         self._changed = asyncio.Event()
         self._closed = False
 
     @property
     def serving(self) -> bool:
         """Whether the state is SERVING."""
-        return self._serving
+        return self._serving and self._disk_writable and not self._closed
 
     def set_serving(self, serving: bool) -> None:
-        """Change the state of all services and notify the watchers; no-op once closed."""
-        self._serving = serving and not self._closed
+        """Set whether the engine serves, and notify the watchers."""
+        self._serving = serving
+        self._notify()
+
+    def set_disk_writable(self, writable: bool) -> None:
+        """Set whether usage can be recorded on the local disk; without it no service is SERVING."""
+        if writable != self._disk_writable:
+            self._disk_writable = writable
+            self._notify()
+
+    def set_store(self, name: str, up: bool) -> None:
+        """Set the state of a store."""
+        if up != self._stores[name]:
+            self._stores[name] = up
+            self._notify()
+
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     def close(self) -> None:
         """Report NOT_SERVING from now on, and end every watch."""
         self._closed = True
-        self.set_serving(False)
+        self._notify()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
         """Return the state of one service; NOT_FOUND for an unknown one, as the protocol specifies."""
@@ -56,7 +80,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
     async def List(self, request: Any, context: Any) -> Any:
         """Return the state of each name that Check knows."""
-        names = (*self._services, LIVENESS)
+        names = (*self._services, LIVENESS, *self._stores)
         statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in names}
         messages: Any = health_pb2  # its published types lack this RPC
         return messages.HealthListResponse(statuses=statuses)
@@ -77,9 +101,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> int | None:
         if service == LIVENESS:
             return SERVING
+        if service in self._stores:
+            return SERVING if self._stores[service] else NOT_SERVING
         if service not in self._services:
             return None
-        return SERVING if self._serving else NOT_SERVING
+        return SERVING if self.serving else NOT_SERVING
 
 
 class ReadinessCollector(Collector):

@@ -1,15 +1,24 @@
 """Open the stores that outlive a request: the usage ledger, the quotas and the response cache."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 from llama2_server.admission.quota import Quota
+from llama2_server.api.health import QUOTA_STORE, USAGE_STORE, HealthServicer
 from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.generation.response_cache import MemoryResponseCache, RedisResponseCache, ResponseCache
+from llama2_server.lifecycle.tasks import background_task
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.store import Store
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 1.0
 
 
 @asynccontextmanager
@@ -51,6 +60,27 @@ async def open_quota(settings: Settings, card: ModelCard) -> AsyncIterator[Quota
         yield quota
     finally:
         await quota.close()
+
+
+@asynccontextmanager
+async def watch_stores(quota: Quota, ledger: Ledger, health: HealthServicer) -> AsyncIterator[None]:
+    """Probe the stores and the local disk each second during the body, and report them to the health service."""
+    async with (
+        background_task(_watch(quota.probe_store, lambda: health.set_store(QUOTA_STORE, quota.store_up))),
+        background_task(_watch(ledger.probe_store, lambda: health.set_store(USAGE_STORE, ledger.store_up))),
+        background_task(_watch(ledger.probe_disk, lambda: health.set_disk_writable(ledger.disk_writable))),
+    ):
+        yield
+
+
+async def _watch(probe: Callable[[], Awaitable[None]], report: Callable[[], None]) -> NoReturn:
+    while True:
+        try:
+            await probe()
+        except Exception:  # the next probe may succeed
+            logger.exception("a probe of a store failed")
+        report()
+        await asyncio.sleep(PROBE_SECONDS)
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ from llama2_server.usage.pricing import TokenUsage
 from llama2_server.usage.records import DailyUsage, RunningRequest, UsageRecord
 from llama2_server.usage.schema import NEURON_DECIMALS
 from llama2_server.usage.store import Store
+from llama2_server.usage.store_state import StoreState
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ BATCH_RECORDS = 500
 BATCH_SECONDS = 0.05  # delay that collects more records into a batch
 SYNC_SECONDS = 1.0  # a power failure loses at most this much
 FIRST_RETRY_SECONDS = 0.1
-MAX_RETRY_SECONDS = 5.0
+MAX_RETRY_SECONDS = 1.0
+PROBE_TIMEOUT_SECONDS = 2.0
 READ_FLUSH_TIMEOUT_SECONDS = 2.0  # how long a reader waits for the latest records
 CLOSE_TIMEOUT_SECONDS = 5.0
 
@@ -81,7 +83,7 @@ class Ledger(Collector):
         self._neuron_costs = neuron_costs
         self._now = now
         self._migrated = False
-        self._store_failed = False
+        self._store_state = StoreState()
         self._finished = journal.pending
         self._stored = 0
         self._changed = asyncio.Event()
@@ -131,6 +133,16 @@ class Ledger(Collector):
         return self._journal.size
 
     @property
+    def store_up(self) -> bool:
+        """Whether the store answered the last operation."""
+        return self._store_state.up
+
+    @property
+    def disk_writable(self) -> bool:
+        """Whether the journal's disk accepts records."""
+        return self._journal.writable
+
+    @property
     def lag_seconds(self) -> float:
         """Time since the request of the oldest pending record finished; 0 without pending records."""
         oldest = self._journal.oldest_finished_at
@@ -138,11 +150,30 @@ class Ledger(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the ledger's metrics, on the scrape thread."""
-        lag = "Age of the oldest usage record that is not in the usage store yet, or 0."
-        yield GaugeMetricFamily("llama2_usage_lag_seconds", lag, self.lag_seconds)
-        pending = "Number of usage records that are not in the usage store yet."
-        yield GaugeMetricFamily("llama2_usage_pending_records", pending, self.pending)
-        yield GaugeMetricFamily("llama2_usage_journal_bytes", "Size of the usage journal on disk.", self.journal_bytes)
+        for name, documentation, value in (
+            ("lag_seconds", "Age of the oldest record that is not in the usage store yet, or 0.", self.lag_seconds),
+            ("pending_records", "Number of usage records that are not in the usage store yet.", self.pending),
+            ("journal_bytes", "Size of the usage journal on disk.", self.journal_bytes),
+            ("store_up", "1 if the usage store answered the last operation, else 0.", self.store_up),
+            ("disk_writable", "1 if the disk of the usage journal accepts records, else 0.", self.disk_writable),
+        ):
+            yield GaugeMetricFamily(f"llama2_usage_{name}", documentation, value)
+
+    async def probe_store(self) -> None:
+        """Read from the store, so that `store_up` is current without requests."""
+        if self._journal.pending:  # the batches determine the state: a store can be readable and not writable
+            return
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
+                await self._migrate()
+                await self._store.ping()
+            self._store_state.record_success()
+        except (StoreUnavailable, LedgerError, TimeoutError) as error:
+            self._store_state.record_failure(error)
+
+    async def probe_disk(self) -> None:
+        """Check the free space, so that `disk_writable` is current without requests."""
+        await asyncio.to_thread(self._journal.probe_disk)
 
     def check_capacity(self, request_id: str, account_id: str, model: str) -> None:
         """Check that the journal has space for a request, before anything is counted for it.
@@ -219,7 +250,7 @@ class Ledger(Collector):
         except StoreUnavailable as error:
             if not error.temporary:
                 raise LedgerError(f"--usage-url: {error}") from error
-            self._log_failure(error)
+            self._store_state.record_failure(error)
         self._tasks = [asyncio.create_task(self._flush_forever()), asyncio.create_task(self._sync_forever())]
         self._changed.set()
 
@@ -238,8 +269,7 @@ class Ledger(Collector):
 
     async def _flush_batch(self) -> None:
         """Store the oldest records; retry until that succeeds."""
-        batch = self._journal.oldest(BATCH_RECORDS)
-        retry_seconds = FIRST_RETRY_SECONDS
+        batch, retry_seconds = self._journal.oldest(BATCH_RECORDS), FIRST_RETRY_SECONDS
         while not await self._insert(batch):
             await asyncio.sleep(retry_seconds)
             retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
@@ -253,17 +283,10 @@ class Ledger(Collector):
             await self._migrate()
             await self._store.insert(batch)
         except (StoreUnavailable, LedgerError) as error:
-            self._log_failure(error)
+            self._store_state.record_failure(error)
             return False
-        if self._store_failed:
-            logger.info("the usage store is available again")
-        self._store_failed = False
+        self._store_state.record_success()
         return True
-
-    def _log_failure(self, error: Exception) -> None:
-        if not self._store_failed:
-            logger.warning("the usage store is unavailable, records wait in the journal: %s", error)
-        self._store_failed = True
 
     async def _sync_forever(self) -> None:
         while True:

@@ -64,6 +64,12 @@ class Store:
         async with self._connection() as connection, connection.begin():
             await connection.execute(self._insert, rows)
 
+    async def ping(self) -> None:
+        """Read at most one record, to find out whether the store answers."""
+        async with self._connection() as connection:
+            reader = await connection.execution_options(**{READ_ONLY: True})
+            await reader.execute(sa.select(usage_records.c.request_id).limit(1))
+
     async def totals(self, account_id: str | None, since: date | None, until: date | None) -> list[DailyUsage]:
         """Return usage by account, day in UTC and model, in this order; both days are included, None means no limit."""
         query = _totals(account_id, since, until)

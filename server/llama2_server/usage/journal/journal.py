@@ -28,6 +28,8 @@ PROGRESS_TOKENS = 16
 # Upper bound of the extra length of the last line of a request, compared with its first.
 FINISHED_LINE_EXTRA_BYTES = 256
 MAX_SEGMENT_BYTES = 1024 * 1024
+# Space for the lines of a few hundred requests. With less, new requests will soon be rejected.
+PROBE_BYTES = 64 * 1024
 
 
 class Journal:
@@ -43,6 +45,7 @@ class Journal:
         self._reserved_bytes = 0
         self._pending: deque[tuple[UsageRecord, Segment]] = deque()
         self._lock = threading.Lock()
+        self._writable = True
 
     @classmethod
     def open(cls, directory: Path, limit_bytes: int) -> Self:
@@ -66,6 +69,26 @@ class Journal:
     def size(self) -> int:
         """Size on disk in bytes."""
         return self._segments.size
+
+    @property
+    def writable(self) -> bool:
+        """Whether the disk accepted the last line, or the last probe."""
+        return self._writable
+
+    def probe_disk(self) -> None:
+        """Update `writable`: write a small file if the disk is almost full, or did not accept a line; blocks."""
+        try:
+            if self._writable and self._segments.free_bytes() >= PROBE_BYTES:
+                return
+            self._segments.write_probe(PROBE_BYTES)
+        except OSError as error:
+            if self._writable:
+                logger.error("the disk of the usage journal is not writable: %s", error.strerror)  # noqa: TRY400 - one line
+            self._writable = False
+        else:
+            if not self._writable:
+                logger.warning("the disk of the usage journal is writable again")
+            self._writable = True
 
     @property
     def oldest_finished_at(self) -> datetime | None:
@@ -169,7 +192,11 @@ class Journal:
     def _append(self, line: bytes) -> None:
         if self._segments.current.size > self._segment_bytes:
             self._rotate()
-        self._segments.append(line)
+        try:
+            self._segments.append(line)
+        except OSError:
+            self._writable = False
+            raise
 
     def _append_if_room(self, line: bytes) -> None:
         if self.size + self._reserved_bytes + len(line) > self._limit_bytes:

@@ -102,6 +102,26 @@ class Segments:
         self.size += len(first_lines)
         self._dirty, self._incomplete = True, False
 
+    def free_bytes(self) -> int:
+        """Return the free space of the disk."""
+        disk = os.statvfs(self._lock.directory)
+        return disk.f_bavail * disk.f_frsize
+
+    def write_probe(self, size: int) -> None:
+        """Write a file of this size, and delete it.
+
+        Raises:
+            OSError: the disk does not accept it.
+        """
+        path = self._lock.directory / f"{self._lock.instance}.probe"
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                if file.write(bytes(size)) != size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            path.unlink(missing_ok=True)
+
     def drop_flushed(self) -> None:
         """Delete the oldest files, up to the first with unflushed records; keep the current file."""
         while len(self._segments) > 1 and not self._segments[0].unflushed_records:
