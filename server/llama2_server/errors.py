@@ -164,7 +164,7 @@ class QuotaExceeded(ResourceExhausted):
 
 
 class QueueFull(ResourceExhausted):
-    """The request queue is full."""
+    """The request queue is full, or a request of an account with fewer requests in the full queue came."""
 
     reason = "QUEUE_FULL"
 

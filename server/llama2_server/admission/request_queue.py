@@ -1,21 +1,23 @@
 """The request queue in front of the engine: a fixed number of slots, bounded, fair, and aware of deadlines.
 
-First come, first served within an account; round robin between accounts, so that a flood from one account never
-starves another. It runs on the event loop and needs no locks: nothing awaits between a check and a change.
+First come, first served within an account; round robin between accounts. In a full queue, a request of an account with
+few requests displaces one of the account with the most, so that a flood from one account never starves another. The
+queue runs on the event loop and needs no locks: nothing awaits between a check and a change.
 """
 
 import asyncio
 import heapq
 import logging
-from collections import OrderedDict, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from llama2_server.admission.reservation import Reservation, SlotLease
+from llama2_server.admission.round_robin import RoundRobin
 from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
 logger = logging.getLogger(__name__)
@@ -23,16 +25,6 @@ logger = logging.getLogger(__name__)
 # Weight of the newest hold in the moving average: a change of load shows after a handful of requests.
 EMA_ALPHA = 0.3
 GRANT_RETRY_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SlotLease:
-    """A slot in use."""
-
-    queue_seconds: float
-    """Time in the queue."""
-    started_at: float
-    """When the slot was granted, by the event loop's clock."""
 
 
 class RequestQueue(Collector):
@@ -56,7 +48,8 @@ class RequestQueue(Collector):
         self._queue_timeout_seconds = queue_timeout_seconds
         self._granted = 0  # slots in use, or granted to a request whose task has not run yet
         self._leases: set[SlotLease] = set()
-        self._waiters: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the first account is next
+        self._waiting: RoundRobin[Reservation] = RoundRobin()
+        self._displacing: Counter[str] = Counter()  # reservations per account that displace another when confirmed
         self._mean_hold_seconds: float | None = None
         self._closed = False
         self._grant_retry: asyncio.TimerHandle | None = None
@@ -69,8 +62,7 @@ class RequestQueue(Collector):
     @property
     def waiting(self) -> int:
         """Queued requests."""
-        # tuple() copies in one step, because the scrape thread reads this too.
-        return sum(map(len, tuple(self._waiters.values())))
+        return len(self._waiting)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the queue's metrics, on the scrape thread."""
@@ -79,9 +71,11 @@ class RequestQueue(Collector):
         slots = "Number of slots: the card's max_concurrent_requests."
         yield GaugeMetricFamily("llama2_max_concurrent_requests", slots, self._slots)
 
-    @asynccontextmanager
-    async def slot(self, account_id: str, deadline: float | None) -> AsyncIterator[SlotLease]:
-        """Wait for a slot, and hold it for the body.
+    def reserve(self, account_id: str, deadline: float | None) -> Reservation:
+        """Reserve a slot or space in the queue for a request; the caller must `confirm` or `release` it.
+
+        If the queue is full, a request whose account has at least two requests fewer in it than the largest account
+        still gets a reservation. When it is confirmed, it displaces the newest request of the largest account.
 
         Args:
             account_id: the account that the request belongs to.
@@ -89,36 +83,83 @@ class RequestQueue(Collector):
 
         Raises:
             QueueFull: the queue is full.
-            QueueWaitTooLong: the wait would exceed, or has exceeded, the deadline or the queue timeout.
+            QueueWaitTooLong: the wait would exceed the deadline or the queue timeout.
+            ShuttingDown: the server is shutting down.
+        """
+        self.check_open()
+        reservation = Reservation(account_id, displaces=not self._has_space())
+        if reservation.displaces and not self._may_displace(account_id, self._displacing[account_id]):
+            raise self._queue_full()
+        self._check_wait(account_id, deadline)
+        if reservation.displaces:
+            self._displacing[account_id] += 1
+        else:
+            self._waiting.add(account_id, reservation)
+        return reservation
+
+    def confirm(self, reservation: Reservation) -> None:
+        """Let a reservation wait for its slot; call `slot` or `release` next.
+
+        Raises:
+            QueueFull: a request of another account has displaced this one, or this one can no longer displace another.
+            ShuttingDown: the server is shutting down.
+        """
+        if reservation.displaces:
+            self._end_displacing(reservation)
+            self.check_open()
+            self._make_space(reservation.account_id)
+            self._waiting.add(reservation.account_id, reservation)
+        elif reservation.error is not None:
+            raise reservation.error
+        reservation.confirmed_at = _now()
+        self._grant_free_slots()
+
+    def enter(self, account_id: str, deadline: float | None) -> Reservation:
+        """Reserve and confirm in one step; raises as `reserve`."""
+        reservation = self.reserve(account_id, deadline)
+        self.confirm(reservation)
+        return reservation
+
+    def release(self, reservation: Reservation) -> None:
+        """Leave the queue, or free the slot; no-op if the reservation has left already."""
+        if reservation.displaces:
+            self._end_displacing(reservation)
+        elif reservation.granted:
+            reservation.granted = False
+            self._release()
+        else:
+            self._waiting.remove(reservation.account_id, reservation)
+
+    @asynccontextmanager
+    async def slot(self, reservation: Reservation, deadline: float | None) -> AsyncIterator[SlotLease]:
+        """Wait for the slot of a confirmed reservation until the deadline, and hold it for the body.
+
+        Raises:
+            QueueFull: a request of another account has displaced this one.
+            QueueWaitTooLong: the wait has exceeded the queue timeout.
             DeadlineExceeded: the deadline passed in the queue.
             ShuttingDown: the server is shutting down.
         """
-        arrived_at = _now()
-        self.check_open()
-        if self._granted < self._slots:
-            self._granted += 1
-            self._report_wait(0.0)
-        else:
-            self.check_wait(account_id, deadline)
-            try:
-                await self._wait_in_queue(account_id, deadline)
-            finally:
-                self._report_wait(_now() - arrived_at)
-        lease = SlotLease(_now() - arrived_at, _now())
+        started_at = reservation.confirmed_at
+        try:
+            await self._wait_until_granted(reservation, deadline)
+        except BaseException:
+            self.release(reservation)
+            raise
+        finally:
+            self._report_wait(_now() - started_at)
+        lease = SlotLease(_now() - started_at, _now())
         self._leases.add(lease)
         try:
             yield lease
         finally:
-            self._end_lease(lease)
+            self._end_lease(lease, reservation)
 
     def close(self) -> None:
         """Reject queued and new requests with ShuttingDown; requests that hold a slot finish."""
         self._closed = True
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_exception(_shutting_down())
-        self._waiters.clear()
+        for reservation in self._waiting.clear():
+            reservation.reject(_shutting_down())
 
     def check_open(self) -> None:
         """Check that the queue is open.
@@ -131,61 +172,67 @@ class RequestQueue(Collector):
 
     def estimated_wait_seconds(self, account_id: str) -> float:
         """Return how long a new request of this account would wait; 0 before the first measurement."""
-        if self._granted < self._slots:
+        if self._granted + len(self._waiting) < self._slots:
             return 0.0
         free_times = self._slot_free_times()
         mean = self._mean_hold_seconds or 0.0
-        for _ in range(self._position(account_id)):
+        for _ in range(self._waiting.position(account_id)):
             heapq.heapreplace(free_times, free_times[0] + mean)
         return free_times[0]
 
-    def check_wait(self, account_id: str, deadline: float | None) -> None:
-        """Check that a new request of this account would get a slot in time.
-
-        Raises:
-            QueueFull, QueueWaitTooLong: as `slot`.
-        """
-        if self._granted < self._slots:
-            return
-        if self.waiting >= self._max_queue_size:
-            raise QueueFull(f"the request queue is full ({self._max_queue_size} waiting)", self._slot_free_times()[0])
+    def _check_wait(self, account_id: str, deadline: float | None) -> None:
         limit_seconds = self._queue_timeout_seconds
         if deadline is not None:
             limit_seconds = min(limit_seconds, deadline - _now())
         estimate = self.estimated_wait_seconds(account_id)
-        if estimate > limit_seconds:
+        if estimate > limit_seconds and self._granted + len(self._waiting) >= self._slots:
             raise self._wait_too_long(limit_seconds, estimate)
 
-    async def _wait_in_queue(self, account_id: str, deadline: float | None) -> None:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.setdefault(account_id, deque()).append(waiter)
-        timeout_at = _now() + self._queue_timeout_seconds
+    def _has_space(self) -> bool:
+        return self._granted + len(self._waiting) < self._slots + self._max_queue_size
+
+    def _may_displace(self, account_id: str, displacing: int = 0) -> bool:
+        """Return whether fairness gives an account, with `displacing` requests more than it has, a place of another."""
+        largest = self._waiting.largest()
+        return largest is not None and self._waiting.count(account_id) + displacing + 2 <= self._waiting.count(largest)
+
+    def _make_space(self, account_id: str) -> None:
+        """Displace the newest request of the largest account, unless there is space; raises QueueFull."""
+        if self._has_space():
+            return
+        largest = self._waiting.largest()
+        if largest is None or not self._may_displace(account_id):
+            raise self._queue_full()
+        message = "the request queue is full, and an account with fewer requests in it came first; retry"
+        self._waiting.pop_newest(largest).reject(QueueFull(message, self._slot_free_times()[0]))
+
+    def _end_displacing(self, reservation: Reservation) -> None:
+        reservation.displaces = False
+        self._displacing[reservation.account_id] -= 1
+        if not self._displacing[reservation.account_id]:
+            del self._displacing[reservation.account_id]
+
+    async def _wait_until_granted(self, reservation: Reservation, deadline: float | None) -> None:
+        timeout_at = reservation.confirmed_at + self._queue_timeout_seconds
         try:
             async with asyncio.timeout_at(timeout_at if deadline is None else min(timeout_at, deadline)):
-                await waiter
+                await reservation.decided
         except TimeoutError:
-            self._abandon(account_id, waiter)
+            self.release(reservation)
             if deadline is not None and deadline <= timeout_at:
                 raise DeadlineExceeded("the deadline passed in the request queue") from None
-            estimate = self.estimated_wait_seconds(account_id)
+            estimate = self.estimated_wait_seconds(reservation.account_id)
             raise self._wait_too_long(self._queue_timeout_seconds, estimate) from None
-        except BaseException:
-            self._abandon(account_id, waiter)
-            raise
+        if reservation.error is not None:
+            raise reservation.error
+
+    def _queue_full(self) -> QueueFull:
+        message = f"the request queue is full ({self._max_queue_size} waiting)"
+        return QueueFull(message, self._slot_free_times()[0])
 
     def _wait_too_long(self, limit_seconds: float, estimate: float) -> QueueWaitTooLong:
         message = f"the estimated wait is {estimate:.1f} s, and this call can wait {max(0.0, limit_seconds):.1f} s"
         return QueueWaitTooLong(message, max(estimate - limit_seconds, 0.0))
-
-    def _abandon(self, account_id: str, waiter: asyncio.Future[None]) -> None:
-        """Remove a waiter from the queue; a slot that was already granted to it goes to the next one."""
-        waiters = self._waiters.get(account_id)
-        if waiters is not None and waiter in waiters:
-            waiters.remove(waiter)
-            if not waiters:
-                del self._waiters[account_id]
-        elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-            self._release()
 
     def _report_wait(self, seconds: float) -> None:
         try:
@@ -193,14 +240,14 @@ class RequestQueue(Collector):
         except Exception:  # an observer must not change what happens to a slot
             logger.exception("the time in the queue could not be reported")
 
-    def _end_lease(self, lease: SlotLease) -> None:
+    def _end_lease(self, lease: SlotLease, reservation: Reservation) -> None:
         """Free the slot of a lease, whatever fails."""
         self._leases.discard(lease)
         try:
             self._update_mean_hold(_now() - lease.started_at)
         except Exception:  # the next request needs the slot; only its estimated wait is less exact
             logger.exception("the mean time of a lease could not be updated")
-        self._release()
+        self.release(reservation)
 
     def _release(self) -> None:
         self._granted -= 1
@@ -209,23 +256,23 @@ class RequestQueue(Collector):
     def _grant_free_slots(self) -> None:
         """Grant the free slots; after a failure try again later, because no other event may follow."""
         try:
-            while self._granted < self._slots and self._waiters:
-                self._grant_next()
+            while self._granted < self._slots and self._grant_next():
+                pass
         except Exception:  # the slots are free: new requests get them
             logger.exception("a free slot could not be granted")
             if self._grant_retry is not None:
                 self._grant_retry.cancel()
             self._grant_retry = asyncio.get_running_loop().call_later(GRANT_RETRY_SECONDS, self._grant_free_slots)
 
-    def _grant_next(self) -> None:
-        """Grant a slot to the next waiter, whose account moves to the end of the round."""
-        account_id, waiters = self._waiters.popitem(last=False)
-        waiter = waiters.popleft()
-        if waiters:
-            self._waiters[account_id] = waiters
-        if not waiter.done():
-            waiter.set_result(None)
-            self._granted += 1
+    def _grant_next(self) -> bool:
+        """Grant a slot to the next ready request; return False without one."""
+        reservation = self._waiting.pop_next(lambda waiting: waiting.ready)
+        if reservation is None:
+            return False
+        reservation.granted = True
+        reservation.decided.set_result(None)
+        self._granted += 1
+        return True
 
     def _update_mean_hold(self, hold_seconds: float) -> None:
         mean = hold_seconds if self._mean_hold_seconds is None else self._mean_hold_seconds
@@ -238,14 +285,6 @@ class RequestQueue(Collector):
         free_times += [mean] * (self._slots - len(free_times))
         heapq.heapify(free_times)
         return free_times
-
-    def _position(self, account_id: str) -> int:
-        """Return how many queued requests would be served before a new one of this account."""
-        own = len(self._waiters.get(account_id, ()))
-        account_ids = list(self._waiters)
-        place = account_ids.index(account_id) if own else len(account_ids)
-        others = ((index, len(self._waiters[other])) for index, other in enumerate(account_ids) if other != account_id)
-        return own + sum(min(waiting, own + (index < place)) for index, waiting in others)
 
 
 def _now() -> float:

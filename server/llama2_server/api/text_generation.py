@@ -119,9 +119,10 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
             def start() -> Generation:
                 on_progress = partial(self._ledger.progress, call.request_id)
                 generation = Generation(prompt, params, self._tokenizer, on_progress)
-                self._queue.check_wait(account.id, deadline)
+                reservation = self._queue.enter(account.id, deadline)
                 # Later requests can share a generation with a key, and may wait for it longer than this one.
-                generation.start(self._queue, self._engine, account.id, deadline if key is None else None)
+                wait_deadline = deadline if key is None else None
+                generation.start(self._queue, reservation, self._engine, account.id, wait_deadline)
                 return generation
 
             with self._coalescer.subscribe(key, start) as subscription:

@@ -8,8 +8,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 
 from llama2_server.admission.request_queue import RequestQueue
+from llama2_server.admission.reservation import Reservation, SlotLease
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
 from llama2_server.engine.text.tokenizer import Tokenizer
@@ -82,14 +84,22 @@ class Generation:
         return GenerationTimes(self.queued_at, self.admitted_at, self.first_token_at, self.finished_at)
 
     def start(
-        self, queue: RequestQueue, engine: SupervisedEngine, account_id: str | None, deadline: float | None
+        self,
+        queue: RequestQueue,
+        reservation: Reservation,
+        engine: SupervisedEngine,
+        account_id: str | None,
+        deadline: float | None,
     ) -> None:
-        """Start the task, which first waits for a slot; the deadline is a time of the event loop's clock, or None.
+        """Start the task, which waits for the slot of a confirmed reservation, and in the end releases it.
 
+        The wait ends at the deadline, a time of the event loop's clock, or None.
         Without an account the generation neither reuses the KV cache nor leaves anything in it.
         """
         self.queued_at = time.monotonic()
-        self._task = asyncio.create_task(self._run(queue, engine, account_id, deadline))
+        self._task = asyncio.create_task(self._run(queue.slot(reservation, deadline), engine, account_id))
+        # A task that is cancelled before its first step does not run at all.
+        self._task.add_done_callback(lambda _: queue.release(reservation))
 
     def cancel(self) -> None:
         """Cancel the generation: leave the queue, or stop within one decode step. No-op once finished."""
@@ -132,10 +142,10 @@ class Generation:
             self._finished.set_result(result)
 
     async def _run(
-        self, queue: RequestQueue, engine: SupervisedEngine, account_id: str | None, deadline: float | None
+        self, slot: AbstractAsyncContextManager[SlotLease], engine: SupervisedEngine, account_id: str | None
     ) -> None:
         try:
-            async with queue.slot(account_id or "", deadline):
+            async with slot:
                 self.admitted_at = time.monotonic()
                 self._text = self._text_stream()
                 self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, account_id)

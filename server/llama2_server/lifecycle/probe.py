@@ -19,7 +19,8 @@ async def probe(engine: SupervisedEngine, tokenizer: Tokenizer, *, max_tokens: i
     """
     prompt = Prompt(tuple(tokenizer.encode_chat(PROMPT)), raw=False)
     generation = Generation(prompt, GenerationParams(max_tokens=max_tokens), tokenizer, lambda tokens: None)
-    generation.start(RequestQueue(1, max_queue_size=0, queue_timeout_seconds=1), engine, None, None)
+    queue = RequestQueue(1, max_queue_size=0, queue_timeout_seconds=1)
+    generation.start(queue, queue.enter("", None), engine, None, None)
     try:
         await generation.wait()
     finally:

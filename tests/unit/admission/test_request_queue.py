@@ -23,7 +23,7 @@ async def hold_slot(
     deadline: float | None = None,
 ) -> float:
     """Hold a slot for a time, and return the queue time; add the account to `started` when it gets the slot."""
-    async with queue.slot(account_id, deadline) as lease:
+    async with queue.slot(queue.enter(account_id, deadline), deadline) as lease:
         if started is not None:
             started.append(account_id)
         await asyncio.sleep(seconds)
@@ -75,7 +75,7 @@ def test_never_more_requests_than_slots_run() -> None:
 
         async def request(index: int) -> None:
             nonlocal running, peak
-            async with queue.slot(f"account{index % 7}", None):
+            async with queue.slot(queue.enter(f"account{index % 7}", None), None):
                 running += 1
                 peak = max(peak, running)
                 await asyncio.sleep(1 + index % 3)
@@ -135,7 +135,7 @@ def test_slot_granted_to_a_just_cancelled_request_goes_to_the_next() -> None:
         release = asyncio.Event()
 
         async def first() -> None:
-            async with queue.slot("first", None):
+            async with queue.slot(queue.enter("first", None), None):
                 await release.wait()
             waiter.cancel()  # after the grant, before its task runs
 

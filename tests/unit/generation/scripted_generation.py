@@ -53,7 +53,7 @@ class ScriptedGeneration:
 
     async def _run(self, queue: RequestQueue) -> None:
         try:
-            async with queue.slot("a", None):
+            async with queue.slot(queue.enter("a", None), None):
                 for word in WORDS:
                     await asyncio.sleep(1)
                     self.words.append(word)

@@ -24,7 +24,8 @@ async def test_probe_neither_uses_nor_fills_the_prefix_cache(demo_tokenizer: Tok
         assert model.probes == 2
         prompt, params = Prompt(tuple(prompt_ids), raw=False), GenerationParams(max_tokens=2)
         of_client = Generation(prompt, params, demo_tokenizer, lambda tokens: None)
-        of_client.start(RequestQueue(1, max_queue_size=0, queue_timeout_seconds=1), supervised, "probe", None)
+        queue = RequestQueue(1, max_queue_size=0, queue_timeout_seconds=1)
+        of_client.start(queue, queue.enter("probe", None), supervised, "probe", None)
         await of_client.wait()
         assert of_client.reused_input_tokens == 0
         assert model.probes == 3
