@@ -17,7 +17,7 @@ NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp)
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
 	@echo "make quick       run the unit tests, in under a minute (PYTEST_ARGS='-k quota' for a part)"
-	@echo "make check       check format, lint, types, import rules, spelling, references, contract and container files"
+	@echo "make check       check format, lint, types, import rules, names, English, references, contract and container files"
 	@echo "make test        run all checks, then all tests"
 	@echo "make format      format the code and the contract"
 	@echo "make proto       generate the Python stubs"
@@ -45,6 +45,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m tools.settings_reference --check
 	$(BIN)/python -m tools.api_reference --check
 	$(BIN)/python -m tools.names
+	$(BIN)/python -m tools.prose
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m tools.container.lock --check
 	$(BIN)/buf lint
