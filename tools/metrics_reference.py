@@ -1,4 +1,4 @@
-"""Writes the table of all metrics in docs/telemetry.md from the metrics themselves; a test fails if it is stale.
+"""Write the table of all metrics in docs/telemetry.md from the metrics themselves; a test fails if it is stale.
 
 `python -m tools.metrics_reference`
 """

@@ -37,7 +37,7 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation."""
+    """One turn of a conversation, or its system prompt; `content` is plain text."""
 
     role: Literal["system", "user", "assistant"]
     content: str

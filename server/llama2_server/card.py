@@ -53,7 +53,7 @@ class _Part(BaseModel):
 
 
 class Task(_Part):
-    """Task of the model."""
+    """The kind of work that the model does, such as text generation; shown to clients, not used."""
 
     id: str
     name: str
@@ -82,7 +82,7 @@ class NeuronMetric(_Part):
 
 
 class Neurons(_Part):
-    """Prices in neurons."""
+    """The prices of input and output tokens; other metrics are not allowed."""
 
     metrics: tuple[NeuronMetric, ...]
 

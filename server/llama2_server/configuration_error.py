@@ -2,4 +2,4 @@
 
 
 class ConfigurationError(Exception):
-    """The server cannot start as it is configured; each line of the message says what is wrong and how to fix it."""
+    """The server cannot start with this configuration; each line of the message names an error and its fix."""

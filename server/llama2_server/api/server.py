@@ -56,7 +56,7 @@ GRPC_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 class Servicers(NamedTuple):
-    """The servicers of this API."""
+    """One servicer per gRPC service of the protos."""
 
     text_generation: TextGenerationServicer
     model: ModelServicer

@@ -39,7 +39,7 @@ class StepRunner(Protocol):
 
 
 class HostStepRunner:
-    """Steps with sampling on the host."""
+    """A step runner that reads the logits from the device after each step and samples on the CPU."""
 
     lookahead = 0  # because the next step needs the tokens of this one
 

@@ -27,7 +27,7 @@ class ReplyStats:
 
 
 class Reply(Protocol):
-    """A reply to one call."""
+    """The text and the statistics that one call sends to its client."""
 
     def deltas(self) -> AsyncIterator[str]:
         """Yield the text while it is generated; raises ServiceError if the reply fails."""
@@ -76,7 +76,7 @@ class GeneratedReply:
 
 
 class CachedReply:
-    """A reply from the response cache."""
+    """The complete reply of an earlier call, which costs nothing; its text is one delta."""
 
     def __init__(self, entry: CacheEntry) -> None:
         self._entry = entry

@@ -50,7 +50,7 @@ def metrics_server(registry: CollectorRegistry, listen: str) -> Iterator[str]:
 
 
 class _Handler(WSGIRequestHandler):
-    """Handler of one connection."""
+    """Answers one scrape, with a time limit and without a log line."""
 
     timeout = IDLE_TIMEOUT_SECONDS  # a client that sends nothing would keep a thread
 
