@@ -28,6 +28,8 @@ class Detokenizer:
         if isinstance(piece_text, int):
             self._bytes += bytes((piece_text,))
             return self._append(self._decode_bytes(final=False))
+        if not piece_text and self._tokenizer.skips_silent_tokens:
+            return ""
         text = self.flush()
         return text + (self._decode_first(token_id) if self._at_start and piece_text else piece_text)
 

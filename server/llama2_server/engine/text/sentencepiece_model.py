@@ -15,6 +15,8 @@ class SentencePieceModel:
 
     strips_space_byte = False
     """Whether the first space of a text is dropped even if it is a byte token."""
+    skips_silent_tokens = False
+    """Whether a token without text may be between the bytes of a character."""
 
     def __init__(self, path: Path) -> None:
         """Raise WeightsError if `path` is not a SentencePiece model."""

@@ -31,6 +31,7 @@ class Tokenizer:
         self.bos_id = self._model.bos_id
         self.eos_id = self._model.eos_id
         self.strips_space_byte = self._model.strips_space_byte
+        self.skips_silent_tokens = self._model.skips_silent_tokens
         self.file_name = path.name
         if self.bos_id < 0 or self.eos_id < 0:
             raise WeightsError(f"{path}: has no <s> or no </s> token; use the tokenizer of a Llama-2 checkpoint")

@@ -36,6 +36,9 @@ class TokenizerJson:
     adds no second space. All other texts have the same ids.
     """
 
+    skips_silent_tokens = True
+    """Whether a token without text may be between the bytes of a character."""
+
     def __init__(self, path: Path) -> None:
         """Raise WeightsError if `path` is not the tokenizer of a Llama checkpoint."""
         document = _read(path)

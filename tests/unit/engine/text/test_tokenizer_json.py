@@ -165,8 +165,8 @@ def test_deltas_join_to_the_decoding_of_transformers(
 def test_invalid_bytes_are_decoded_like_sentencepiece(
     ours: Tokenizer, sentencepiece: SentencePieceProcessor, ids: list[int]
 ) -> None:
-    """An invalid byte is U+FFFD, and the valid characters of its run stay; <unk> has no text in a tokenizer.json."""
-    ids = [5, *(token_id for token_id in ids if token_id != 0)]
+    """An invalid byte is U+FFFD, and the valid characters of its run stay, if no special token is in the run."""
+    ids = [5, *(token_id for token_id in ids if token_id >= FIRST_BYTE)]
     assert "".join(deltas(ours, ids)) == sentencepiece.decode(ids)
 
 
@@ -195,6 +195,16 @@ def test_a_character_is_returned_with_its_last_byte(ours: Tokenizer) -> None:
     """The first bytes of a character give no text; the last byte gives the character."""
     ids = [FIRST_BYTE + byte for byte in "🦙".encode()]
     assert deltas(ours, ids) == ["", "", "", "🦙", ""]
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2, VOCAB_SIZE, 40_000])
+def test_tokens_without_text_do_not_split_a_character(ours: Tokenizer, reference: LlamaTokenizer, silent: int) -> None:
+    """As in transformers, special tokens are removed before the bytes are joined."""
+    first, *others = [FIRST_BYTE + byte for byte in "今".encode()]
+    ids = [first, silent, *others]
+    assert deltas(ours, ids) == ["", "", "", "今", ""]
+    if silent < VOCAB_SIZE:
+        assert reference.decode(ids, skip_special_tokens=True) == "今"
 
 
 def test_stop_sequences_end_a_text(ours: Tokenizer) -> None:
