@@ -58,7 +58,7 @@ class Service:
 
 
 async def serve(settings: Settings, inputs: StartupInputs, load: Load = load_model) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; return the exit code: 0, or EXIT_ENGINE_FAILED.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then drain; return the exit code: 0, or EXIT_ENGINE_FAILED.
 
     Raises:
         ConfigurationError: the service cannot start with this configuration.

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from tests.helm.chart import Manifest, Rendered, Values, environment_of, render, rendered
 from tests.support.processes import command, environment
 
-from llama2_server.admission.accounts import new_key
+from llama2_server.admission.keys_file import new_key
 from llama2_server.cli.main import program
 from llama2_server.config.settings import Settings
 

@@ -79,26 +79,33 @@ def test_sigkill_leaves_one_interrupted_record(tmp_path: Path) -> None:
     assert output_tokens > 40 - 16
 
 
-def test_sigterm_drains_and_exits_with_zero(tmp_path: Path) -> None:
-    """SIGTERM without running requests ends the process with exit code 0."""
-    with server(tmp_path) as (process, address):
-        with grpc.insecure_channel(address) as channel:
-            state = health_stub(channel).Check(health_pb2.HealthCheckRequest())
-            assert state.status == health_pb2.HealthCheckResponse.SERVING
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
-
-
-def test_sigterm_lets_a_running_request_finish(tmp_path: Path) -> None:
-    """A request that runs at SIGTERM is completed."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_drains_and_exits_with_zero(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM or SIGHUP lets the running request finish and ends the process with exit code 0."""
     with server(tmp_path) as (process, address), grpc.insecure_channel(address) as channel:
         stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+        state = health_stub(channel).Check(health_pb2.HealthCheckRequest())
+        assert state.status == health_pb2.HealthCheckResponse.SERVING
         call = stub.GenerateStream(pb.GenerateRequest(prompt=STORY, temperature=0))
         first = next(call)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         last = [first, *call][-1]
         assert last.completion.finish_reason == pb.FINISH_REASON_END_OF_SEQUENCE
         assert process.wait(timeout=30) == 0
+
+
+def test_nohup_ignores_sighup(tmp_path: Path) -> None:
+    """A server that was started with SIGHUP ignored, as by `nohup`, serves on after SIGHUP."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server(tmp_path) as (process, address), grpc.insecure_channel(address) as channel:
+            process.send_signal(signal.SIGHUP)
+            stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+            assert stub.Generate(pb.GenerateRequest(prompt=STORY, temperature=0)).response
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from tests.support.repository import ROOT
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
-from llama2_server.admission.accounts import new_key
+from llama2_server.admission.keys_file import new_key
 
 ACCOUNTS = ("alpha", "beta", "gamma", "delta", "32118455")
 QUOTA = 20  # what the clients exceed

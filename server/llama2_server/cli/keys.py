@@ -19,7 +19,7 @@ def new(account: str, name: str) -> None:
     Send the key to its owner. Add the entry to the server's --api-keys-file, under `keys:`. The entry does not contain
     the key, so the key cannot be recovered. To revoke the key, delete the entry. To disable it, set `enabled: false`.
     """
-    from llama2_server.admission.accounts import new_key  # imports grpc, which other commands do not need
+    from llama2_server.admission.keys_file import new_key  # imports YAML, which other commands do not need
 
     key, entry = new_key(account, name)
     click.echo(f"# API key, shown only once:\n{key}\n\n# Entry for the API keys file, under `keys:`\n  {entry}")

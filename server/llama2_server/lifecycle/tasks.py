@@ -70,7 +70,10 @@ def run_in_thread(name: str, work: Callable[[], Result]) -> "asyncio.Future[Resu
 
 
 def exit_code_on_signals() -> "asyncio.Future[int]":
-    """Return a future that the first SIGTERM or SIGINT sets to 0; the second signal exits at once."""
+    """Return a future that the first SIGTERM, SIGINT or SIGHUP sets to 0; the second signal exits at once.
+
+    A SIGHUP that the parent process ignores, such as `nohup`, stays ignored.
+    """
     exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def on_signal() -> None:
@@ -78,6 +81,7 @@ def exit_code_on_signals() -> "asyncio.Future[int]":
             os._exit(EXIT_INTERRUPTED)
         exit_code.set_result(0)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGTERM, signal.SIGINT, *hangup):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     return exit_code

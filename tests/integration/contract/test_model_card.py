@@ -8,7 +8,8 @@ import yaml
 from tests.support.service import ServiceMaker
 
 from llama2.v1 import model_pb2
-from llama2_server.admission.accounts import ApiKeyAuthenticator, new_key
+from llama2_server.admission.accounts import ApiKeyAuthenticator
+from llama2_server.admission.keys_file import new_key
 from llama2_server.card import ModelCard, load_card, parse_card
 
 LISTED, OTHER, UNLISTED = "32118455", "50147400", "7"

@@ -16,7 +16,8 @@ from tests.support.service import ServiceMaker, details, hold_slot, remaining_te
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client import errors as client_errors
-from llama2_server.admission.accounts import ApiKeyAuthenticator, new_key
+from llama2_server.admission.accounts import ApiKeyAuthenticator
+from llama2_server.admission.keys_file import new_key
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.errors import ServiceError
 
