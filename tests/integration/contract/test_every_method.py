@@ -8,9 +8,11 @@ import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
 from tests.support.processes import free_port
-from tests.support.service import ServiceMaker
+from tests.support.service import ServiceMaker, health_stub
 
+from llama2_server.api.health import LIVENESS, QUOTA_STORE, USAGE_STORE
 from llama2_server.api.reflection import REFLECTION_SERVICES, described_files
 from llama2_server.api.server import HEALTH_SERVICE, SERVICES
 
@@ -84,8 +86,8 @@ async def test_no_method_fails(serve_scripted: ServiceMaker, caplog: pytest.LogC
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-async def test_health_list_has_every_name(serve_scripted: ServiceMaker) -> None:
-    """List returns the state of each name that Check knows, on both ports."""
+async def test_health_list_agrees_with_check(serve_scripted: ServiceMaker) -> None:
+    """On both ports, List has the server, each service, liveness and the stores, in the state that Check returns."""
     (method,) = (method for method in methods(HEALTH_SERVICE) if method.name == "List")
     health = f"127.0.0.1:{free_port()}"
     async with serve_scripted(health_listen=health) as service:
@@ -94,7 +96,8 @@ async def test_health_list_has_every_name(serve_scripted: ServiceMaker) -> None:
                 list_all: Any = channel.unary_unary(
                     f"/{HEALTH_SERVICE}/List", None, GetMessageClass(method.output_type).FromString
                 )
-                statuses = (await list_all(b"")).statuses
-            assert {name: entry.status for name, entry in statuses.items()} == dict.fromkeys(
-                ("", *SERVICES, "liveness"), 1
-            )
+                listed = {name: entry.status for name, entry in (await list_all(b"")).statuses.items()}
+                check = health_stub(channel).Check
+                checked = {name: (await check(health_pb2.HealthCheckRequest(service=name))).status for name in listed}
+            assert listed == checked
+            assert set(listed) == {"", *SERVICES, LIVENESS, QUOTA_STORE, USAGE_STORE}
