@@ -1,6 +1,17 @@
-"""Sample the next token from logits: penalties, temperature, top_k, top_p and one reproducible draw."""
+"""The reference sampler: penalties, temperature, top_k, top_p and one reproducible draw of the next token.
 
-import math
+`native/sampling.hpp` and `cuda/sampling.py` follow these rules, so that a seed gives the same tokens on every device:
+
+1. A logit that is not finite, before or after the penalties, is an error. Penalties are computed in float32.
+2. At temperature 0 the token is the one with the largest logit. Of equal logits, the one with the lower id comes first.
+3. top_k keeps the largest logits, and all that equal the smallest of them.
+4. Weights are float64: exp((logit - largest logit) / temperature).
+5. If top_p is below 1, the candidates are sorted: largest logit first, equal ones by id. top_p keeps the first
+   candidates whose sum reaches its share of the whole sum. Otherwise the candidates stay in order of their ids.
+6. Sums are taken in that order. The n-th drawn token uses the n-th number of `random.Random(seed).random()`: the first
+   candidate whose sum is above this share of the whole sum.
+"""
+
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -10,10 +21,6 @@ import torch
 from torch import Tensor
 
 from llama2_server.engine.errors import NonFiniteLogits
-
-# The top_p nucleus is first searched among this number of largest probabilities, which nearly always contain it. A full
-# sort of 32,000 probabilities takes twenty times as long.
-NUCLEUS_GUESS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +60,10 @@ class Sampler:
         Raises:
             NonFiniteLogits: a logit is not finite.
         """
-        logits = logits.float()
-        # A sum is finite only if each term is, so one cheap reduction checks all logits.
-        if not math.isfinite(logits.sum().item()):
+        logits = self._penalize(logits.float())
+        if not logits.isfinite().all():
             raise NonFiniteLogits
-        logits = self._penalize(logits)
+        # Of equal logits, argmax returns the one with the lower id.
         token_id = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits)
         self._remember(token_id)
         return token_id
@@ -74,16 +80,19 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:  # (vocab_size,)
         token_ids, weights = self._distribution(logits)
-        index = _invert_cdf(weights, self._uniform())
-        return index if token_ids is None else int(token_ids[index])
+        return int(token_ids[_invert_cdf(weights, self._uniform())])
 
-    def _distribution(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:  # (vocab_size,) -> (kept,) each
-        """Return the candidate ids (None means all ids, in order) and their unnormalized probabilities."""
-        token_ids, logits = _top_k(logits, self._params.top_k)
+    def _distribution(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (vocab_size,) -> (candidates,) each
+        """Return the ids of the candidates and their unnormalized probabilities, in the order of the sums."""
+        token_ids = _top_k(logits, self._params.top_k)
+        logits = logits[token_ids]
+        if self._params.top_p < 1.0:
+            logits, order = logits.sort(descending=True, stable=True)
+            token_ids = token_ids[order]
         # With the maximum subtracted, and in float64, no temperature above zero overflows the exponential.
         weights = ((logits.double() - logits.max()) / self._params.temperature).exp_()
-        order, weights = _top_p(weights, self._params.top_p)
-        return _compose(token_ids, order), weights
+        kept = _nucleus_size(weights, self._params.top_p)
+        return token_ids[:kept], weights[:kept]
 
     def _remember(self, token_id: int) -> None:
         if self._seen is not None:
@@ -115,38 +124,26 @@ def _zero_offsets(params: GenerationParams, vocab_size: int, device: torch.devic
     return torch.zeros(vocab_size, device=device)
 
 
-def _top_k(logits: Tensor, top_k: int) -> tuple[Tensor | None, Tensor]:  # (vocab_size,) -> ids and logits, (kept,)
-    """Return the `top_k` largest logits, plus all logits equal to the smallest of them, as in transformers."""
+def _top_k(logits: Tensor, top_k: int) -> Tensor:  # (vocab_size,) -> ids, (kept,)
+    """Return the ids of the `top_k` largest logits and of all equal to the smallest of them, as in transformers."""
     if top_k == 0 or top_k >= logits.shape[0]:
-        return None, logits
+        return torch.arange(logits.shape[0], device=logits.device)
     threshold = logits.topk(top_k).values[-1]
-    kept = (logits >= threshold).nonzero().squeeze(1)
-    return kept, logits[kept]
+    return (logits >= threshold).nonzero().squeeze(1)
 
 
-def _top_p(weights: Tensor, top_p: float) -> tuple[Tensor | None, Tensor]:  # (n,) -> indices and weights, (kept,)
-    """Return the fewest largest weights whose share of the sum reaches `top_p` (nucleus, Holtzman et al. 2019)."""
+def _nucleus_size(weights: Tensor, top_p: float) -> int:  # (candidates,)
+    """Return how many weights reach `top_p` of their sum (nucleus sampling, Holtzman et al. 2019)."""
     if top_p >= 1.0:
-        return None, weights
-    target = top_p * weights.sum()
-    largest, order = weights.topk(min(NUCLEUS_GUESS, weights.shape[0]))
-    cumulative = largest.cumsum(0)
-    if cumulative[-1] < target:
-        largest, order = weights.sort(descending=True)
-        cumulative = largest.cumsum(0)
-    kept = min(int((cumulative < target).sum()) + 1, largest.shape[0])
-    return order[:kept], largest[:kept]
+        return weights.shape[0]
+    cumulative = weights.cumsum(0)
+    return int((cumulative < top_p * cumulative[-1]).sum()) + 1
 
 
-def _compose(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:  # ids selected by indices, (kept,)
-    if inner is None:
-        return outer
-    return inner if outer is None else outer[inner]
-
-
-def _invert_cdf(weights: Tensor, uniform: float) -> int:  # (n,)
+def _invert_cdf(weights: Tensor, uniform: float) -> int:  # (candidates,)
     """Return the index whose slice of the normalized cumulative sum contains `uniform`, which is in [0, 1)."""
     cumulative = weights.cumsum(0)
     # right=True, so that a weight of zero is never drawn.
     index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    return min(index, weights.shape[0] - 1)
+    # The product can be rounded up to the whole sum: then the last weight that changes the sum is drawn.
+    return min(index, int((cumulative < cumulative[-1]).sum()))

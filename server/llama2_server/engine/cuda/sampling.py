@@ -1,6 +1,6 @@
 """Batched sampling on the device, without host synchronization.
 
-Penalties, temperature, top_k and top_p have the order and meaning of `Sampler.sample` in `engine/sampling.py`.
+It follows the rules of the reference sampler, `engine/sampling.py`, for each row.
 """
 
 from dataclasses import dataclass
@@ -79,10 +79,16 @@ def sample(logits: Tensor, params: BatchSamplingParams) -> Tensor:  # (rows, voc
     """Return one sampled token per row (temperature 0: the likeliest), or NO_TOKEN if a logit is not finite."""
     largest, order = logits.sort(dim=1, descending=True, stable=True)
     weights = _weights(largest, params)
+    # Without a nucleus, the sums are in the order of the ids.
+    by_id = torch.zeros_like(weights).scatter(1, order, weights)
+    ids = torch.arange(logits.shape[1], device=logits.device).expand_as(order)
+    sorted_rows = (params.top_p < 1) | (params.temperature == 0)
+    weights, order = torch.where(sorted_rows, weights, by_id), torch.where(sorted_rows, order, ids)
     cumulative = weights.cumsum(dim=1)
-    index = torch.searchsorted(cumulative, params.uniform * cumulative[:, -1:], right=True)
-    # Rounding can move the index past the last token with a positive weight.
-    index = torch.minimum(index, (weights > 0).sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    total = cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, params.uniform * total, right=True)
+    # The product can be rounded up to the whole sum: then the last weight that changes the sum is drawn.
+    index = torch.minimum(index, (cumulative < total).sum(dim=1, keepdim=True))
     index = torch.where(params.temperature == 0, 0, index)
     return _only_finite(logits, order.gather(1, index).squeeze(1))
 
@@ -100,5 +106,4 @@ def _weights(largest: Tensor, params: BatchSamplingParams) -> Tensor:  # (rows, 
 
 
 def _only_finite(logits: Tensor, token_ids: Tensor) -> Tensor:  # (rows,)
-    # A sum is finite only if each term is.
-    return torch.where(logits.sum(dim=1).isfinite(), token_ids, NO_TOKEN)
+    return torch.where(logits.isfinite().all(dim=1), token_ids, NO_TOKEN)
