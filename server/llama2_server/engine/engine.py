@@ -22,7 +22,7 @@ from llama2_server.engine.model.interface import Model
 from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceListener, SequenceResult
-from llama2_server.engine.step_runner import HostStepRunner, StepRunner, TokenOrError
+from llama2_server.engine.step_runner import StepRunner, TokenOrError, host_step_runner
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Engine:
         step_runner: StepRunner | None = None,
     ) -> None:
         self._model = model
-        self._step_runner = step_runner or HostStepRunner(model)
+        self._step_runner = step_runner or host_step_runner(model)
         self._in_flight: deque[tuple[list[Sequence], Iterable[TokenOrError]]] = deque()
         self._on_step = on_step
         self._eos_ids = eos_ids

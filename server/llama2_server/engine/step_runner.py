@@ -1,6 +1,7 @@
 """Compute the engine's steps: the forward pass of a model and the sampling of its tokens.
 
-This module samples on the host, one row after another. `cuda/step_runner.py` samples on the device.
+This module samples on the host: in C++ as a part of the native step, or in torch with the reference sampler.
+`cuda/step_runner.py` samples on the device.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llama2_server.engine.errors import NonFiniteLogits
 from llama2_server.engine.model.interface import Model
+from llama2_server.engine.model.llama import LlamaModel
+from llama2_server.engine.model.native_decoder import NativeDecoder
+from llama2_server.engine.model.native_sampler import NO_TOKEN, NativeSampler
 from llama2_server.engine.sampling import Sampler
 from llama2_server.engine.sequence import Sequence
 
@@ -38,8 +43,15 @@ class StepRunner(Protocol):
         """
 
 
+def host_step_runner(model: Model) -> StepRunner:
+    """Return the step runner with native sampling if the model runs natively, otherwise with the reference sampler."""
+    if isinstance(model, LlamaModel) and model.native:
+        return NativeStepRunner(model.native)
+    return HostStepRunner(model)
+
+
 class HostStepRunner:
-    """A step runner that reads the logits from the device after each step and samples on the CPU."""
+    """A step runner that samples with the reference sampler, one row after another."""
 
     lookahead = 0  # because the next step needs the tokens of this one
 
@@ -70,3 +82,36 @@ class HostStepRunner:
                 yield sequence.sampler.sample(row)
             except Exception as error:  # fails this row only
                 yield error
+
+
+class NativeStepRunner:
+    """A step runner that samples as a part of the native step; it uses no torch operation per token."""
+
+    lookahead = 0  # because the next step needs the tokens of this one
+
+    def __init__(self, decoder: NativeDecoder) -> None:
+        self._decoder = decoder
+        self._samplers: dict[int, NativeSampler] = {}  # by slot
+
+    def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:
+        """Prefill `chunk` and sample a token after the last chunk, as in `StepRunner.prefill`."""
+        sampler = None
+        if sequence.position + len(chunk) == len(sequence.prompt_ids):
+            sampler = NativeSampler(sequence.params, sequence.prompt_ids, self._decoder.vocab_size)
+            self._samplers[sequence.slot] = sampler
+        token_id = self._decoder.prefill_and_sample(sequence.slot, chunk, sequence.position, sampler)
+        return () if token_id is None else _tokens_or_errors([token_id])
+
+    def decode(self, rows: SequenceOf[Sequence]) -> Iterable[TokenOrError]:
+        """Append the last token of each row and sample the next tokens, as in `StepRunner.decode`."""
+        token_ids = self._decoder.decode_and_sample(
+            [sequence.slot for sequence in rows],
+            [sequence.output_ids[-1] for sequence in rows],
+            [sequence.position for sequence in rows],
+            [self._samplers[sequence.slot] for sequence in rows],
+        )
+        return _tokens_or_errors(token_ids)
+
+
+def _tokens_or_errors(token_ids: list[int]) -> list[TokenOrError]:
+    return [NonFiniteLogits() if token_id == NO_TOKEN else token_id for token_id in token_ids]

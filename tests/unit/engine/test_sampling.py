@@ -13,7 +13,7 @@ from tests.support.transformers_oracle import HISTORY, PROMPT, expected_probabil
 from torch import Tensor
 
 from llama2_server.engine.errors import EngineError
-from llama2_server.engine.sampling import NUCLEUS_GUESS, GenerationParams, Sampler
+from llama2_server.engine.sampling import GenerationParams, Sampler
 
 PLAIN = GenerationParams(max_tokens=1, temperature=1.0, top_p=1.0)
 DRAWS = 1000
@@ -37,7 +37,7 @@ def probabilities(params: GenerationParams, logits: Tensor, history: list[int]) 
     sampler = sampler_with_history(params, len(logits), history)
     token_ids, weights = sampler._distribution(sampler._penalize(logits))
     found = torch.zeros(len(logits), dtype=torch.float64)
-    found[torch.arange(len(logits)) if token_ids is None else token_ids] = weights / weights.sum()
+    found[token_ids] = weights / weights.sum()
     return found
 
 
@@ -70,9 +70,9 @@ def test_the_distribution_is_that_of_transformers(params: GenerationParams, voca
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99, 0.9999])
-def test_a_nucleus_beyond_the_first_guess_is_found(top_p: float) -> None:
-    """For flat logits the nucleus is larger than the first guess."""
-    params, logits = replace(PLAIN, top_p=top_p), logits_of(8 * NUCLEUS_GUESS) / 100
+def test_the_nucleus_of_flat_logits(top_p: float) -> None:
+    """For flat logits the nucleus is a large part of the vocabulary."""
+    params, logits = replace(PLAIN, top_p=top_p), logits_of(2048) / 100
     found, expected = probabilities(params, logits, []), expected_probabilities(params, logits, [])
     assert torch.equal(found > 0, expected > 0)
 
@@ -84,7 +84,7 @@ def test_ties_at_top_k_are_all_kept(values: list[int], top_k: int) -> None:
     sampler = Sampler(params, [], len(values), "cpu")
     token_ids, _ = sampler._distribution(logits)
     expected = processors(params)(torch.LongTensor([[0]]), logits[None])[0].isfinite().nonzero()[:, 0]
-    assert torch.equal(torch.arange(len(values)) if token_ids is None else token_ids, expected)
+    assert torch.equal(token_ids, expected)
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
@@ -115,6 +115,34 @@ def test_draws_invert_the_cumulative_distribution(monkeypatch: pytest.MonkeyPatc
         sampler = Sampler(PLAIN, [], 5, "cpu")
         monkeypatch.setattr(sampler, "_uniform", lambda uniform=uniform: uniform)
         assert sampler.sample(logits) == expected
+
+
+@given(values=st.lists(st.sampled_from([-1.0, -0.0, 0.0, 2.0]), min_size=1, max_size=60), top_k=st.integers(0, 5))
+def test_equal_logits_are_ordered_by_id(values: list[float], top_k: int) -> None:
+    """Greedy tokens and the nucleus take the lower id first; -0 equals 0. Without a nucleus all are ordered by id."""
+    logits = torch.tensor(values)
+    by_logit = sorted(range(len(values)), key=lambda token_id: (-values[token_id], token_id))
+    assert Sampler(replace(PLAIN, temperature=0.0), [], len(values), "cpu").sample(logits) == by_logit[0]
+    token_ids, _ = Sampler(replace(PLAIN, top_p=1 - 2**-53), [], len(values), "cpu")._distribution(logits)
+    assert token_ids.tolist() == by_logit[: len(token_ids)]
+    token_ids, _ = Sampler(replace(PLAIN, top_k=top_k), [], len(values), "cpu")._distribution(logits)
+    assert token_ids.tolist() == sorted(token_ids.tolist())
+
+
+def test_a_large_vocabulary_keeps_the_order_of_equal_logits() -> None:
+    """Torch selects another sorting algorithm for many logits."""
+    logits = logits_of(32_000).round()
+    token_ids, _ = Sampler(replace(PLAIN, top_p=0.9), [], 32_000, "cpu")._distribution(logits)
+    values = logits.tolist()
+    by_logit = sorted(range(32_000), key=lambda token_id: (-values[token_id], token_id))
+    assert token_ids.tolist() == by_logit[: len(token_ids)]
+
+
+def test_the_nth_token_uses_the_nth_number() -> None:
+    """With equal weights, a number between 0 and 1 is the token's share of the vocabulary."""
+    numbers, sampler = random.Random(2**64 - 1), Sampler(replace(PLAIN, seed=2**64 - 1), [], 1000, "cpu")
+    logits = torch.zeros(1000)
+    assert [sampler.sample(logits) for _ in range(100)] == [int(1000 * numbers.random()) for _ in range(100)]
 
 
 def test_a_seed_repeats_exactly() -> None:
@@ -165,6 +193,21 @@ def test_logits_that_are_not_finite_are_an_error(temperature: float, bad: float)
     logits[500] = bad
     with pytest.raises(EngineError, match="not finite"):
         Sampler(replace(PLAIN, temperature=temperature), [], 1000, "cpu").sample(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_finite_logits_with_an_infinite_sum_give_a_token(temperature: float) -> None:
+    """Only a logit itself can be an error, not the sum of many large ones."""
+    logits = torch.full((1000,), -3e38)
+    logits[5] = 3e38
+    assert Sampler(replace(PLAIN, temperature=temperature), [], 1000, "cpu").sample(logits) == 5
+
+
+def test_a_penalty_that_makes_a_logit_infinite_is_an_error() -> None:
+    """It would leave no weights to draw from."""
+    logits = torch.full((10,), 3e38)
+    with pytest.raises(EngineError, match="not finite"):
+        Sampler(replace(PLAIN, repetition_penalty=0.5), [3], 10, "cpu").sample(logits)
 
 
 def test_logits_are_not_changed() -> None:

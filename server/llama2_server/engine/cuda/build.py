@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
-from llama2_server.engine.step_runner import HostStepRunner, StepRunner
+from llama2_server.engine.step_runner import HostStepRunner, StepRunner, host_step_runner
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def build_step_runner(model: LlamaModel, *, compiled: bool, cache_directory: Pat
     Compiled kernels and autotuning results are cached under `cache_directory` for the next start.
     """
     if model.device.type != "cuda":
-        return HostStepRunner(model)
+        return host_step_runner(model)
     if not compiled:
         logger.info("running in plain torch, which is slower: --gpu-kernels is torch")
         return HostStepRunner(model)

@@ -42,7 +42,7 @@ class LlamaModel:
     """A Llama model and its KV cache on one device; only one thread at a time may use it.
 
     The model runs on the device and in the dtype of `weights`. `context_length` is the number of tokens per slot, and
-    `slots` is the maximum number of concurrent sequences.
+    `slots` is the maximum number of concurrent sequences. `native` runs the model natively; None if it runs in torch.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class LlamaModel:
         # On a CPU, attention over 16-bit keys is slower and less exact than attention over float32 copies of them.
         self._widen = self.device.type == "cpu" and self.dtype != torch.float32
         self._threads = 1 if weights.size_bytes < SMALL_MODEL_BYTES else CPU_THREADS
-        self._native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
-        self.chunk_invariant = self._native is not None
-        self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self._native else TORCH_CHUNK_TOKENS
+        self.native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
+        self.chunk_invariant = self.native is not None
+        self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self.native else TORCH_CHUNK_TOKENS
 
     def _native_decoder(self, cpu_kernels: CpuKernels) -> NativeDecoder | None:
         """Return the decoder in C++, or log why it is unavailable and return None."""
@@ -108,8 +108,8 @@ class LlamaModel:
         """
         end = position + len(token_ids)
         self._check(slot, position, end)
-        if self._native:
-            return self._native.prefill(slot, token_ids, position)
+        if self.native:
+            return self.native.prefill(slot, token_ids, position)
         self._set_num_threads()
         try:
             return self._prefill(slot, token_ids, position, end)
@@ -141,8 +141,8 @@ class LlamaModel:
         """
         for slot, position in zip(slots, positions, strict=True):
             self._check(slot, position, position + 1)
-        if self._native:
-            return self._native.decode(slots, token_ids, positions)
+        if self.native:
+            return self.native.decode(slots, token_ids, positions)
         if self.device.type == "cuda":
             return self._decode(slots, token_ids, positions)
         self._set_num_threads()

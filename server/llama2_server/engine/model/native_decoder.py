@@ -2,15 +2,19 @@
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.kv_cache import KVCache
+from llama2_server.engine.model.native_sampler import NativeSampler
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.native.library import LayerPointers, ModelPointers, NativeUnavailable, load_library
+
+OUTPUTS = 4  # of a step: logits, samplers, their numbers, sampled tokens
 
 
 class NativeDecoder:
@@ -62,35 +66,100 @@ class NativeDecoder:
         self._step_function = library.llama2_decoder_step
         weakref.finalize(self, library.llama2_decoder_free, self._decoder)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits per row."""
+        return self._vocab_size
+
     def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Tensor:  # (vocab_size,)
         """Append tokens to a slot and return the logits after the last one, as in `LlamaModel.prefill`.
 
         The result has the same bits for any chunk sizes, single tokens included.
         """
-        for start in range(0, len(token_ids), self._max_rows):
-            chunk = token_ids[start : start + self._max_rows]
-            first = position + start
-            is_last = start + len(chunk) == len(token_ids)
-            logits = self._step([slot] * len(chunk), chunk, range(first, first + len(chunk)), logit_rows=int(is_last))
-        return logits[0]
+        *first, last = self._chunks(slot, token_ids, position)
+        for chunk in first:
+            self._step(*chunk)
+        return self._logits(*last, logit_rows=1)[0]
+
+    def prefill_and_sample(
+        self, slot: int, token_ids: Sequence[int], position: int, sampler: NativeSampler | None
+    ) -> int | None:
+        """Append tokens to a slot and return a sampled token, NO_TOKEN if a logit is not finite.
+
+        Without a sampler, compute no logits and return None.
+        """
+        *first, last = self._chunks(slot, token_ids, position)
+        for chunk in first:
+            self._step(*chunk)
+        if sampler is None:
+            self._step(*last)
+            return None
+        return self._sample(*last, samplers=[sampler])[0]
 
     def decode(self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Append one token to each slot and return the logits after each, as in `LlamaModel.decode`.
 
         Each row has the same bits for any number and content of the other rows.
         """
-        return self._step(slots, token_ids, positions, logit_rows=len(slots))
+        return self._logits(slots, token_ids, positions, logit_rows=len(slots))  # (rows, vocab_size)
 
-    def _step(
+    def decode_and_sample(
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        samplers: Sequence[NativeSampler],
+    ) -> list[int]:  # (rows,)
+        """Append one token to each slot and return the next token of each, NO_TOKEN if a logit is not finite."""
+        return self._sample(slots, token_ids, positions, samplers)
+
+    def _chunks(
+        self, slot: int, token_ids: Sequence[int], position: int
+    ) -> Iterator[tuple[list[int], Sequence[int], range]]:
+        for start in range(0, len(token_ids), self._max_rows):
+            chunk = token_ids[start : start + self._max_rows]
+            first = position + start
+            yield [slot] * len(chunk), chunk, range(first, first + len(chunk))
+
+    def _logits(
         self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int], logit_rows: int
     ) -> Tensor:  # (logit_rows, vocab_size)
-        rows = len(slots)
         logits = torch.empty(logit_rows, self._vocab_size)
-        numbers = ctypes.c_int32 * rows
-        arguments = (rows, numbers(*slots), numbers(*token_ids), numbers(*positions), logit_rows, logits.data_ptr())
-        if not self._step_function(self._decoder, *arguments):
-            raise EngineError(f"out of range: tokens {list(token_ids)} at {list(positions)} of slots {list(slots)}")
+        self._step(slots, token_ids, positions, logit_rows, logits.data_ptr())
         return logits
+
+    def _sample(
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        samplers: Sequence[NativeSampler],
+    ) -> list[int]:  # (samplers,)
+        rows = len(samplers)
+        handles = (ctypes.c_void_p * rows)(*(sampler.handle for sampler in samplers))
+        uniforms = (ctypes.c_double * rows)(*(sampler.next_uniform() for sampler in samplers))
+        sampled = (ctypes.c_int32 * rows)()
+        self._step(slots, token_ids, positions, rows, None, handles, uniforms, sampled)
+        return list(sampled)
+
+    def _step(
+        self,
+        slots: Sequence[int],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        logit_rows: int = 0,
+        *outputs: Any,
+    ) -> None:
+        """Run one step; `outputs` are the last arguments of `llama2_decoder_step`, null if left out."""
+        rows = len(slots)
+        numbers = ctypes.c_int32 * rows
+        arguments = (rows, numbers(*slots), numbers(*token_ids), numbers(*positions), logit_rows)
+        pointers = (*outputs, *[None] * (OUTPUTS - len(outputs)))
+        if not self._step_function(self._decoder, *arguments, *pointers):
+            raise EngineError(
+                "out of range, or a sampler of another vocabulary: "
+                f"tokens {list(token_ids)} at {list(positions)} of slots {list(slots)}"
+            )
 
 
 def _model_pointers(

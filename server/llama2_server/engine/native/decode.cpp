@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -100,7 +101,7 @@ const Kernels *find_kernels(const char *name, const char **found) {
 }  // namespace
 
 // The interface version. Increase it with every change that Python sees, so that an outdated library is never called.
-LLAMA2_EXPORT int llama2_interface() { return 3; }
+LLAMA2_EXPORT int llama2_interface() { return 4; }
 
 // Returns the instruction set called `name` ("" = the best available), or null if this processor does not support it.
 LLAMA2_EXPORT const char *llama2_instructions(const char *name) {
@@ -127,10 +128,12 @@ LLAMA2_EXPORT void llama2_decoder_free(Decoder *decoder) { delete decoder; }
 // Returns the maximum number of rows in a step.
 LLAMA2_EXPORT int llama2_decoder_max_rows(const Decoder *decoder) { return decoder->max_rows(); }
 
-// Calls `Decoder::step`; returns false if an argument is out of range.
+// Calls `Decoder::step`; returns false if an argument is out of range. If `logits` is null, it samples one token for
+// each of the last `logit_rows` rows.
 LLAMA2_EXPORT bool llama2_decoder_step(Decoder *decoder, int rows, const std::int32_t *slots,
                                        const std::int32_t *tokens, const std::int32_t *positions, int logit_rows,
-                                       float *logits) {
+                                       float *logits, Sampler *const *samplers, const double *uniforms,
+                                       std::int32_t *sampled) {
     const Model &model = decoder->model();
     const auto within = [](std::int32_t value, std::int32_t end) { return 0 <= value && value < end; };
     if (rows < 1 || rows > decoder->max_rows() || logit_rows < 0 || logit_rows > rows) return false;
@@ -138,7 +141,42 @@ LLAMA2_EXPORT bool llama2_decoder_step(Decoder *decoder, int rows, const std::in
         if (!within(slots[row], model.slots) || !within(tokens[row], model.vocab) ||
             !within(positions[row], model.context))
             return false;
-    decoder->step(rows, slots, tokens, positions, logit_rows, logits);
+    if (logits == nullptr) {
+        if (logit_rows > model.slots) return false;
+        for (int row = 0; row < logit_rows; ++row)
+            if (samplers[row]->vocab() != model.vocab) return false;
+    }
+    decoder->step(rows, slots, tokens, positions, logit_rows, logits, {samplers, uniforms, sampled});
+    return true;
+}
+
+// Returns the sampling state of a new sequence, or null if a prompt token does not exist or there is not enough memory.
+LLAMA2_EXPORT Sampler *llama2_sampler_new(int vocab, const SamplingParams *params, const std::int32_t *prompt,
+                                          int prompt_tokens) {
+    try {
+        return new Sampler(vocab, *params, prompt, prompt_tokens);
+    } catch (const std::exception &) {
+        return nullptr;
+    }
+}
+
+LLAMA2_EXPORT void llama2_sampler_free(Sampler *sampler) { delete sampler; }
+
+// Samples one token from `count` rows of logits, each of the sampler's vocabulary, one row after another. Returns false
+// if the processor does not support the instructions or there is not enough memory.
+LLAMA2_EXPORT bool llama2_sampler_sample(Sampler *sampler, const char *instructions, int count, const float *logits,
+                                         const double *uniforms, std::int32_t *tokens) {
+    const char *found;
+    const Kernels *kernels = find_kernels(instructions, &found);
+    if (kernels == nullptr) return false;
+    try {
+        SamplingScratch scratch(sampler->vocab());
+        for (int row = 0; row < count; ++row)
+            tokens[row] = sampler->sample(*kernels, logits + static_cast<std::size_t>(row) * sampler->vocab(),
+                                          uniforms[row], scratch);
+    } catch (const std::exception &) {
+        return false;
+    }
     return true;
 }
 

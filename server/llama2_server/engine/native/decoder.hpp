@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "model.hpp"
+#include "sampling.hpp"
 #include "thread_pool.hpp"
 
 namespace {
@@ -32,6 +33,13 @@ class PaddedMatrix {
     std::vector<CacheLine> cache_lines_;
 };
 
+// How a step samples: the sampler of each row, its number in [0, 1), and where its token is written.
+struct Sampling {
+    Sampler *const *samplers;
+    const double *uniforms;
+    std::int32_t *tokens;
+};
+
 // A model, its threads and the activations of one step.
 class Decoder final : ThreadPool {
   public:
@@ -53,19 +61,24 @@ class Decoder final : ThreadPool {
           inner_(max_rows_, model.inner),
           // The layout is documented at `Attention::scratch`.
           scratch_(threads,
-                   attention_tokens(group()) * group() * (2 * padded(model.head_dim) + padded(model.context))) {
+                   attention_tokens(group()) * group() * (2 * padded(model.head_dim) + padded(model.context))),
+          logits_memory_(static_cast<std::size_t>(model.slots) * model.vocab),
+          sampling_(threads, SamplingScratch(model.vocab)) {
         token_runs_.reserve(max_rows_);
     }
 
     // Appends one token to each row's slot and computes logits (logit_rows, vocab) for the last `logit_rows` rows. Rows
-    // of the same slot must be ordered by position.
+    // of the same slot must be ordered by position. If `logits` is null, it samples one token for each of these rows
+    // instead; there can be as many as slots.
     void step(int rows, const std::int32_t *slots, const std::int32_t *tokens, const std::int32_t *positions,
-              int logit_rows, float *logits) {
+              int logit_rows, float *logits, const Sampling &sampling) {
         rows_ = rows;
         logit_rows_ = logit_rows;
         slots_ = slots;
         positions_ = positions;
-        logits_ = logits;
+        logits_ = logits == nullptr ? logits_memory_.data() : logits;
+        sample_ = logits == nullptr;
+        samples_ = sampling;
         for (int row = 0; row < rows; ++row) {
             const Half *embedded = model_.embedding + static_cast<std::size_t>(tokens[row]) * model_.hidden;
             kernels_.widen(embedded, model_.hidden, x_[row]);
@@ -86,16 +99,17 @@ class Decoder final : ThreadPool {
     enum Stage { QKV, ATTEND, OUTPUT, GATE_UP, DOWN, STAGES_PER_LAYER };
 
     int group() const { return model_.heads / model_.kv_heads; }
+    int logits_stage() const { return STAGES_PER_LAYER * model_.layers; }  // sampling is the stage after it
     const Layer &layer() const { return layers_[stage_ / STAGES_PER_LAYER]; }
 
     int next_stage() override {
-        if (++stage_ == STAGES_PER_LAYER * model_.layers) {
+        if (++stage_ == logits_stage()) {
             if (logit_rows_ == 0) return 0;
             add_sublayer_output();
             rmsnorm(model_.norm);
             return split(model_.vocab, model_.hidden);
         }
-        if (stage_ > STAGES_PER_LAYER * model_.layers) return 0;
+        if (stage_ > logits_stage()) return stage_ == logits_stage() + 1 && sample_ ? logit_rows_ : 0;
         switch (stage_ % STAGES_PER_LAYER) {
             case QKV:
                 if (stage_ > 0) add_sublayer_output();
@@ -119,8 +133,9 @@ class Decoder final : ThreadPool {
     }
 
     void run_chunk(int thread, int chunk) override {
+        if (stage_ > logits_stage()) return sample(thread, chunk);
         const int begin = chunk * outputs_per_chunk_;
-        if (stage_ == STAGES_PER_LAYER * model_.layers)
+        if (stage_ == logits_stage())
             return matmul(model_.head, model_.vocab, normed_, model_.hidden, begin, logits_, model_.vocab, logit_rows_);
         switch (stage_ % STAGES_PER_LAYER) {
             case QKV:
@@ -138,6 +153,12 @@ class Decoder final : ThreadPool {
                 return matmul(layer().down, model_.hidden, inner_, model_.inner, begin, sublayer_output_[0],
                               sublayer_output_.stride, rows_);
         }
+    }
+
+    void sample(int thread, int row) {
+        const float *logits = logits_ + static_cast<std::size_t>(row) * model_.vocab;
+        samples_.tokens[row] =
+            samples_.samplers[row]->sample(kernels_, logits, samples_.uniforms[row], sampling_[thread]);
     }
 
     // Splits a matmul of `outputs` rows of `width` weights into chunks and returns their number.
@@ -231,6 +252,10 @@ class Decoder final : ThreadPool {
     std::vector<TokenRun> token_runs_;
     const std::int32_t *slots_ = nullptr, *positions_ = nullptr;
     float *logits_ = nullptr;
+    bool sample_ = false;
+    Sampling samples_{};
+    std::vector<float> logits_memory_;
+    std::vector<SamplingScratch> sampling_;
 };
 
 }  // namespace

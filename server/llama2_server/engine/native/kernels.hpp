@@ -37,7 +37,51 @@ std::uint64_t read(const std::uint64_t *memory, std::size_t bytes) {
     return found[0] ^ found[1] ^ found[2] ^ found[3] ^ found[4] ^ found[5] ^ found[6] ^ found[7];
 }
 
-const Kernels kernels = {matmul, rmsnorm, swiglu, append_to_cache, attend, widen, read};
+float largest(const float *logits, int count) {
+    // Integers that are ordered like the floats: compilers vectorize the maximum of integers.
+    std::int32_t greatest = std::numeric_limits<std::int32_t>::min(), magnitude = 0;
+    for (int i = 0; i < count; ++i) {
+        std::int32_t bits;
+        std::memcpy(&bits, logits + i, sizeof bits);
+        greatest = std::max(greatest, bits ^ ((bits >> 31) & 0x7fffffff));
+        magnitude = std::max(magnitude, bits & 0x7fffffff);
+    }
+    if (magnitude >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
+    greatest ^= (greatest >> 31) & 0x7fffffff;
+    float found;
+    std::memcpy(&found, &greatest, sizeof found);
+    return found;
+}
+
+int collect(const float *logits, int count, float smallest, std::int32_t *indices) {
+    const int whole = count / LANES * LANES;
+    int found = 0;  // at most `i`, so a group never writes beyond its own indices
+    for (int i = 0; i < whole; i += LANES) found += collect(logits + i, smallest, i, indices + found);
+    for (int i = whole; i < count; ++i)
+        if (logits[i] >= smallest) indices[found++] = i;
+    return found;
+}
+
+void weigh(const float *logits, int count, float largest, double factor, double *weights) {
+    for (int i = 0; i < count; ++i) weights[i] = exponential((static_cast<double>(logits[i]) - largest) * factor);
+}
+
+double sum_of_weights(const float *logits, int count, float largest, double factor) {
+    double sums[LANES] = {}, weights[16 * LANES];
+    for (int begin = 0; begin < count; begin += 16 * LANES) {
+        const int length = std::min(16 * LANES, count - begin), whole = length / LANES * LANES;
+        weigh(logits + begin, length, largest, factor, weights);
+        for (int i = 0; i < whole; i += LANES)
+            for (int lane = 0; lane < LANES; ++lane) sums[lane] += weights[i + lane];
+        for (int i = whole; i < length; ++i) sums[i - whole] += weights[i];
+    }
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+    return sums[0];
+}
+
+const Kernels kernels = {matmul, rmsnorm, swiglu,  append_to_cache, attend,
+                         widen,  read,    largest, collect,         weigh,  sum_of_weights};
 
 }  // namespace LLAMA2_INSTRUCTIONS
 }  // namespace

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("decode.so")
-INTERFACE_VERSION = 3  # the version that llama2_interface() of decode.cpp must return
+INTERFACE_VERSION = 4  # the version that llama2_interface() of decode.cpp must return
 
 
 class NativeUnavailable(Exception):
@@ -40,6 +40,16 @@ class ModelPointers(ctypes.Structure):
     ]
 
 
+class SamplingParams(ctypes.Structure):
+    """Sampling parameters of one sequence; mirrors `struct SamplingParams` of sampling.hpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty")),
+        ("repetition_penalty", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+    ]
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """Load the library that lies next to this file.
@@ -55,6 +65,12 @@ def load_library() -> ctypes.CDLL:
         raise NativeUnavailable(f"the native library cannot be loaded: {error}; reinstall llama2-grpc") from error
     if library.llama2_interface() != INTERFACE_VERSION:
         raise NativeUnavailable("the native library was built from another version; reinstall llama2-grpc")
+    _declare(library)
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Declare the arguments and results of the library's functions."""
     numbers = ctypes.POINTER(ctypes.c_int32)
     library.llama2_instructions.argtypes = [ctypes.c_char_p]
     library.llama2_instructions.restype = ctypes.c_char_p
@@ -68,16 +84,24 @@ def load_library() -> ctypes.CDLL:
     library.llama2_decoder_free.argtypes = [ctypes.c_void_p]
     library.llama2_decoder_free.restype = None
     library.llama2_decoder_max_rows.argtypes = [ctypes.c_void_p]
+    handles, doubles = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_double)
     library.llama2_decoder_step.argtypes = [
         *(ctypes.c_void_p, ctypes.c_int, numbers, numbers, numbers),
-        *(ctypes.c_int, ctypes.c_void_p),
+        *(ctypes.c_int, ctypes.c_void_p, handles, doubles, numbers),
     ]
     library.llama2_decoder_step.restype = ctypes.c_bool
+    library.llama2_sampler_new.argtypes = [ctypes.c_int, ctypes.POINTER(SamplingParams), numbers, ctypes.c_int]
+    library.llama2_sampler_new.restype = ctypes.c_void_p
+    library.llama2_sampler_free.argtypes = [ctypes.c_void_p]
+    library.llama2_sampler_free.restype = None
+    library.llama2_sampler_sample.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, doubles, numbers),
+    ]
+    library.llama2_sampler_sample.restype = ctypes.c_bool
     library.llama2_use_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.llama2_use_huge_pages.restype = None
     library.llama2_read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.llama2_read_bandwidth.restype = ctypes.c_double
-    return library
 
 
 def use_huge_pages(memory: Tensor) -> None:

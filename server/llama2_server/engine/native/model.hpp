@@ -54,6 +54,13 @@ struct Kernels {
     void (*attend)(const Attention &attention);
     void (*widen)(const Half *from, int count, float *to);
     std::uint64_t (*read)(const std::uint64_t *memory, std::size_t bytes);
+    // The largest logit, or NaN if one is not finite.
+    float (*largest)(const float *logits, int count);
+    // Writes the indices of all logits that are at least `smallest`, in ascending order, and returns their number.
+    int (*collect)(const float *logits, int count, float smallest, std::int32_t *indices);
+    // The weight of each logit for the draw: exp((logit - largest) * factor).
+    void (*weigh)(const float *logits, int count, float largest, double factor, double *weights);
+    double (*sum_of_weights)(const float *logits, int count, float largest, double factor);
 };
 
 // e^x to 2 units in the last place (Cephes' expf), in operations that compilers can vectorize.
@@ -74,6 +81,36 @@ inline float exponential(float x) {
     std::memcpy(&bits, &p, sizeof bits);
     std::memcpy(&exponent, &shifted, sizeof exponent);
     bits += exponent << 23;
+    std::memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
+// e^x for x <= 0 to 1 unit in the last place, or 0 below the normal numbers; vectorizable like the function above.
+inline double exponential(double x) {
+    const double limited = std::max(x, -708.0);
+    const double shifted = std::fma(limited, 1.4426950408889634, 6755399441055744.0);  // 1.5 * 2^52
+    const double n = shifted - 6755399441055744.0;
+    // ln 2 in two parts (Cephes).
+    const double r = std::fma(n, -1.42860682030941723212e-6, std::fma(n, -6.93145751953125e-1, limited));
+    // A polynomial through e^r at the Chebyshev nodes; its relative error is below 2e-17.
+    double p = std::fma(2.5100424157005067e-08, r, 2.7620138719733994e-07);
+    p = std::fma(p, r, 2.7557268378684192e-06);
+    p = std::fma(p, r, 2.480152119021773e-05);
+    p = std::fma(p, r, 1.9841269863105968e-04);
+    p = std::fma(p, r, 1.3888888917281794e-03);
+    p = std::fma(p, r, 8.333333333330051e-03);
+    p = std::fma(p, r, 4.166666666662399e-02);
+    p = std::fma(p, r, 1.6666666666666669e-01);
+    p = std::fma(p, r, 5.000000000000001e-01);
+    p = std::fma(p, r, 1.0);
+    p = std::fma(p, r, 1.0);
+    const double margin = x + 708.0;
+    std::uint64_t bits, exponent, negative;
+    std::memcpy(&bits, &p, sizeof bits);
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    std::memcpy(&negative, &margin, sizeof negative);
+    // A mask instead of a condition, which compilers do not vectorize.
+    bits = (bits + (exponent << 52)) & ((negative >> 63) - 1);
     std::memcpy(&p, &bits, sizeof p);
     return p;
 }

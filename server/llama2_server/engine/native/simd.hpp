@@ -104,3 +104,30 @@ inline void store_partial(Half *to, Vector v, int count) {
     store(whole, v);
     std::memcpy(to, whole, count * sizeof(Half));
 }
+
+// Writes the indices, counted from `first`, of all floats among 16 that are at least `smallest`, and returns their
+// number. It may write 16 indices.
+#if defined(LLAMA2_AVX512)
+inline int collect(const float *from, float smallest, std::int32_t first, std::int32_t *indices) {
+    const __mmask16 found = _mm512_cmp_ps_mask(load(from), broadcast(smallest), _CMP_GE_OQ);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+    _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(found, all));
+    return __builtin_popcount(found);
+}
+#else
+inline int collect(const float *from, float smallest, std::int32_t first, std::int32_t *indices) {
+#if defined(__x86_64__)
+    const Vector v = load(from), limit = broadcast(smallest);
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(v.low, limit.low, _CMP_GE_OQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(v.high, limit.high, _CMP_GE_OQ));
+    unsigned found = static_cast<unsigned>(low | high << 8);
+#else
+    unsigned found = 0;
+    for (int lane = 0; lane < LANES; ++lane) found |= static_cast<unsigned>(from[lane] >= smallest) << lane;
+#endif
+    int count = 0;
+    for (; found != 0; found &= found - 1) indices[count++] = first + __builtin_ctz(found);
+    return count;
+}
+#endif

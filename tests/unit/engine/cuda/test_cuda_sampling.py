@@ -1,5 +1,6 @@
 """Tests of batched sampling against the probabilities of transformers and against single rows."""
 
+import random
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from llama2_server.engine.cuda.sampling import (
     is_argmax,
     sample,
 )
-from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sampling import GenerationParams, Sampler
 
 VOCAB_SIZE = 40
 DRAWS = 20_000
@@ -111,6 +112,28 @@ def test_a_row_with_non_finite_logits_has_no_token(broken: float) -> None:
     rows = batch_params([replace(PLAIN, temperature=0.001)] * 3, [0.5] * 3)
     for found in (greedy(logits), sample(logits, rows)):
         assert found.tolist() == [expected[0], NO_TOKEN, expected[2]]
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+@pytest.mark.parametrize("params", [replace(p, seed=seed) for p in PARAMS.values() for seed in (0, 1)])
+def test_tokens_equal_the_reference_sampler(params: GenerationParams, scale: int) -> None:
+    """Logits with many equal values give the tokens of the reference, which orders equal ones by id."""
+    logits = (torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 2).round() / scale
+    reference, uniforms = Sampler(params, PROMPT, VOCAB_SIZE, "cpu"), random.Random(params.seed)
+    state, slot = PenaltyState(1, VOCAB_SIZE, torch.device("cpu")), torch.tensor([0])
+    state.reset(0, PROMPT)
+    for _ in range(50):
+        row = batch_params([params], [uniforms.random()])
+        token_ids = sample(state.apply_penalties(logits[None], slot, row), row)
+        state.add_tokens(slot, token_ids)
+        assert int(token_ids) == reference.sample(logits)
+
+
+def test_finite_logits_with_an_infinite_sum_give_a_token() -> None:
+    """Only a logit itself can be an error, not the sum of many large ones."""
+    logits = torch.full((1, VOCAB_SIZE), -3e38)
+    logits[0, 5] = 3e38
+    assert greedy(logits).tolist() == sample(logits, batch_params([PLAIN], [0.5])).tolist() == [5]
 
 
 def test_which_requests_need_more_than_argmax() -> None:

@@ -93,12 +93,14 @@ def plain_tokens(model: LlamaModel, prompt_tokens: int = 5, seed: int = 0, **par
     return reader.token_ids
 
 
-# With top_p, device and host sort the tokens in the same order, so the same random numbers select the same tokens.
+# Device and host sum the weights in the same order, so the same random numbers select the same tokens.
 CASES: list[dict[str, Any]] = [
     {},
     {"max_tokens": 1},
     {"max_tokens": 2, "prompt_tokens": 1},
     {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.8, "top_p": 1.0},
+    {"temperature": 0.8, "top_p": 1.0, "top_k": 50},
     {"repetition_penalty": 1.8, "max_tokens": 20},
     {"temperature": 1.5, "top_p": 0.5, "top_k": 50, "frequency_penalty": 1.0, "presence_penalty": 0.5},
 ]

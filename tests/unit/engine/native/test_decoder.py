@@ -1,8 +1,8 @@
 """Tests of the native forward pass against torch and transformers, on each instruction set of this processor."""
 
 import os
-import platform
 import random
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from tests.unit.engine.native.models import (
     CONTEXT,
     SLOTS,
     MakeCheckpoint,
-    library,
     load,
     native_decoder,
     prefill_all,
@@ -23,6 +22,8 @@ from transformers import LlamaForCausalLM
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.model.native_decoder import NativeDecoder
+from llama2_server.engine.model.native_sampler import NO_TOKEN, NativeSampler
+from llama2_server.engine.sampling import GenerationParams
 
 # Maximum relative error of logits in the Euclidean norm: a few float16 roundings.
 TOLERANCE = 0.005
@@ -36,19 +37,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["NEON"] if platform.machine() in ("aarch64", "arm64") else ["AVX-512", "AVX2"])
-def instructions(request: pytest.FixtureRequest) -> str:
-    """Each instruction set in turn; the test is skipped if this processor does not support it."""
-    name: str = request.param
-    if library().llama2_instructions(name.encode()) is None:
-        pytest.skip(f"NOT TESTED: this processor does not support {name}")
-    return name
-
-
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+SAMPLED = [
+    (GenerationParams(1, temperature, top_p, top_k, seed, 1.0 + seed % 3 / 10), [1, 2, 3], 600)
+    for seed, (temperature, top_p, top_k) in enumerate(product((0.0, 0.6), (0.5, 0.9, 0.999, 1.0), (0, 50)))
+]
 LENGTHS = [1, 127, 16, 64, 100, 2, 31, 63, 65, 3, 90, 17, 15, 126, 48, 7]
 
 
@@ -177,6 +173,42 @@ def test_each_instruction_set_computes_the_same_bits(
     rows = ([0, 1, 2], [5, 6, 7], [50, 100, 1])
     best = native_decoder(model).decode(*rows)
     assert torch.equal(native_decoder(model, instructions).decode(*rows), best)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_step_samples_the_tokens_of_its_logits(checkpoint: MakeCheckpoint, threads: int, instructions: str) -> None:
+    """Rows with different parameters get the tokens that their logits give, on any number of threads."""
+    model = load(checkpoint(dtype=torch.float16))
+    decoder, tokens = native_decoder(model, instructions, threads), some_ids(16, seed=5)
+    samplers, references = ([NativeSampler(*arguments) for arguments in SAMPLED] for _ in range(2))
+    for slot, (sampler, reference) in enumerate(zip(samplers, references, strict=True)):
+        prompt = some_ids(LENGTHS[slot], seed=slot)
+        expected = reference.sample(decoder.prefill(slot, prompt, 0)[None])
+        assert [decoder.prefill_and_sample(slot, prompt, 0, sampler)] == expected
+    for step in range(2):
+        rows = (list(range(16)), tokens, [length + step - 1 for length in LENGTHS])
+        logits = decoder.decode(*rows)[:, None]
+        expected = [reference.sample(row)[0] for reference, row in zip(references, logits, strict=True)]
+        assert decoder.decode_and_sample(*rows, samplers) == expected
+
+
+def test_a_row_without_finite_logits_has_no_token(checkpoint: MakeCheckpoint) -> None:
+    """The other rows of the step keep their tokens."""
+    model = load(checkpoint(dtype=torch.float16))
+    prefill_all(model, [20, 20, 20])
+    decoder, rows = native_decoder(model), ([0, 1, 2], [5, 6, 7], [20, 20, 20])
+    expected = decoder.decode_and_sample(*rows, [NativeSampler(*SAMPLED[1]) for _ in range(3)])
+    with torch.inference_mode():
+        model.kv_cache.values[0][1, :, :20] = torch.nan
+    found = decoder.decode_and_sample(*rows, [NativeSampler(*SAMPLED[1]) for _ in range(3)])
+    assert found == [expected[0], NO_TOKEN, expected[2]]
+
+
+def test_a_sampler_of_another_vocabulary_is_rejected(checkpoint: MakeCheckpoint) -> None:
+    """It would read beyond the logits."""
+    decoder = native_decoder(load(checkpoint(dtype=torch.float16)))
+    with pytest.raises(EngineError, match="another vocabulary"):
+        decoder.decode_and_sample([0], [5], [0], [NativeSampler(GenerationParams(1), [], 601)])
 
 
 def test_stale_cache_content_is_never_read(checkpoint: MakeCheckpoint, instructions: str) -> None:

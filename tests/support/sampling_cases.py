@@ -1,0 +1,127 @@
+"""Random cases for the native sampler, compared with the reference sampler."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from llama2_server.engine.errors import EngineError
+from llama2_server.engine.model.native_sampler import NO_TOKEN, NativeSampler
+from llama2_server.engine.sampling import GenerationParams, Sampler
+
+TOLERANCE = 1e-12
+"""Tokens may differ only if the number is this close to a boundary, as a share of the whole sum."""
+STEPS = 5  # tokens per sequence; penalties depend on the tokens before
+VOCAB_SIZES = (100, 101, 128, 250, 600, 1000, 2560, 4097, 8192, 32_000, 50_257, 128_000)
+# Most cases are small, because the reference sorts the whole vocabulary.
+VOCAB_WEIGHTS = (20, 10, 10, 10, 15, 10, 10, 6, 4, 3, 1, 1)
+SHIFTS = (0.0, 1e-16, 1e-14, 1e-13, 1e-11, 1e-9)
+
+
+@dataclass(slots=True)
+class Comparison:
+    """The numbers of compared tokens and of those that differ next to a boundary."""
+
+    cases: int = 0
+    different: int = 0
+
+
+def compare(cases: int, seed: int, instructions: str = "") -> Comparison:
+    """Sample tokens with both samplers.
+
+    Raises:
+        AssertionError: a token differs, and its number is not next to a boundary.
+    """
+    rng, found = random.Random(seed), Comparison()
+    while found.cases < cases:
+        params = _params(rng)
+        vocab_size = rng.choices(VOCAB_SIZES, VOCAB_WEIGHTS)[0]
+        prompt_ids = [rng.randrange(vocab_size) for _ in range(rng.randrange(30))]
+        logits = _logits(rng, vocab_size)
+        reference = Sampler(params, prompt_ids, vocab_size, "cpu")
+        native = NativeSampler(params, prompt_ids, vocab_size)
+        for uniform in _uniforms(rng, reference, logits):
+            reference._uniform = native._uniform = partial(float, uniform)
+            penalized = reference._penalize(logits)
+            found.cases += 1
+            expected, (token_id,) = _token(reference, logits), native.sample(logits[None], instructions)
+            if token_id != expected:
+                context = f"{params}, {vocab_size} tokens, number {uniform!r}: {token_id} instead of {expected}"
+                assert _near_boundary(reference, penalized, uniform), context
+                found.different += 1
+                break  # the penalties of the next token would differ
+    return found
+
+
+def _token(sampler: Sampler, logits: Tensor) -> int:
+    try:
+        return sampler.sample(logits)
+    except EngineError:  # a penalty made a logit infinite
+        return NO_TOKEN
+
+
+def _params(rng: random.Random) -> GenerationParams:
+    return GenerationParams(
+        max_tokens=1,
+        temperature=rng.choice((0.0, 1e-320, 1e-4, 0.1, 0.5, 0.6, 0.6, 0.6, 1.0, 1.0, 2.0, 5.0)),
+        top_p=rng.choice((1e-9, 0.1, 0.5, 0.9, 0.9, 0.9, 0.99, 0.999999, 1 - 2**-53, 1.0, rng.random() or 1.0)),
+        top_k=rng.choice((0, 0, 0, 1, 2, 40, 99, 1000, 10**9)),
+        repetition_penalty=rng.choice((1.0, 1.0, 1.0, 1.3, 2.0, 0.7, 1e-3)),
+        frequency_penalty=rng.choice((0.0, 0.0, 0.0, 0.7, 2.0, -2.0)),
+        presence_penalty=rng.choice((0.0, 0.0, 0.0, 0.3, -1.1)),
+    )
+
+
+def _logits(rng: random.Random, vocab_size: int) -> Tensor:  # (vocab_size,)
+    """Return logits of one of many kinds: as of trained models, flat, equal, of few values, or extreme."""
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(rng.getrandbits(32)))
+    kind = rng.randrange(10)
+    if kind < 4:
+        return logits * rng.choice((0.01, 0.5, 3.0, 5.0, 20.0))
+    if kind == 4:
+        return (logits * 4).half().float()
+    if kind == 5:
+        return (logits * rng.choice((1, 3, 10))).round()  # with -0 and 0, which are equal
+    if kind == 6:
+        return torch.full_like(logits, rng.choice((0.0, -3.7, 1e30)))
+    if kind == 7:
+        return logits * rng.choice((1e-40, 1e-20, 1e20, 1e37))  # subnormal numbers are among them
+    if kind == 8:
+        logits[rng.randrange(vocab_size)] = rng.choice((100.0, 1e4, -1e30))
+        return logits
+    return logits.sort(descending=rng.random() < 0.5).values * 4
+
+
+def _uniforms(rng: random.Random, sampler: Sampler, logits: Tensor) -> Iterator[float]:
+    """Yield random numbers and, for some sequences, numbers close to a boundary between two tokens."""
+    closest = sampler._params.temperature > 0 and rng.random() < 0.2
+    for _ in range(STEPS):
+        uniform = rng.choice((0.0, 1 - 2**-53)) if rng.random() < 0.02 else rng.random()
+        if closest:
+            _, weights = sampler._distribution(sampler._penalize(logits))
+            sums = weights.cumsum(0)
+            uniform = float(sums[rng.randrange(len(sums))] / sums[-1]) + rng.choice(SHIFTS) * rng.choice((-1, 1))
+        yield min(max(uniform, 0.0), 1 - 2**-53)
+
+
+def _near_boundary(sampler: Sampler, logits: Tensor, uniform: float) -> bool:
+    """Return whether exact sums put the number, or the share of top_p, close to the end of a candidate's slice."""
+    params = sampler._params
+    if params.temperature == 0:
+        return False
+    _, kept = sampler._distribution(logits)
+    if _distance(kept, uniform) < TOLERANCE:
+        return True
+    sampler._params = GenerationParams(1, params.temperature, 1 - 2**-53, params.top_k)  # all candidates, sorted
+    _, weights = sampler._distribution(logits)
+    return params.top_p < 1 and _distance(weights, params.top_p) < TOLERANCE
+
+
+def _distance(weights: Tensor, share: float) -> float:  # (candidates,)
+    sums = list(accumulate(map(Fraction, weights.tolist())))
+    return float(min(abs(total - share * sums[-1]) for total in sums) / sums[-1])
