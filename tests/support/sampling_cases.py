@@ -1,8 +1,9 @@
 """Random cases for the native sampler, compared with the reference sampler."""
 
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
@@ -52,7 +53,7 @@ def compare(cases: int, seed: int, instructions: str = "") -> Comparison:
             expected, (token_id,) = _token(reference, logits), native.sample(logits[None], instructions)
             if token_id != expected:
                 context = f"{params}, {vocab_size} tokens, number {uniform!r}: {token_id} instead of {expected}"
-                assert _near_boundary(reference, penalized, uniform), context
+                assert token_id in _tokens_next_to_boundaries(reference, penalized, uniform), context
                 found.different += 1
                 break  # the penalties of the next token would differ
     return found
@@ -109,19 +110,19 @@ def _uniforms(rng: random.Random, sampler: Sampler, logits: Tensor) -> Iterator[
         yield min(max(uniform, 0.0), 1 - 2**-53)
 
 
-def _near_boundary(sampler: Sampler, logits: Tensor, uniform: float) -> bool:
-    """Return whether exact sums put the number, or the share of top_p, close to the end of a candidate's slice."""
+def _tokens_next_to_boundaries(sampler: Sampler, logits: Tensor, uniform: float) -> list[int]:  # (vocab_size,)
+    """Return the tokens that the number and the share of top_p select by exact sums, each moved by the tolerance."""
     params = sampler._params
     if params.temperature == 0:
-        return False
-    _, kept = sampler._distribution(logits)
-    if _distance(kept, uniform) < TOLERANCE:
-        return True
-    sampler._params = GenerationParams(1, params.temperature, 1 - 2**-53, params.top_k)  # all candidates, sorted
-    _, weights = sampler._distribution(logits)
-    return params.top_p < 1 and _distance(weights, params.top_p) < TOLERANCE
-
-
-def _distance(weights: Tensor, share: float) -> float:  # (candidates,)
-    sums = list(accumulate(map(Fraction, weights.tolist())))
-    return float(min(abs(total - share * sums[-1]) for total in sums) / sums[-1])
+        return []
+    # All candidates, in the order of the sums.
+    sampler._params = replace(params, top_p=1 - 2**-53) if params.top_p < 1 else params
+    token_ids, weights = (tensor.tolist() for tensor in sampler._distribution(logits))
+    sums = list(accumulate(map(Fraction, weights)))
+    # The nucleus ends with the first sum that reaches the share; without top_p, it has all candidates.
+    shares = (Fraction(params.top_p) + shift for shift in (-Fraction(TOLERANCE), Fraction(TOLERANCE)))
+    least, most = (bisect_left(sums, share * sums[-1], hi=len(sums) - 1) for share in shares)
+    first = bisect_right(sums, (Fraction(uniform) - Fraction(TOLERANCE)) * sums[least])
+    last = bisect_right(sums, (Fraction(uniform) + Fraction(TOLERANCE)) * sums[most], hi=most)
+    found: list[int] = token_ids[first : last + 1]
+    return found

@@ -7,7 +7,7 @@ from tests.unit.engine.native.models import library
 CASES = 100_000
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_tokens_equal_the_reference() -> None:
     """100,000 cases give the same token, except for numbers within 1e-12 of a boundary, which are counted."""
     library()
