@@ -12,8 +12,8 @@ import grpc.aio
 import pytest
 from tests.support.certificates import Authority
 from tests.support.deadlines import CallDeadlines, LoopClock
-from tests.support.postgres_server import PostgresCluster, running_postgres
 from tests.support.scripted_model import ScriptedModel
+from tests.support.servers.postgres_server import PostgresCluster, running_postgres
 from tests.support.service import Service, ServiceMaker, until, with_config
 
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from tests.support.name_server import running_name_server
 from tests.support.processes import server
+from tests.support.servers.name_server import running_name_server
 from tests.support.service import ONE_PORT_HOSTS, Service, ServiceMaker, needs_one_port_hosts, prefills, three_services
 
 from llama2.v1 import text_generation_pb2 as pb

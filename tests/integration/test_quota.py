@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.redis_server import RedisServer, running_redis
+from tests.support.servers.redis_server import RedisServer, running_redis
 from tests.support.virtual_time import run_virtual
 
 from llama2_server.admission import quota as quota_module

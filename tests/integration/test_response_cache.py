@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.redis_server import RedisServer, running_redis
+from tests.support.servers.redis_server import RedisServer, running_redis
 
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.generation import response_cache as cache_module

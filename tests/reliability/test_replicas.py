@@ -14,10 +14,10 @@ import grpc
 import grpc.aio
 import pytest
 from tests.integration.usage.conftest import stored
-from tests.support.postgres_server import PostgresCluster
 from tests.support.processes import card_file, command, server
-from tests.support.redis_server import running_redis
 from tests.support.repository import ROOT
+from tests.support.servers.postgres_server import PostgresCluster
+from tests.support.servers.redis_server import running_redis
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc

@@ -12,8 +12,8 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2
 from tests.integration.usage.conftest import stored
-from tests.support.postgres_server import PostgresCluster
-from tests.support.redis_server import RedisServer, running_redis
+from tests.support.servers.postgres_server import PostgresCluster
+from tests.support.servers.redis_server import RedisServer, running_redis
 from tests.support.service import Service, ServiceMaker, details, health_stub, until
 
 from llama2.v1 import text_generation_pb2 as pb

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.envoy_server import Envoy, running_envoy
+from tests.support.servers.envoy_server import Envoy, running_envoy
 from tests.support.service import Service, ServiceMaker
 
 REPLY = "Once upon a time."

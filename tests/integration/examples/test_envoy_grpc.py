@@ -7,7 +7,7 @@ import struct
 import httpx2
 import pytest
 from tests.integration.examples.conftest import REPLY, EnvoyMaker
-from tests.support.envoy_server import Envoy
+from tests.support.servers.envoy_server import Envoy
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client import Client

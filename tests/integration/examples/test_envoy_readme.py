@@ -15,7 +15,7 @@ import httpx2
 import yaml
 from tests.integration.examples.conftest import REPLY, EnvoyMaker
 from tests.support.certificates import Authority
-from tests.support.envoy_server import DESCRIPTORS, EXAMPLE, envoy_command, running_envoy
+from tests.support.servers.envoy_server import DESCRIPTORS, EXAMPLE, envoy_command, running_envoy
 from tests.support.service import ServiceMaker
 
 from llama2_client import Client

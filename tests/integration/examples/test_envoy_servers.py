@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx2
 from tests.integration.examples.conftest import REPLY
 from tests.integration.examples.envoy_responses import details
-from tests.support.envoy_server import Envoy, running_envoy
-from tests.support.name_server import running_name_server
+from tests.support.servers.envoy_server import Envoy, running_envoy
+from tests.support.servers.name_server import running_name_server
 from tests.support.service import ONE_PORT_HOSTS, Service, ServiceMaker, needs_one_port_hosts, prefills, three_services
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 from tests.integration.service.conftest import AccountsByHeader, as_account, records
-from tests.support.redis_server import running_redis
+from tests.support.servers.redis_server import running_redis
 from tests.support.service import Service, ServiceMaker, UnaryStream, disconnect, hold_slot, remaining_text
 
 from llama2.v1 import text_generation_pb2 as pb

@@ -20,7 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from tests.integration.telemetry.conftest import Watched, sample, scrape
 from tests.support.deadlines import CallDeadlines, server_deadline
 from tests.support.processes import free_port
-from tests.support.redis_server import running_redis
+from tests.support.servers.redis_server import running_redis
 from tests.support.service import (
     Service,
     ServiceMaker,

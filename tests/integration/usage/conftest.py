@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from tests.support.postgres_server import PostgresCluster
+from tests.support.servers.postgres_server import PostgresCluster
 
 from llama2_server.usage.database import READ_ONLY, create_engine
 from llama2_server.usage.ledger import Ledger

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.integration.usage.conftest import COSTS, RECOVERY_TIMEOUT_SECONDS, LedgerOpener, crash, locked, stored
 from tests.integration.usage.expected_records import Expected, check_all, record_request
-from tests.support.postgres_server import PostgresCluster
+from tests.support.servers.postgres_server import PostgresCluster
 
 from llama2_server.errors import UsageJournalFull, UsageUnavailable
 from llama2_server.usage.errors import LedgerError

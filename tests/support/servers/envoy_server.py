@@ -15,8 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 import yaml
-from tests.support.name_server import NAME, NameServer
 from tests.support.repository import ROOT
+from tests.support.servers.name_server import NAME, NameServer
 
 EXAMPLE = ROOT / "examples/envoy"
 DESCRIPTORS = ["descriptors.py", "llama2.pb"]  # the arguments of the README's `python` command
