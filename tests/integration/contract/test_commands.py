@@ -121,7 +121,7 @@ def tls_flags(mode: str, folder: Path) -> list[str]:
 def documented() -> list[str]:
     """Return the commands of README and docs; a backslash continues a line."""
     commands = []
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", ROOT / "examples/clients/README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"(?ms)^ *```sh\n(.*?)^ *```", page.read_text(encoding="utf-8")):
             lines = re.sub(r"\\\n\s*", "", block).splitlines()
             commands += [line.strip() for line in lines if re.match(r"\s*(grpcurl|buf curl) ", line)]

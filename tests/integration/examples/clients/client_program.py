@@ -1,0 +1,121 @@
+"""A client program of `examples/clients`, built and run with the commands of its README."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+from tests.support.processes import environment
+from tests.support.repository import ROOT
+
+CLIENTS = ROOT / "examples/clients"
+# The commands and files of each language's toolchain.
+TOOLCHAINS = {"node": ["node", "npm"]}
+
+
+def command_blocks(readme: Path) -> list[list[str]]:
+    """Return the lines of each `sh` block of a README."""
+    return [block.splitlines() for block in re.findall(r"(?ms)^```sh\n(.*?)^```", readme.read_text())]
+
+
+@dataclass(frozen=True)
+class RunningProgram:
+    """A running program and what it printed."""
+
+    process: asyncio.subprocess.Process
+    # A pipe, as in a shell: asyncio's own is a socket, whose end Node does not notice.
+    standard_input: TextIO
+
+    def send(self, *lines: str) -> None:
+        """Type lines."""
+        self.standard_input.write("".join(f"{line}\n" for line in lines))
+        self.standard_input.flush()
+
+    async def wait_for_output(self, text: str) -> None:
+        """Wait until the program has printed a text to standard output."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(60):
+            await self.process.stdout.readuntil(text.encode())
+
+    def interrupt(self) -> None:
+        """Send SIGINT to the shell and the program, as a terminal does for Ctrl-C."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    async def finish(self) -> tuple[str, str]:
+        """End the input, wait for the program's end, and return the rest of its output and of its errors."""
+        self.standard_input.close()
+        async with asyncio.timeout(60):
+            output, errors = await self.process.communicate()
+        assert self.process.returncode == 0, errors.decode()
+        return output.decode(), errors.decode()
+
+
+@dataclass(frozen=True)
+class ClientProgram:
+    """A program that was built in a copy of this checkout."""
+
+    language: str
+    checkout: Path
+
+    @property
+    def commands(self) -> list[str]:
+        """The README's commands after the installation of packages: `cd`, the build, and last the start."""
+        return command_blocks(CLIENTS / self.language / "README.md")[1]
+
+    def build(self) -> None:
+        """Run the README's commands up to the program's start."""
+        script = "\n".join(["set -e", *self.commands[:-1]])
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=self.checkout, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    @asynccontextmanager
+    async def running(self, address: str, *arguments: str, **variables: str) -> AsyncIterator[RunningProgram]:
+        """Run the README's last command against a server."""
+        directories = [line for line in self.commands if line.startswith("cd ")]
+        script = "\n".join([*directories, " ".join([self.commands[-1], *arguments])])
+        read_end, write_end = os.pipe()
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-c", script),
+            cwd=self.checkout,
+            env=environment(LLAMA2_ADDRESS=address, **variables),
+            stdin=read_end,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        os.close(read_end)
+        try:
+            with os.fdopen(write_end, "w") as standard_input:
+                yield RunningProgram(process, standard_input)
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.communicate()
+
+    async def chat(
+        self, address: str, *lines: str, arguments: tuple[str, ...] = (), **variables: str
+    ) -> tuple[str, str]:
+        """Run the program with these lines as its input, and return its output and its errors."""
+        async with self.running(address, *arguments, **variables) as program:
+            program.send(*lines)
+            return await program.finish()
+
+
+def require_toolchain(language: str) -> None:
+    """Skip the test if the language's toolchain is not installed; fail it if REQUIRE_TOOLCHAINS is set."""
+    missing = [name for name in TOOLCHAINS[language] if not (shutil.which(name) or Path(name).is_file())]
+    if missing:
+        reason = f"NOT TESTED WITH THE CLIENT IN {language.upper()}: {', '.join(missing)} not found"
+        if os.environ.get("REQUIRE_TOOLCHAINS"):
+            pytest.fail(reason)
+        pytest.skip(reason)
