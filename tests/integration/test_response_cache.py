@@ -1,4 +1,4 @@
-"""The response cache, in memory and on a real Redis: what is equal, what is kept, and for how long."""
+"""The response cache, in memory and on a real Redis: keys, sizes and expiry."""
 
 import asyncio
 import dataclasses
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.deadlines import LoopClock
 from tests.support.servers.redis_server import RedisServer, running_redis
 
 from llama2_server.engine.sampling import GenerationParams
@@ -24,6 +25,7 @@ from llama2_server.generation.response_cache import (
     RedisResponseCache,
     ResponseCache,
 )
+from llama2_server.redis_client import BACKOFF_SECONDS
 
 REPLY = CacheEntry("Once upon a time ✨ there\nwas a fox.", "END_OF_SEQUENCE", 12, 9, 2**64 - 1)
 PARAMS = GenerationParams(
@@ -56,7 +58,7 @@ def make_key(params: GenerationParams = PARAMS, **changes: Any) -> CacheKey:
 
 
 class Clock:
-    """Stands still until it is moved."""
+    """A clock that stands still between changes of `now`."""
 
     now = 0.0
 
@@ -65,16 +67,15 @@ class Clock:
 
 
 @pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A real Redis."""
+def redis(tmp_path: Path, patient_stores: None) -> Iterator[RedisServer]:
+    """Run a Redis."""
     with running_redis(tmp_path) as server:
         yield server
 
 
 @pytest.fixture
-async def redis_cache(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisResponseCache]:
-    """A response cache on a real Redis, which a busy machine may make slow."""
-    monkeypatch.setattr(cache_module, "STORE_TIMEOUT_SECONDS", 10)
+async def redis_cache(redis: RedisServer) -> AsyncIterator[RedisResponseCache]:
+    """Return a response cache on a real Redis."""
     cache = RedisResponseCache(redis.url, ttl_seconds=60, max_entry_bytes=100_000)
     yield cache
     await cache.close()
@@ -82,23 +83,23 @@ async def redis_cache(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> As
 
 @pytest.fixture(params=["memory", "redis"])
 def cache(request: pytest.FixtureRequest) -> ResponseCache:
-    """Each backend in turn."""
+    """Return a cache with each backend."""
     if request.param == "memory":
         return MemoryResponseCache(max_bytes=100_000, ttl_seconds=60)
     backend: RedisResponseCache = request.getfixturevalue("redis_cache")
     return backend
 
 
-async def test_reply_comes_back_as_it_was(cache: ResponseCache) -> None:
-    """Byte for byte the same text, with its numbers; an equal key made anew finds it."""
+async def test_cached_reply_is_unchanged(cache: ResponseCache) -> None:
+    """A second, equal key returns the same text, byte for byte, with its numbers."""
     assert await cache.get(make_key()) is None
     await cache.put(make_key(), REPLY)
     assert await cache.get(make_key()) == REPLY
     assert (cache.hits, cache.misses) == (1, 1)
 
 
-async def test_any_difference_is_another_request(cache: ResponseCache) -> None:
-    """Each single field of the key counts, the account first: nobody gets another account's reply."""
+async def test_any_difference_is_a_miss(cache: ResponseCache) -> None:
+    """Every field of the key counts, above all the account: no account receives another account's reply."""
     await cache.put(make_key(), REPLY)
     for name, value in OTHER_FIELDS.items():
         assert await cache.get(make_key(**{name: value})) is None, name
@@ -106,21 +107,21 @@ async def test_any_difference_is_another_request(cache: ResponseCache) -> None:
         assert await cache.get(make_key(dataclasses.replace(PARAMS, **{name: value}))) is None, name
 
 
-def test_no_parameter_is_left_out() -> None:
-    """A field that is added to GenerationParams is in the key without a change here, and the tests know it."""
+def test_key_has_every_parameter() -> None:
+    """A new field of GenerationParams is in the key automatically, and these tests must cover it."""
     names = {field.name for field in dataclasses.fields(GenerationParams)}
     assert {name for name, _ in make_key().params} == names == set(OTHER_PARAMS)
 
 
 def test_unseeded_requests_share_a_key() -> None:
-    """The random seed that stood in for an unset one is no part of the request."""
+    """A random seed that replaces a missing one is not part of the key."""
     keys = {make_key(dataclasses.replace(PARAMS, seed=seed), seeded=False) for seed in (1, 2)}
     assert len(keys) == 1
     assert make_key(dataclasses.replace(PARAMS, seed=1)) not in keys
 
 
-async def test_fields_cannot_run_into_each_other(cache: ResponseCache) -> None:
-    """An account that is named like the end of another's key gets nothing of it."""
+async def test_fields_are_delimited(cache: ResponseCache) -> None:
+    """No account id makes a key equal to another account's key."""
     await cache.put(make_key(account_id="a", model="b"), REPLY)
     assert await cache.get(make_key(account_id='a", "b', model="")) is None
     assert await cache.get(make_key(account_id="ab", model="")) is None
@@ -128,7 +129,7 @@ async def test_fields_cannot_run_into_each_other(cache: ResponseCache) -> None:
 
 
 async def test_newer_reply_replaces_the_older(cache: ResponseCache) -> None:
-    """One entry a key."""
+    """A key has one entry."""
     await cache.put(make_key(), REPLY)
     await cache.put(make_key(), dataclasses.replace(REPLY, text="new"))
     found = await cache.get(make_key())
@@ -137,7 +138,7 @@ async def test_newer_reply_replaces_the_older(cache: ResponseCache) -> None:
 
 
 async def test_memory_is_bounded_in_bytes() -> None:
-    """However many replies come, keys and replies stay below the limit; the one asked for last stays the longest."""
+    """Keys and replies stay below the limit; the least recently used entry is evicted first."""
     cache = MemoryResponseCache(max_bytes=20_000, ttl_seconds=60)
     await cache.put(make_key(), REPLY)
     for index in range(200):
@@ -148,8 +149,8 @@ async def test_memory_is_bounded_in_bytes() -> None:
     assert await cache.get(make_key(prompt_ids=(0,))) is None
 
 
-async def test_counted_bytes_cover_the_memory_taken() -> None:
-    """What the cache says it takes is at least what Python allocated for it, and not twice as much."""
+async def test_counted_bytes_match_the_allocated_memory() -> None:
+    """The counted bytes are at least the memory that Python has allocated for the entries, and less than twice that."""
     cache = MemoryResponseCache(max_bytes=10**9, ttl_seconds=60)
     gc.collect()
     tracemalloc.start()
@@ -161,14 +162,14 @@ async def test_counted_bytes_cover_the_memory_taken() -> None:
                 make_key(prompt_ids=ids, account_id=f"account{index}"), dataclasses.replace(REPLY, text="é" * index)
             )
         gc.collect()
-        taken = tracemalloc.get_traced_memory()[0] - before
+        allocated = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert taken <= cache.bytes_used <= 2 * taken
+    assert allocated <= cache.bytes_used <= 2 * allocated
 
 
-async def test_memory_refuses_what_is_larger_than_itself() -> None:
-    """One long reply neither fails nor empties the cache."""
+async def test_memory_skips_too_large_entries() -> None:
+    """A reply that is larger than the cache is not stored, raises no error and evicts nothing."""
     cache = MemoryResponseCache(max_bytes=10_000, ttl_seconds=60)
     await cache.put(make_key(), REPLY)
     await cache.put(make_key(account_id="long"), dataclasses.replace(REPLY, text="x" * 10_000))
@@ -177,7 +178,7 @@ async def test_memory_refuses_what_is_larger_than_itself() -> None:
 
 
 async def test_memory_is_bounded_in_time() -> None:
-    """A reply is there until its time is over, however often it is asked for; then its bytes are free."""
+    """A reply expires after its time to live, however often it is read; then its bytes are free."""
     clock = Clock()
     cache = MemoryResponseCache(max_bytes=10_000, ttl_seconds=60, clock=clock)
     await cache.put(make_key(), REPLY)
@@ -189,7 +190,7 @@ async def test_memory_is_bounded_in_time() -> None:
 
 
 async def test_closed_memory_is_empty() -> None:
-    """Nothing stays behind."""
+    """Closing the cache frees its bytes."""
     cache = MemoryResponseCache(max_bytes=10_000, ttl_seconds=60)
     await cache.put(make_key(), REPLY)
     await cache.close()
@@ -197,7 +198,7 @@ async def test_closed_memory_is_empty() -> None:
 
 
 async def test_redis_is_shared_between_replicas(redis: RedisServer, redis_cache: RedisResponseCache) -> None:
-    """What one replica keeps, another finds."""
+    """A replica finds the replies of another replica."""
     other = RedisResponseCache(redis.url, ttl_seconds=60, max_entry_bytes=100_000)
     await other.put(make_key(), REPLY)
     await other.close()
@@ -205,7 +206,7 @@ async def test_redis_is_shared_between_replicas(redis: RedisServer, redis_cache:
 
 
 async def test_redis_entry_expires_and_is_bounded(redis: RedisServer, redis_cache: RedisResponseCache) -> None:
-    """Redis itself drops an entry at its time; one that is too large is not sent."""
+    """Redis expires an entry after its time to live; an entry that is too large is not sent."""
     await redis_cache.put(make_key(), REPLY)
     client: Any = redis_cache._redis.client
     (name,) = await client.keys()
@@ -214,8 +215,8 @@ async def test_redis_entry_expires_and_is_bounded(redis: RedisServer, redis_cach
     assert await client.keys() == [name]
 
 
-async def test_equal_hash_is_not_equality(redis_cache: RedisResponseCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were all hashes equal, nobody would get another's reply."""
+async def test_equal_hashes_mix_no_replies(redis_cache: RedisResponseCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if all hashes were equal, no account would receive another account's reply."""
     monkeypatch.setattr(cache_module, "_digest", lambda canonical: "same")
     await redis_cache.put(make_key(), REPLY)
     assert await redis_cache.get(make_key(account_id="other")) is None
@@ -223,8 +224,8 @@ async def test_equal_hash_is_not_equality(redis_cache: RedisResponseCache, monke
 
 
 @pytest.mark.parametrize("reply", [b"", b"{", b"[]", b"{}", b'"text"', b"\xff", b'{"text": "a", "more": 1}'])
-async def test_strange_entry_is_a_miss(reply: bytes, redis_cache: RedisResponseCache) -> None:
-    """What somebody else wrote, or an older release, is never an error."""
+async def test_unknown_entry_is_a_miss(reply: bytes, redis_cache: RedisResponseCache) -> None:
+    """An entry of another program or of an older release is a miss, not an error."""
     client: Any = redis_cache._redis.client
     canonical = cache_module._canonical(make_key())
     await client.set(cache_module._redis_key(canonical), canonical + b"\n" + reply)
@@ -233,19 +234,16 @@ async def test_strange_entry_is_a_miss(reply: bytes, redis_cache: RedisResponseC
     assert await redis_cache.get(make_key()) == REPLY
 
 
-async def test_redis_that_is_gone_is_a_miss(
-    redis: RedisServer,
-    redis_cache: RedisResponseCache,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+async def test_unavailable_redis_is_a_miss(
+    redis: RedisServer, redis_cache: RedisResponseCache, clock: LoopClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither reading nor writing fails; said once; when Redis is back, so is the cache."""
+    """Reads and writes raise no error, and the log has one record; the cache recovers with Redis."""
     await redis_cache.put(make_key(), REPLY)
     redis.kill()
     for _ in range(3):
         assert await redis_cache.get(make_key()) is None
         await redis_cache.put(make_key(), REPLY)
-        monkeypatch.setattr(redis_cache._redis, "_paused_until", 0.0)
+        clock.advance(BACKOFF_SECONDS)
     assert not redis_cache.store_up
     redis.start()
     await redis_cache.put(make_key(), REPLY)
@@ -257,8 +255,8 @@ async def test_redis_that_is_gone_is_a_miss(
     ]
 
 
-async def test_a_time_without_end_is_kept_in_redis(redis: RedisServer) -> None:
-    """A response may be kept for ever, or for longer than Redis can count."""
+async def test_infinite_time_to_live_in_redis(redis: RedisServer) -> None:
+    """A time to live may be infinite, or longer than Redis supports."""
     for ttl_seconds in (math.inf, 1e300):
         cache = RedisResponseCache(redis.url, ttl_seconds=ttl_seconds, max_entry_bytes=1000)
         await cache.put(make_key(), REPLY)
@@ -266,31 +264,31 @@ async def test_a_time_without_end_is_kept_in_redis(redis: RedisServer) -> None:
         await cache.close()
 
 
-async def test_frozen_redis_costs_one_timeout_only(
-    redis: RedisServer, redis_cache: RedisResponseCache, monkeypatch: pytest.MonkeyPatch
+async def test_frozen_redis_costs_one_timeout(
+    redis: RedisServer, redis_cache: RedisResponseCache, clock: LoopClock
 ) -> None:
-    """A Redis that never answers is left alone after the first time-out."""
+    """If Redis never answers, one read waits for the timeout; the next reads are misses immediately."""
     await redis_cache.put(make_key(), REPLY)
     redis.freeze()
-    monkeypatch.setattr(redis_cache._redis, "timeout_seconds", 0.2)
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-    for _ in range(20):
+    clock.stop()
+    first = asyncio.create_task(redis_cache.get(make_key()))
+    await clock.expire(first)
+    assert first.result() is None
+    for _ in range(19):  # a read that waits for the timeout would wait forever
         assert await redis_cache.get(make_key()) is None
-    assert loop.time() - begun < 2
 
 
-async def test_password_is_never_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A wrong password is a miss like any other, and stands in no log line; nor does one of a broken URL."""
+async def test_password_is_never_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, patient_stores: None) -> None:
+    """A wrong password is a miss; no log record and no error contains it, or the password of an invalid URL."""
     caplog.set_level(logging.DEBUG)
     with running_redis(tmp_path, password="s3cret") as redis:  # noqa: S106
         wrong = RedisResponseCache(redis.url.replace("s3cret", "wr0ng"), ttl_seconds=60, max_entry_bytes=1000)
         assert await wrong.get(make_key()) is None
         await wrong.close()
-    broken_url = "redis://:s3cret/wr0ng@127.0.0.1"
-    with pytest.raises(ValueError, match="not a valid Redis URL; use redis://") as broken:
-        RedisResponseCache(broken_url, ttl_seconds=60, max_entry_bytes=1000)
-    said = caplog.text + "".join(traceback.format_exception(broken.value))
-    assert "does not answer (AuthenticationError)" in said
-    assert "s3cret" not in said
-    assert "wr0ng" not in said
+    invalid_url = "redis://:s3cret/wr0ng@127.0.0.1"
+    with pytest.raises(ValueError, match="not a valid Redis URL; use redis://") as invalid:
+        RedisResponseCache(invalid_url, ttl_seconds=60, max_entry_bytes=1000)
+    text = caplog.text + "".join(traceback.format_exception(invalid.value))
+    assert "does not answer (AuthenticationError)" in text
+    assert "s3cret" not in text
+    assert "wr0ng" not in text

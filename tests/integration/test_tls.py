@@ -1,4 +1,4 @@
-"""TLS, mutual TLS, and certificates that are renewed while the server runs."""
+"""TLS, mutual TLS, and certificates that change while the server runs."""
 
 import asyncio
 import os
@@ -22,47 +22,47 @@ from llama2_server.config.settings import Settings
 
 
 async def count_tokens(address: str, credentials: grpc.ChannelCredentials) -> int:
-    """A call on a connection of its own."""
+    """Make a call on a new connection."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.secure_channel(address, credentials, options) as channel:
         stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
-        return (await stub.CountTokens(pb.CountTokensRequest(prompt="Hi"), timeout=10)).input_tokens
+        return (await stub.CountTokens(pb.CountTokensRequest(prompt="Hi"), timeout=60)).input_tokens
 
 
-async def presented(address: str) -> bytes:
-    """The certificate that the server shows to a new connection."""
+async def server_certificate(address: str) -> bytes:
+    """Return the certificate that the server sends on a new connection."""
     host, _, port = address.rpartition(":")
     return (await asyncio.to_thread(ssl.get_server_certificate, (host, int(port)))).encode()
 
 
 def leaf(certificate: Path) -> bytes:
-    """The first certificate of a file."""
+    """Return the first certificate of a file."""
     first, end, _ = certificate.read_bytes().partition(b"-----END CERTIFICATE-----\n")
     return first + end
 
 
-async def test_speaks_tls_only(serve_scripted: ServiceMaker, authority: Authority) -> None:
-    """With certificate and key the port takes a caller who trusts the authority, and nobody else."""
+async def test_only_tls_is_accepted(serve_scripted: ServiceMaker, authority: Authority) -> None:
+    """With certificate and key, the port accepts only clients that use TLS and trust the authority."""
     certificate, key = authority.pair()
     async with serve_scripted(tls_certificate=certificate, tls_key=key) as service:
         assert await count_tokens(service.address, grpc.ssl_channel_credentials(authority.root)) > 0
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
+        with pytest.raises(grpc.aio.AioRpcError) as rejected:
             await count_tokens(service.address, grpc.ssl_channel_credentials(Authority(authority.folder).root))
-        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        with pytest.raises(grpc.aio.AioRpcError) as plain:  # the service's own channel speaks no TLS
-            await service.text.CountTokens(pb.CountTokensRequest(prompt="Hi"), timeout=10)
+        assert rejected.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.aio.AioRpcError) as plain:  # the channel of `service` has no TLS
+            await service.text.CountTokens(pb.CountTokensRequest(prompt="Hi"), timeout=60)
         assert plain.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_mutual_tls_takes_certificates_of_the_client_ca_only(
+async def test_mutual_tls_accepts_only_certificates_of_the_client_ca(
     serve_scripted: ServiceMaker, authority: Authority, tmp_path: Path
 ) -> None:
-    """With a client CA, a caller without a certificate, or with a stranger's, gets no connection."""
+    """With a client CA, a client without a certificate, or with another authority's, cannot connect."""
     certificate, key = authority.pair()
-    stranger = Authority(tmp_path).issue("stranger.test")
+    other = Authority(tmp_path).issue("other.test")
     files = {"tls_certificate": certificate, "tls_key": key, "tls_client_ca": authority.root_file()}
 
-    def shows(client: trustme.LeafCert) -> grpc.ChannelCredentials:
+    def with_certificate(client: trustme.LeafCert) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(
             authority.root,
             client.private_key_pem.bytes(),
@@ -70,24 +70,22 @@ async def test_mutual_tls_takes_certificates_of_the_client_ca_only(
         )
 
     async with serve_scripted(**files) as service:
-        assert await count_tokens(service.address, shows(authority.issue("client.test"))) > 0
-        for credentials in (shows(stranger), grpc.ssl_channel_credentials(authority.root)):
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
+        assert await count_tokens(service.address, with_certificate(authority.issue("client.test"))) > 0
+        for credentials in (with_certificate(other), grpc.ssl_channel_credentials(authority.root)):
+            with pytest.raises(grpc.aio.AioRpcError) as rejected:
                 await count_tokens(service.address, credentials)
-            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert rejected.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def swap(link: Path, target: Path) -> None:
-    """What Kubernetes does when a Secret changes: the link to the whole directory is replaced at once."""
+def replace_link(link: Path, target: Path) -> None:
+    """Replace the link to the directory atomically, as Kubernetes does when a Secret changes."""
     new = link.with_name("..tmp")
     new.symlink_to(target.name)
     os.replace(new, link)
 
 
-async def test_a_renewed_certificate_is_served_and_no_call_fails(
-    serve_scripted: ServiceMaker, authority: Authority
-) -> None:
-    """While connections come and go and one call runs, certificates are swapped as Kubernetes does it."""
+async def test_certificate_renewal_fails_no_call(serve_scripted: ServiceMaker, authority: Authority) -> None:
+    """Certificates are replaced as in Kubernetes, while connections open and close and one call runs."""
     mounted = authority.folder / "mounted"
     mounted.mkdir()
     data = mounted / "..data"
@@ -95,7 +93,7 @@ async def test_a_renewed_certificate_is_served_and_no_call_fails(
     def renew(name: str) -> None:
         (mounted / name).mkdir()
         authority.write(authority.issue(), mounted / name)
-        swap(data, mounted / name)
+        replace_link(data, mounted / name)
 
     renew("first")
     for name in ("tls.crt", "tls.key"):
@@ -111,15 +109,15 @@ async def test_a_renewed_certificate_is_served_and_no_call_fails(
             renew(name)
             calls += [asyncio.create_task(count_tokens(service.address, trusting)) for _ in range(10)]
             assert all(await asyncio.gather(*calls))
-            assert await presented(service.address) == leaf(mounted / name / "tls.crt")
+            assert await server_certificate(service.address) == leaf(mounted / name / "tls.crt")
         service.model.open_gate()
         assert (await running).response
 
 
-async def test_files_that_do_not_fit_leave_the_old_certificate(
+async def test_invalid_files_keep_the_old_certificate(
     serve_scripted: ServiceMaker, authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A half-written file and a certificate whose key is still the old one change nothing but the log; both heal."""
+    """A half-written certificate, or one without its new key, is only logged; complete files are used again."""
     certificate, key = authority.pair()
     first = leaf(certificate)
     trusting = grpc.ssl_channel_credentials(authority.root)
@@ -132,33 +130,33 @@ async def test_files_that_do_not_fit_leave_the_old_certificate(
             (b"", "is not PEM"),
         ):
             certificate.write_bytes(content)
-            assert await presented(service.address) == first
+            assert await server_certificate(service.address) == first
             assert await count_tokens(service.address, trusting) > 0
             assert words in caplog.messages[-1]
         certificate.unlink()
-        assert await presented(service.address) == first
+        assert await server_certificate(service.address) == first
         authority.write(new, authority.folder)
-        assert await presented(service.address) == leaf(certificate) != first
+        assert await server_certificate(service.address) == leaf(certificate) != first
 
 
-def _expired(authority: Authority, files: CertificateFiles) -> None:
+def _replace_with_expired_certificate(authority: Authority, files: CertificateFiles) -> None:
     authority.write(authority.issue(not_after=datetime.now(UTC) - timedelta(days=1)), authority.folder)
 
 
-def _not_yet(authority: Authority, files: CertificateFiles) -> None:
+def _replace_with_future_certificate(authority: Authority, files: CertificateFiles) -> None:
     authority.write(authority.issue(not_before=datetime.now(UTC) + timedelta(days=1)), authority.folder)
 
 
-def _of_another(authority: Authority, files: CertificateFiles) -> None:
+def _replace_key(authority: Authority, files: CertificateFiles) -> None:
     files.key.write_bytes(authority.issue().private_key_pem.bytes())
 
 
-def _encrypted(authority: Authority, files: CertificateFiles) -> None:
+def _encrypt_key(authority: Authority, files: CertificateFiles) -> None:
     files.key.write_bytes(files.key.read_bytes().replace(b" PRIVATE", b" ENCRYPTED PRIVATE"))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "words"),
     [
         (
             lambda authority, files: files.certificate.unlink(),
@@ -175,10 +173,10 @@ def _encrypted(authority: Authority, files: CertificateFiles) -> None:
             lambda authority, files: files.key.write_text("-----BEGIN PRIVATE KEY-----\njunk"),
             "--tls-key: {key} has no readable private key",
         ),
-        (_encrypted, "--tls-key: {key} has no readable private key; a passphrase is not supported"),
-        (_of_another, "--tls-key: {key} is not the key of the first certificate in {certificate}"),
-        (_expired, "--tls-certificate: {certificate} has expired"),
-        (_not_yet, "--tls-certificate: {certificate} is not valid yet"),
+        (_encrypt_key, "--tls-key: {key} has no readable private key; a passphrase is not supported"),
+        (_replace_key, "--tls-key: {key} is not the key of the first certificate in {certificate}"),
+        (_replace_with_expired_certificate, "--tls-certificate: {certificate} has expired"),
+        (_replace_with_future_certificate, "--tls-certificate: {certificate} is not valid yet"),
         (lambda authority, files: authority.root_file().write_text("junk"), "--tls-client-ca: {client_ca} is not PEM"),
         (
             lambda authority, files: authority.root_file().write_text("-----BEGIN CERTIFICATE-----\njunk"),
@@ -186,18 +184,18 @@ def _encrypted(authority: Authority, files: CertificateFiles) -> None:
         ),
     ],
 )
-def test_junk_files_are_refused_by_name(
-    authority: Authority, spoil: Callable[[Authority, CertificateFiles], object], words: str
+def test_invalid_files_are_named(
+    authority: Authority, damage: Callable[[Authority, CertificateFiles], object], words: str
 ) -> None:
-    """A file that cannot be served with is named, with its setting and what is wrong."""
+    """The error names the flag, the file and the reason."""
     certificate, key = authority.pair()
     files = CertificateFiles(certificate, key, authority.root_file())
     files.read()
-    spoil(authority, files)
-    with pytest.raises(CertificateError) as refused:
+    damage(authority, files)
+    with pytest.raises(CertificateError) as rejected:
         files.read()
     expected = words.format(certificate=files.certificate, key=files.key, client_ca=files.client_ca)
-    assert str(refused.value).startswith(expected)
+    assert str(rejected.value).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +207,7 @@ def test_junk_files_are_refused_by_name(
         ({"max_connection_age_grace_seconds": 300}, "--max-connection-age-grace-seconds: must be more than"),
     ],
 )
-def test_impossible_settings_of_the_wire_are_refused(settings: dict[str, object], words: str) -> None:
-    """Files that mean nothing without each other, and a grace that cuts off who has only waited."""
+def test_inconsistent_connection_settings_are_rejected(settings: dict[str, object], words: str) -> None:
+    """Rejected: incomplete sets of TLS files, and a grace period that would cut off queued requests."""
     with pytest.raises(ValidationError, match=words):
         Settings.model_validate(settings)

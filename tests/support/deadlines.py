@@ -48,6 +48,11 @@ class LoopClock:
         """Return the time of the event loop."""
         return self._loop_time() + self._advanced_seconds
 
+    def stop(self) -> None:
+        """Stop the clock: from now on, only `advance` moves it."""
+        now = self._loop_time()
+        self._loop_time = lambda: now
+
     def advance(self, seconds: float) -> None:
         """Move the clock forward."""
         self._advanced_seconds += seconds
@@ -60,7 +65,7 @@ class LoopClock:
 
 
 class CallDeadlines:
-    """Ends calls on the server as gRPC ends expired ones.
+    """Control over the deadlines of the calls on a server, in place of gRPC's timers.
 
     gRPC's timer cancels the handler, leaves no remaining time, and sends DEADLINE_EXCEEDED. `expire` does the same for
     each running call that has a deadline.
@@ -79,7 +84,7 @@ class CallDeadlines:
             try:
                 return await task
             except asyncio.CancelledError:
-                if context.expired:
+                if context.remaining_seconds == 0:
                     await grpc_context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
                 raise
             finally:
@@ -87,13 +92,19 @@ class CallDeadlines:
 
         return handle_until_expired
 
-    def expire(self) -> None:
-        """Let the deadlines of all running calls pass; at least one call has a deadline."""
-        expiring = [(task, context) for task, context in self._running.items() if context.time_remaining() is not None]
+    def set_remaining(self, seconds: float) -> None:
+        """Set the time until the deadline of all running calls that have a deadline; there is at least one."""
+        expiring = [context for context in self._running.values() if context.time_remaining() is not None]
         assert expiring, "no running call has a deadline"
-        for task, context in expiring:
-            context.expired = True
-            task.cancel()
+        for context in expiring:
+            context.remaining_seconds = seconds
+
+    def expire(self) -> None:
+        """Let the deadline of all running calls pass that have a deadline; there is at least one."""
+        self.set_remaining(0)
+        for task, context in self._running.items():
+            if context.remaining_seconds == 0:
+                task.cancel()
 
 
 class _ExpiringContext:
@@ -101,12 +112,13 @@ class _ExpiringContext:
 
     def __init__(self, context: Any) -> None:
         self._context = context
-        self.expired = False
+        self.remaining_seconds: float | None = None
+        """The time until the deadline, if a test has set it."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     def time_remaining(self) -> float | None:
-        """Return the seconds until the deadline; 0 once it has passed."""
+        """Return the time until the deadline, or None without a deadline."""
         remaining: float | None = self._context.time_remaining()
-        return 0.0 if self.expired else remaining
+        return remaining if self.remaining_seconds is None else self.remaining_seconds

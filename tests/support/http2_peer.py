@@ -26,13 +26,15 @@ class Http2Peer:
 
     @classmethod
     @asynccontextmanager
-    async def connected(cls, address: str) -> AsyncIterator[Self]:
-        """Connect, and exchange the settings."""
+    async def connected(cls, address: str, *, with_call: bool = False) -> AsyncIterator[Self]:
+        """Connect, and exchange the settings; if asked, the first packet also starts a call."""
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         peer = cls(reader, writer)
         try:
             peer.http2.initiate_connection()
+            if with_call:
+                peer._send_call_headers(address)
             # A gRPC server enforces a limit only after the peer has received it.
             await peer.flush()
             await peer.event(h2.events.RemoteSettingsChanged)
@@ -50,6 +52,11 @@ class Http2Peer:
 
     async def start_call(self, address: str, *metadata: tuple[str, str], service: str = "", method: str = "") -> int:
         """Send the headers of a call without its request, and return the number of its stream."""
+        stream = self._send_call_headers(address, *metadata, service=service, method=method)
+        await self.flush()
+        return stream
+
+    def _send_call_headers(self, address: str, *metadata: tuple[str, str], service: str = "", method: str = "") -> int:
         stream = self.http2.get_next_available_stream_id()
         path = f"/{service or 'llama2.v1.TextGenerationService'}/{method or 'CountTokens'}"
         headers = [
@@ -62,7 +69,6 @@ class Http2Peer:
             *metadata,
         ]
         self.http2.send_headers(stream, headers)
-        await self.flush()
         return stream
 
     async def event(self, kind: type[Event], timeout_seconds: float = 60) -> Event:
@@ -96,3 +102,11 @@ class Http2Peer:
             self._events += self.http2.receive_data(data)
             await self.flush()
         return True
+
+
+async def wait_until_closed(reader: asyncio.StreamReader) -> None:
+    """Wait until the server closes a connection."""
+    async with asyncio.timeout(60):
+        with suppress(OSError):
+            while await reader.read(4096):
+                pass

@@ -100,3 +100,31 @@ async def test_unexpected_exception_is_internal(serve_scripted: ServiceMaker, mo
         assert failed.value.code() is grpc.StatusCode.INTERNAL
         assert failed.value.details() == "internal error; report the request id to the operator"
         assert (await generate(service, "next", 2)).completion.usage.output_tokens == 2
+
+
+async def test_no_prompt_reply_or_key_is_logged(
+    serve_scripted: ServiceMaker, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No log record at any level and no error contains a prompt, a reply or a key."""
+    key = "l2_plainly-not-a-known-key"
+    credentials = (("authorization", f"Bearer {key}"),)
+    prompt, reply = "xylophone", "marmalade"
+    errors = []
+    with caplog.at_level(1):
+        async with serve_scripted(f"{reply} {reply}") as service:
+            good = pb.GenerateRequest(prompt=prompt)
+            await service.text.Generate(good, metadata=credentials)
+            service.model.failure = RuntimeError("broken")
+            for request in (
+                good,
+                pb.GenerateRequest(prompt=prompt, max_tokens=10**6, stop=[prompt] * 9, top_p=7),
+                pb.GenerateRequest(messages=[pb.ChatMessage(role=prompt, content=prompt)]),
+                pb.GenerateRequest(prompt=f"{prompt} " * 2000),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as rejected:
+                    await service.text.Generate(request, metadata=credentials)
+                errors.append(f"{rejected.value.details()} {dict(rejected.value.trailing_metadata() or ())}")
+    texts = [*caplog.messages, caplog.text, *capfd.readouterr(), *errors]
+    assert len(caplog.messages) > 1
+    for secret in (prompt, reply, key):
+        assert not [text for text in texts if secret in text]

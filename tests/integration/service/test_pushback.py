@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
+from tests.support.deadlines import CallDeadlines
 from tests.support.service import Service, ServiceMaker, details, hold_slot, with_config
 
 from llama2.v1 import text_generation_pb2 as pb
@@ -42,36 +42,29 @@ async def rejected_call(service: Service, timeout: float | None) -> grpc.aio.Aio
         return rejected.value
 
 
-async def quota_used_up(serve: ServiceMaker, card: ModelCard, timeout: float | None) -> grpc.aio.AioRpcError:
-    card = with_config(card, max_requests_per_min=RequestsPerMinute(default=1))
-    async with serve(card=card) as service:
-        await service.text.Generate(REQUEST)
-        return await rejected_call(service, timeout)
-
-
-async def shutting_down(serve: ServiceMaker, card: ModelCard, timeout: float | None) -> grpc.aio.AioRpcError:
-    async with serve(card=card) as service:
-        await hold_slot(service)
-        waiting = asyncio.create_task(rejected_call(service, timeout))
-        await service.wait_until_queued(1)
-    return await waiting
-
-
-Rejection = Callable[[ServiceMaker, ModelCard, float | None], Awaitable[grpc.aio.AioRpcError]]
-
-
-@pytest.mark.parametrize(
-    ("reject", "code", "timeout"),
-    [
-        (quota_used_up, grpc.StatusCode.RESOURCE_EXHAUSTED, 10),
-        (shutting_down, grpc.StatusCode.UNAVAILABLE, 0.9),
-    ],
-)
-async def test_wait_beyond_the_deadline_forbids_the_retry(
-    serve_scripted: ServiceMaker, demo_card: ModelCard, reject: Rejection, code: grpc.StatusCode, timeout: float
-) -> None:
+async def test_wait_beyond_the_deadline_forbids_the_retry(serve_scripted: ServiceMaker, demo_card: ModelCard) -> None:
     """The pushback is -1, so the client does not sleep: it returns the rejection with its RetryInfo."""
-    error = await reject(serve_scripted, demo_card, timeout)
+    card = with_config(demo_card, max_requests_per_min=RequestsPerMinute(default=1))
+    async with serve_scripted(card=card) as service:
+        await service.text.Generate(REQUEST)
+        error = await rejected_call(service, timeout=10)
+    check_forbids_retries(error, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+async def test_shutdown_near_the_deadline_forbids_the_retry(
+    serve_scripted: ServiceMaker, deadlines: CallDeadlines
+) -> None:
+    """A queued call whose deadline is nearer than the delay of RetryInfo gets the pushback -1."""
+    async with serve_scripted() as service:
+        await hold_slot(service)
+        queued = asyncio.create_task(rejected_call(service, timeout=60))
+        await service.wait_until_queued(1)
+        deadlines.set_remaining(0.9)
+    check_forbids_retries(await queued, grpc.StatusCode.UNAVAILABLE)
+
+
+def check_forbids_retries(error: grpc.aio.AioRpcError, code: grpc.StatusCode) -> None:
+    """Check for a delay in RetryInfo and the pushback -1."""
     assert error.code() is code
     retry_info = details(error)["RetryInfo"]
     assert isinstance(retry_info, error_details_pb2.RetryInfo)
