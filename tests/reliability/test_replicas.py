@@ -1,4 +1,4 @@
-"""Two servers, one Redis, one PostgreSQL: one quota and one ledger; and the same on the embedded default with one."""
+"""Exact quotas and usage under load: two servers with Redis and PostgreSQL, and one server with the embedded stores."""
 
 import asyncio
 import random
@@ -24,33 +24,43 @@ from llama2.v1 import text_generation_pb2_grpc
 from llama2_server.admission.keys_file import new_key
 
 ACCOUNTS = ("alpha", "beta", "gamma", "delta", "32118455")
-QUOTA = 20  # what the clients exceed
+QUOTA = 20  # less than the clients request
 CLIENTS = 50
-CALLS_EACH = 4
+CALLS_PER_CLIENT = 4
+PATIENT_SERVER = "tests.support.patient_process"
 
 
 @dataclass
-class Seen:
-    """What the clients saw."""
+class Results:
+    """The results of all clients."""
 
     completions: list[pb.Completion] = field(default_factory=list)
-    refused: int = 0
+    rejected: int = 0
     cancelled: int = 0
 
 
 @asynccontextmanager
 async def servers(folder: Path, keys: dict[str, str], count: int, *flags: str) -> AsyncIterator[list[str]]:
-    """Addresses of servers that know the keys; they drain at the end."""
+    """Run servers that accept the keys, and yield their addresses; drain them at the end."""
     (folder / "keys.yaml").write_text("keys:\n" + "".join(f"  {line}\n" for line in keys.values()))
     demo = ROOT / "server/llama2_server/demo"
     card = card_file(folder, max_requests_per_min={"default": QUOTA, "accounts": {32118455: QUOTA}})
-    common = ["--card", str(card), "--weights", str(demo), "--api-keys-file", str(folder / "keys.yaml")]
+    common = [
+        "--max-queue-size",
+        "300",
+        "--card",
+        str(card),
+        "--weights",
+        str(demo),
+        "--api-keys-file",
+        str(folder / "keys.yaml"),
+    ]
     async with AsyncExitStack() as stack:
         processes, addresses = [], []
         for index in range(count):
             data = folder / f"server{index}"
             data.mkdir()
-            process, address = stack.enter_context(server(data, *common, "--max-queue-size", "300", *flags))
+            process, address = stack.enter_context(server(data, *common, *flags, module=PATIENT_SERVER))
             processes.append(process)
             addresses.append(address)
         yield addresses
@@ -60,46 +70,49 @@ async def servers(folder: Path, keys: dict[str, str], count: int, *flags: str) -
             assert await asyncio.to_thread(process.wait, 60) == 0
 
 
-async def client(address: str, key: str, seen: Seen, chance: random.Random) -> None:
-    """Some calls one after another; one in ten is given up after its first delta."""
+async def client(address: str, key: str, results: Results, draw: random.Random) -> None:
+    """Make calls one after another; cancel one in ten after its first delta."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
-        for _ in range(CALLS_EACH):
-            gives_up = chance.random() < 0.1
-            request = pb.GenerateRequest(prompt=chance.choice(["hi", "hello"]), seed=chance.randrange(9), max_tokens=8)
+        for _ in range(CALLS_PER_CLIENT):
+            cancels = draw.random() < 0.1
+            request = pb.GenerateRequest(prompt=draw.choice(["hi", "hello"]), seed=draw.randrange(9), max_tokens=8)
             call = stub.GenerateStream(request, metadata=(("authorization", f"Bearer {key}"),))
             try:
                 while isinstance(message := await call.read(), pb.GenerateStreamResponse):
-                    if gives_up:
+                    if cancels:
                         call.cancel()
-                        seen.cancelled += 1
+                        results.cancelled += 1
                         break
                     if message.HasField("completion"):
-                        seen.completions.append(message.completion)
+                        results.completions.append(message.completion)
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise
-                seen.refused += 1
+                results.rejected += 1
 
 
-async def load_is_exact(addresses: list[str], keys: dict[str, str]) -> Seen:
-    chance, seen = random.Random(3), Seen()
-    owners = list(keys)
+async def run_clients(addresses: list[str], keys: dict[str, str]) -> Results:
+    """Run all clients, and check that exactly the quota is allowed."""
+    draw, results = random.Random(3), Results()
+    accounts = list(keys)
     clients = [
-        client(addresses[index % len(addresses)], owners[index % len(owners)], seen, random.Random(chance.random()))
+        client(
+            addresses[index % len(addresses)], accounts[index % len(accounts)], results, random.Random(draw.random())
+        )
         for index in range(CLIENTS)
     ]
     await asyncio.gather(*clients)
-    assert seen.refused == CLIENTS * CALLS_EACH - QUOTA * len(ACCOUNTS)
-    return seen
+    assert results.rejected == CLIENTS * CALLS_PER_CLIENT - QUOTA * len(ACCOUNTS)
+    return results
 
 
-async def check_ledger(url: str, seen: Seen) -> None:
-    """Quota kept exactly, one record a request, and neurons equal to the last digit."""
+async def check_ledger(url: str, results: Results) -> None:
+    """Check that each account used exactly its quota, each request has one record, and the neurons are exact."""
     records = {record.request_id: record for record in await stored(url)}
     assert Counter(record.account_id for record in records.values()) == dict.fromkeys(ACCOUNTS, QUOTA)
-    assert len(records) == len(seen.completions) + seen.cancelled
-    for completion in seen.completions:
+    assert len(records) == len(results.completions) + results.cancelled
+    for completion in results.completions:
         record = records[completion.request_id]
         usage = completion.usage
         assert (record.input_tokens, record.output_tokens) == (usage.input_tokens, usage.output_tokens)
@@ -110,25 +123,25 @@ async def check_ledger(url: str, seen: Seen) -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_two_servers_share_one_quota_and_one_ledger(tmp_path: Path, postgres: PostgresCluster) -> None:
-    """50 clients of 5 accounts on two servers, a tenth cancelling: the quota is one, and so is each record."""
+async def test_two_servers_share_quota_and_ledger(tmp_path: Path, postgres: PostgresCluster) -> None:
+    """50 clients of 5 accounts call two servers and cancel one call in ten: quotas and records are exact."""
     keys = dict(new_key(account) for account in ACCOUNTS)
     usage_url = postgres.new_database()
     with running_redis(tmp_path) as redis:
         flags = ["--redis-url", redis.url, "--usage-url", usage_url]
         async with servers(tmp_path, keys, 2, *flags) as addresses:
-            seen = await load_is_exact(addresses, keys)
-    await check_ledger(usage_url, seen)
+            results = await run_clients(addresses, keys)
+    await check_ledger(usage_url, results)
 
 
 @pytest.mark.timeout(300)
-async def test_one_server_on_the_embedded_default_is_as_exact(tmp_path: Path) -> None:
-    """The same load on one server with nothing but its data directory."""
+async def test_one_server_with_embedded_stores_is_exact(tmp_path: Path) -> None:
+    """The same load on one server with only its data directory."""
     keys = dict(new_key(account) for account in ACCOUNTS)
     async with servers(tmp_path, keys, 1) as addresses:
-        seen = await load_is_exact(addresses, keys)
-    await check_ledger(f"sqlite:///{tmp_path / 'server0' / 'usage.db'}", seen)
+        results = await run_clients(addresses, keys)
+    await check_ledger(f"sqlite:///{tmp_path / 'server0' / 'usage.db'}", results)
     data = ["--data-directory", str(tmp_path / "server0")]
     printed = subprocess.run(command("usage", *data, "--account", "alpha"), capture_output=True, text=True, check=True)
-    header, line = (row.split("\t") for row in printed.stdout.splitlines())
-    assert dict(zip(header, line, strict=True))["requests"] == str(QUOTA)
+    header, values = (row.split("\t") for row in printed.stdout.splitlines())
+    assert dict(zip(header, values, strict=True))["requests"] == str(QUOTA)

@@ -1,4 +1,4 @@
-"""Two servers as processes, restarted one after the other under load: the client's retries leave no call to fail."""
+"""Two server processes, restarted one after the other under load: with the client's retries, no call fails."""
 
 import asyncio
 import signal
@@ -16,13 +16,13 @@ from tests.support.repository import ROOT
 
 from llama2_client import Client
 
-CALLERS = 6
+CLIENTS = 6
 CALLS_BETWEEN = 30
 
 
 @dataclass
 class Load:
-    """Callers who call one after the other, until they are told to stop, and what they saw."""
+    """Clients that make one call after another until `stopping` is set, and their results."""
 
     stopping: bool = False
     request_ids: list[str] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Load:
     progress: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def call(self, client: Client, number: int) -> None:
-        """Whole replies, streams and counts, in turn."""
+        """Make calls of the three RPCs in turn."""
         turn = number
         while not self.stopping:
             turn += 1
@@ -50,8 +50,8 @@ class Load:
                 self.failures.append(f"{type(error).__name__}: {error}")
             self.progress.set()
 
-    async def made(self, calls: int) -> None:
-        """Wait until so many calls more were answered."""
+    async def wait_for(self, calls: int) -> None:
+        """Wait for this number of additional calls."""
         target = len(self.request_ids) + self.counted + calls
         while len(self.request_ids) + self.counted < target and not self.failures:
             self.progress.clear()
@@ -60,10 +60,10 @@ class Load:
 
 @pytest.mark.timeout(300)
 async def test_no_call_fails_in_a_rolling_restart(tmp_path: Path) -> None:
-    """Each server drains, ends with 0 and comes back while callers go on; each reply has its one record."""
+    """Each server drains, ends with exit code 0 and restarts while clients continue; each reply has one record."""
     ports = free_ports(2)
     demo = ROOT / "server/llama2_server/demo"
-    # As good as no quota, and no cache: every call is generated.
+    # A practically unlimited quota and no cache: every call runs the model.
     card = card_file(tmp_path, max_requests_per_min={"default": 10**6}, infer_response_cache=None)
     flags = ["--card", str(card), "--weights", str(demo)]
     folders = [tmp_path / f"server{index}" for index in range(2)]
@@ -81,15 +81,15 @@ async def test_no_call_fails_in_a_rolling_restart(tmp_path: Path) -> None:
         target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
         load = Load()
         async with Client(target, timeout=60) as shared, Client(target, timeout=60) as own:
-            callers = [asyncio.create_task(load.call(own if n == 0 else shared, n)) for n in range(CALLERS)]
-            await load.made(CALLS_BETWEEN)
+            clients = [asyncio.create_task(load.call(own if n == 0 else shared, n)) for n in range(CLIENTS)]
+            await load.wait_for(CALLS_BETWEEN)
             for index in range(2):
                 processes[index].send_signal(signal.SIGTERM)
                 assert await asyncio.to_thread(processes[index].wait, 60) == 0
                 processes[index] = await start(index)
-            await load.made(CALLS_BETWEEN)
+            await load.wait_for(CALLS_BETWEEN)
             load.stopping = True
-            await asyncio.gather(*callers)
+            await asyncio.gather(*clients)
         for process in processes:
             process.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(process.wait, 60) == 0
@@ -98,7 +98,7 @@ async def test_no_call_fails_in_a_rolling_restart(tmp_path: Path) -> None:
     complete = {record.request_id for record in records if record.outcome in ("MAX_TOKENS", "END_OF_SEQUENCE")}
     assert set(load.request_ids) == complete
     assert len(load.request_ids) == len(complete)
-    # What a draining server refused is recorded as that, if it had been admitted, and as nothing if it had not.
+    # A call that a draining server rejects has a record only if it was admitted.
     assert {outcome for outcome, _ in Counter(record.outcome for record in records).items()} <= {
         "MAX_TOKENS",
         "END_OF_SEQUENCE",

@@ -50,14 +50,14 @@ def card_file(folder: Path, **config: object) -> Path:
 
 @contextmanager
 def server(
-    data_directory: Path, *flags: str, listen: str = "127.0.0.1:0"
+    data_directory: Path, *flags: str, listen: str = "127.0.0.1:0", module: str = "llama2_server"
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run a server process, on a free port by default, and yield it and its address."""
     log = data_directory / "server.log"
     with (
         log.open("a") as errors,
         subprocess.Popen(
-            command("--listen", listen, "--data-directory", str(data_directory), *flags),
+            command("--listen", listen, "--data-directory", str(data_directory), *flags, module=module),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
