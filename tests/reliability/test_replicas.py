@@ -45,22 +45,15 @@ async def servers(folder: Path, keys: dict[str, str], count: int, *flags: str) -
     (folder / "keys.yaml").write_text("keys:\n" + "".join(f"  {line}\n" for line in keys.values()))
     demo = ROOT / "server/llama2_server/demo"
     card = card_file(folder, max_requests_per_min={"default": QUOTA, "accounts": {32118455: QUOTA}})
-    common = [
-        "--max-queue-size",
-        "300",
-        "--card",
-        str(card),
-        "--weights",
-        str(demo),
-        "--api-keys-file",
-        str(folder / "keys.yaml"),
-    ]
+    flags = ("--card", str(card), "--weights", str(demo), "--api-keys-file", str(folder / "keys.yaml"), *flags)
     async with AsyncExitStack() as stack:
         processes, addresses = [], []
         for index in range(count):
             data = folder / f"server{index}"
             data.mkdir()
-            process, address = stack.enter_context(server(data, *common, *flags, module=PATIENT_SERVER))
+            process, address = stack.enter_context(
+                server(data, "--max-queue-size", "300", *flags, module=PATIENT_SERVER)
+            )
             processes.append(process)
             addresses.append(address)
         yield addresses

@@ -1,4 +1,4 @@
-"""Accounts, a card with a response cache, and stored usage records for tests of the service."""
+"""Cards and stored usage records for tests of the service."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -9,21 +9,7 @@ from typing import Any
 import pytest
 from tests.support.service import with_config
 
-from llama2_server.admission.accounts import Account, AnonymousAuthenticator, Metadata
 from llama2_server.card import ModelCard, RequestsPerMinute
-
-
-class AccountsByHeader(AnonymousAuthenticator):
-    """An authenticator that trusts the header `account`: tests of sharing need several accounts, but no keys."""
-
-    def authenticate(self, metadata: Metadata) -> Account:
-        """Return the account that the metadata names, or the account `a`."""
-        return Account(str(dict(metadata).get("account", "a")))
-
-
-def as_account(name: str) -> tuple[tuple[str, str], ...]:
-    """Return the metadata of a call from this account."""
-    return (("account", name),)
 
 
 @pytest.fixture

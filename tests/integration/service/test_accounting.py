@@ -8,8 +8,9 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
-from tests.integration.service.conftest import AccountsByHeader, as_account, limited, records
+from tests.integration.service.conftest import limited, records
 from tests.integration.usage.conftest import locked, stored
+from tests.support.accounts import AccountByHeader, as_account
 from tests.support.deadlines import CallDeadlines, server_deadline
 from tests.support.service import ServiceMaker, details, disconnect, generate, hold_slot, until, with_config
 
@@ -24,7 +25,7 @@ REPLY = "Once upon a time, a fox 🦊 lived by the sea."
 async def test_quota_is_exact(serve_scripted: ServiceMaker, demo_card: ModelCard) -> None:
     """Request N+1 is rejected with QuotaFailure and RetryInfo; invalid requests and other methods cost no quota."""
     card = with_config(demo_card, max_requests_per_min=RequestsPerMinute(default=1, accounts={"b": 3}))
-    async with serve_scripted(REPLY, card=card, accounts=AccountsByHeader()) as service:
+    async with serve_scripted(REPLY, card=card, accounts=AccountByHeader()) as service:
         usage = account_pb2_grpc.AccountServiceStub(service.channel)
         for _ in range(5):
             with pytest.raises(grpc.aio.AioRpcError) as invalid:
@@ -52,7 +53,7 @@ async def test_get_usage_returns_the_totals_of_the_account(
     serve_scripted: ServiceMaker, caching_card: ModelCard
 ) -> None:
     """GetUsage counts every admitted request of the account exactly, and no other account's requests."""
-    async with serve_scripted(REPLY, card=caching_card, accounts=AccountsByHeader()) as service:
+    async with serve_scripted(REPLY, card=caching_card, accounts=AccountByHeader()) as service:
         replies = [
             await service.text.Generate(pb.GenerateRequest(prompt=prompt), metadata=as_account("a"))
             for prompt in ("one", "two", "two")
@@ -122,7 +123,7 @@ async def test_every_admitted_request_has_one_record(
 async def test_prefix_is_reused_within_its_account_only(serve_scripted: ServiceMaker, caching_card: ModelCard) -> None:
     """`usage` has the number of reused input tokens; their price is the same, and other accounts reuse none."""
     prompt = "Tell me a story. " * 150
-    async with serve_scripted(REPLY, card=caching_card, accounts=AccountsByHeader()) as service:
+    async with serve_scripted(REPLY, card=caching_card, accounts=AccountByHeader()) as service:
 
         async def usage(account: str, text: str) -> pb.Usage:
             request = pb.GenerateRequest(prompt=text, raw=True, max_tokens=2)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from tests.integration.service.conftest import AccountsByHeader, as_account, records
+from tests.integration.service.conftest import records
+from tests.support.accounts import AccountByHeader, as_account
 from tests.support.servers.redis_server import running_redis
 from tests.support.service import Service, ServiceMaker, UnaryStream, disconnect, hold_slot, remaining_text
 
@@ -81,7 +82,7 @@ async def test_no_cache_writes_nothing(serve_scripted: ServiceMaker, caching_car
 
 async def test_accounts_never_share(serve_scripted: ServiceMaker, caching_card: ModelCard) -> None:
     """An equal request of another account is generated again."""
-    async with serve_scripted(REPLY, card=caching_card, accounts=AccountsByHeader()) as service:
+    async with serve_scripted(REPLY, card=caching_card, accounts=AccountByHeader()) as service:
         request = pb.GenerateRequest(prompt="a story")
         await service.text.Generate(request, metadata=as_account("a"))
         reply = await service.text.Generate(request, metadata=as_account("b"))
