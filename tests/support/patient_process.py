@@ -10,5 +10,5 @@ from llama2_server.lifecycle import stores
 if __name__ == "__main__":
     quota.STORE_TIMEOUT_SECONDS = 30
     response_cache.STORE_TIMEOUT_SECONDS = 30
-    stores.Quota = functools.partial(stores.Quota, window_seconds=3600)  # type: ignore[misc, assignment]
+    stores.Quota = functools.partial(quota.Quota, window_seconds=3600)  # type: ignore[attr-defined, assignment]
     main()
