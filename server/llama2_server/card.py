@@ -171,7 +171,7 @@ def load_card(card: str) -> ModelCard:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise CardError(f"--card {card}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CardError(f"--card {card}: {' '.join(str(error).split())}") from error
 
 
@@ -235,7 +235,7 @@ def _default_max_tokens(input_schema: object) -> int:
     try:
         schema = json.loads(str(input_schema))
         jsonschema.Draft202012Validator.check_schema(schema)
-    except (json.JSONDecodeError, jsonschema.SchemaError) as error:
+    except (json.JSONDecodeError, jsonschema.SchemaError, RecursionError) as error:
         raise ValueError(f"json_schema.input: not a valid JSON Schema ({str(error).splitlines()[0]})") from error
     branches = [schema, *schema.get("oneOf", [])] if isinstance(schema, dict) else []
     defaults = {branch.get("properties", {}).get("max_tokens", {}).get("default") for branch in branches} - {None}

@@ -118,7 +118,7 @@ def _read_file(path: Path, name: str) -> Mapping[str, Any]:
         document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeysLoader)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{name}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         # The error quotes its input, which may contain a secret, so the message has only a line number.
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""

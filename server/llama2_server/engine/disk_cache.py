@@ -15,7 +15,7 @@ def load(file: Path | None, key: str) -> Any:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         return document["value"] if document["key"] == key else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

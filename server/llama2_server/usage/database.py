@@ -1,5 +1,7 @@
 """SQLAlchemy engines for the URLs of usage stores."""
 
+import os
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import URL, event, make_url
@@ -58,6 +60,12 @@ def _sqlite(url: URL) -> AsyncEngine:
         # NORMAL may lose the last commits in a power failure, and the journal drops committed records.
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.close()
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def create_private(*_: object) -> None:
+        # SQLite itself would create the file readable for all; its other files get the same permissions.
+        with suppress(OSError):  # SQLite reports the error
+            os.close(os.open(str(url.database), os.O_RDWR | os.O_CREAT, 0o600))
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Connection) -> None:

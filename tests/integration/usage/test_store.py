@@ -1,6 +1,7 @@
 """SQLite and PostgreSQL store the same records, add them up exactly, and migrate automatically."""
 
 import asyncio
+import os
 import random
 import sqlite3
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from tests.integration.usage.conftest import stored
+from tests.integration.usage.conftest import LedgerOpener, stored
 
 from llama2_server.usage.database import create_engine
 from llama2_server.usage.errors import LedgerError, StoreUnavailable
@@ -217,3 +218,15 @@ async def test_refused_connection_is_temporary(scheme: str) -> None:
     assert caught.value.temporary
     assert "s3cret" not in str(caught.value)
     await store.close()
+
+
+async def test_sqlite_files_are_private(tmp_path: Path, open_ledger: LedgerOpener) -> None:
+    """The database and its other files can be read by their owner only, with the usual umask."""
+    previous = os.umask(0o022)
+    try:
+        await open_ledger()
+    finally:
+        os.umask(previous)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.glob("usage.db*")}
+    assert "usage.db" in modes
+    assert set(modes.values()) == {"0o600"}, modes

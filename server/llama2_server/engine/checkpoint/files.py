@@ -26,16 +26,17 @@ PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt")
 DERIVED = re.compile(r"(model\.)?(layers\.\d+\.)?(self_attn\.)?rotary_emb\.\w+")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 QUANTIZERS = {"awq": "AWQ", "gptq": "GPTQ"}
-REQUIRED_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+# Upper bounds, several times the largest published Llama. They are checked before anything is sized by them.
+MAX_SIZES = {
+    "vocab_size": 2**20,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 1024,
+    "max_position_embeddings": 2**24,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such file; pass the directory of a Hugging Face Llama checkpoint") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON: {error}; fetch it again") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: contains a JSON {type(content).__name__}, expected an object; fetch it again")
@@ -170,10 +171,12 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
         config = HFConfig.from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise WeightsError(f"{path}: {' '.join(str(error).split())}; fetch it again") from error
-    for name in REQUIRED_SIZES:
+    for name, limit in MAX_SIZES.items():
         size = getattr(config, name)
         if type(size) is not int or size < 1:
             raise WeightsError(f"{path}: {name} is {size!r}, expected a positive integer; fetch it again")
+        if size > limit:
+            raise WeightsError(f"{path}: {name} is {size}, expected at most {limit}; fetch it again")
     return config
 
 
@@ -204,6 +207,14 @@ def _check_config(path: Path, config: "HFConfig") -> None:
     ):
         if found != expected:
             raise WeightsError(f"{path}: {name} is {found!r}, expected {expected!r}; pass a plain Llama checkpoint")
+    for name, number, low, high in (
+        ("rope_theta", _rope(config).get("rope_theta"), 1.0, 1e12),
+        ("rms_norm_eps", config.rms_norm_eps, 0.0, 1.0),
+    ):
+        if not isinstance(number, int | float) or not low <= number <= high:
+            raise WeightsError(
+                f"{path}: {name} is {number!r}, expected a number in [{low:g}, {high:g}]; fetch it again"
+            )
 
 
 def _rope(config: "HFConfig") -> dict[str, Any]:

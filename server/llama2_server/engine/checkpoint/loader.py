@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama2_server.engine.checkpoint.digests import verify_digests
 from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
 from llama2_server.engine.checkpoint.hub import fetch_checkpoint
 from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file
@@ -64,6 +65,7 @@ def load_model(
     _check_context(directory, config, context_length)
     _check_tokenizer(directory, config, tokenizer or open_tokenizer(directory))
     stored = read_tensor_table(directory)
+    verify_digests(directory, {tensor.path for tensor in stored.values()})
     if config.tied_embeddings:
         stored = _merge_tied_head(stored)
     meta_weights = LlamaWeights.allocate(config, "meta", dtype)

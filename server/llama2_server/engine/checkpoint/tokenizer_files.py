@@ -45,7 +45,7 @@ def _added_tokens(directory: Path) -> Iterator[tuple[int, str]]:
         elif (directory / "added_tokens.json").is_file():
             for name, token_id in _read(directory / "added_tokens.json").items():
                 yield int(token_id), str(name)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return
 
 

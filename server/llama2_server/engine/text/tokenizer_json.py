@@ -84,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such file; copy it from the Llama-2 checkpoint") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not valid JSON: {error}; copy it from the Llama-2 checkpoint again") from error
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise WeightsError(f"{path}: has no model of a tokenizer; {REMEDY}")

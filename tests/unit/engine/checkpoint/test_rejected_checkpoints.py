@@ -15,7 +15,7 @@ from llama2_server.engine.model.weights import LlamaWeights
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 K_PROJ = "model.layers.0.self_attn.k_proj.weight"
-
+WRONG_DIGEST = b"0" * 64 + b"  model.safetensors\n"
 
 REJECTED: dict[str, tuple[Edit, str]] = {
     "no config": (remove("config.json"), r"config\.json: no such file"),
@@ -38,6 +38,20 @@ REJECTED: dict[str, tuple[Edit, str]] = {
     "another activation": (config(hidden_act="gelu"), r"hidden_act is 'gelu', expected 'silu'"),
     "a text as a size": (config(hidden_size="large"), r"config\.json: .*hidden_size"),
     "no layers": (config(num_hidden_layers=0), r"num_hidden_layers is 0, expected a positive integer"),
+    "a billion layers": (config(num_hidden_layers=10**9), r"num_hidden_layers is 1000000000, expected at most 1024"),
+    "a huge vocabulary": (config(vocab_size=10**12), r"vocab_size is 1000000000000, expected at most 1048576"),
+    "no rotary base": (config(rope_theta=0), r"rope_theta is 0(\.0)?, expected a number in \[1, 1e\+12\]"),
+    "a negative epsilon": (config(rms_norm_eps=-1.0), r"rms_norm_eps is -1\.0, expected a number in \[0, 1\]"),
+    "deeply nested JSON": (overwrite("config.json", b"[" * 100_000), r"config\.json: not valid JSON: .*recursion"),
+    "a wrong digest": (
+        overwrite("SHA256SUMS", WRONG_DIGEST),
+        r"model\.safetensors: its SHA-256 digest is [0-9a-f]{64}",
+    ),
+    "a digest file without the weights": (
+        overwrite("SHA256SUMS", b""),
+        r"SHA256SUMS: does not list model\.safetensors",
+    ),
+    "not a digest file": (overwrite("SHA256SUMS", b"rubbish"), r"SHA256SUMS: line 1 is not a digest and a file name"),
     "no heads": (config(num_attention_heads=0), r"config\.json: "),
     "indivisible key heads": (config(num_key_value_heads=3), r"num_key_value_heads is 1, expected 0"),
     "an odd head": (config(head_dim=15), r"config\.json: .*head_dim.*15"),
