@@ -26,6 +26,7 @@ from llama2_server.errors import (
     QuotaExceeded,
     RequestTooLarge,
     ServiceError,
+    ShuttingDown,
     Violation,
 )
 
@@ -40,6 +41,7 @@ ARGUMENTS: dict[type[ServiceError], tuple[Any, ...]] = {
     QuotaExceeded: ("42", 5, 1.0),
     QueueFull: ("", 1.0),
     QueueWaitTooLong: ("", 1.0),
+    ShuttingDown: ("",),
 }
 HEAD = """\
 # API reference

@@ -49,6 +49,8 @@ class ServiceError(Exception):
     code: ClassVar[grpc.StatusCode]
     reason: ClassVar[str]
     retry_after_seconds: float | None = None
+    refunds_quota: bool = False
+    """Whether the call gets its quota back: the server ended it before its first prefill step, for lack of capacity."""
 
     def details(self) -> list[Message]:
         """Return the google.rpc details in addition to ErrorInfo, RetryInfo and RequestInfo."""
@@ -167,12 +169,14 @@ class QueueFull(ResourceExhausted):
     """The request queue is full, or a request of an account with fewer requests in the full queue came."""
 
     reason = "QUEUE_FULL"
+    refunds_quota = True
 
 
 class QueueWaitTooLong(ResourceExhausted):
     """The wait for a slot exceeds the call's deadline or the queue timeout."""
 
     reason = "QUEUE_WAIT_TOO_LONG"
+    refunds_quota = True
 
 
 class Unavailable(ServiceError):
@@ -187,6 +191,10 @@ class ShuttingDown(Unavailable):
 
     reason = "SHUTTING_DOWN"
 
+    def __init__(self, message: str, *, refunds_quota: bool = False) -> None:
+        super().__init__(message)
+        self.refunds_quota = refunds_quota
+
 
 class QuotaStoreUnavailable(Unavailable):
     """The quota store does not answer, and `--quota-fallback` is `reject`."""
@@ -198,6 +206,7 @@ class UsageJournalFull(Unavailable):
     """The usage store is unavailable and the usage journal is full, so usage cannot be recorded."""
 
     reason = "USAGE_JOURNAL_FULL"
+    refunds_quota = True
 
 
 class UsageUnavailable(Unavailable):

@@ -82,7 +82,7 @@ import asyncio, sys
 from llama2_server.admission import quota as quota_module
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import QuotaExceeded
-from llama2_server.admission.quota import Quota
+from llama2_server.admission.quota import Quota, QuotaUnit
 
 quota_module.STORE_TIMEOUT_SECONDS = 30
 
@@ -92,8 +92,8 @@ async def main():
     print("ready", flush=True)
     input()
     results = await asyncio.gather(*(quota.consume("a") for _ in range(50)), return_exceptions=True)
-    assert all(result is None or isinstance(result, QuotaExceeded) for result in results), results
-    print(results.count(None))
+    assert all(isinstance(result, (QuotaUnit, QuotaExceeded)) for result in results), results
+    print(sum(isinstance(result, QuotaUnit) for result in results))
     await quota.close()
 
 asyncio.run(main())

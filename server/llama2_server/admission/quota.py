@@ -6,7 +6,8 @@ Redis' clock. The decision and the time of the next allowed request come from on
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,13 +16,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from llama2_server.card import RequestsPerMinute
-from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable
+from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable, ServiceError
 from llama2_server.redis_client import RedisClient, RedisUnavailable
 
 STORE_TIMEOUT_SECONDS = 1.0
 
 # KEYS: the account's window, a list of times in microseconds, newest first.
-# ARGV: limit, window in microseconds, 1 to consume a request or 0 to read.  Returns the fields of _Window.
+# ARGV: limit, window in microseconds, `read`, `consume` or `refund`, and for `refund` the time of the consumed request.
+# Returns the fields of _Window.
 _WINDOW_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
@@ -37,14 +39,17 @@ while (expires_in(index) or 0) > window do
   index = index + 1
 end
 while (expires_in(-1) or 1) <= 0 do redis.call('RPOP', key) end
+if ARGV[3] == 'refund' and redis.call('LREM', key, 1, ARGV[4]) == 0 and tonumber(ARGV[4]) > now then
+  redis.call('LPOP', key)  -- the clock was set back, so that the request counts as made now
+end
 local used = redis.call('LLEN', key)
 local allowed = 0
-if ARGV[3] == '1' and used < limit then
+if ARGV[3] == 'consume' and used < limit then
   redis.call('LPUSH', key, string.format('%.0f', now))
   redis.call('PEXPIRE', key, math.ceil(window / 1000))
   allowed, used = 1, used + 1
 end
-return {allowed, used, used >= limit and expires_in(limit - 1) or 0, expires_in(0) or 0}
+return {allowed, used, used >= limit and expires_in(limit - 1) or 0, expires_in(0) or 0, now}
 """
 
 
@@ -60,6 +65,17 @@ class QuotaStatus:
     """Seconds until all requests are allowed again; 0 if they are now."""
 
 
+@dataclass(frozen=True, slots=True)
+class QuotaUnit:
+    """One consumed request of an account's quota, for `Quota.refund`; times in microseconds identify it."""
+
+    account_id: str
+    local_at: int | None
+    """Time by the event loop's clock; None if this process did not count it."""
+    shared_at: int | None
+    """Time by Redis' clock; None if Redis did not count it."""
+
+
 class _Window(NamedTuple):
     """The state of an account's window; times in microseconds."""
 
@@ -70,6 +86,8 @@ class _Window(NamedTuple):
     """Time until one more request is allowed; 0 if one is now."""
     reset_in: int
     """Time until the window is empty."""
+    now: int
+    """Time of this state; if a request was consumed, it has this time."""
 
 
 class Quota(Collector):
@@ -125,7 +143,22 @@ class Quota(Collector):
         """Return the account's requests per minute: the card's value for it, otherwise the default."""
         return self._limits.accounts.get(account_id, self._limits.default)
 
-    async def consume(self, account_id: str) -> None:
+    @asynccontextmanager
+    async def charge(self, account_id: str) -> AsyncIterator[None]:
+        """Consume one request for the body; give it back if the body ends with an error that refunds quota.
+
+        Raises:
+            QuotaExceeded, QuotaStoreUnavailable: as `consume`.
+        """
+        unit = await self.consume(account_id)
+        try:
+            yield
+        except ServiceError as error:
+            if error.refunds_quota:
+                await self.refund(unit)
+            raise
+
+    async def consume(self, account_id: str) -> QuotaUnit:
         """Consume one request of the account's quota.
 
         Raises:
@@ -133,9 +166,24 @@ class Quota(Collector):
             QuotaStoreUnavailable: Redis is unavailable, and the fallback is `reject`.
         """
         limit = self.limit(account_id)
-        window = await self._use(account_id, limit, consume=True)
-        if not window.allowed:
-            raise QuotaExceeded(account_id, limit, window.retry_in / 1e6)
+        shared = await self._use_shared(account_id, limit, "consume")
+        if shared is not None and not shared.allowed:
+            raise QuotaExceeded(account_id, limit, shared.retry_in / 1e6)
+        # If Redis becomes unavailable, this replica continues from the requests that it allowed itself.
+        local = self._local.use(account_id, limit, consume=True)
+        if shared is None and not local.allowed:
+            raise QuotaExceeded(account_id, limit, local.retry_in / 1e6)
+        return QuotaUnit(account_id, local.now if local.allowed else None, None if shared is None else shared.now)
+
+    async def refund(self, unit: QuotaUnit) -> None:
+        """Give a consumed request back; while Redis is unavailable, it counts there until it leaves the window."""
+        if unit.local_at is not None:
+            self._local.refund(unit.account_id, unit.local_at)
+        if self._shared is not None and unit.shared_at is not None:
+            try:
+                await self._shared.use(unit.account_id, self.limit(unit.account_id), "refund", unit.shared_at)
+            except RedisUnavailable:
+                self.store_errors += 1
 
     async def status(self, account_id: str) -> QuotaStatus:
         """Return the state of the account's quota, without counting a request.
@@ -144,7 +192,9 @@ class Quota(Collector):
             QuotaStoreUnavailable: as `consume`.
         """
         limit = self.limit(account_id)
-        window = await self._use(account_id, limit, consume=False)
+        window = await self._use_shared(account_id, limit, "read")
+        if window is None:
+            window = self._local.use(account_id, limit, consume=False)
         return QuotaStatus(limit, max(0, limit - window.used), window.reset_in / 1e6)
 
     async def close(self) -> None:
@@ -152,20 +202,17 @@ class Quota(Collector):
         if self._shared is not None:
             await self._shared.close()
 
-    async def _use(self, account_id: str, limit: int, *, consume: bool) -> _Window:
+    async def _use_shared(self, account_id: str, limit: int, operation: Literal["read", "consume"]) -> _Window | None:
+        """Return the window in Redis; None if this process counts. Raises QuotaStoreUnavailable."""
         if self._shared is None:
-            return self._local.use(account_id, limit, consume=consume)
+            return None
         try:
-            window = await self._shared.use(account_id, limit, consume=consume)
+            return await self._shared.use(account_id, limit, operation)
         except RedisUnavailable:
             self.store_errors += 1
             if self._fallback == "reject":
                 raise QuotaStoreUnavailable("the quota store is unavailable; retry") from None
-            return self._local.use(account_id, limit, consume=consume)
-        if window.allowed:
-            # If Redis becomes unavailable, this replica continues from the requests that it allowed itself.
-            self._local.use(account_id, limit, consume=True)
-        return window
+            return None
 
 
 class _LocalWindows:
@@ -186,7 +233,12 @@ class _LocalWindows:
             allowed_at.append(now)
         retry_in = allowed_at[-limit] + self._window - now if len(allowed_at) >= limit else 0
         reset_in = allowed_at[-1] + self._window - now if allowed_at else 0
-        return _Window(allowed, len(allowed_at), retry_in, reset_in)
+        return _Window(allowed, len(allowed_at), retry_in, reset_in, now)
+
+    def refund(self, account_id: str, allowed_at: int) -> None:
+        """Remove an allowed request; no-op if it has left the window."""
+        with suppress(ValueError):
+            self._allowed_at[account_id].remove(allowed_at)
 
 
 class _RedisWindows:
@@ -205,11 +257,11 @@ class _RedisWindows:
     async def probe(self) -> None:
         await self._redis.probe()
 
-    async def use(self, account_id: str, limit: int, *, consume: bool) -> _Window:
+    async def use(self, account_id: str, limit: int, operation: str, consumed_at: int = 0) -> _Window:
         """Run the script; raises RedisUnavailable."""
-        keys, arguments = [self._prefix + account_id], [limit, self._window, int(consume)]
-        allowed, used, retry_in, reset_in = await self._redis.execute(lambda: self._script(keys=keys, args=arguments))
-        return _Window(bool(allowed), used, retry_in, reset_in)
+        keys, arguments = [self._prefix + account_id], [limit, self._window, operation, consumed_at]
+        allowed, *times = await self._redis.execute(lambda: self._script(keys=keys, args=arguments))
+        return _Window(bool(allowed), *times)
 
     async def close(self) -> None:
         await self._redis.close()

@@ -292,4 +292,4 @@ def _now() -> float:
 
 
 def _shutting_down() -> ShuttingDown:
-    return ShuttingDown("the server is shutting down; retry")
+    return ShuttingDown("the server is shutting down; retry", refunds_quota=True)

@@ -1,10 +1,9 @@
-"""One request from start to end: account, validation, quota, usage record, response cache, queue, engine."""
+"""One request from start to end: account, validation, reply, completion."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -19,11 +18,9 @@ from llama2_server.card import ModelCard
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.generation.accounting import UsageRecorder
-from llama2_server.generation.coalescing import Coalescer
-from llama2_server.generation.generation import Generation
-from llama2_server.generation.reply import CachedReply, GeneratedReply, Reply, ReplyStats
-from llama2_server.generation.response_cache import CacheEntry, CacheKey, ResponseCache
+from llama2_server.generation.reply import Reply, ReplyStats
+from llama2_server.generation.reply_source import ReplyRequest, ReplySource
+from llama2_server.generation.response_cache import CacheKey, ResponseCache
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.telemetry.call import CALL, Attribute
 from llama2_server.usage.ledger import Ledger
@@ -56,16 +53,10 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
     ) -> None:
         self._card = card
         self._authenticator = authenticator
-        self._tokenizer = tokenizer
-        self._quota = quota
-        self._response_cache = response_cache
-        self._ledger = ledger
-        self._queue = queue
-        self._engine = engine
+        self._caches_responses = response_cache is not None
         self._cached_model = f"{card.name} {fingerprint}"
         self._validator = RequestValidator(card, tokenizer)
-        self._usage = UsageRecorder(ledger, card.name)
-        self._coalescer: Coalescer[CacheKey, Generation] = Coalescer(self._store_response)
+        self._replies = ReplySource(tokenizer, quota, response_cache, ledger, queue, engine, card.name)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Return the whole reply in one message."""
@@ -90,58 +81,23 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
 
     async def close(self) -> None:
         """Wait until every record is written and every complete reply is stored; call it after the last request."""
-        await self._usage.close()
-        await self._coalescer.close()
+        await self._replies.close()
 
     @asynccontextmanager
     async def _serve(self, request: pb.GenerateRequest, context: Any, *, streaming: bool) -> AsyncIterator[Reply]:
-        """Admit the request and yield its reply. After the body, a generation without other readers is cancelled."""
+        """Validate the request and yield its reply."""
         call, deadline = CALL.get(), _deadline(context)
         account = self._authenticator.authenticate(context.invocation_metadata())
         call.account_id = account.id
         with call.phase("validation"):
             prompt, params = self._validator.validate_generate(request, streaming=streaming)
             key = None
-            if self._response_cache is not None and not request.no_cache:
+            if self._caches_responses and not request.no_cache:
                 seeded = request.HasField("seed")
                 key = CacheKey.of(account.id, self._cached_model, prompt, params, seeded=seeded)
         call.request = _span_attributes(params, streaming=streaming)
-        # A request that cannot be served now costs no quota, and a request beyond the quota leaves no record.
-        self._queue.check_open()
-        self._ledger.check_capacity(call.request_id, account.id, self._card.name)
-        await self._quota.consume(account.id)
-        with self._usage.record(call, account.id) as recorded:
-            if (cached := await self._cached_reply(key)) is not None:
-                recorded.set_cached(cached.stats())
-                yield cached
-                return
-
-            def start() -> Generation:
-                on_progress = partial(self._ledger.progress, call.request_id)
-                generation = Generation(prompt, params, self._tokenizer, on_progress)
-                reservation = self._queue.enter(account.id, deadline)
-                # Later requests can share a generation with a key, and may wait for it longer than this one.
-                wait_deadline = deadline if key is None else None
-                generation.start(self._queue, reservation, self._engine, account.id, wait_deadline)
-                return generation
-
-            with self._coalescer.subscribe(key, start) as subscription:
-                generation, shared = subscription.generation, subscription.shared
-                recorded.set_generation(generation, shared=shared)
-                yield GeneratedReply(generation, shared=shared, started_at=call.started_at)
-
-    async def _cached_reply(self, key: CacheKey | None) -> CachedReply | None:
-        if self._response_cache is None or key is None:
-            return None
-        entry = await self._response_cache.get(key)
-        return None if entry is None else CachedReply(entry)
-
-    async def _store_response(self, key: CacheKey, generation: Generation) -> None:
-        if self._response_cache is not None and generation.finish_reason is not None:
-            tokens, seed = generation.tokens, generation.params.seed
-            finish_reason = generation.finish_reason.name
-            entry = CacheEntry(generation.text, finish_reason, tokens.input_tokens, tokens.output_tokens, seed)
-            await self._response_cache.put(key, entry)
+        async with self._replies.reply(call, ReplyRequest(account.id, prompt, params, key, deadline)) as reply:
+            yield reply
 
     def _completion(self, stats: ReplyStats) -> pb.Completion:
         price = Decimal(0) if stats.cached else neurons(stats.tokens, self._card.neuron_costs)

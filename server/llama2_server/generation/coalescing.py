@@ -74,14 +74,18 @@ class Coalescer(Generic[Key, T]):
             entry, shared = _Shared(start()), False
         else:
             entry, shared = self._get_or_start(key, start)
-        entry.readers += 1
-        try:
+        with self._reading(key, entry):
             yield Subscription(entry.generation, shared)
-        finally:
-            entry.readers -= 1
-            if entry.readers == 0 and not _has_ended(entry):
-                self._remove(key, entry)  # first, so that no request subscribes to a cancelled generation
-                entry.generation.cancel()
+
+    @contextmanager
+    def join(self, key: Key | None) -> Iterator[Subscription[T] | None]:
+        """Share the generation of an equal key, or yield None if no request has started one."""
+        entry = self._usable(key)
+        if entry is None:
+            yield None
+            return
+        with self._reading(key, entry):
+            yield Subscription(entry.generation, shared=True)
 
     async def close(self) -> None:
         """Wait for running `on_complete` calls; generations still in progress are not reported."""
@@ -91,9 +95,25 @@ class Coalescer(Generic[Key, T]):
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    @contextmanager
+    def _reading(self, key: Key | None, entry: _Shared[T]) -> Iterator[None]:
+        """Count a reader for the body; the last one cancels a generation in progress."""
+        entry.readers += 1
+        try:
+            yield
+        finally:
+            entry.readers -= 1
+            if entry.readers == 0 and not _has_ended(entry):
+                self._remove(key, entry)  # first, so that no request subscribes to a cancelled generation
+                entry.generation.cancel()
+
+    def _usable(self, key: Key | None) -> _Shared[T] | None:
+        entry = None if key is None else self._by_key.get(key)
+        return None if entry is None or entry.generation.failed else entry
+
     def _get_or_start(self, key: Key, start: Callable[[], T]) -> tuple[_Shared[T], bool]:
-        entry = self._by_key.get(key)
-        if entry is not None and not entry.generation.failed:
+        entry = self._usable(key)
+        if entry is not None:
             return entry, True
         entry = self._by_key[key] = _Shared(start())
         task = asyncio.create_task(self._report_when_done(key, entry))

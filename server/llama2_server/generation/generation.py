@@ -182,7 +182,8 @@ class Generation:
         if result.reason is FinishReason.FAILED:
             self._error = InternalError()
         elif result.reason is FinishReason.CANCELLED:
-            self._error = ShuttingDown("the server shut down before the reply was complete; retry")
+            message = "the server shut down before the reply was complete; retry"
+            self._error = ShuttingDown(message, refunds_quota=result.input_tokens == 0)
         else:
             self.finish_reason = FinishReason.STOP_SEQUENCE if stopped else result.reason
 

@@ -1,0 +1,138 @@
+"""The source of a valid request's reply: the response cache, a running generation, or a new one.
+
+Only a new generation needs the queue. A request passes the queue, then the quota, and then gets its usage record. So a
+rejected request leaves no record, and costs no quota: what it consumed is given back.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from llama2_server.admission.quota import Quota
+from llama2_server.admission.request_queue import RequestQueue
+from llama2_server.admission.reservation import Reservation
+from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.generation.accounting import RecordedRequest, UsageRecorder
+from llama2_server.generation.coalescing import Coalescer, Subscription
+from llama2_server.generation.generation import Generation
+from llama2_server.generation.prompt import Prompt
+from llama2_server.generation.reply import CachedReply, GeneratedReply, Reply
+from llama2_server.generation.response_cache import CacheEntry, CacheKey, ResponseCache
+from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.telemetry.call import Call
+from llama2_server.usage.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyRequest:
+    """A valid request for a reply."""
+
+    account_id: str
+    prompt: Prompt
+    params: GenerationParams
+    cache_key: CacheKey | None
+    """Identifies equal requests; None neither reads a cached or running reply nor stores one."""
+    deadline: float | None
+    """The call's deadline by the event loop's clock, or None."""
+
+
+class ReplySource:
+    """Admits requests and yields their replies."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        quota: Quota,
+        response_cache: ResponseCache | None,
+        ledger: Ledger,
+        queue: RequestQueue,
+        engine: SupervisedEngine,
+        model: str,
+    ) -> None:
+        """`model` is the name in the usage records."""
+        self._tokenizer = tokenizer
+        self._quota = quota
+        self._response_cache = response_cache
+        self._ledger = ledger
+        self._queue = queue
+        self._engine = engine
+        self._model = model
+        self._usage = UsageRecorder(ledger, model)
+        self._coalescer: Coalescer[CacheKey, Generation] = Coalescer(self._store_response)
+
+    @asynccontextmanager
+    async def reply(self, call: Call, request: ReplyRequest) -> AsyncIterator[Reply]:
+        """Admit the request and yield its reply. After the body, a generation without other readers is cancelled.
+
+        Raises:
+            ServiceError: the request was rejected, or an error of the body.
+        """
+        self._queue.check_open()
+        self._ledger.check_capacity(call.request_id, request.account_id, self._model)
+        if (cached := await self._cached_reply(request.cache_key)) is not None:
+            async with self._admitted(call, request) as recorded:
+                recorded.set_cached(cached.stats())
+                yield cached
+            return
+        with self._coalescer.join(request.cache_key) as running:
+            if running is not None:
+                async with self._admitted(call, request) as recorded:
+                    yield _generated_reply(call, recorded, running)
+                return
+        # Nothing awaits between the look for a running generation and the reservation.
+        reservation = self._queue.reserve(request.account_id, request.deadline)
+        with ExitStack() as reserved:
+            reserved.callback(self._queue.release, reservation)
+            async with self._quota.charge(request.account_id):
+
+                def start() -> Generation:
+                    self._queue.confirm(reservation)
+                    generation = self._start(call, request, reservation)
+                    reserved.pop_all()  # the generation's task releases it
+                    return generation
+
+                with self._coalescer.subscribe(request.cache_key, start) as subscription:
+                    if subscription.shared:  # an equal request was faster while this one consumed its quota
+                        self._queue.release(reservation)
+                    with self._usage.record(call, request.account_id) as recorded:
+                        yield _generated_reply(call, recorded, subscription)
+
+    async def close(self) -> None:
+        """Wait until every record is written and every complete reply is stored; call it after the last request."""
+        await self._usage.close()
+        await self._coalescer.close()
+
+    @asynccontextmanager
+    async def _admitted(self, call: Call, request: ReplyRequest) -> AsyncIterator[RecordedRequest]:
+        """Consume quota and open the usage record, for a request that needs no slot."""
+        async with self._quota.charge(request.account_id):
+            with self._usage.record(call, request.account_id) as recorded:
+                yield recorded
+
+    def _start(self, call: Call, request: ReplyRequest, reservation: Reservation) -> Generation:
+        on_progress = partial(self._ledger.progress, call.request_id)
+        generation = Generation(request.prompt, request.params, self._tokenizer, on_progress)
+        # Later requests can share a generation with a key, and may wait for it longer than this one.
+        deadline = request.deadline if request.cache_key is None else None
+        generation.start(self._queue, reservation, self._engine, request.account_id, deadline)
+        return generation
+
+    async def _cached_reply(self, key: CacheKey | None) -> CachedReply | None:
+        if self._response_cache is None or key is None:
+            return None
+        entry = await self._response_cache.get(key)
+        return None if entry is None else CachedReply(entry)
+
+    async def _store_response(self, key: CacheKey, generation: Generation) -> None:
+        if self._response_cache is not None and generation.finish_reason is not None:
+            tokens, seed = generation.tokens, generation.params.seed
+            finish_reason = generation.finish_reason.name
+            entry = CacheEntry(generation.text, finish_reason, tokens.input_tokens, tokens.output_tokens, seed)
+            await self._response_cache.put(key, entry)
+
+
+def _generated_reply(call: Call, recorded: RecordedRequest, subscription: Subscription[Generation]) -> GeneratedReply:
+    recorded.set_generation(subscription.generation, shared=subscription.shared)
+    return GeneratedReply(subscription.generation, shared=subscription.shared, started_at=call.started_at)
