@@ -1,7 +1,7 @@
 """The whole comparison of native sampling with the reference sampler; the unit tests have a small one."""
 
 import pytest
-from tests.support.sampling_cases import compare
+from tests.support.sampling.sampling_cases import compare
 from tests.unit.engine.native.models import library
 
 CASES = 100_000

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import sampled_texts
+from tests.support.sampling import sampled_texts
 from tests.unit.engine.native.models import library
 
 from llama2_server.engine.model.llama import LlamaModel

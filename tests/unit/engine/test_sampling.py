@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from tests.support.transformers_oracle import HISTORY, PROMPT, expected_probabilities, processors
+from tests.support.sampling.transformers_oracle import HISTORY, PROMPT, expected_probabilities, processors
 from torch import Tensor
 
 from llama2_server.engine.errors import EngineError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.checkpoints import MakeCheckpoint
-from tests.unit.engine.cuda.sinks import Reader
+from tests.support.sampling.token_reader import Reader
 from tests.unit.engine.native.models import library, load, some_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.support.transformers_oracle import HISTORY, PROMPT, expected_probabilities
+from tests.support.sampling.transformers_oracle import HISTORY, PROMPT, expected_probabilities
 
 from llama2_server.engine.cuda.sampling import (
     NO_TOKEN,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from tests.unit.engine.cuda.sinks import Reader
+from tests.support.sampling.token_reader import Reader
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.engine.cuda.sinks import Reader
+from tests.support.sampling.token_reader import Reader
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.support.sampling_cases import compare
+from tests.support.sampling.sampling_cases import compare
 from tests.unit.engine.native.models import library
 
 from llama2_server.engine.errors import EngineError

@@ -1,6 +1,6 @@
 """A table of sampled texts: requests with their seeds, and the tokens and texts that they must give.
 
-    python -m tests.support.sampled_texts      # write the table again, only if texts are meant to change
+    python -m tests.support.sampling.sampled_texts      # write the table again, only if texts are meant to change
 
 The native forward pass gives equal logits on every processor, so the table does not depend on the machine. It was made
 with the sampler of 2026-11-25, before the rules of the reference sampler were defined.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.unit.engine.cuda.sinks import Reader
+from tests.support.sampling.token_reader import Reader
 from tools.make_checkpoint import Shape, make_checkpoint
 
 from llama2_server.engine.checkpoint.loader import load_model
