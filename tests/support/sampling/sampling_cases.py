@@ -115,14 +115,16 @@ def _tokens_next_to_boundaries(sampler: Sampler, logits: Tensor, uniform: float)
     params = sampler._params
     if params.temperature == 0:
         return []
-    # All candidates, in the order of the sums.
-    sampler._params = replace(params, top_p=1 - 2**-53) if params.top_p < 1 else params
-    token_ids, weights = (tensor.tolist() for tensor in sampler._distribution(logits))
+    sampler._params = replace(params, top_p=1.0)
+    candidates = list(zip(*(tensor.tolist() for tensor in sampler._distribution(logits)), strict=True))
+    if params.top_p < 1:  # in the order of the sums
+        values = logits.tolist()
+        candidates.sort(key=lambda candidate: (-values[candidate[0]], candidate[0]))
+    token_ids, weights = zip(*candidates, strict=True)
     sums = list(accumulate(map(Fraction, weights)))
     # The nucleus ends with the first sum that reaches the share; without top_p, it has all candidates.
     shares = (Fraction(params.top_p) + shift for shift in (-Fraction(TOLERANCE), Fraction(TOLERANCE)))
     least, most = (bisect_left(sums, share * sums[-1], hi=len(sums) - 1) for share in shares)
     first = bisect_right(sums, (Fraction(uniform) - Fraction(TOLERANCE)) * sums[least])
     last = bisect_right(sums, (Fraction(uniform) + Fraction(TOLERANCE)) * sums[most], hi=most)
-    found: list[int] = token_ids[first : last + 1]
-    return found
+    return list(token_ids[first : last + 1])
