@@ -46,6 +46,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m tools.api_reference --check
 	$(BIN)/python -m tools.names
 	$(BIN)/python -m tools.prose
+	$(BIN)/codespell
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m tools.container.lock --check
 	$(BIN)/buf lint
