@@ -14,10 +14,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from tests.support.processes import command, environment, server
+from tests.support.scripted_process import ENDLESS_ID
 from tests.support.service import details, health_stub
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
+from llama2_server.engine.text.tokenizer import Tokenizer
 
 STORY = "Tell me a story about a fox who lives by the sea."
 BIN = Path(sys.executable).parent
@@ -57,28 +59,6 @@ def test_cli_shows_usage_as_a_table(demo: str) -> None:
     assert int(day["requests"]) >= 1
 
 
-# This seed is known to reach max_tokens. With another seed, the reply may end after five tokens.
-ENDLESS = pb.GenerateRequest(prompt="Once", raw=True, temperature=5, max_tokens=900, seed=6, no_cache=True)
-
-
-def test_sigkill_leaves_one_interrupted_record(tmp_path: Path) -> None:
-    """A request whose server is killed has one record after the restart, which misses at most 16 tokens."""
-    with server(tmp_path) as (process, address), grpc.insecure_channel(address) as channel:
-        call = text_generation_pb2_grpc.TextGenerationServiceStub(channel).GenerateStream(ENDLESS)
-        texts = [next(call).response for _ in range(40)]
-        process.kill()
-        assert len(texts) == 40
-    with server(tmp_path) as (process, _):
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
-    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as ledger:
-        rows = ledger.execute("SELECT outcome, input_tokens, output_tokens FROM usage_records").fetchall()
-    ((outcome, input_tokens, output_tokens),) = rows
-    assert outcome == "INTERRUPTED"
-    assert input_tokens > 0
-    assert output_tokens > 40 - 16
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_drains_and_exits_with_zero(tmp_path: Path, number: signal.Signals) -> None:
     """SIGTERM or SIGHUP lets the running request finish and ends the process with exit code 0."""
@@ -91,7 +71,7 @@ def test_signal_drains_and_exits_with_zero(tmp_path: Path, number: signal.Signal
         process.send_signal(number)
         last = [first, *call][-1]
         assert last.completion.finish_reason == pb.FINISH_REASON_END_OF_SEQUENCE
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
 
 
 def test_nohup_ignores_sighup(tmp_path: Path) -> None:
@@ -103,7 +83,7 @@ def test_nohup_ignores_sighup(tmp_path: Path) -> None:
             stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
             assert stub.Generate(pb.GenerateRequest(prompt=STORY, temperature=0)).response
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=60) == 0
     finally:
         signal.signal(signal.SIGHUP, previous)
 
@@ -122,6 +102,14 @@ def scripted_server(tmp_path: Path, script: str, *flags: str) -> Iterator[subpro
             yield process
         finally:
             process.kill()
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    """Wait until the server is SERVING and return its address."""
+    assert process.stdout is not None
+    serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
+    assert serving
+    return serving[1]
 
 
 def health_address(process: subprocess.Popen[str]) -> str:
@@ -144,10 +132,10 @@ def test_health_is_served_while_the_weights_load_until_a_signal(tmp_path: Path) 
                 ("", health_pb2.HealthCheckResponse.NOT_SERVING),
                 ("llama2.v1.TextGenerationService", health_pb2.HealthCheckResponse.NOT_SERVING),
             ):
-                answer = health_stub(channel).Check(health_pb2.HealthCheckRequest(service=name), timeout=30)
+                answer = health_stub(channel).Check(health_pb2.HealthCheckRequest(service=name), timeout=60)
                 assert answer.status == status
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
         assert process.stdout is not None
         assert process.stdout.read() == ""  # it never printed SERVING
 
@@ -158,23 +146,19 @@ def test_signal_ends_the_warm_up(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "in the first step\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
         assert process.stdout.read() == ""  # it never printed SERVING
 
 
 def test_hung_engine_ends_the_process(tmp_path: Path) -> None:
     """The request gets UNAVAILABLE, its record is in the ledger, and the exit code 70 asks for a restart."""
-    flags = ["--listen", "127.0.0.1:0", "--engine-step-timeout-seconds", "1"]
-    with scripted_server(tmp_path, "hangs", *flags) as process:
-        assert process.stdout is not None
-        serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
-        assert serving
-        with grpc.insecure_channel(serving[1]) as channel:
+    with scripted_server(tmp_path, "hangs", "--listen", "127.0.0.1:0") as process:
+        with grpc.insecure_channel(address_of(process)) as channel:
             stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
             with pytest.raises(grpc.RpcError) as failed:
                 list(stub.GenerateStream(pb.GenerateRequest(prompt="Hello", max_tokens=100), timeout=60))
             assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert process.wait(timeout=30) == 70
+        assert process.wait(timeout=60) == 70
     with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as ledger:
         rows = ledger.execute("SELECT outcome, input_tokens > 0, output_tokens > 0 FROM usage_records").fetchall()
     assert rows == [("UNAVAILABLE", 1, 1)]
@@ -184,17 +168,14 @@ def test_dead_device_ends_the_process(tmp_path: Path) -> None:
     """Calls fail with a status, each has a record, and after three failed probes the exit code is 70."""
     codes = []
     with scripted_server(tmp_path, "device-dies", "--listen", "127.0.0.1:0") as process:
-        assert process.stdout is not None
-        serving = re.match(r"SERVING on (\S+)\.", process.stdout.readline())
-        assert serving
-        with grpc.insecure_channel(serving[1]) as channel:
+        with grpc.insecure_channel(address_of(process)) as channel:
             stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
             for _ in range(3):
                 call = stub.GenerateStream(pb.GenerateRequest(prompt="Hello", max_tokens=100, seed=1), timeout=60)
                 with pytest.raises(grpc.RpcError):
                     list(call)
                 codes.append(call.code())
-        assert process.wait(timeout=30) == 70
+        assert process.wait(timeout=60) == 70
         assert process.stderr is not None
         assert "3 probes in a row failed" in process.stderr.read()
     assert set(codes) <= {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
@@ -204,11 +185,41 @@ def test_dead_device_ends_the_process(tmp_path: Path) -> None:
     assert "INTERRUPTED" not in outcomes
 
 
+# Scripted models generate all these tokens.
+ENDLESS = pb.GenerateRequest(prompt="Once", raw=True, max_tokens=900, no_cache=True)
+
+
+def test_sigkill_leaves_one_interrupted_record(tmp_path: Path, demo_tokenizer: Tokenizer) -> None:
+    """A request whose server is killed has one record after the restart, which misses at most 16 tokens."""
+    token_text = demo_tokenizer.piece_texts[ENDLESS_ID]
+    assert isinstance(token_text, str)
+    with (
+        scripted_server(tmp_path, "blocks", "--listen", "127.0.0.1:0") as process,
+        grpc.insecure_channel(address_of(process)) as channel,
+    ):
+        call = text_generation_pb2_grpc.TextGenerationServiceStub(channel).GenerateStream(ENDLESS)
+        text = ""
+        while len(text) < 40 * len(token_text):
+            text += next(call).response
+        process.kill()
+        process.wait()
+    with server(tmp_path) as (restarted, _):
+        restarted.send_signal(signal.SIGTERM)
+        assert restarted.wait(timeout=60) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as ledger:
+        rows = ledger.execute("SELECT outcome, input_tokens, output_tokens FROM usage_records").fetchall()
+    ((outcome, input_tokens, output_tokens),) = rows
+    assert outcome == "INTERRUPTED"
+    assert input_tokens > 0
+    assert output_tokens > 40 - 16
+
+
 def test_request_longer_than_the_grace_gets_a_status(tmp_path: Path) -> None:
     """It ends with UNAVAILABLE and RetryInfo, not with a closed connection. Its tokens are recorded; exit code 0."""
+    flags = ["--listen", "127.0.0.1:0", "--shutdown-grace-seconds", "0.1"]
     with (
-        server(tmp_path, "--shutdown-grace-seconds", "0.1") as (process, address),
-        grpc.insecure_channel(address) as channel,
+        scripted_server(tmp_path, "slow", *flags) as process,
+        grpc.insecure_channel(address_of(process)) as channel,
     ):
         call = text_generation_pb2_grpc.TextGenerationServiceStub(channel).GenerateStream(ENDLESS)
         next(call)
@@ -226,9 +237,10 @@ def test_request_longer_than_the_grace_gets_a_status(tmp_path: Path) -> None:
 
 def test_second_signal_ends_the_process_immediately(tmp_path: Path) -> None:
     """A second SIGTERM ends the process although a request runs within its grace; the journal has the request."""
+    flags = ["--listen", "127.0.0.1:0", "--shutdown-grace-seconds", "600"]
     with (
-        server(tmp_path, "--shutdown-grace-seconds", "600") as (process, address),
-        grpc.insecure_channel(address) as channel,
+        scripted_server(tmp_path, "blocks", *flags) as process,
+        grpc.insecure_channel(address_of(process)) as channel,
     ):
         stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
         watch = health_stub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -238,5 +250,5 @@ def test_second_signal_ends_the_process_immediately(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING  # the first signal has arrived
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=60) == 130
     assert list((tmp_path / "journal").glob("*.journal"))
