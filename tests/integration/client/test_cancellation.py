@@ -34,7 +34,7 @@ async def test_leaving_the_block_cancels_the_call(client: Client, server: Script
     server.script_hang(after=("Once", " upon"))
     async with client.stream("Hi") as stream:
         await anext(stream)
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 60)
     assert [delta async for delta in stream] == []
 
 
@@ -44,7 +44,7 @@ async def test_dropping_the_stream_cancels_the_call(client: Client, server: Scri
     async for _ in client.stream("Hi"):
         break
     gc.collect()
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 60)
 
 
 async def test_cancelling_the_task_cancels_the_call(client: Client, server: ScriptedServer) -> None:
@@ -61,7 +61,7 @@ async def test_cancelling_the_task_cancels_the_call(client: Client, server: Scri
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 60)
 
 
 async def test_closing_from_another_task_ends_the_iteration(client: Client, server: ScriptedServer) -> None:
@@ -81,7 +81,7 @@ async def test_closing_from_another_task_ends_the_iteration(client: Client, serv
     await reading.wait()
     await stream.aclose()
     assert await task == ["Once"]
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 60)
 
 
 async def test_a_timeout_around_generate_cancels_the_call(client: Client, server: ScriptedServer) -> None:
@@ -90,7 +90,7 @@ async def test_a_timeout_around_generate_cancels_the_call(client: Client, server
     with pytest.raises(TimeoutError):
         async with timeout_once_hanging(server):
             await client.generate("Hi")
-    await asyncio.wait_for(server.cancelled.wait(), 5)
+    await asyncio.wait_for(server.cancelled.wait(), 60)
 
 
 async def test_a_cancelled_turn_leaves_no_trace(client: Client, server: ScriptedServer) -> None:

@@ -10,6 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 from tests.integration.service.conftest import records
 from tests.support.accounts import AccountByHeader, as_account
+from tests.support.deadlines import LoopClock
 from tests.support.servers.redis_server import running_redis
 from tests.support.service import Service, ServiceMaker, details, hold_slot, remaining_text, until, with_config
 
@@ -123,18 +124,23 @@ async def test_displaced_calls_get_their_quota_back(
     assert [(record["input_tokens"], record["output_tokens"]) for record in displaced] == [(0, 0)] * 3
 
 
-async def test_queue_timeout_gives_the_quota_back(serve_scripted: ServiceMaker, limited_card: ModelCard) -> None:
+async def test_queue_timeout_gives_the_quota_back(
+    serve_scripted: ServiceMaker, limited_card: ModelCard, clock: LoopClock
+) -> None:
     """A call that waits longer than the queue timeout costs no quota."""
-    async with serve_scripted("Hi.", card=limited_card, queue_timeout_seconds=0.05) as service:
+    async with serve_scripted("Hi.", card=limited_card, queue_timeout_seconds=30) as service:
         held = await hold_slot(service)
-        assert await rejection(start(service, "late")) == "QUEUE_WAIT_TOO_LONG"
+        late = start(service, "late")
+        await service.wait_until_queued(1)
+        clock.advance(30)  # shorter than the window of the quota
+        assert await rejection(late) == "QUEUE_WAIT_TOO_LONG"
         assert await used(service) == 1
         service.model.open_gate()
         await remaining_text(held)
 
 
 async def test_drain_gives_the_quota_back(
-    serve_scripted: ServiceMaker, limited_card: ModelCard, tmp_path: Path
+    serve_scripted: ServiceMaker, limited_card: ModelCard, tmp_path: Path, patient_stores: None
 ) -> None:
     """Queued calls of a server that shuts down cost no quota in Redis; its running call costs one request."""
     with running_redis(tmp_path) as redis:
