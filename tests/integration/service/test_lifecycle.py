@@ -158,7 +158,7 @@ async def test_hung_step_fails_running_and_queued_requests(
         with pytest.raises(grpc.aio.AioRpcError) as late:
             await generate(service, "a story", 20)
         assert late.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert (await get_usage(service)).quota.requests_left == 8
+        assert (await get_usage(service)).quota.requests_left == 9  # the queued request got its quota back
     records = await stored(f"sqlite:///{tmp_path / 'usage.db'}")
     assert sorted((record.outcome, record.output_tokens) for record in records) == [
         ("UNAVAILABLE", 0),
