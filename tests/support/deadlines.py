@@ -1,4 +1,4 @@
-"""Deadlines and timers that expire when a test says so, over real sockets."""
+"""Deadlines and timers that expire on command, over real sockets."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import grpc
 from llama2_server.api.interceptor import Handler
 
 DEADLINE_SECONDS = 60.0
-"""Longer than a test takes, and shorter than the server's own timeouts, so that it expires only when a test says so."""
+"""Longer than a test takes, and shorter than the server's own timeouts, so that it expires only on command."""
 HOUR = 3600.0
 
 
