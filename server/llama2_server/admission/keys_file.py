@@ -113,7 +113,7 @@ def digest(salt: str, key: str) -> str:
 
 
 # An entry as `llama2-server keys new` prints it. A plain scalar that YAML could read as another type does not match.
-_HEX = r"(?:'([0-9a-f]{%d})'|(?=[0-9]*[a-f])(?!0b[01]+\b)([0-9a-f]{%d}))"
+_HEX = r"(?:'([0-9a-f]{%d})'|(?=[0-9]*[a-f]|0[0-9]*[89])(?!0b[01]+\b)([0-9a-f]{%d}))"
 _TEXT = r"(?:'([^'\n]*)'|(?!(?i:true|false|yes|no|on|off|null|y|n)\b)([A-Za-z](?:[A-Za-z0-9 _.@/-]*[A-Za-z0-9_.@/-])?))"
 _LINE = re.compile(
     rf"( +){_HEX % (12, 12)}: \{{account: {_TEXT}, name: {_TEXT}, enabled: (true|false), "

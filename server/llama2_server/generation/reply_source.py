@@ -74,6 +74,7 @@ class ReplySource:
         if (cached := await self._cached_reply(request.cache_key)) is not None:
             async with self._admitted(call, request) as recorded:
                 recorded.set_cached(cached.stats())
+                self._count_hit()
                 yield cached
             return
         with self._coalescer.join(request.cache_key) as running:
@@ -124,6 +125,10 @@ class ReplySource:
             return None
         entry = await self._response_cache.get(key)
         return None if entry is None else CachedReply(entry)
+
+    def _count_hit(self) -> None:
+        if self._response_cache is not None:
+            self._response_cache.hits += 1
 
     async def _store_response(self, key: CacheKey, generation: Generation) -> None:
         if self._response_cache is not None and generation.finish_reason is not None:

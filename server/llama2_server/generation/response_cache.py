@@ -67,6 +67,7 @@ class ResponseCache(Protocol):
     """A store of complete replies; a lost entry is never an error."""
 
     hits: int
+    """Requests answered from the cache, counted by the caller of `get`: the quota can still reject a request."""
     misses: int
 
     @property
@@ -126,7 +127,6 @@ class MemoryResponseCache:
         if sized is None:
             self.misses += 1
             return None
-        self.hits += 1
         return sized.entry
 
     async def put(self, key: CacheKey, entry: CacheEntry) -> None:
@@ -178,8 +178,6 @@ class RedisResponseCache:
         entry = None if stored is None else _parse(stored, canonical)
         if entry is None:
             self.misses += 1
-        else:
-            self.hits += 1
         return entry
 
     async def put(self, key: CacheKey, entry: CacheEntry) -> None:
