@@ -79,47 +79,58 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         **settings: object,
     ) -> AsyncIterator[Service]:
         card = card or plain_card
-        reply_ids = demo_tokenizer.encode_raw(reply)[1:] + ([demo_tokenizer.eos_id] if ends else [])
-        model = ScriptedModel(
-            reply_ids,
-            vocab_size=demo_tokenizer.vocab_size,
-            context_length=card.context_length_limit,
-            slots=card.max_concurrent_requests,
-            probe_ids=demo_tokenizer.encode_chat(probe.PROMPT),
-        )
+        model = scripted_model(demo_tokenizer, card, reply, ends=ends)
         model.failure = failure
-        eos_ids = frozenset({demo_tokenizer.eos_id})
-        loaded = LoadedModel(demo_tokenizer, model, eos_ids, fingerprint)
+        loaded = LoadedModel(demo_tokenizer, model, frozenset({demo_tokenizer.eos_id}), fingerprint)
         options = Settings.model_validate(
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 30, **settings}
         )
-        inputs = StartupInputs(
-            card, accounts or AnonymousAuthenticator(), read_certificates(options), create_usage_store(options)
-        )
-        exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        # The channel outlives the server, so that calls are observed until the drain ends.
-        async with (
-            AsyncExitStack() as stack,
-            start(options, inputs, exit_code, lambda *_: loaded, telemetry) as parts,
-            serving(parts, options, exit_code) as address,
-        ):
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-            model.probes = 0  # without the warm-up
-            try:
-                yield Service(
-                    address,
-                    model,
-                    channel,
-                    text_generation_pb2_grpc.TextGenerationServiceStub(channel),
-                    model_pb2_grpc.ModelServiceStub(channel),
-                    parts.telemetry.metrics,
-                )
-            finally:
-                # The drain must start first: it rejects queued requests, which a free model would serve.
-                opening = asyncio.create_task(open_gate_once_draining(model, parts.health))
-                stack.push_async_callback(lambda: opening)
+        authenticator = accounts or AnonymousAuthenticator()
+        inputs = StartupInputs(card, authenticator, read_certificates(options), create_usage_store(options))
+        async with running_service(options, inputs, loaded, model, telemetry) as service:
+            yield service
 
     return serve
+
+
+def scripted_model(tokenizer: Tokenizer, card: ModelCard, reply: str, *, ends: bool) -> ScriptedModel:
+    """Return a model that always replies with `reply`, and then ends the sequence if `ends`."""
+    return ScriptedModel(
+        tokenizer.encode_raw(reply)[1:] + ([tokenizer.eos_id] if ends else []),
+        vocab_size=tokenizer.vocab_size,
+        context_length=card.context_length_limit,
+        slots=card.max_concurrent_requests,
+        probe_ids=tokenizer.encode_chat(probe.PROMPT),
+    )
+
+
+@asynccontextmanager
+async def running_service(
+    options: Settings, inputs: StartupInputs, loaded: LoadedModel, model: ScriptedModel, telemetry: Telemetry | None
+) -> AsyncIterator[Service]:
+    """Run the service for the body, and open the model's gate when the drain has started."""
+    exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    # The channel outlives the server, so that calls are observed until the drain ends.
+    async with (
+        AsyncExitStack() as stack,
+        start(options, inputs, exit_code, lambda *_: loaded, telemetry) as parts,
+        serving(parts, options, exit_code) as address,
+    ):
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+        model.probes = 0  # without the warm-up
+        try:
+            yield Service(
+                address,
+                model,
+                channel,
+                text_generation_pb2_grpc.TextGenerationServiceStub(channel),
+                model_pb2_grpc.ModelServiceStub(channel),
+                parts.telemetry.metrics,
+            )
+        finally:
+            # The drain must start first: it rejects queued requests, which a free model would serve.
+            opening = asyncio.create_task(open_gate_once_draining(model, parts.health))
+            stack.push_async_callback(lambda: opening)
 
 
 async def open_gate_once_draining(model: ScriptedModel, health: HealthServicer) -> None:
