@@ -1,6 +1,7 @@
 """Fixtures for all test folders."""
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -33,11 +34,14 @@ from llama2_server.telemetry.telemetry import Telemetry
 
 
 def pytest_configure() -> None:
-    """Restore the default handler of SIGINT.
+    """Restore the default handler of SIGINT, and without a GPU let Triton's interpreter run the kernels.
 
-    Shells start background jobs with SIGINT ignored, and every program that a test starts would inherit that.
+    Shells start background jobs with SIGINT ignored, and every program that a test starts would inherit that. Triton
+    reads its variable during its import, which torch causes in some test modules: no single folder can set it in time.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not Path("/dev/nvidiactl").exists():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 DEMO = Path(str(resources.files("llama2_server") / "demo"))

@@ -12,11 +12,6 @@ from tools.make_checkpoint import make_tokenizer
 from llama2_server.engine.native import library as native
 from llama2_server.engine.text.tokenizer import Tokenizer
 
-# Without a GPU, Triton's interpreter runs the kernels. Triton reads this variable during its import, which the tests of
-# the checkpoint loader cause.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
