@@ -33,7 +33,7 @@ run: $(VENV)/.server
 
 # Without the GPU kernels, which Triton's interpreter runs slowly; `make test` runs them.
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/unit --ignore=tests/unit/engine/cuda $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto tests/unit --ignore=tests/unit/engine/cuda $(PYTEST_ARGS)
 
 test: check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -76,7 +76,7 @@ def test_invalid_key_is_named(tmp_path: Path, change: dict[str, object], key: st
     assert "\n" not in str(rejected.value)
 
 
-@pytest.mark.parametrize("text", ["", "just words", "- a list", "{model: 5}", "a: b: c", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "just words", "- a list", "{model: 5}", "a: b: c", "[" * 500])
 def test_other_file_is_rejected(tmp_path: Path, text: str) -> None:
     """A file that is not a card is rejected with one line."""
     path = tmp_path / "card.yaml"
