@@ -18,7 +18,10 @@ from tests.support.repository import ROOT
 
 CLIENTS = ROOT / "examples/clients"
 # The commands and files of each language's toolchain.
-TOOLCHAINS = {"node": ["node", "npm"]}
+TOOLCHAINS = {
+    "node": ["node", "npm"],
+    "ruby": ["ruby", "grpc_tools_ruby_protoc"],
+}
 
 
 def command_blocks(readme: Path) -> list[list[str]]:
