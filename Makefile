@@ -8,11 +8,11 @@ RELEASE = $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
 # Packages of `make bench-gpu` for a GPU machine without network access, and the version of that machine's Python.
 GPU_PACKAGES ?= .gpu-packages
 GPU_PYTHON ?= 3.12
-SOURCES := server client tests tools benchmarks examples hatch_build.py
-PROTOS := $(wildcard protos/llama2/v1/*.proto)
+SOURCES := server client tests tools benchmarks examples conformance hatch_build.py
+PROTOS := $(wildcard protos/llama2/v1/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp)
 
-.PHONY: run quick test check format proto docs lock bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test check format proto docs lock conformance bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -23,6 +23,7 @@ help:
 	@echo "make proto       generate the Python stubs"
 	@echo "make docs        generate the references of the API, settings and metrics, and the chart's copies of settings"
 	@echo "make lock        resolve the container's lock files"
+	@echo "make conformance run the conformance kit against this repository's server (conformance/README.md)"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model (under an hour on two cores)"
@@ -65,6 +66,9 @@ proto: $(VENV)/.server
 # PyPI's torch is the CUDA build. The CPU build comes from download.pytorch.org or a directory: PIP_FIND_LINKS=… make lock.
 lock: $(VENV)/.dev
 	$(BIN)/python -m tools.container.lock
+
+conformance: $(VENV)/.dev
+	$(BIN)/python -m conformance server $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -10,6 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).parent
 PROTO_ROOT = ROOT / "protos"
+CONFORMANCE_PROTO = ROOT / "conformance/v1/conformance.proto"
 # The protos with their comments, which the stubs do not contain; reflection serves them.
 DESCRIPTORS = PROTO_ROOT / "llama2/v1/descriptors.pb"
 NATIVE_SOURCE = ROOT / "server/llama2_server/engine/native/decode.cpp"
@@ -80,6 +81,10 @@ def _generate_stubs() -> None:
     sources = sorted(str(path.relative_to(PROTO_ROOT)) for path in PROTO_ROOT.rglob("*.proto"))
     outputs = [f"--{kind}_out={PROTO_ROOT}" for kind in ("python", "pyi", "grpc_python", "mypy_grpc")]
     outputs += [f"--descriptor_set_out={DESCRIPTORS}", "--include_imports", "--include_source_info"]
-    bundled = Path(grpc_tools.__file__).parent / "_proto"
-    if protoc.main(["protoc", f"-I{PROTO_ROOT}", f"-I{bundled}", *outputs, *sources]) != 0:
+    includes = [f"-I{PROTO_ROOT}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}"]
+    runs = [[*includes, *outputs, *sources]]
+    if CONFORMANCE_PROTO.exists():  # the source distribution of the package may omit the kit
+        kit_outputs = [f"--{kind}_out={ROOT}" for kind in ("python", "pyi")]
+        runs.append([f"-I{ROOT}", *includes, *kit_outputs, str(CONFORMANCE_PROTO.relative_to(ROOT))])
+    if any(protoc.main(["protoc", *arguments]) != 0 for arguments in runs):
         raise RuntimeError("protoc: cannot compile the .proto files; fix the errors printed above")

@@ -1,0 +1,5 @@
+"""`python -m conformance`: the commands of the kit."""
+
+from conformance.commands import main
+
+main()

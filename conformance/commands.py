@@ -1,0 +1,115 @@
+"""The command line of the kit."""
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from conformance.server_runner import report
+from conformance.server_runner.run import CaseResult, run_cases
+from conformance.server_runner.suite import PROFILES, SuiteError, load_cases, select
+from conformance.server_runner.target import Keys, Target
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Prove that a client or a server follows the contract of llama2-grpc."""
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of the reports to a command."""
+    command = click.option("--junit", type=click.Path(path_type=Path), help="File for the results as JUnit's XML.")(
+        command
+    )
+    return click.option("--json-report", type=click.Path(path_type=Path), help="File for the results as JSON.")(command)
+
+
+@main.command()
+@click.option(
+    "--address", metavar="HOST:PORT", help="Address of the server; without it, this repository's server starts."
+)
+@click.option("--key", help="API key of the calls that need no other account.")
+@click.option("--keys", type=click.Path(path_type=Path), help="JSON file of API keys by role (conformance/README.md).")
+@click.option("--json", "json_url", metavar="URL", help="URL of the JSON gateway, for the profile json.")
+@click.option("--profiles", default=",".join(PROFILES), show_default=True, help="Profiles that the server claims.")
+@click.option("--known-failures", type=click.Path(path_type=Path), help="File with one CASE: REASON per line.")
+@click.option("--case", "patterns", multiple=True, help="Only the cases whose names start with this text; repeatable.")
+@report_options
+def server(address: str | None, patterns: tuple[str, ...], **options: Any) -> None:
+    """Run the cases against a server and print a table."""
+    try:
+        claimed = _profiles(options["profiles"])
+        known_failures = _read_known_failures(options["known_failures"])
+        cases = select(load_cases(), patterns)
+
+        async def run(address: str, keys: Keys, json_url: str | None) -> list[CaseResult]:
+            target = Target.connect(address, keys, json_url)
+            try:
+                return await run_cases(
+                    target, cases, claimed=claimed, known_failures=known_failures, on_result=_print_failure
+                )
+            finally:
+                await target.close()
+
+        if address is None:
+            results = asyncio.run(_run_own(run))
+        else:
+            results = asyncio.run(run(address, Keys.read(options["keys"], options["key"]), options["json_url"]))
+    except SuiteError as error:
+        raise click.ClickException(str(error)) from error
+    _finish(results, options["json_report"], options["junit"])
+
+
+async def _run_own(run: Callable[[str, Keys, str | None], Any]) -> list[CaseResult]:
+    """Run against this repository's server behind its Envoy example."""
+    # Its start needs torch; a run against another server does not.
+    from conformance.service.launch import running_envoy, running_service
+
+    with tempfile.TemporaryDirectory() as folder:
+        async with running_service(Path(folder)) as service, running_envoy(Path(folder), service.address) as url:
+            results: list[CaseResult] = await run(service.address, Keys.read(service.keys_file, None), url)
+            return results
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def checkpoint(folder: Path) -> None:
+    """Write the made checkpoint, its card and API keys into FOLDER, for a server of yours."""
+    from conformance.service.checkpoint import make_checkpoint  # needs numpy and SentencePiece
+    from conformance.service.keys import write_keys
+    from conformance.service.launch import CARD
+
+    make_checkpoint(folder / "checkpoint")
+    (folder / "card.yaml").write_text(CARD.read_text())
+    write_keys(folder / "keys.yaml", folder / "keys.json")
+
+
+def _profiles(text: str) -> frozenset[str]:
+    claimed = frozenset(filter(None, text.split(",")))
+    if unknown := claimed - set(PROFILES):
+        raise SuiteError(f"--profiles: {min(unknown)} is not a profile; use {', '.join(PROFILES)}")
+    return claimed
+
+
+def _read_known_failures(path: Path | None) -> dict[str, str]:
+    lines = [] if path is None else path.read_text(encoding="utf-8").splitlines()
+    pairs = [line.partition(":") for line in lines if line.strip() and not line.startswith("#")]
+    return {name.strip(): reason.strip() for name, _, reason in pairs}
+
+
+def _print_failure(result: CaseResult) -> None:
+    if not result.ok:
+        print(f"{result.outcome}: {result.case.name}", file=sys.stderr, flush=True)
+
+
+def _finish(results: list[CaseResult], json_report: Path | None, junit: Path | None) -> None:
+    print(report.table(results))
+    if json_report is not None:
+        report.write_json(results, json_report)
+    if junit is not None:
+        report.write_junit(results, junit)
+    sys.exit(0 if all(result.ok for result in results) else 1)

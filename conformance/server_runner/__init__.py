@@ -1,0 +1,1 @@
+"""Runs the cases against a server and reports the results."""

@@ -1,0 +1,53 @@
+"""The conformance kit against this repository's server."""
+
+from collections import Counter
+
+import pytest
+
+from conformance.server_runner.run import run_cases
+from conformance.server_runner.suite import PROFILES, load_cases
+from conformance.server_runner.target import Target
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+NUMBERS = (
+    "text 14, stream 12, schema 34, limits 10, sampling 12, stop 8, seeds 4, errors 14, auth 8, quota 6, queue 8,"
+    " cancel 8, cache 10, counting 6, card 4, usage 5, health 6, reflection 4, wire 9, json 18"
+)
+
+
+async def test_this_server_conforms(target: Target) -> None:
+    """Every case of every profile passes."""
+    cases = load_cases()
+    results = await run_cases(target, cases, claimed=PROFILES, known_failures={})
+    failed = {result.case.name: result.differences for result in results if result.outcome != "passed"}
+    assert not failed
+    assert len(results) == len(cases) >= 200
+
+
+async def test_number_of_cases() -> None:
+    """Each folder of the contract has its cases."""
+    numbers = Counter(case.name.partition("/")[0] for case in load_cases())
+    assert numbers == {name: int(number) for name, number in (entry.split() for entry in NUMBERS.split(", "))}
+
+
+async def test_unclaimed_profiles_and_known_failures(target: Target) -> None:
+    """An unclaimed profile is not claimed, never passed; an unexpected pass of a known failure fails."""
+    cases = [case for case in load_cases() if case.name in {"text/chat-prompt", "health/server", "text/empty-reply"}]
+    results = await run_cases(target, cases, claimed={"core"}, known_failures={"text/chat-prompt": "a reason"})
+    outcomes = {result.case.name: (result.outcome, result.ok) for result in results}
+    assert outcomes == {
+        "health/server": ("not claimed", True),
+        "text/chat-prompt": ("unexpected pass", False),
+        "text/empty-reply": ("passed", True),
+    }
+
+
+async def test_a_difference_fails(target: Target) -> None:
+    """A case with another text fails with both texts, and is a known failure if it is listed."""
+    (case,) = [case for case in load_cases() if case.name == "text/raw-continues"]
+    case.document["steps"][0]["expect"]["text"] = "other"
+    for known, outcome in (({}, "failed"), ({case.name: "a reason"}, "known failure")):
+        (result,) = await run_cases(target, [case], claimed=PROFILES, known_failures=known)
+        assert result.outcome == outcome
+        assert result.differences == ("step 1: text: want 'other', got ' one two three seven hundred twice'",)
