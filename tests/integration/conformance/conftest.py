@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-
 from conformance.server_runner.target import Keys, Target
 from conformance.service.launch import RunningService, envoy_path, running_envoy, running_service
 

@@ -3,7 +3,6 @@
 from collections import Counter
 
 import pytest
-
 from conformance.server_runner.run import run_cases
 from conformance.server_runner.suite import PROFILES, load_cases
 from conformance.server_runner.target import Target
