@@ -27,8 +27,8 @@ def test_texts_are_expanded(tmp_path: Path) -> None:
 
 def test_an_unknown_field_is_rejected(tmp_path: Path) -> None:
     """The error names the file and the case."""
-    with pytest.raises(SuiteError, match=r"file\.json: file/a: .*promt"):
-        load_cases(write(tmp_path, CASE | {"steps": [{"generate": {"promt": "hi"}}]}))
+    with pytest.raises(SuiteError, match=r"file\.json: file/a: .*text"):
+        load_cases(write(tmp_path, CASE | {"steps": [{"generate": {"text": "hi"}}]}))
 
 
 def test_names_are_unique(tmp_path: Path) -> None:
