@@ -30,6 +30,7 @@ RUN python -m venv --without-pip /opt/llama2 \
 
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY protos protos/
+COPY third_party third_party/
 COPY client client/
 COPY server server/
 RUN python -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \

@@ -11,6 +11,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ROOT = Path(__file__).parent
 PROTO_ROOT = ROOT / "protos"
 CONFORMANCE_PROTO = ROOT / "conformance/v1/conformance.proto"
+# google/api, which hosted_endpoint.proto imports; its stubs are in googleapis-common-protos.
+THIRD_PARTY_PROTOS = ROOT / "third_party"
 # The protos with their comments, which the stubs do not contain; reflection serves them.
 DESCRIPTORS = PROTO_ROOT / "llama2/v1/descriptors.pb"
 NATIVE_SOURCE = ROOT / "server/llama2_server/engine/native/decode.cpp"
@@ -81,7 +83,8 @@ def _generate_stubs() -> None:
     sources = sorted(str(path.relative_to(PROTO_ROOT)) for path in PROTO_ROOT.rglob("*.proto"))
     outputs = [f"--{kind}_out={PROTO_ROOT}" for kind in ("python", "pyi", "grpc_python", "mypy_grpc")]
     outputs += [f"--descriptor_set_out={DESCRIPTORS}", "--include_imports", "--include_source_info"]
-    includes = [f"-I{PROTO_ROOT}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}"]
+    roots = (PROTO_ROOT, THIRD_PARTY_PROTOS, Path(grpc_tools.__file__).parent / "_proto")
+    includes = [f"-I{root}" for root in roots]
     runs = [[*includes, *outputs, *sources]]
     if CONFORMANCE_PROTO.exists():  # the source distribution of the package may omit the kit
         kit_outputs = [f"--{kind}_out={ROOT}" for kind in ("python", "pyi")]

@@ -10,10 +10,11 @@ from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.rpc import error_details_pb2
 
+from llama2.hosted.v1 import hosted_endpoint_pb2
 from llama2.v1 import account_pb2, model_pb2, text_generation_pb2
 
 # The protos do not import the error details, whose types Envoy needs to print an error as JSON.
-FILES = (text_generation_pb2, model_pb2, account_pb2, error_details_pb2)
+FILES = (text_generation_pb2, model_pb2, account_pb2, hosted_endpoint_pb2, error_details_pb2)
 
 
 def descriptor_set() -> FileDescriptorSet:

@@ -10,9 +10,11 @@ from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer, ReadinessCollector
+from llama2_server.api.hosted.envelope import error_trailers
+from llama2_server.api.hosted.servicer import HostedEndpointServicer
 from llama2_server.api.interceptor import CallInterceptor
 from llama2_server.api.model_service import ModelServicer
-from llama2_server.api.server import METHODS, Servicers, add_port, health_port, make_server
+from llama2_server.api.server import HOSTED_ENDPOINT, METHODS, Servicers, add_port, health_port, make_server
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.config.settings import Settings
 from llama2_server.engine.engine import Engine
@@ -128,9 +130,10 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     text_generation = TextGenerationServicer(
         card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
     )
-    interceptor = CallInterceptor(service.telemetry, settings.max_message_bytes)
+    interceptor = CallInterceptor(service.telemetry, settings.max_message_bytes, {HOSTED_ENDPOINT: error_trailers})
     model = ModelServicer(card, authenticator, quota)
-    servicers = Servicers(text_generation, model, AccountServicer(authenticator, quota, ledger))
+    hosted_endpoint = HostedEndpointServicer(card, authenticator, text_generation)
+    servicers = Servicers(text_generation, model, AccountServicer(authenticator, quota, ledger), hosted_endpoint)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
     collectors = (queue, quota, ResponseCacheCollector(cache), ledger, ReadinessCollector(health))
     service.telemetry.metrics.register(card.name, loaded.model, METHODS, collectors)

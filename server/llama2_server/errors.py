@@ -2,7 +2,8 @@
 
     ServiceError
     |-- InvalidRequest             INVALID_ARGUMENT
-    |   `-- RequestTooLarge
+    |   |-- RequestTooLarge
+    |   `-- UnknownModel
     |-- Unauthenticated            UNAUTHENTICATED
     |-- AccountDisabled            PERMISSION_DENIED
     |-- ResourceExhausted          RESOURCE_EXHAUSTED
@@ -115,6 +116,15 @@ class RequestTooLarge(InvalidRequest):
         super().__init__([Violation("", message)])
 
 
+class UnknownModel(InvalidRequest):
+    """The URL of the hosted endpoint names a model that this server does not serve."""
+
+    reason = "UNKNOWN_MODEL"
+
+    def __init__(self, served: str) -> None:
+        super().__init__([Violation("model", f"this server does not serve the model in the URL; it serves {served}")])
+
+
 class Unauthenticated(ServiceError):
     """The call does not have exactly one valid API key.
 
@@ -124,8 +134,10 @@ class Unauthenticated(ServiceError):
     code = grpc.StatusCode.UNAUTHENTICATED
     reason = "UNAUTHENTICATED"
 
-    def __init__(self) -> None:
-        super().__init__("a valid API key is required; send it as metadata: authorization: Bearer KEY")
+    def __init__(
+        self, message: str = "a valid API key is required; send it as metadata: authorization: Bearer KEY"
+    ) -> None:
+        super().__init__(message)
 
 
 class AccountDisabled(ServiceError):

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn, cast
 
@@ -18,6 +18,8 @@ from llama2_server.telemetry.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
+ErrorTrailers = Callable[[ServiceError], list[tuple[str, str | bytes]]]
+"""Returns further trailers of an error, in addition to its status."""
 StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
 STATUS_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
 
@@ -39,11 +41,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Args:
         telemetry: receives each call.
         max_message_bytes: the largest request message; a larger one is rejected with details.
+        error_trailers: by full service name, further trailers of the errors of its methods.
     """
 
-    def __init__(self, telemetry: Telemetry, max_message_bytes: int) -> None:
+    def __init__(
+        self, telemetry: Telemetry, max_message_bytes: int, error_trailers: Mapping[str, ErrorTrailers] | None = None
+    ) -> None:
         self._telemetry = telemetry
         self._max_message_bytes = max_message_bytes
+        self._error_trailers = error_trailers or {}
         self.calls = 0
         """Number of calls that have arrived."""
 
@@ -76,19 +82,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return make_handler(self._wrap_handler(method, behavior), deserializer, handler.response_serializer)
 
     def _wrap_handler(self, method: str, behavior: Handler) -> Handler:
+        further = self._error_trailers.get(method.partition("/")[0], _no_trailers)
+
         async def handle(request: Any, grpc_context: Any) -> Any:
             context = _Context(grpc_context)
             with _tracked_call(self._telemetry, method, context) as call:
-                async with _errors_as_statuses(context, call):
+                async with _errors_as_statuses(context, call, further):
                     return await behavior(_accepted(request), context)
 
         return handle
 
     def _wrap_stream(self, method: str, behavior: StreamHandler) -> StreamHandler:
+        further = self._error_trailers.get(method.partition("/")[0], _no_trailers)
+
         async def handle_stream(requests: Any, grpc_context: Any) -> AsyncIterator[Any]:
             context = _Context(grpc_context)
             with _tracked_call(self._telemetry, method, context) as call:
-                async with _errors_as_statuses(context, call):
+                async with _errors_as_statuses(context, call, further):
                     accepted = (_accepted(request) async for request in requests)
                     async for response in behavior(accepted, context):
                         yield response
@@ -180,18 +190,18 @@ def _tracked_call(telemetry: Telemetry, method: str, context: Any) -> Iterator[C
 
 
 @asynccontextmanager
-async def _errors_as_statuses(context: _Context, call: Call) -> AsyncIterator[None]:
-    """End the call with the status of the error that the body raises."""
+async def _errors_as_statuses(context: _Context, call: Call, further: ErrorTrailers) -> AsyncIterator[None]:
+    """End the call with the status of the error that the body raises, and its further trailers."""
     try:
         yield
     except ServiceError as error:
-        await _abort(context, error, call)
+        await _abort(context, error, call, further)
     except grpc.aio.AbortError:
         raise
     except Exception as error:
         # The log has the place and not the exception's message, which may quote the request.
         logger.error("request %s failed", call.request_id, exc_info=error)  # noqa: TRY400
-        await _abort(context, InternalError(), call)
+        await _abort(context, InternalError(), call, further)
 
 
 def _safe_deserializer(deserializer: Callable[[bytes], Any], max_bytes: int) -> Callable[[bytes], Any]:
@@ -219,10 +229,14 @@ def _accepted(request: Any) -> Any:
     return request
 
 
-async def _abort(context: _Context, error: ServiceError, call: Call) -> NoReturn:
+async def _abort(context: _Context, error: ServiceError, call: Call, further: ErrorTrailers) -> NoReturn:
     call.error = error
     message, trailers = error.to_status(call.request_id, context.time_remaining())
-    await context.abort(error.code, message, tuple(trailers))
+    await context.abort(error.code, message, (*trailers, *further(error)))
+
+
+def _no_trailers(error: ServiceError) -> list[tuple[str, str | bytes]]:
+    return []
 
 
 def _expiry(context: Any) -> Callable[[], bool]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from llama2.hosted.v1 import hosted_endpoint_pb2, hosted_endpoint_pb2_grpc
 from llama2.v1 import (
     account_pb2,
     account_pb2_grpc,
@@ -22,6 +23,7 @@ from llama2.v1 import (
 )
 from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer
+from llama2_server.api.hosted.servicer import HostedEndpointServicer
 from llama2_server.api.interceptor import CallInterceptor, MessageCheck
 from llama2_server.api.model_service import ModelServicer
 from llama2_server.api.reflection import REFLECTION_SERVICES, ReflectionServicer, described_files
@@ -32,14 +34,16 @@ from llama2_server.configuration_error import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
+HOSTED_ENDPOINT = hosted_endpoint_pb2.DESCRIPTOR.services_by_name["HostedEndpointService"].full_name
 SERVICES = (
     text_generation_pb2.DESCRIPTOR.services_by_name["TextGenerationService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     account_pb2.DESCRIPTOR.services_by_name["AccountService"].full_name,
+    HOSTED_ENDPOINT,
 )
 METHODS = tuple(
     f"{service.full_name}/{method.name}"
-    for file in (text_generation_pb2, model_pb2, account_pb2)
+    for file in (text_generation_pb2, model_pb2, account_pb2, hosted_endpoint_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 )
@@ -61,6 +65,7 @@ class Servicers(NamedTuple):
     text_generation: TextGenerationServicer
     model: ModelServicer
     account: AccountServicer
+    hosted_endpoint: HostedEndpointServicer
 
 
 def connection_options(settings: Settings, *, streams: int, message_bytes: int) -> list[tuple[str, Any]]:
@@ -102,6 +107,7 @@ def make_server(
     text_generation_pb2_grpc.add_TextGenerationServiceServicer_to_server(servicers.text_generation, server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(servicers.model, server)
     account_pb2_grpc.add_AccountServiceServicer_to_server(servicers.account, server)
+    hosted_endpoint_pb2_grpc.add_HostedEndpointServiceServicer_to_server(servicers.hosted_endpoint, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if settings.reflection:
         services = (*SERVICES, HEALTH_SERVICE, *REFLECTION_SERVICES)

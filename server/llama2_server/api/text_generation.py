@@ -60,7 +60,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Return the whole reply in one message."""
-        async with self._serve(request, context, streaming=False) as reply:
+        async with self.serve(request, context, streaming=False) as reply:
             text = "".join([delta async for delta in reply.deltas()])
             return pb.GenerateResponse(response=text, completion=self._completion(reply.stats()))
 
@@ -68,7 +68,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         self, request: pb.GenerateRequest, context: Any
     ) -> None:
         """Send the reply while it is generated; the last message has the completion."""
-        async with self._serve(request, context, streaming=True) as reply:
+        async with self.serve(request, context, streaming=True) as reply:
             async for delta in reply.deltas():
                 await context.write(pb.GenerateStreamResponse(response=delta))
             await context.write(pb.GenerateStreamResponse(completion=self._completion(reply.stats())))
@@ -84,7 +84,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         await self._replies.close()
 
     @asynccontextmanager
-    async def _serve(self, request: pb.GenerateRequest, context: Any, *, streaming: bool) -> AsyncIterator[Reply]:
+    async def serve(self, request: pb.GenerateRequest, context: Any, *, streaming: bool) -> AsyncIterator[Reply]:
         """Validate the request and yield its reply."""
         call, deadline = CALL.get(), _deadline(context)
         account = self._authenticator.authenticate(context.invocation_metadata())

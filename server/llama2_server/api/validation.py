@@ -72,7 +72,7 @@ class RequestValidator:
             # violations, would block the event loop for half a minute.
             return [Violation("messages", self._too_long(f"at least {len(request.messages)}"))]
         body = MessageToDict(request, preserving_proto_field_name=True)
-        found = [*_schema_violations(self._schema.iter_errors(body)), *_extra_rules(request)]
+        found = [*schema_violations(self._schema.iter_errors(body)), *_extra_rules(request)]
         return list(dict.fromkeys(found))  # without duplicates, in order
 
     def _parameter_violations(self, request: pb.GenerateRequest, streaming: bool) -> Iterator[Violation]:
@@ -143,7 +143,8 @@ def _prompt_field(request: AnyRequest) -> str:
     return "messages" if request.messages else "prompt"
 
 
-def _schema_violations(errors: Iterable[jsonschema.ValidationError]) -> Iterator[Violation]:
+def schema_violations(errors: Iterable[jsonschema.ValidationError]) -> Iterator[Violation]:
+    """Yield the violations of schema errors, in plain words."""
     for error in errors:
         if error.validator == "oneOf":
             yield from _alternatives_violations(error)
@@ -164,7 +165,7 @@ def _alternatives_violations(error: jsonschema.ValidationError) -> Iterator[Viol
     elif not intended:
         yield Violation(required[0], f"either {' or '.join(required)} is required")
     for errors in intended:
-        yield from _schema_violations(errors)
+        yield from schema_violations(errors)
 
 
 def _misses_field(error: jsonschema.ValidationError) -> bool:

@@ -16,7 +16,7 @@ from llama2_server.errors import ServiceError
 from llama2_server.telemetry.guard import run_guarded
 from llama2_server.usage.pricing import TokenUsage
 
-API_PACKAGE = "llama2.v1."
+API_PACKAGES = "llama2."
 
 Attribute = str | int | float | bool
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -112,7 +112,7 @@ class Call:
     @property
     def is_public_api(self) -> bool:
         """Whether the method belongs to this API; health and reflection do not."""
-        return self.method.startswith(API_PACKAGE)
+        return self.method.startswith(API_PACKAGES)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -15,6 +15,7 @@ from tests.support.service import ServiceMaker, health_stub
 from llama2_server.api.health import LIVENESS, QUOTA_STORE, USAGE_STORE
 from llama2_server.api.reflection import REFLECTION_SERVICES, described_files
 from llama2_server.api.server import HEALTH_SERVICE, SERVICES
+from llama2_server.card import load_card
 
 FAULTS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED}
 LIMIT = 4096
@@ -34,6 +35,8 @@ def messages(method: MethodDescriptor) -> dict[str, bytes]:
     ordinary: Any = GetMessageClass(method.input_type)()
     if "prompt" in method.input_type.fields_by_name:
         ordinary.prompt = "Hi"
+    if "model" in method.input_type.fields_by_name:
+        ordinary.model, ordinary.body.data = load_card("demo").name, b'{"prompt": "Hi"}'
     return {
         "ordinary": ordinary.SerializeToString(),
         "empty": b"",

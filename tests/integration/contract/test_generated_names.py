@@ -10,6 +10,7 @@ import yaml
 from google.protobuf.descriptor_pb2 import FileOptions
 from tests.support.repository import ROOT
 
+from llama2.hosted.v1 import hosted_endpoint_pb2
 from llama2.v1 import account_pb2, error_reason_pb2, model_pb2, text_generation_pb2
 
 BUF = Path(sys.executable).with_name("buf")
@@ -41,6 +42,13 @@ def test_the_protos_claim_only_reserved_names() -> None:
             objc_class_prefix="LLM",
             csharp_namespace="Llama2.V1",
         )
+    assert hosted_endpoint_pb2.DESCRIPTOR.GetOptions() == FileOptions(
+        go_package="example.com/llama2grpc/llama2/hosted/v1;llama2hostedv1",
+        java_package="com.example.llama2.hosted.v1",
+        java_multiple_files=True,
+        objc_class_prefix="LLH",
+        csharp_namespace="Llama2.Hosted.V1",
+    )
 
 
 def test_no_type_has_the_name_of_a_standard_type() -> None:
@@ -67,3 +75,4 @@ def test_buf_gen_chooses_other_names(tmp_path: Path) -> None:
         options = json.loads((tmp_path / entry["out"] / "options.json").read_text())
         for override in template["managed"]["override"]:
             assert {options[name][override["file_option"]] for name in FILES} == {override["value"]}
+        assert not any(name.startswith("google/api/") for name in options)

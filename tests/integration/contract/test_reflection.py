@@ -63,6 +63,7 @@ async def test_it_lists_every_service(service: Service, name: str) -> None:
         ("llama2.v1.AccountService", "account"),
         ("llama2.v1.ModelTask", "model"),
         ("llama2.v1.ErrorReason", "error_reason"),
+        ("llama2.hosted.v1.HostedEndpointService.Run", "hosted_endpoint"),
     ],
 )
 async def test_the_file_of_a_symbol_has_comments_and_imports(
@@ -70,7 +71,8 @@ async def test_the_file_of_a_symbol_has_comments_and_imports(
 ) -> None:
     """Files come with their comments and their imports."""
     found = files(await ask(service, name, file_containing_symbol=symbol))
-    path = f"llama2/v1/{file}.proto"
+    package = "llama2/hosted/v1" if "hosted" in symbol else "llama2/v1"
+    path = f"{package}/{file}.proto"
     assert next(iter(found)) == path
     assert {imported for one in found.values() for imported in one.dependency} <= set(found)
     assert any(location.leading_comments for location in found[path].source_code_info.location)

@@ -13,6 +13,7 @@ from tests.support.deadlines import DEADLINE_SECONDS, LoopClock, server_deadline
 from tests.support.processes import free_port
 from tests.support.service import ServiceMaker, details, hold_slot, remaining_text, with_config
 
+from llama2.hosted.v1 import hosted_endpoint_pb2, hosted_endpoint_pb2_grpc
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client import errors as client_errors
@@ -68,6 +69,12 @@ async def schema_violation(setup: Setup) -> grpc.aio.AioRpcError:
 async def prompt_too_long(setup: Setup) -> grpc.aio.AioRpcError:
     async with setup.serve() as service:
         return await error_of(service.text.Generate(pb.GenerateRequest(prompt="é" * 2000, raw=True)))
+
+
+async def unknown_model(setup: Setup) -> grpc.aio.AioRpcError:
+    async with setup.serve() as service:
+        hosted: Any = hosted_endpoint_pb2_grpc.HostedEndpointServiceStub(service.channel)
+        return await error_of(hosted.Run(hosted_endpoint_pb2.RunRequest(account_id="1", model=SECRET)))
 
 
 async def many_violations(setup: Setup) -> grpc.aio.AioRpcError:
@@ -198,6 +205,7 @@ CASES = [
     Case(many_violations, CODE.INVALID_ARGUMENT, "INVALID_REQUEST", {"BadRequest"}, client_errors.InvalidRequest),
     Case(malformed_bytes, CODE.INVALID_ARGUMENT, "INVALID_REQUEST", {"BadRequest"}, client_errors.InvalidRequest),
     Case(too_large, CODE.INVALID_ARGUMENT, "REQUEST_TOO_LARGE", {"BadRequest"}, client_errors.InvalidRequest),
+    Case(unknown_model, CODE.INVALID_ARGUMENT, "UNKNOWN_MODEL", {"BadRequest"}, client_errors.InvalidRequest),
     Case(no_key, CODE.UNAUTHENTICATED, "UNAUTHENTICATED", set(), client_errors.Unauthenticated),
     Case(unknown_key, CODE.UNAUTHENTICATED, "UNAUTHENTICATED", set(), client_errors.Unauthenticated),
     Case(disabled_account, CODE.PERMISSION_DENIED, "ACCOUNT_DISABLED", set(), client_errors.PermissionDenied),

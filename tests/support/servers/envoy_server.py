@@ -53,7 +53,7 @@ def copy_example(folder: Path) -> Path:
 def _adapt(config: Any, address: str, names: NameServer | None, filter_chain: dict[str, Any]) -> str:
     """Return the configuration with free ports, for one server or for all addresses of the name server's name."""
     host, _, port = address.rpartition(":")
-    config["admin"]["address"]["socket_address"]["port_value"] = 0
+    config["admin"]["address"] = {"socket_address": {"address": "127.0.0.1", "port_value": 0}}
     (listener,) = config["static_resources"]["listeners"]
     listener["address"]["socket_address"]["port_value"] = 0
     listener["filter_chains"][0] |= filter_chain

@@ -3,11 +3,12 @@
 from google.protobuf.descriptor import FileDescriptor
 from tools import api_reference
 
+from llama2.hosted.v1 import hosted_endpoint_pb2
 from llama2.v1 import account_pb2, error_reason_pb2, model_pb2, text_generation_pb2
 from llama2_server.errors import ServiceError
 
 FILES: tuple[FileDescriptor, ...] = tuple(
-    module.DESCRIPTOR for module in (text_generation_pb2, account_pb2, model_pb2, error_reason_pb2)
+    module.DESCRIPTOR for module in (text_generation_pb2, account_pb2, model_pb2, error_reason_pb2, hosted_endpoint_pb2)
 )
 
 
