@@ -10,8 +10,8 @@ from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer, ReadinessCollector
+from llama2_server.api.hosted.endpoint import HostedEndpointServicer
 from llama2_server.api.hosted.envelope import error_trailers
-from llama2_server.api.hosted.servicer import HostedEndpointServicer
 from llama2_server.api.interceptor import CallInterceptor
 from llama2_server.api.model_service import ModelServicer
 from llama2_server.api.server import HOSTED_ENDPOINT, METHODS, Servicers, add_port, health_port, make_server

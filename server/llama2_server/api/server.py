@@ -23,7 +23,7 @@ from llama2.v1 import (
 )
 from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer
-from llama2_server.api.hosted.servicer import HostedEndpointServicer
+from llama2_server.api.hosted.endpoint import HostedEndpointServicer
 from llama2_server.api.interceptor import CallInterceptor, MessageCheck
 from llama2_server.api.model_service import ModelServicer
 from llama2_server.api.reflection import REFLECTION_SERVICES, ReflectionServicer, described_files
