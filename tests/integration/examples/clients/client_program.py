@@ -20,6 +20,7 @@ CLIENTS = ROOT / "examples/clients"
 # The commands and files of each language's toolchain.
 TOOLCHAINS = {
     "node": ["node", "npm"],
+    "go": ["go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc", "/usr/share/gocode/src/google.golang.org/grpc"],
     "ruby": ["ruby", "grpc_tools_ruby_protoc"],
 }
 
@@ -116,7 +117,7 @@ class ClientProgram:
 
 def require_toolchain(language: str) -> None:
     """Skip the test if the language's toolchain is not installed; fail it if REQUIRE_TOOLCHAINS is set."""
-    missing = [name for name in TOOLCHAINS[language] if not (shutil.which(name) or Path(name).is_file())]
+    missing = [name for name in TOOLCHAINS[language] if not (shutil.which(name) or Path(name).exists())]
     if missing:
         reason = f"NOT TESTED WITH THE CLIENT IN {language.upper()}: {', '.join(missing)} not found"
         if os.environ.get("REQUIRE_TOOLCHAINS"):
