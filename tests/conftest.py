@@ -34,12 +34,13 @@ from llama2_server.telemetry.telemetry import Telemetry
 
 
 def pytest_configure() -> None:
-    """Restore the default handler of SIGINT, and without a GPU let Triton's interpreter run the kernels.
+    """Restore the handlers of SIGINT and SIGHUP, and without a GPU let Triton's interpreter run the kernels.
 
-    Shells start background jobs with SIGINT ignored, and every program that a test starts would inherit that. Triton
+    Shells start background jobs with SIGINT ignored, `nohup` ignores SIGHUP, and programs of tests inherit that. Triton
     reads its variable during its import, which torch causes in some test modules: no single folder can set it in time.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not Path("/dev/nvidiactl").exists():
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -68,9 +68,15 @@ class Rendered:
         return manifest
 
     @property
+    def workload(self) -> Manifest:
+        """The StatefulSet or Deployment of the server."""
+        (manifest,) = self.of("StatefulSet") + self.of("Deployment")
+        return manifest
+
+    @property
     def pod(self) -> Manifest:
-        """The pod template of the Deployment."""
-        template: Manifest = self.one("Deployment")["spec"]["template"]
+        """The pod template of the server."""
+        template: Manifest = self.workload["spec"]["template"]
         return template
 
     @property
@@ -91,9 +97,10 @@ class Rendered:
         return self.of("Pod")
 
     def pods(self) -> Iterator[Manifest]:
-        """Yield the server's pod and the test pods."""
+        """Yield the server's pod, the test pods and the pods of Jobs."""
         yield self.pod
         yield from self.test_pods
+        yield from (job["spec"]["template"] for job in self.of("Job"))
 
     def services(self) -> Iterator[tuple[Manifest, Manifest]]:
         """Yield the normal and the headless Service, each with its spec."""
@@ -107,6 +114,13 @@ def environment_of(container: Manifest) -> dict[str, Any]:
     environment = {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in entries}
     assert len(environment) == len(entries), "a variable is defined twice"
     return environment
+
+
+def volumes_of(release: Rendered, pod: Manifest) -> list[Manifest]:
+    """Return a pod's volumes, with those that a StatefulSet adds from its claim templates."""
+    templates = release.workload["spec"].get("volumeClaimTemplates", []) if pod is release.pod else []
+    claims = [{"name": claim["metadata"]["name"], "claimTemplate": claim} for claim in templates]
+    return [*pod["spec"].get("volumes", []), *claims]
 
 
 def containers_of(pod: Manifest) -> list[Manifest]:

@@ -133,18 +133,36 @@ def test_every_alert_has_cases() -> None:
     assert {case.alert for case in FIRES} == {case.alert for case in DOES_NOT_FIRE} == alerts
 
 
+# Two replicas with one slot each, which hold a slot for 30 s per request.
+TWO_REPLICAS = {"llama2_max_concurrent_requests": "1x30", "llama2_mean_slot_time_seconds": "30x30"}
+
+
 @pytest.mark.parametrize(
-    ("total", "count", "expected"),
+    ("running", "queued", "rejections", "expected"),
     [
-        ("0+120x30", "0+6x30", 20.0),  # six requests per minute, each queued for 20 s
-        ("0x30", "0x30", 0.0),  # no requests
-        ("_x30", "_x30", 0.0),  # no scraped samples
+        ("1x30", "16x30", "0x30", 34.0),  # a blocked queue, from which no request ever gets a slot
+        ("1x30", "16x30", "0+60x30", 94.0),  # the queue is full and rejects a request per second at each replica
+        ("0x30", "0x30", "0x30", 0.0),  # idle
+        ("1x30", "0x30", "0x30", 2.0),  # busy, and nothing waits
+        ("1x20 _x10", "16x20 _x10", "0x20 _x10", None),  # the scrape has ended
     ],
 )
-def test_autoscaling_uses_the_mean_queue_time(total: str, count: str, expected: float, tmp_path: Path) -> None:
-    """KEDA's query returns one number in seconds, with and without requests."""
+def test_autoscaling_counts_the_slots_that_requests_need(
+    running: str, queued: str, rejections: str, expected: float | None, tmp_path: Path
+) -> None:
+    """KEDA's query counts running, queued and rejected requests, and has no value without scraped samples."""
     (trigger,) = rendered("everything-on").one("ScaledObject")["spec"]["triggers"]
-    case = Case("", {"llama2_queue_time_seconds_sum": total, "llama2_queue_time_seconds_count": count}, 20)
-    sample = {"labels": "{}", "value": expected}
-    expression = {"expr": trigger["metadata"]["query"], "eval_time": "20m", "exp_samples": [sample]}
-    assert promtool_failures(tmp_path, {"input_series": series_of(case), "promql_expr_test": [expression]}) == ""
+    counts = {"llama2_requests_running": running, "llama2_requests_queued": queued}
+    series = counts | {"llama2_queue_rejections_total": rejections} | TWO_REPLICAS
+    pods = [TARGET, TARGET.replace('pod="a"', 'pod="c"'), OTHERS]
+    inputs = [sample for pod in pods for sample in series_of(Case("", series, 28), pod)]
+    samples = [] if expected is None else [{"labels": "{}", "value": expected}]
+    expression = {"expr": trigger["metadata"]["query"], "eval_time": "28m", "exp_samples": samples}
+    assert promtool_failures(tmp_path, {"input_series": inputs, "promql_expr_test": [expression]}) == ""
+
+
+def test_quota_rejections_do_not_add_replicas() -> None:
+    """The query reads the queue's own rejections, not the calls with RESOURCE_EXHAUSTED."""
+    (trigger,) = rendered("everything-on").one("ScaledObject")["spec"]["triggers"]
+    assert "requests_total" not in trigger["metadata"]["query"]
+    assert "or vector" not in trigger["metadata"]["query"]

@@ -10,9 +10,9 @@ READINESS, LIVENESS = "", "liveness"
 
 
 def test_selectors_match_the_server_pods_only(release: Rendered) -> None:
-    """Services, budget, policy, spread and Deployment select the server's pods, not the test's pod."""
+    """Services, budget, policy, spread and workload select the server's pods, not the test's pod."""
     selectors = [spec["selector"] for _, spec in release.services()]
-    selectors.append(release.one("Deployment")["spec"]["selector"]["matchLabels"])
+    selectors.append(release.workload["spec"]["selector"]["matchLabels"])
     selectors += [budget["spec"]["selector"]["matchLabels"] for budget in release.of("PodDisruptionBudget")]
     selectors += [policy["spec"]["podSelector"]["matchLabels"] for policy in release.of("NetworkPolicy")]
     spread = release.pod["spec"].get("topologySpreadConstraints", [])
@@ -54,8 +54,9 @@ def test_probes_use_the_health_port(release: Rendered) -> None:
         assert release.server[probe]["grpc"]["port"] == health
     startup = release.server["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= release.values["startupSeconds"]
-    deadline = release.one("Deployment")["spec"]["progressDeadlineSeconds"]
-    assert deadline > release.values["startupSeconds"] + release.pod["spec"]["terminationGracePeriodSeconds"]
+    if release.workload["kind"] == "Deployment":
+        deadline = release.workload["spec"]["progressDeadlineSeconds"]
+        assert deadline > release.values["startupSeconds"] + release.pod["spec"]["terminationGracePeriodSeconds"]
 
 
 def test_the_network_policy_opens_the_container_ports(release: Rendered) -> None:

@@ -1,5 +1,6 @@
 """Values with which operators adapt the manifests to their cluster."""
 
+import base64
 from typing import Any
 
 import helm_python
@@ -30,7 +31,7 @@ def rejected(values: Values) -> str:
 def test_long_names_stay_different() -> None:
     """Two releases whose names differ after the 44th character do not share a name."""
     first, second = ("llama2-" + "a" * 45 + suffix for suffix in "xy")
-    names = {valid(DEMO, release).one("Deployment")["metadata"]["name"] for release in (first, second)}
+    names = {valid(DEMO, release).workload["metadata"]["name"] for release in (first, second)}
     assert len(names) == 2
     assert all(len(name) <= 44 for name in names)
 
@@ -40,7 +41,7 @@ def test_names_can_be_overridden() -> None:
     full = valid({**DEMO, "fullnameOverride": "text"})
     assert [service["metadata"]["name"] for service, _ in full.services()] == ["text", "text-headless"]
     part = valid({**DEMO, "nameOverride": "text"}, "release")
-    assert part.one("Deployment")["metadata"]["name"] == "release-text"
+    assert part.workload["metadata"]["name"] == "release-text"
     for _, spec in part.services():
         assert spec["selector"]["app.kubernetes.io/name"] == "text"
         assert selects(spec["selector"], part.pod)
@@ -131,16 +132,18 @@ def test_the_taint_of_the_gpu_is_tolerated(resource: str, taint: str) -> None:
 def test_a_dash_disables_dynamic_provisioning() -> None:
     """The storage class "-" is an empty class in the claim."""
     claims = valid({**GPU, "weights": {**GPU["weights"], "storageClass": "-"}}).of("PersistentVolumeClaim")
-    assert [claim["spec"].get("storageClassName") for claim in claims] == ["", None]
+    assert [claim["spec"].get("storageClassName") for claim in claims] == [""]
+    (data,) = valid({**GPU, "data": {"storageClass": "-"}}).workload["spec"]["volumeClaimTemplates"]
+    assert data["spec"]["storageClassName"] == ""
 
 
 def test_updates_surge_only_without_a_gpu() -> None:
     """A surge would wait for a GPU that the old pod holds; the values can ask for one."""
     shared = {"redis": {"secret": "r"}, "usage": {"secret": "u"}}
-    claim = {"weights": {"existingClaim": "weights"}, "apiKeys": {"secret": "keys"}, **shared}
+    claim = {"weights": {"existingClaim": "weights"}, "apiKeys": {"secret": "keys"}, **shared, "workload": "Deployment"}
 
     def rolling_update(values: Values) -> Any:
-        return valid(values).one("Deployment")["spec"]["strategy"]["rollingUpdate"]
+        return valid(values).workload["spec"]["strategy"]["rollingUpdate"]
 
     assert rolling_update(claim) == {"maxSurge": 0, "maxUnavailable": 1}
     assert rolling_update({**claim, "gpu": {"count": 0}}) == {"maxSurge": 1, "maxUnavailable": 0}
@@ -152,7 +155,7 @@ def test_updates_surge_only_without_a_gpu() -> None:
 def test_the_strategy_and_the_probes_can_be_replaced() -> None:
     """A strategy replaces the chart's; fields of a probe are merged into the chart's."""
     result = valid({**DEMO, "strategy": {"type": "Recreate"}, "livenessProbe": {"failureThreshold": 9}})
-    assert result.one("Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+    assert result.workload["spec"]["strategy"] == {"type": "Recreate"}
     probe = result.server["livenessProbe"]
     assert (probe["failureThreshold"], probe["grpc"]["service"]) == (9, "liveness")
 
@@ -216,3 +219,18 @@ def test_the_test_pod_never_hangs() -> None:
     assert pod["spec"]["activeDeadlineSeconds"] > 0
     (volume,) = pod["spec"]["volumes"]
     assert volume["secret"]["optional"] is True
+
+
+def test_a_claim_of_a_deployment_is_not_forgotten() -> None:
+    """An upgrade to a StatefulSet stops with the commands that keep or move the ledger of the old claim."""
+    message = '{{ include "llama2.oldClaim" . | b64enc }}'
+    manifest = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "m"}, "data": {"message": message}}
+    text = base64.b64decode(
+        render({**GPU, "extraManifests": [manifest]}).by_template["extra.yaml"][0]["data"]["message"]
+    )
+    assert "--set data.existingClaim=llama2-data" in text.decode()
+    assert "usage.forwardClaims={llama2-data}" in text.decode()
+    adopted = valid({**GPU, "data": {"existingClaim": "llama2-data"}})
+    (data,) = (volume for volume in adopted.pod["spec"]["volumes"] if volume["name"] == "data")
+    assert data["persistentVolumeClaim"] == {"claimName": "llama2-data"}
+    assert "volumeClaimTemplates" not in adopted.workload["spec"]

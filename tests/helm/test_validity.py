@@ -49,7 +49,7 @@ def test_value_sets_render_every_template() -> None:
     used = {name for value_set in VALUE_SETS for name, found in rendered(value_set).by_template.items() if found}
     assert used == templates - {"_helpers.tpl"}
     minimum = [manifest["kind"] for manifest in rendered("everything-off").manifests]
-    assert sorted(minimum) == ["ConfigMap", "Deployment", "PersistentVolumeClaim", "Service", "Service"]
+    assert sorted(minimum) == ["ConfigMap", "Service", "Service", "StatefulSet"]
     assert {manifest["kind"] for manifest in rendered("everything-on").manifests} > set(CUSTOM)
 
 

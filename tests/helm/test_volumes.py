@@ -2,14 +2,26 @@
 
 from pathlib import Path
 
-from tests.helm.chart import Manifest, Rendered, card_of, containers_of, environment_of, rendered
+import helm_python
+import pytest
+from tests.helm.chart import (
+    Manifest,
+    Rendered,
+    card_of,
+    containers_of,
+    environment_of,
+    render,
+    rendered,
+    values_of,
+    volumes_of,
+)
 from tools.chart import CHART
 
 
 def mounted_files(release: Rendered, pod: Manifest, container: Manifest) -> dict[str, set[str] | None]:
     """Return the files under each mount of a container; None if the chart does not define them."""
     contents: dict[str, set[str] | None] = {}
-    volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
+    volumes = {volume["name"]: volume for volume in volumes_of(release, pod)}
     for mount in container.get("volumeMounts", []):
         volume = volumes[mount["name"]]
         if volume in release.values["extraVolumes"]:
@@ -45,14 +57,14 @@ def test_volumes_are_mounted_and_claims_exist(release: Rendered) -> None:
     created = {claim["metadata"]["name"] for claim in release.of("PersistentVolumeClaim")}
     claimed = set()
     for pod in release.pods():
-        volumes = {volume["name"] for volume in pod["spec"].get("volumes", [])}
+        volumes = {volume["name"] for volume in volumes_of(release, pod)}
         mounts = [mount for container in containers_of(pod) for mount in container.get("volumeMounts", [])]
         assert {mount["name"] for mount in mounts} == volumes
         for volume in pod["spec"].get("volumes", []):
             if "persistentVolumeClaim" in volume:
                 claimed.add(volume["persistentVolumeClaim"]["claimName"])
     existing = {values["weights"]["existingClaim"], values["data"]["existingClaim"]} - {""}
-    assert claimed == created | existing
+    assert claimed == created | existing | set(values["usage"]["forwardClaims"])
 
 
 def test_the_server_writes_to_data_and_tmp_only(release: Rendered) -> None:
@@ -62,12 +74,30 @@ def test_the_server_writes_to_data_and_tmp_only(release: Rendered) -> None:
 
 
 def test_the_ledger_file_outlives_the_release() -> None:
-    """Without PostgreSQL, one replica stores usage on a claim that an uninstall keeps."""
-    claims = {claim["metadata"]["name"]: claim for claim in rendered("production-gpu").of("PersistentVolumeClaim")}
+    """Usage is on claims that an uninstall keeps; a demo and perReplica have none."""
+    assert rendered("production-gpu").workload["spec"]["volumeClaimTemplates"][0]["spec"]["resources"] == {
+        "requests": {"storage": "1Gi"}
+    }
+    deployed = render(values_of("production-gpu") | {"workload": "Deployment"})
+    claims = {claim["metadata"]["name"]: claim for claim in deployed.of("PersistentVolumeClaim")}
     assert claims["llama2-data"]["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
-    for value_set in ("demo", "many-replicas", "per-replica"):
+    for value_set in ("demo", "per-replica", "everything-on"):
         (data,) = (volume for volume in rendered(value_set).pod["spec"]["volumes"] if volume["name"] == "data")
         assert data["emptyDir"] == {"sizeLimit": "1Gi"}
+
+
+def test_claims_that_a_scale_down_left_are_forwarded() -> None:
+    """A Job for each claim runs `usage forward` with the URL of PostgreSQL, which is required."""
+    release = rendered("everything-on")
+    jobs = release.of("Job")
+    claims = [job["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] for job in jobs]
+    assert claims == ["data-llama2-2", "data-llama2-3"]
+    for job in jobs:
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        assert container["command"] == ["llama2-server", "usage", "forward"]
+        assert environment_of(container) == {"LLAMA2_USAGE_URL": release.env["LLAMA2_USAGE_URL"]}
+    with pytest.raises(helm_python.HelmError, match=r"usage\.forwardClaims: .* set usage\.secret"):
+        render(values_of("production-gpu") | {"usage": {"forwardClaims": ["data-llama2-1"]}})
 
 
 def test_weights_are_downloaded_to_the_served_directory(release: Rendered) -> None:

@@ -20,6 +20,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: server
 {{- end -}}
 
+{{- define "llama2.forwardSelector" -}}
+app.kubernetes.io/name: {{ include "llama2.appName" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: usage-forward
+{{- end -}}
+
 {{- define "llama2.commonLabels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -93,9 +99,12 @@ annotations: {{- toYaml $all | nindent 2 }}
 {{- $replicas := ternary $v.autoscaling.maxReplicas $v.replicas $v.autoscaling.enabled | int -}}
 {{- $maxGenerationSeconds := mulf (include "llama2.contextLength" . | int) $v.slowestTokenSeconds | ceil | int -}}
 {{- $hubDirectory := printf "%s%s" $v.weights.hubId (ternary (printf "@%s" $v.weights.revision) "" (not (empty $v.weights.revision))) | replace "/" "--" -}}
-{{- $persistentData := or (not (empty $v.data.existingClaim)) (and (not $v.demo) (not $v.usage.secret) (eq $replicas 1)) -}}
+{{- $workload := $v.workload | default (ternary "Deployment" "StatefulSet" (or $v.demo (eq $v.quotas "perReplica"))) -}}
+{{- $ownClaim := and (eq $workload "Deployment") (not $v.demo) (not $v.usage.secret) (eq $replicas 1) -}}
+{{- $persistentData := or (not (empty $v.data.existingClaim)) $ownClaim -}}
 {{- $createWeightsClaim := and (not $v.demo) (not (empty $v.weights.hubId)) (not $v.weights.existingClaim) -}}
 name: {{ include "llama2.name" . }}
+workload: {{ $workload }}
 maxReplicas: {{ $replicas }}
 {{- /* The device plugin's MIG resources share the taint of the whole GPU. */}}
 gpuTaint: {{ ternary "nvidia.com/gpu" $v.gpu.resource (hasPrefix "nvidia.com/mig-" $v.gpu.resource) }}
@@ -157,6 +166,9 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 {{- if and (not (kindIs "invalid" $v.podDisruptionBudget.minAvailable)) (not (kindIs "invalid" $v.podDisruptionBudget.maxUnavailable)) -}}
 {{- fail "podDisruptionBudget: minAvailable and maxUnavailable exclude each other; set maxUnavailable to null, or leave minAvailable empty" -}}
 {{- end -}}
+{{- if and $v.usage.forwardClaims (not $v.usage.secret) -}}
+{{- fail "usage.forwardClaims: the usage of the claims goes to PostgreSQL; set usage.secret" -}}
+{{- end -}}
 {{- if and $v.data.existingClaim (gt (int $d.maxReplicas) 1) -}}
 {{- fail "data.existingClaim: several replicas cannot share one data volume; leave it empty and store usage in PostgreSQL (usage.secret)" -}}
 {{- end -}}
@@ -165,6 +177,15 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 {{- end -}}
 {{- if and (or $v.autoscaling.enabled $v.alerts.enabled) (not $v.serviceMonitor.enabled) -}}
 {{- fail "serviceMonitor.enabled: autoscaling and alerts need scraped metrics; set it to true" -}}
+{{- end -}}
+{{- if eq $d.workload "StatefulSet" -}}
+{{- if not (and (kindIs "invalid" $v.rollingUpdate.maxSurge) (kindIs "invalid" $v.rollingUpdate.maxUnavailable)) -}}
+{{- fail "rollingUpdate: a StatefulSet replaces its pods one by one; leave maxSurge and maxUnavailable empty, or set workload to Deployment" -}}
+{{- end -}}
+{{- $old := printf "%s-data" $d.name -}}
+{{- if and (not $v.data.existingClaim) (lookup "v1" "PersistentVolumeClaim" .Release.Namespace $old) -}}
+{{- fail (include "llama2.oldClaim" .) -}}
+{{- end -}}
 {{- end -}}
 {{- $rolling := include "llama2.rollingUpdate" . | fromYaml -}}
 {{- if and (eq (toString $rolling.maxSurge | trimSuffix "%") "0") (eq (toString $rolling.maxUnavailable | trimSuffix "%") "0") -}}
@@ -179,6 +200,27 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 {{- $gpu := gt (int $d.gpus) 0 -}}
 maxSurge: {{ ternary (ternary 0 1 $gpu) $v.maxSurge (kindIs "invalid" $v.maxSurge) }}
 maxUnavailable: {{ ternary (ternary 1 0 $gpu) $v.maxUnavailable (kindIs "invalid" $v.maxUnavailable) }}
+{{- end -}}
+
+{{/* The message if a Deployment of this release has left its data claim. */}}
+{{- define "llama2.oldClaim" -}}
+{{- $name := include "llama2.name" . -}}
+{{- $namespace := .Release.Namespace -}}
+{{- printf `data: the claim %s-data of a Deployment has the usage ledger, and a StatefulSet would not use it; do one of these:
+  - keep it, with one replica: --set data.existingClaim=%s-data
+  - store its records in PostgreSQL and delete it, before you upgrade again:
+      helm upgrade … --set workload=Deployment --set replicas=0 --set 'usage.forwardClaims={%s-data}' --set usage.secret=…
+      kubectl --namespace %s wait --for=condition=complete job --selector app.kubernetes.io/component=usage-forward
+      kubectl --namespace %s delete pvc %s-data` $name $name $name $namespace $namespace $name -}}
+{{- end -}}
+
+{{/* The spec of a claim for the data directory. */}}
+{{- define "llama2.dataClaim" -}}
+accessModes: [ReadWriteOnce]
+{{- with include "llama2.storageClass" .Values.data.storageClass }}
+{{ . }}
+{{- end }}
+resources: {requests: {storage: {{ .Values.data.size }}}}
 {{- end -}}
 
 {{/* A storage class; "-" disables dynamic provisioning, empty selects the cluster's default. */}}

@@ -70,6 +70,8 @@ class RequestQueue(Collector):
         yield GaugeMetricFamily("llama2_requests_running", "Number of slots in use.", self.running)
         slots = "Number of slots: the card's max_concurrent_requests."
         yield GaugeMetricFamily("llama2_max_concurrent_requests", slots, self._slots)
+        mean = "Moving average of the time that a request holds its slot; 0 before the first one."
+        yield GaugeMetricFamily("llama2_mean_slot_time_seconds", mean, self._mean_hold_seconds or 0.0)
 
     def reserve(self, account_id: str, deadline: float | None) -> Reservation:
         """Reserve a slot or space in the queue for a request; the caller must `confirm` or `release` it.

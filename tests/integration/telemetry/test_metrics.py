@@ -189,6 +189,22 @@ async def test_queue_and_slots(serve_scripted: ServiceMaker, watched: Watched) -
         await until(lambda: watched.value("llama2_requests_running") == 0)
 
 
+async def test_rejections_by_the_queue(serve_scripted: ServiceMaker, watched: Watched) -> None:
+    """Autoscaling sees the calls that the full queue rejected, and how long a request holds its slot."""
+    async with serve_scripted(REPLY, telemetry=watched.telemetry, max_queue_size=0) as service:
+        held = await hold_slot(service)
+        assert watched.value("llama2_mean_slot_time_seconds") == 0
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError) as rejected:
+                await service.text.Generate(pb.GenerateRequest(prompt="x"))
+            assert rejected.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert watched.value("llama2_queue_rejections_total") == 2
+        assert watched.value("llama2_quota_rejections_total") == 0
+        service.model.open_gate()
+        await remaining_text(held)
+        await until(lambda: (watched.value("llama2_mean_slot_time_seconds") or 0) > 0)
+
+
 async def test_quota_and_response_cache(serve_scripted: ServiceMaker, demo_card: ModelCard, watched: Watched) -> None:
     """Rejections by the quota, and hits, misses and bytes of the response cache."""
     card = with_config(demo_card, max_requests_per_min=RequestsPerMinute(default=2))

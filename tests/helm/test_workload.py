@@ -1,6 +1,7 @@
 """Settings, shutdown times, scheduling and updates of the server's pods."""
 
 import helm_python
+import pytest
 from tests.helm.chart import Rendered, card_of, containers_of, render, rendered, settings_of, values_of
 from tools.chart import CHART
 
@@ -82,7 +83,7 @@ def test_scheduling_values_reach_the_pod() -> None:
 
 def test_replicas_are_spread_and_scaled(release: Rendered) -> None:
     """Several replicas are spread; with autoscaling, the Deployment does not set their number."""
-    values, spec = release.values, release.one("Deployment")["spec"]
+    values, spec = release.values, release.workload["spec"]
     autoscaled = values["autoscaling"]["enabled"]
     assert spec.get("replicas") == (None if autoscaled else values["replicas"])
     several = max(values["autoscaling"]["maxReplicas"] if autoscaled else values["replicas"], 1) > 1
@@ -91,38 +92,90 @@ def test_replicas_are_spread_and_scaled(release: Rendered) -> None:
         [constraint["topologyKey"] for constraint in values["topologySpread"]] if several else []
     )
     for scaler in release.of("ScaledObject"):
-        assert scaler["spec"]["scaleTargetRef"] == {"name": release.one("Deployment")["metadata"]["name"]}
+        target = {"kind": release.workload["kind"], "name": release.workload["metadata"]["name"]}
+        assert scaler["spec"]["scaleTargetRef"] == target
         assert scaler["spec"]["minReplicaCount"] == values["autoscaling"]["minReplicas"]
         assert scaler["spec"]["maxReplicaCount"] == values["autoscaling"]["maxReplicas"]
         (trigger,) = scaler["spec"]["triggers"]
-        assert (trigger["type"], trigger["metricType"]) == ("prometheus", "Value")
+        assert (trigger["type"], trigger["metricType"]) == ("prometheus", "AverageValue")
         # KEDA accepts strings only.
-        assert trigger["metadata"]["threshold"] == str(values["autoscaling"]["queueTimeSeconds"])
+        assert trigger["metadata"]["threshold"] == str(values["autoscaling"]["utilization"])
+        # A missing value is an error, so that KEDA does not scale down when the scrape fails.
+        assert trigger["metadata"]["ignoreNullValues"] == "false"
+        assert scaler["spec"]["fallback"]["replicas"] == values["autoscaling"]["maxReplicas"]
         assert trigger["metadata"]["serverAddress"] == values["autoscaling"]["prometheus"]
     assert bool(release.of("ScaledObject")) is autoscaled
 
 
 def test_single_pod_volumes_recreate_the_pod(release: Rendered) -> None:
-    """With a rolling update, the new pod would wait forever for the volume that the old pod mounts."""
-    single = {
-        claim["metadata"]["name"]
-        for claim in release.of("PersistentVolumeClaim")
-        if claim["spec"]["accessModes"] != ["ReadWriteMany"]
-    } | ({release.values["data"]["existingClaim"]} - {""})
+    """With a rolling update of a Deployment, the new pod would wait forever for the volume that the old pod mounts."""
+    spec = release.workload["spec"]
+    if release.workload["kind"] == "StatefulSet":
+        assert spec["updateStrategy"] == {"type": "RollingUpdate"}  # stops a pod before it starts the next one
+        return
     claims = {
         volume["persistentVolumeClaim"]["claimName"]
         for volume in release.pod["spec"]["volumes"]
         if "persistentVolumeClaim" in volume
     }
-    strategy = release.one("Deployment")["spec"]["strategy"]
-    if single & claims:
-        assert strategy == {"type": "Recreate"}
+    if single_pod_claims(release) & claims:
+        assert spec["strategy"] == {"type": "Recreate"}
     else:
         # A surge would wait forever for a GPU that the old pod still holds.
         gpu = "LLAMA2_DEVICE" in release.env and release.env["LLAMA2_DEVICE"] == "cuda"
         amounts = {"maxSurge": 0, "maxUnavailable": 1} if gpu else {"maxSurge": 1, "maxUnavailable": 0}
         given = {key: value for key, value in release.values["rollingUpdate"].items() if value is not None}
-        assert strategy == {"type": "RollingUpdate", "rollingUpdate": amounts | given}
+        assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": amounts | given}
+
+
+def single_pod_claims(release: Rendered) -> set[str]:
+    """Return the names of the claims that only one pod can mount."""
+    created = {
+        claim["metadata"]["name"]
+        for claim in release.of("PersistentVolumeClaim")
+        if claim["spec"]["accessModes"] != ["ReadWriteMany"]
+    }
+    return created | ({release.values["data"]["existingClaim"]} - {""})
+
+
+@pytest.mark.parametrize(
+    ("value_set", "kind"),
+    [
+        ("demo", "Deployment"),
+        ("per-replica", "Deployment"),
+        ("everything-on", "Deployment"),  # workload: Deployment
+        ("production-gpu", "StatefulSet"),
+        ("many-replicas", "StatefulSet"),
+        ("autoscaled", "StatefulSet"),
+    ],
+)
+def test_the_kind_depends_on_what_the_data_volume_holds(value_set: str, kind: str) -> None:
+    """Billed usage is on a StatefulSet's volumes; the number of replicas does not change the kind."""
+    assert rendered(value_set).workload["kind"] == kind
+    assert render(values_of(value_set) | {"replicas": 1}).workload["kind"] == kind
+
+
+def test_each_replica_keeps_its_data_volume(release: Rendered) -> None:
+    """A StatefulSet has a claim per pod, which scale-downs and uninstalls retain, and starts all pods at once."""
+    if release.workload["kind"] != "StatefulSet":
+        return
+    spec = release.workload["spec"]
+    assert spec["serviceName"] in {service["metadata"]["name"] for service, _ in release.services()}
+    assert spec["podManagementPolicy"] == "Parallel"
+    assert spec["persistentVolumeClaimRetentionPolicy"] == {"whenDeleted": "Retain", "whenScaled": "Retain"}
+    existing = release.values["data"]["existingClaim"]
+    templates = [claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])]
+    assert templates == ([] if existing else ["data"])
+    assert {"name": "data", "mountPath": "/data"} in release.server["volumeMounts"]
+
+
+def test_a_surge_needs_a_deployment() -> None:
+    """A StatefulSet cannot start a new pod first; the values say so instead of being ignored."""
+    values = values_of("many-replicas") | {"rollingUpdate": {"maxSurge": 1}}
+    with pytest.raises(helm_python.HelmError, match="rollingUpdate: a StatefulSet replaces its pods one by one"):
+        render(values)
+    surge = render(values | {"workload": "Deployment", "gpu": {"count": 0}}).workload["spec"]["strategy"]
+    assert surge["rollingUpdate"]["maxSurge"] == 1
 
 
 def test_a_new_card_replaces_the_pods() -> None:
