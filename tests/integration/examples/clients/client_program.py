@@ -20,6 +20,7 @@ CLIENTS = ROOT / "examples/clients"
 # The commands and files of each language's toolchain.
 TOOLCHAINS = {
     "node": ["node", "npm"],
+    "cpp": ["g++", "pkg-config", "protoc", "grpc_cpp_plugin", "/usr/include/grpcpp"],
     "go": ["go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc", "/usr/share/gocode/src/google.golang.org/grpc"],
     "ruby": ["ruby", "grpc_tools_ruby_protoc"],
 }
