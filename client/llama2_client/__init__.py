@@ -1,12 +1,15 @@
-"""The async Python client of llama2-grpc.
+"""The Python client of llama2-grpc: `Client` is async, and `SyncClient` is its synchronous twin.
 
 ```python
-from llama2_client import Client
+from llama2_client import Client, SyncClient
 
 async with Client("localhost:50051") as client:
     async with client.stream("Tell me a story about a fox.") as stream:
         async for delta in stream:
             print(delta, end="", flush=True)
+
+with SyncClient("localhost:50051") as client:
+    print(client.generate("Tell me a story about a fox.").text)
 ```
 """
 
@@ -14,9 +17,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llama2_client.chat import Chat
-    from llama2_client.client import Client, HealthStatus, TokenCount
+    from llama2_client.aio.chat import Chat
+    from llama2_client.aio.client import Client
+    from llama2_client.aio.reply_stream import ReplyStream
     from llama2_client.errors import (
+        ConnectionProblem,
         DeadlineExceeded,
         InternalError,
         InvalidRequest,
@@ -30,12 +35,16 @@ if TYPE_CHECKING:
         Unimplemented,
         Violation,
     )
-    from llama2_client.reply import FinishReason, Message, Reply, ReplyStream
+    from llama2_client.reply import FinishReason, HealthStatus, Message, Reply, TokenCount
     from llama2_client.request import GenerationOptions
+    from llama2_client.sync.chat import SyncChat
+    from llama2_client.sync.client import SyncClient
+    from llama2_client.sync.reply_stream import SyncReplyStream
 
 __all__ = [
     "Chat",
     "Client",
+    "ConnectionProblem",
     "DeadlineExceeded",
     "FinishReason",
     "GenerationOptions",
@@ -50,6 +59,9 @@ __all__ = [
     "Reply",
     "ReplyStream",
     "ResourceExhausted",
+    "SyncChat",
+    "SyncClient",
+    "SyncReplyStream",
     "TokenCount",
     "Unauthenticated",
     "Unavailable",
@@ -57,12 +69,20 @@ __all__ = [
     "Violation",
 ]
 
+_MODULES = {
+    "Client": "aio.client",
+    "Chat": "aio.chat",
+    "ReplyStream": "aio.reply_stream",
+    "SyncClient": "sync.client",
+    "SyncChat": "sync.chat",
+    "SyncReplyStream": "sync.reply_stream",
+    "GenerationOptions": "request",
+    **dict.fromkeys(("FinishReason", "HealthStatus", "Message", "Reply", "TokenCount"), "reply"),
+}
+
 
 def __getattr__(name: str) -> object:
     # Load the modules on first use, because `llama2 --help` does not need gRPC and importing gRPC is slow.
-    if name in __all__:
-        for module in ("client", "chat", "errors", "reply", "request"):
-            value = getattr(import_module(f".{module}", __name__), name, None)
-            if value is not None:
-                return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)

@@ -1,43 +1,27 @@
-"""The gRPC channel of a client: target, TLS, retries, load balancing and limits."""
+"""The gRPC channel of a client: target, TLS, retries, load balancing, limits and proxies."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 import re
+import ssl
 
 import grpc
 
 from llama2.v1 import account_pb2, model_pb2, text_generation_pb2
+from llama2_client.arguments import wrong_type
 
 DEFAULT_PORT = 50051
+MAX_ATTEMPTS = 5  # gRPC's own limit
 _SCHEMES = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):|[a-z][a-z0-9+.-]*://")
+_LOCAL_SCHEMES = ("unix:", "unix-abstract:", "vsock:")
+# gRPC uses the first variable that is set. It reads the lower-case names only.
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+_NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
 
-_SERVICE_CONFIG = {
-    # A headless Kubernetes service resolves to one address per pod. Round robin spreads the calls over all of them.
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "methodConfig": [
-        {
-            "name": [
-                {"service": text_generation_pb2.DESCRIPTOR.services_by_name["TextGenerationService"].full_name},
-                {"service": model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name},
-                {"service": account_pb2.DESCRIPTOR.services_by_name["AccountService"].full_name},
-            ],
-            # gRPC itself retries: after a jittered backoff or the server's pushback, within the deadline, and only
-            # before the first message, so that no reply starts twice. A call that reaches a gRPC server while the
-            # server stops ends with CANCELLED.
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-            },
-        }
-    ],
-}
-
-_CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.enable_retries", 1),
     # By default, gRPC servers close connections that send pings more often than every five minutes.
     ("grpc.keepalive_time_ms", 310_000),
@@ -53,11 +37,38 @@ _CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 )
 
 
-def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    """Open a channel on the running event loop; it connects at its first call."""
-    if credentials is None:
-        return grpc.aio.insecure_channel(target, _CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(target, credentials, _CHANNEL_OPTIONS)
+def service_config(max_attempts: int = MAX_ATTEMPTS) -> dict[str, object]:
+    """Return gRPC's service config: load balancing, and the retries of every method of this API."""
+    method: dict[str, object] = {
+        "name": [
+            {"service": text_generation_pb2.DESCRIPTOR.services_by_name["TextGenerationService"].full_name},
+            {"service": model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name},
+            {"service": account_pb2.DESCRIPTOR.services_by_name["AccountService"].full_name},
+        ]
+    }
+    if max_attempts > 1:
+        # gRPC itself retries: after a jittered backoff or the server's pushback, within the deadline, and only before
+        # the first message, so that no reply starts twice. A call that reaches a gRPC server while the server stops
+        # ends with CANCELLED.
+        method["retryPolicy"] = {
+            "maxAttempts": max_attempts,
+            "initialBackoff": "0.1s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 3,
+            "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
+        }
+    # A headless Kubernetes service resolves to one address per pod. Round robin spreads the calls over all of them.
+    return {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": [method]}
+
+
+def channel_options(target: str, max_attempts: int, server_name: str | None) -> tuple[tuple[str, str | int], ...]:
+    """Return the options of a channel to this target."""
+    options = (("grpc.service_config", json.dumps(service_config(max_attempts))), *_OPTIONS)
+    if is_loopback(target):
+        options += (("grpc.enable_http_proxy", 0),)  # a proxy would look for the server on its own machine
+    if server_name is not None:
+        options += (("grpc.ssl_target_name_override", server_name), ("grpc.default_authority", server_name))
+    return options
 
 
 def grpc_target(target: str) -> str:
@@ -74,14 +85,56 @@ def grpc_target(target: str) -> str:
     return f"dns:///{target}"
 
 
+def is_loopback(target: str) -> bool:
+    """Return True if every address of a gRPC target is on this machine."""
+    return target.startswith(_LOCAL_SCHEMES) or all(_is_loopback_host(host) for host in _hosts(target))
+
+
+def proxy_variable(target: str) -> str | None:
+    """Return the environment variable whose proxy gRPC uses for this target; None if it connects directly."""
+    if is_loopback(target):
+        return None
+    variable = next((name for name in _PROXY_VARIABLES if name in os.environ), None)
+    if variable is None or not os.environ[variable]:
+        return None
+    exceptions = next((os.environ[name] for name in _NO_PROXY_VARIABLES if name in os.environ), "")
+    suffixes = tuple(entry.strip() for entry in exceptions.split(",") if entry.strip())
+    return None if suffixes and all(host.endswith(suffixes) for host in _hosts(target)) else variable
+
+
 def channel_credentials(tls: bool | bytes | grpc.ChannelCredentials) -> grpc.ChannelCredentials | None:
-    """Return the channel credentials for the `tls` argument of `Client`; None for plain text."""
+    """Return the channel credentials for the `tls` argument of a client; None for plain text.
+
+    Raises:
+        TypeError: the argument has another type.
+        ValueError: the bytes are not a PEM certificate, which gRPC would only report as a failed connection.
+    """
     match tls:
         case False:
             return None
         case True:
             return grpc.ssl_channel_credentials()
         case bytes():
+            try:
+                ssl.create_default_context(cadata=tls.decode("ascii"))
+            except (ValueError, ssl.SSLError) as error:
+                raise ValueError("tls: must be a PEM certificate; pass the bytes of the authority's file") from error
             return grpc.ssl_channel_credentials(root_certificates=tls)
-        case _:
+        case grpc.ChannelCredentials():
             return tls
+    raise wrong_type("tls", "True, False, PEM bytes or gRPC channel credentials", tls)
+
+
+def _hosts(target: str) -> list[str]:
+    """Return the host names or addresses of a target, without ports."""
+    path = re.sub(r"^(?:[a-z0-9+.-]+://[^/]*/|[a-z0-9+.-]+:(?!\d+$))", "", target)
+    return [re.sub(r":\d+$", "", part).strip("[]") for part in path.split(",")]
+
+
+def _is_loopback_host(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False

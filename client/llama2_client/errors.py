@@ -18,9 +18,9 @@ Any other status code raises Llama2Error itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import enum
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -37,6 +37,22 @@ class Violation:
 
     field: str  # a path such as "messages[2].content"; empty if the violation concerns the whole request
     description: str
+
+
+class ConnectionProblem(enum.StrEnum):
+    """The reason why no server of this API answered."""
+
+    NAME_NOT_FOUND = "the name cannot be resolved"
+    REFUSED = "the connection is refused, because nothing listens at this address"
+    NO_ANSWER = "nothing answers at this address"
+    CLOSED = "the server closes connections without TLS, as a server with TLS does"
+    NO_TLS = "the server does not use TLS"
+    UNTRUSTED_CERTIFICATE = "the server's certificate is not signed by a trusted authority"
+    OTHER_SERVER_NAME = "the server's certificate is for another host name"
+    CLIENT_CERTIFICATE = "the server closes connections without a client certificate that it trusts"
+    PROXY = "the proxy does not connect to the server"
+    NOT_GRPC = "the server at this address does not use gRPC"
+    OTHER = "the connection failed"
 
 
 class Llama2Error(Exception):
@@ -56,6 +72,8 @@ class Llama2Error(Exception):
         retry_after: float | None = None,
         request_id: str | None = None,
         violations: tuple[Violation, ...] = (),
+        problem: ConnectionProblem | None = None,
+        status: status_pb2.Status | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -64,6 +82,9 @@ class Llama2Error(Exception):
         self.retry_after = retry_after  # seconds
         self.request_id = request_id
         self.violations = violations
+        self.problem = problem  # the reason why no server answered; None if one did
+        # The status with the server's details, as the API defines it.
+        self.status = status or status_pb2.Status(code=self.code.value[0], message=message)
 
 
 class InvalidRequest(Llama2Error):
@@ -149,18 +170,23 @@ _BY_CODE: dict[grpc.StatusCode, type[Llama2Error]] = {
 }
 
 
-@contextlib.contextmanager
-def translate_errors() -> Iterator[None]:
-    """Raise gRPC errors as Llama2Error; no other place translates them."""
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
+class RpcStatus(Protocol):
+    """The status of a failed call: what an error of grpc and one of grpc.aio have in common."""
+
+    def code(self) -> grpc.StatusCode:
+        """Return the status code."""
+
+    def details(self) -> str | None:
+        """Return the message."""
+
+    def trailing_metadata(self) -> Any:
+        """Return the trailers: pairs of key and value, or None."""
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError) -> Llama2Error:
+def from_rpc_error(error: RpcStatus) -> Llama2Error:
     """Return the exception for a gRPC error, with the status details that the server sent."""
-    status = _status_details(error)
+    message = error.details() or error.code().name
+    status = _status(error)
     info = _detail(status, error_details_pb2.ErrorInfo)
     retry = _detail(status, error_details_pb2.RetryInfo)
     request = _detail(status, error_details_pb2.RequestInfo)
@@ -173,7 +199,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> Llama2Error:
         elif retry is not None:
             kind = QueueFull
     return kind(
-        error.details() or error.code().name,
+        message,
         code=error.code(),
         reason=info.reason if info else None,
         retry_after=retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9 if retry else None,
@@ -181,17 +207,17 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> Llama2Error:
         violations=tuple(Violation(v.field, v.description) for v in bad_request.field_violations)
         if bad_request
         else (),
+        status=status,
     )
 
 
-def _status_details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
-    """Return the google.rpc.Status from the trailers; an empty one if it is missing or malformed."""
-    trailers = error.trailing_metadata() or ()
-    for key, value in trailers:
+def _status(error: RpcStatus) -> status_pb2.Status:
+    """Return the google.rpc.Status from the trailers, or one without details if it is missing or malformed."""
+    for key, value in error.trailing_metadata() or ():
         if key == STATUS_DETAILS_TRAILER and isinstance(value, bytes):
             with contextlib.suppress(DecodeError):
                 return status_pb2.Status.FromString(value)
-    return status_pb2.Status()
+    return status_pb2.Status(code=error.code().value[0], message=error.details() or error.code().name)
 
 
 def _detail(status: status_pb2.Status, kind: type[_Detail]) -> _Detail | None:

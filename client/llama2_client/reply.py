@@ -1,21 +1,15 @@
-"""Messages and replies: `Message`, `Reply` and the streamed `ReplyStream`."""
+"""Results of calls: messages, whole replies, token counts and health."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import enum
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
-import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from llama2.v1 import text_generation_pb2
-from llama2_client.errors import InternalError, translate_errors
 
 
 class FinishReason(enum.StrEnum):
@@ -59,6 +53,10 @@ class Reply:
     queue_time_seconds: float
     time_to_first_token_seconds: float
     total_time_seconds: float
+    # The API's own message, which may have fields of a newer server.
+    completion: text_generation_pb2.Completion = field(
+        default_factory=text_generation_pb2.Completion, repr=False, compare=False
+    )
 
     @classmethod
     def from_proto(cls, text: str, completion: text_generation_pb2.Completion) -> Reply:
@@ -77,107 +75,30 @@ class Reply:
             queue_time_seconds=_seconds(timings.queue_time),
             time_to_first_token_seconds=_seconds(timings.time_to_first_token),
             total_time_seconds=_seconds(timings.total_time),
+            completion=completion,
         )
 
 
-class ReplyStream:
-    """A reply while it is generated: an async iterator over its text. `reply` is available after the end.
+class HealthStatus(enum.StrEnum):
+    """The status of a service, as defined by the gRPC health protocol."""
 
-    ```python
-    async with client.stream("Tell me a story about a fox.") as stream:
-        async for delta in stream:
-            print(delta, end="", flush=True)
-    print(stream.reply.finish_reason)
-    ```
+    UNKNOWN = "UNKNOWN"
+    SERVING = "SERVING"
+    NOT_SERVING = "NOT_SERVING"
+    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"  # the server does not have a service of this name
 
-    Leaving the `async with` block early, or calling `aclose`, cancels the call: the model stops within one decode step.
-    """
 
-    def __init__(
-        self,
-        call: grpc.aio.UnaryStreamCall[text_generation_pb2.GenerateRequest, text_generation_pb2.GenerateStreamResponse],
-    ) -> None:
-        self._call = call
-        self._messages = aiter(call)
-        self._on_complete: Callable[[Reply], None] | None = None
-        self._texts: list[str] = []
-        self._completion: text_generation_pb2.Completion | None = None
-        self._reply: Reply | None = None
-        self._closed = False
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCount:
+    """The input tokens of a request and the largest possible `max_tokens`: 0 if the input does not fit the context."""
 
-    @property
-    def text(self) -> str:
-        """The text received so far."""
-        return "".join(self._texts)
+    input_tokens: int
+    max_output_tokens: int
 
-    @property
-    def reply(self) -> Reply:
-        """The whole reply. Raises RuntimeError if the stream has not ended, has failed or was closed early."""
-        if self._reply is None:
-            raise RuntimeError("the reply is not complete; read the stream to its end")
-        return self._reply
-
-    @property
-    def closed(self) -> bool:
-        """True if no more text can follow: the stream ended, failed or was closed."""
-        return self._closed
-
-    def on_complete(self, callback: Callable[[Reply], None]) -> None:
-        """Call `callback` with the reply at the end of the stream; never if the stream fails or is closed early."""
-        self._on_complete = callback
-
-    async def aclose(self) -> None:
-        """Cancel the call if it is in progress, without waiting for the server."""
-        self._closed = True
-        self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
-
-    async def __anext__(self) -> str:
-        while not self._closed:
-            try:
-                with translate_errors():
-                    message = await anext(self._messages)
-            except StopAsyncIteration:
-                self._finish()
-            except asyncio.CancelledError:
-                # gRPC raises it also if another task closed the stream. Then the iteration ends, without an error.
-                closed_by_another, self._closed = self._closed, True
-                task = asyncio.current_task()
-                if not closed_by_another or (task is not None and task.cancelling()):
-                    raise
-            except BaseException:
-                self._closed = True
-                raise
-            else:
-                if message.HasField("completion"):
-                    self._completion = message.completion
-                if message.response:
-                    self._texts.append(message.response)
-                    return message.response
-        raise StopAsyncIteration
-
-    def _finish(self) -> None:
-        self._closed = True
-        if self._completion is None:
-            raise InternalError("the server ended the stream without a completion")
-        self._reply = Reply.from_proto(self.text, self._completion)
-        if self._on_complete is not None:
-            self._on_complete(self._reply)
-
-    def __del__(self) -> None:
-        # Stop the model even if the stream is dropped without being closed. The event loop may be closed by then.
-        with contextlib.suppress(RuntimeError):
-            self._call.cancel()
+    @classmethod
+    def from_proto(cls, response: text_generation_pb2.CountTokensResponse) -> TokenCount:
+        """Return the counts of a protobuf message."""
+        return cls(input_tokens=response.input_tokens, max_output_tokens=response.max_output_tokens)
 
 
 def _seconds(duration: Duration) -> float:

@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     import grpc
 
-    from llama2_client.client import Client
+    from llama2_client.aio.client import Client
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class ServerConnection:
 
     def client(self) -> Client:
         """Create the client; it connects at its first call."""
-        from llama2_client.client import Client
+        from llama2_client.aio.client import Client
 
         try:
             return Client(self.address, api_key=self.api_key, timeout=self.timeout, tls=self._tls())

@@ -17,7 +17,7 @@ from llama2_client.cli.options import input_options, json_option, read_input, sa
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from llama2_client.client import Client
+    from llama2_client.aio.client import Client
 
 EXIT_INTERRUPTED = 130
 

@@ -11,8 +11,8 @@ from google.protobuf.json_format import MessageToDict
 
 from llama2.v1 import account_pb2, model_pb2
 from llama2_client import errors
-from llama2_client.client import HealthStatus, TokenCount
-from llama2_client.reply import Reply, ReplyStream
+from llama2_client.aio.reply_stream import ReplyStream
+from llama2_client.reply import HealthStatus, Reply, TokenCount
 
 # The most specific class comes first. `llama2 --help` documents the codes.
 EXIT_CODES: tuple[tuple[type[errors.Llama2Error], int], ...] = (

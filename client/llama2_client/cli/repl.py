@@ -9,9 +9,9 @@ import sys
 
 import click
 
-from llama2_client.chat import Chat
+from llama2_client.aio.chat import Chat
+from llama2_client.aio.client import Client
 from llama2_client.cli.output import exit_code, print_error, print_note, print_stream
-from llama2_client.client import Client
 from llama2_client.errors import InvalidRequest, Llama2Error
 
 HELP = """\

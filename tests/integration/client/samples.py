@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 
+from llama2.v1 import text_generation_pb2
 from llama2_client import FinishReason, GenerationOptions, Reply
 
 REPLY = Reply(
@@ -31,5 +32,20 @@ EVERY_OPTION = GenerationOptions(
     frequency_penalty=-0.5,
     presence_penalty=0.0,
     stop=("\n", "END"),
+    no_cache=False,
+)
+
+# The request for the prompt "Hi" with these options.
+EVERY_OPTION_REQUEST = text_generation_pb2.GenerateRequest(
+    prompt="Hi",
+    max_tokens=7,
+    temperature=0.0,
+    top_p=1.0,
+    top_k=0,
+    seed=2**64 - 1,
+    repetition_penalty=1.5,
+    frequency_penalty=-0.5,
+    presence_penalty=0.0,
+    stop=["\n", "END"],
     no_cache=False,
 )

@@ -55,7 +55,9 @@ def rows(header: str) -> list[list[str]]:
 
 def programs(*, complete: bool) -> list[Block]:
     """Return the Python blocks that are complete programs, or the other ones, which use a `client`."""
-    return [block for block in blocks() if block.language == "python" and ("asyncio.run(" in block.code) is complete]
+    marks = ("asyncio.run(", "SyncClient(")
+    python = [block for block in blocks() if block.language == "python"]
+    return [block for block in python if any(mark in block.code for mark in marks) is complete]
 
 
 def names(selected: list[Block]) -> list[str]:
@@ -91,7 +93,7 @@ def script(server: ScriptedServer, section: str) -> None:
         server.script_error(grpc.StatusCode.INVALID_ARGUMENT, "1 violation", bad_request)
     if section == "Retries":
         retry = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=1))
-        server.script_error(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", retry)
+        server.script_error(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", error_details_pb2.QuotaFailure(), retry)
         server.script_reply("Once upon a time.")
 
 
@@ -126,7 +128,11 @@ async def test_program_runs(block: Block, server: ScriptedServer) -> None:
         stdout=asyncio.subprocess.PIPE,
     )
     out, _ = await process.communicate()
-    assert (process.returncode, out.decode()) == (0, "Hello world\nEND_OF_SEQUENCE 13 12.1176\n")
+    output = {
+        "Quick start": "Hello world\nEND_OF_SEQUENCE 13 12.1176\n",
+        "The synchronous client": "Hello worldHello world\n",
+    }
+    assert (process.returncode, out.decode()) == (0, output[block.section])
 
 
 @pytest.mark.parametrize("block", COMMANDS, ids=names(COMMANDS))

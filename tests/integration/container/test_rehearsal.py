@@ -80,7 +80,11 @@ def test_bytecode_is_compiled_in_the_build(image: Image) -> None:
     packages = Path("opt/llama2/lib/python3.11/site-packages")
     bytecode = (path for path in image.layer.added() if path.suffix == ".pyc")
     compiled = {path.parent.parent / path.name.partition(".")[0] for path in bytecode}
-    assert {packages / "llama2_server/app", packages / "llama2_client/client", packages / "torch/__init__"} <= compiled
+    assert {
+        packages / "llama2_server/app",
+        packages / "llama2_client/aio/client",
+        packages / "torch/__init__",
+    } <= compiled
 
 
 def test_native_code_is_compiled_in_the_build(image: Image) -> None:

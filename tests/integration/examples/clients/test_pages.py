@@ -18,7 +18,7 @@ def test_the_service_config() -> None:
     """The page shows the programs' service config, which is the Python client's own."""
     (block,) = re.findall(r"(?ms)^```json\n(.*?)^```", PAGE)
     assert block == (CLIENTS / "service_config.json").read_text()
-    assert json.loads(block) == channel._SERVICE_CONFIG
+    assert json.loads(block) == channel.service_config()
 
 
 def test_the_curl_commands() -> None:

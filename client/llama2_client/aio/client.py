@@ -3,17 +3,13 @@
 # ruff: noqa: ASYNC109 - gRPC sends the deadline of a call to the server; `asyncio.timeout` cannot.
 from __future__ import annotations
 
-import enum
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import date
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message as ProtobufMessage
-from grpc_health.v1 import health_pb2
 
 from llama2.v1 import (
     account_pb2,
@@ -23,39 +19,22 @@ from llama2.v1 import (
     text_generation_pb2,
     text_generation_pb2_grpc,
 )
-from llama2_client.channel import DEFAULT_PORT, channel_credentials, grpc_target, open_channel
-from llama2_client.chat import Chat
-from llama2_client.errors import Llama2Error, translate_errors
-from llama2_client.reply import Message, Reply, ReplyStream
-from llama2_client.request import GenerationOptions, build_request
-
-DEFAULT_TIMEOUT_SECONDS = 120.0
-# Three years. gRPC's clock overflows far above this, and the call would fail immediately.
-MAX_TIMEOUT_SECONDS = 1e8
+from llama2_client.aio.calls import check_health, translate, unary
+from llama2_client.aio.channels import Channels
+from llama2_client.aio.chat import Chat
+from llama2_client.aio.reply_stream import ReplyStream, StreamCall
+from llama2_client.attempts import StreamProgress
+from llama2_client.channel import MAX_ATTEMPTS
+from llama2_client.reply import HealthStatus, Message, Reply, TokenCount
+from llama2_client.request import GenerationOptions, build_request, usage_request
+from llama2_client.settings import DEFAULT_TARGET, DEFAULT_TIMEOUT_SECONDS, ClientSettings
 
 _Request = TypeVar("_Request", bound=ProtobufMessage)
 _Response = TypeVar("_Response", bound=ProtobufMessage)
 
 
-class HealthStatus(enum.StrEnum):
-    """The status of a service, as defined by the gRPC health protocol."""
-
-    UNKNOWN = "UNKNOWN"
-    SERVING = "SERVING"
-    NOT_SERVING = "NOT_SERVING"
-    SERVICE_UNKNOWN = "SERVICE_UNKNOWN"  # the server does not have a service of this name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenCount:
-    """The input tokens of a request and the largest possible `max_tokens`: 0 if the input does not fit the context."""
-
-    input_tokens: int
-    max_output_tokens: int
-
-
 class Client:
-    """A client of one llama2-grpc service.
+    """An async client of one llama2-grpc service; SyncClient is its synchronous twin.
 
     ```python
     async with Client("localhost:50051") as client:
@@ -64,6 +43,7 @@ class Client:
     ```
 
     A call that fails raises a Llama2Error. Cancelling the task of a call cancels the call on the server immediately.
+    Each event loop gets its own connections, so that one client works across several calls of `asyncio.run`.
 
     Args:
         target: `host:port`, resolved by DNS, or any gRPC target such as `ipv4:10.0.0.1:50051,10.0.0.2:50051` or
@@ -72,29 +52,49 @@ class Client:
         timeout: the default deadline of a call in seconds; None for no deadline.
         tls: True to trust the public root certificates, PEM bytes to trust these root certificates, gRPC channel
             credentials for anything else (such as client certificates), or False for plain text.
+        server_name: the host name to expect in the server's certificate; None for the host of `target`.
+        max_attempts: how often gRPC attempts a call that ends with UNAVAILABLE before its first message, from 1 to 5.
+        quota_wait: the longest time in seconds that a call waits for a used-up quota, within its deadline; 0 raises
+            QuotaExceeded immediately.
+        resume: True continues a stream that breaks off. The repeated call costs quota and neurons like the first one.
     """
 
     def __init__(
         self,
-        target: str = f"localhost:{DEFAULT_PORT}",
+        target: str = DEFAULT_TARGET,
         *,
         api_key: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
         tls: bool | bytes | grpc.ChannelCredentials = False,
+        server_name: str | None = None,
+        max_attempts: int = MAX_ATTEMPTS,
+        quota_wait: float = 0.0,
+        resume: bool = False,
     ) -> None:
-        if timeout is not None and math.isnan(timeout):
-            raise ValueError("timeout: must be a number of seconds, got nan")
-        # gRPC's own error would contain the whole header, including the key.
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("api_key: must be printable ASCII")
-        self.target = grpc_target(target)
-        self.timeout = timeout
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
-        self._credentials = channel_credentials(tls)
-        self._open_channel: grpc.aio.Channel | None = None
+        self._settings = ClientSettings.create(
+            target,
+            api_key=api_key,
+            timeout=timeout,
+            tls=tls,
+            server_name=server_name,
+            max_attempts=max_attempts,
+            quota_wait=quota_wait,
+            resume=resume,
+        )
+        self._channels = Channels(self._settings)
 
     def __repr__(self) -> str:
-        return f"Client({self.target!r})"
+        return f"{type(self).__name__}({self.target!r})"
+
+    @property
+    def target(self) -> str:
+        """The gRPC target of the server."""
+        return self._settings.target
+
+    @property
+    def timeout(self) -> float | None:
+        """The default deadline of a call in seconds; None for no deadline."""
+        return self._settings.timeout
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,10 +105,8 @@ class Client:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections and cancel the calls in progress. The next call opens new connections."""
-        channel, self._open_channel = self._open_channel, None
-        if channel is not None:
-            await channel.close()
+        """Close the event loop's connections and cancel its calls in progress. The next call opens new connections."""
+        await self._channels.aclose()
 
     async def generate(
         self,
@@ -143,8 +141,19 @@ class Client:
         """Start a reply and stream its text. Takes the arguments of `generate`; needs a running event loop."""
         timeout = options.pop("timeout", None)
         request = build_request(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
-        generate_stream = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).GenerateStream
-        return ReplyStream(generate_stream(request, timeout=self._seconds(timeout), metadata=self._metadata))
+        channel = self._channel
+        generate_stream = text_generation_pb2_grpc.TextGenerationServiceStub(channel).GenerateStream
+
+        def start(progress: StreamProgress) -> StreamCall:
+            return generate_stream(
+                progress.request,
+                timeout=progress.remaining(),
+                metadata=self._settings.metadata,
+                wait_for_ready=progress.wait_for_ready,
+            )
+
+        progress = StreamProgress(self._settings, request, timeout)
+        return ReplyStream(progress, start, lambda error: translate(self._settings, channel, error))
 
     def chat(self, system: str | None = None, **defaults: Unpack[GenerationOptions]) -> Chat:
         """Start a conversation; `defaults` are the generation options of every turn."""
@@ -161,8 +170,7 @@ class Client:
         """Count the input tokens of a request without generating a reply."""
         request = build_request(text_generation_pb2.CountTokensRequest(), prompt, messages, raw, {})
         count_tokens = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).CountTokens
-        response = await self._unary(count_tokens, request, timeout)
-        return TokenCount(input_tokens=response.input_tokens, max_output_tokens=response.max_output_tokens)
+        return TokenCount.from_proto(await self._unary(count_tokens, request, timeout))
 
     async def model_card(self, *, timeout: float | None = None) -> model_pb2.ModelCard:
         """Return the server's model card as a protobuf message."""
@@ -173,31 +181,15 @@ class Client:
         self, *, since: date | None = None, until: date | None = None, timeout: float | None = None
     ) -> account_pb2.GetUsageResponse:
         """Return the account's daily usage and its quota as a protobuf message; days are in UTC."""
-        request = account_pb2.GetUsageRequest()
-        if since is not None:
-            request.since = since.isoformat()
-        if until is not None:
-            request.until = until.isoformat()
-        return await self._unary(account_pb2_grpc.AccountServiceStub(self._channel).GetUsage, request, timeout)
+        get_usage = account_pb2_grpc.AccountServiceStub(self._channel).GetUsage
+        return await self._unary(get_usage, usage_request(since, until), timeout)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> HealthStatus:
         """Return the health of a service, given its full name, or of the whole server.
 
         Never retried, because the result is the status at this moment.
         """
-        check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
-        check = self._channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        try:
-            response = await self._unary(check, health_pb2.HealthCheckRequest(service=service), timeout)
-        except Llama2Error as error:
-            if error.code is grpc.StatusCode.NOT_FOUND:
-                return HealthStatus.SERVICE_UNKNOWN
-            raise
-        return HealthStatus(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+        return await check_health(self._settings, self._channel, service, timeout)
 
     async def _unary(
         self,
@@ -205,16 +197,8 @@ class Client:
         request: _Request,
         timeout: float | None,
     ) -> _Response:
-        with translate_errors():
-            return await method(request, timeout=self._seconds(timeout), metadata=self._metadata)
-
-    def _seconds(self, timeout: float | None) -> float | None:
-        seconds = self.timeout if timeout is None else timeout
-        return None if seconds is None or seconds > MAX_TIMEOUT_SECONDS else seconds
+        return await unary(self._settings, self._channel, method, request, timeout)
 
     @property
     def _channel(self) -> grpc.aio.Channel:
-        # Open the channel at the first call, because it is bound to the event loop that runs at that moment.
-        if self._open_channel is None:
-            self._open_channel = open_channel(self.target, self._credentials)
-        return self._open_channel
+        return self._channels.current()

@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Callable
 from typing import Unpack
 
-from llama2_client.reply import Message, Reply, ReplyStream
+from llama2_client.aio.reply_stream import ReplyStream
+from llama2_client.conversation import Conversation
+from llama2_client.reply import Message, Reply
 from llama2_client.request import GenerationOptions
 
 
-class Chat:
+class Chat(Conversation):
     """A conversation with the model: each turn sends the completed turns before it.
 
     ```python
@@ -26,24 +28,16 @@ class Chat:
 
     Args:
         stream: starts a reply, as `Client.stream` does.
-        system: the system message; None uses the card's default.
+        system: the system message; None uses the card's default. It can be changed between turns.
         defaults: generation options for every turn; the options of a turn override them.
     """
 
     def __init__(
         self, stream: Callable[..., ReplyStream], system: str | None = None, **defaults: Unpack[GenerationOptions]
     ) -> None:
-        self.system = system
+        super().__init__(system)
         self._stream = stream
         self._defaults = defaults
-        self._turns: tuple[Message, ...] = ()
-        self._open_stream: weakref.ref[ReplyStream] | None = None
-
-    @property
-    def history(self) -> tuple[Message, ...]:
-        """The messages of the completed turns, preceded by the system message if one is set."""
-        system = () if self.system is None else (Message("system", self.system),)
-        return system + self._turns
 
     async def send(self, text: str, **options: Unpack[GenerationOptions]) -> Reply:
         """Send the user's next message and return the whole reply."""
@@ -57,21 +51,10 @@ class Chat:
 
         The turn joins the history only if the stream is read to its end.
         """
-        previous = self._open_stream() if self._open_stream is not None else None
-        if previous is not None and not previous.closed:
-            raise RuntimeError("the previous turn is still open; read its stream to the end or close it")
-
+        self._check_closed()
         question = Message("user", text)
         merged: GenerationOptions = {**self._defaults, **options}
         stream = self._stream(messages=(*self.history, question), **merged)
-
-        def append_turn(reply: Reply) -> None:
-            self._turns += (question, Message("assistant", reply.text))
-
-        stream.on_complete(append_turn)
+        stream.on_complete(lambda reply: self._append(question, reply))
         self._open_stream = weakref.ref(stream)
         return stream
-
-    def clear(self) -> None:
-        """Remove all turns from the history; the system message stays."""
-        self._turns = ()
