@@ -19,6 +19,7 @@ from tests.support.repository import ROOT
 CLIENTS = ROOT / "examples/clients"
 # The commands and files of each language's toolchain.
 TOOLCHAINS = {
+    "java": ["javac", "protoc", "grpc_java_plugin", "/usr/share/java/grpc-netty.jar"],
     "node": ["node", "npm"],
     "cpp": ["g++", "pkg-config", "protoc", "grpc_cpp_plugin", "/usr/include/grpcpp"],
     "go": ["go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc", "/usr/share/gocode/src/google.golang.org/grpc"],

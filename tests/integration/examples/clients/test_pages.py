@@ -32,7 +32,7 @@ def test_the_curl_commands() -> None:
 def test_sizes_and_packages(language: str) -> None:
     """A program has at most 60 lines of code, a README at most 25 lines, and CI installs the README's packages."""
     folder = CLIENTS / language
-    (program,) = folder.glob("chat*.*")
+    (program,) = folder.glob("[Cc]hat.*")
     assert len(_lines_of_code(program)) <= 60
     assert len((folder / "README.md").read_text().splitlines()) <= 25
     (install,) = command_blocks(folder / "README.md")[0]
