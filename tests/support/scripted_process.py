@@ -30,6 +30,12 @@ def load_forever(settings: Settings, card: ModelCard) -> LoadedModel:
     raise AssertionError
 
 
+def announce_and_load_forever(settings: Settings, card: ModelCard) -> LoadedModel:
+    """Print a line, and never finish loading the weights."""
+    print("loading", flush=True)
+    return load_forever(settings, card)
+
+
 def load_hanging_model(settings: Settings, card: ModelCard) -> LoadedModel:
     """Load a model that hangs in one of its steps, some time after the warm-up; then the step times out immediately."""
     loaded = load_model(settings, card)
@@ -119,6 +125,7 @@ def load_model_that_loses_its_slot(settings: Settings, card: ModelCard) -> Loade
 if __name__ == "__main__":
     scripts = {
         "never-loads": load_forever,
+        "announces-and-never-loads": announce_and_load_forever,
         "hangs": load_hanging_model,
         "blocks": load_blocked_model,
         "slow": load_slow_model,

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
+"""Exit code of a process that a signal ends, without the signal's number."""
+EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
 """Exit code after a second signal."""
 
 Result = TypeVar("Result")
@@ -70,18 +72,19 @@ def run_in_thread(name: str, work: Callable[[], Result]) -> "asyncio.Future[Resu
 
 
 def exit_code_on_signals() -> "asyncio.Future[int]":
-    """Return a future that the first SIGTERM, SIGINT or SIGHUP sets to 0; the second signal exits at once.
+    """Return a future that the first SIGTERM, SIGINT or SIGHUP sets to 128 + number; the second signal exits at once.
 
     A SIGHUP that the parent process ignores, such as `nohup`, stays ignored.
     """
     exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-    def on_signal() -> None:
+    def on_signal(number: signal.Signals) -> None:
         if exit_code.done():
+            os.write(2, f"llama2-server: stopped at once by a second signal, {number.name}\n".encode())
             os._exit(EXIT_INTERRUPTED)
-        exit_code.set_result(0)
+        exit_code.set_result(EXIT_SIGNAL + number)
 
     hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
     for number in (signal.SIGTERM, signal.SIGINT, *hangup):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     return exit_code

@@ -1,0 +1,41 @@
+"""The end of the process by a signal, before an event loop handles signals.
+
+This module imports only the standard library, so that the handlers exist before any slow import.
+"""
+
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def exit_on_signals() -> None:
+    """Handle SIGINT, SIGTERM and SIGHUP with one line and exit code 128 + number; an ignored SIGHUP stays ignored.
+
+    Without handlers, SIGINT raises KeyboardInterrupt inside any import, and the first process of a container ignores
+    SIGTERM.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _exit)
+
+
+def ignore_signals() -> None:
+    """Ignore the signals: the process is at its end, and its exit code is known."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stopped_by(exit_code: int) -> str | None:
+    """Return the line for an exit code of 128 + signal, or None for another exit code."""
+    if exit_code - 128 not in SIGNALS:
+        return None
+    return f"llama2-server: stopped by {signal.Signals(exit_code - 128).name}\n"
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    # An exception could be caught or reported by the code that the signal interrupts.
+    os.write(2, (stopped_by(128 + number) or "").encode())
+    os._exit(128 + number)
