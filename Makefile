@@ -91,15 +91,16 @@ demo-model: $(VENV)/.dev
 
 # Every install runs the build hook (hatch_build.py), which generates the stubs and compiles the native library.
 $(VENV)/.server: pyproject.toml constraints.txt hatch_build.py $(PROTOS) $(NATIVE) | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[server]'
+	@$(BIN)/python -m tools.install server
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt hatch_build.py $(PROTOS) $(NATIVE) | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[server,dev]'
+	@$(BIN)/python -m tools.install server,dev
 	@touch $@ $(VENV)/.server
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

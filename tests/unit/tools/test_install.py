@@ -1,0 +1,76 @@
+"""The report of the installation by `make run`, from lines that pip printed."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+from tools.install import Report, follow
+
+PIP = """\
+Obtaining file:///home/alice/llama2-grpc
+  Installing build dependencies: started
+  Installing build dependencies: finished with status 'done'
+Collecting torch<3,>=2.10 (from llama2-grpc==0.1.0)
+  Downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (915.7 MB)
+Collecting click<9,>=8.1 (from llama2-grpc==0.1.0)
+  Downloading click-8.3.1-py3-none-any.whl (108 kB)
+  Using cached transformers-5.23.0-py3-none-any.whl (21.5 MB)
+Installing collected packages: torch, click, transformers
+Successfully installed click-8.3.1
+""".splitlines()
+
+
+def test_large_downloads_are_printed() -> None:
+    """The lines name each large file with its size, and the sum has the small ones too."""
+    report = Report()
+    printed = [line for text in PIP for line in report.lines(text)]
+    assert printed == [
+        "downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (916 MB)",
+        "using cached transformers-5.23.0-py3-none-any.whl (22 MB)",
+        "writing 3 packages to the disk",
+    ]
+    assert report.downloaded_megabytes == pytest.approx(915.7 + 0.108)
+
+
+@pytest.mark.parametrize(
+    ("lines_before", "step"),
+    [
+        (0, "starting pip"),
+        (2, "Installing build dependencies"),
+        (6, "Collecting click<9,>=8.1"),
+        (7, "downloading click-8.3.1-py3-none-any.whl"),
+        (9, "writing 3 packages to the disk"),
+    ],
+)
+def test_silence_is_ended_by_the_current_step(lines_before: int, step: str) -> None:
+    """A line during a long step has the time so far and the name of the step."""
+    clock = itertools.count(0, 10)
+    report = Report(now=lambda: next(clock))
+    for text in PIP[:lines_before]:
+        list(report.lines(text))
+    assert list(report.lines(None)) == [f"still installing, 10 s: {step}"]
+
+
+def test_a_silent_pip_is_reported() -> None:
+    """While pip prints nothing, lines appear all the time; they end with pip."""
+    reported = threading.Event()
+
+    def silent() -> Iterator[str]:
+        yield "Collecting torch<3,>=2.10"
+        reported.wait()
+
+    lines = []
+    for line in follow(silent(), Report(now=lambda: 0.0), interval_seconds=0.001):
+        lines.append(line)
+        if len(lines) == 3:
+            reported.set()
+    assert len(lines) >= 3
+    assert all(line.startswith("still installing, 0 s: ") for line in lines[:3])
+
+
+def test_errors_of_pip_are_printed() -> None:
+    """The reason of a failure is a line of pip."""
+    assert list(Report().lines("ERROR: No matching distribution found for torch")) == [
+        "ERROR: No matching distribution found for torch"
+    ]
