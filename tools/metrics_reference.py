@@ -57,7 +57,7 @@ async def _metrics() -> list[Metric]:
             ledger,
         )
         # A metric with labels shows them only if it has a series.
-        metrics.register("", _NoModel(), ["some.Service/Method"], collectors)
+        metrics.register("", _NoModel(), "", ["some.Service/Method"], collectors)
         collected = list(metrics.registry.collect())
         await ledger.close()
     return collected

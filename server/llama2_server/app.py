@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from llama2_server.admission.quota import Quota
@@ -13,7 +13,7 @@ from llama2_server.api.health import HealthServicer, ReadinessCollector
 from llama2_server.api.hosted.endpoint import HostedEndpointServicer
 from llama2_server.api.hosted.envelope import error_trailers
 from llama2_server.api.interceptor import CallInterceptor
-from llama2_server.api.model_service import ModelServicer
+from llama2_server.api.model_service import Execution, ModelServicer
 from llama2_server.api.server import HOSTED_ENDPOINT, METHODS, Servicers, add_port, health_port, make_server
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.config.settings import Settings
@@ -21,7 +21,12 @@ from llama2_server.engine.engine import Engine
 from llama2_server.generation.response_cache import ResponseCache, ResponseCacheCollector
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.lifecycle.banner import print_banner
-from llama2_server.lifecycle.drain import drain, fail_engine_when_probes_fail, stop_when_engine_fails
+from llama2_server.lifecycle.drain import (
+    EXIT_ENGINE_FAILED,
+    drain,
+    fail_engine_when_probes_fail,
+    stop_when_engine_fails,
+)
 from llama2_server.lifecycle.model_loading import Load, LoadedModel, load_model
 from llama2_server.lifecycle.preflight import StartupInputs
 from llama2_server.lifecycle.probe import probe_succeeds
@@ -60,20 +65,24 @@ class Service:
 
 
 async def serve(settings: Settings, inputs: StartupInputs, load: Load = load_model) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP, then drain; return the exit code: 0, or EXIT_ENGINE_FAILED.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then drain.
+
+    Return the exit code: 0, EXIT_ENGINE_FAILED, or EXIT_SIGNAL + number if a signal arrived before the server served.
 
     Raises:
         ConfigurationError: the service cannot start with this configuration.
     """
     exit_code = exit_code_on_signals()
     asyncio.get_running_loop().set_exception_handler(on_loop_exception)
-    with suppress(StartupCancelled):
+    try:
         started = start(settings, inputs, exit_code, load)
         async with started as service, serving(service, settings, exit_code) as address:
             print_banner(address, settings)
             await exit_code
+    except StartupCancelled:
+        return exit_code.result()
     logger.info("stopped")
-    return exit_code.result()
+    return EXIT_ENGINE_FAILED if exit_code.result() == EXIT_ENGINE_FAILED else 0
 
 
 @asynccontextmanager
@@ -91,9 +100,11 @@ async def start(
         StartupCancelled: `exit_code` was set while the model loaded.
     """
     async with AsyncExitStack() as stack:
+        inputs.ports.release("--metrics-listen")
         if telemetry is None:
             opening = open_telemetry(settings.metrics_listen, settings.otlp_endpoint, model=inputs.card.name)
             telemetry = await stack.enter_async_context(opening)
+        inputs.ports.release("--health-listen")
         health = (await stack.enter_async_context(health_port(settings))).servicer
         ledger = await stack.enter_async_context(open_ledger(settings, inputs.card, inputs.usage_store))
         quota = await stack.enter_async_context(open_quota(settings, inputs.card))
@@ -131,14 +142,20 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
         card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
     )
     interceptor = CallInterceptor(service.telemetry, settings.max_message_bytes, {HOSTED_ENDPOINT: error_trailers})
-    model = ModelServicer(card, authenticator, quota)
+    execution = Execution(str(loaded.model.device), str(loaded.model.dtype).removeprefix("torch."), engine.step_kind)
+    model = ModelServicer(card, authenticator, quota, execution)
     hosted_endpoint = HostedEndpointServicer(card, authenticator, text_generation)
     servicers = Servicers(text_generation, model, AccountServicer(authenticator, quota, ledger), hosted_endpoint)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
     collectors = (queue, quota, ResponseCacheCollector(cache), ledger, ReadinessCollector(health))
-    service.telemetry.metrics.register(card.name, loaded.model, METHODS, collectors)
+    service.telemetry.metrics.register(card.name, loaded.model, engine.step_kind, METHODS, collectors)
     try:
         await cancel_on(exit_code, warm_up(engine, loaded, settings, card))
+    except StartupCancelled:
+        await engine.close(0)  # no client waits for the step in progress
+        raise
+    try:
+        service.inputs.ports.release("--listen")
         address = add_port(server, settings.listen, service.inputs.certificates)
         await server.start()
         health.set_serving(True)

@@ -61,7 +61,9 @@ class RedisClient:
         self.up = True
         """Whether Redis answered the last command."""
         self._errors = (RedisError, OSError, TimeoutError)
-        self._subject = f"{subject} at {urlsplit(url).netloc.rpartition('@')[2]}"
+        self.address = urlsplit(url).netloc.rpartition("@")[2]
+        """Host and port, without the password."""
+        self._subject = f"{subject} at {self.address}"
         self.timeout_seconds = timeout_seconds
         self._paused_until = -math.inf
 
@@ -95,6 +97,25 @@ class RedisClient:
             logger.warning("the %s answers again", self._subject)
         self.up, self._paused_until = True, -math.inf
         return answer
+
+    async def rejection(self) -> str | None:
+        """Return the reason why Redis rejects this client, such as a wrong password; None if it does not.
+
+        Raises:
+            OSError, TimeoutError: Redis does not answer, or is still starting.
+        """
+        from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
+        from redis.exceptions import ClusterDownError as ReplicaError  # MASTERDOWN included
+
+        try:
+            await self.client.ping()
+        except (AuthenticationError, AuthorizationError, ResponseError) as error:
+            if isinstance(error, ReplicaError):
+                raise OSError(str(error)) from error
+            return " ".join(str(error).split())
+        except RedisError as error:
+            raise OSError(str(error)) from error
+        return None
 
     async def close(self) -> None:
         """Disconnect; the data stays in Redis for the other replicas."""

@@ -23,6 +23,7 @@ from llama2_server.configuration_error import ConfigurationError
 EXIT_INVALID = 2
 LINES_PER_TURN = 200  # of the child's output, parsed in one turn of the event loop
 MAX_LINE_BYTES = 1024 * 1024
+CREATE_WITH = "llama2-server keys new writes valid entries"
 
 
 class KeysFileError(ConfigurationError):
@@ -64,10 +65,10 @@ def read(path: Path) -> KeyTable:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "keys"
-        raise KeysFileError(f"--api-keys-file: {path}: {key}: {first['msg']}") from error
+        raise KeysFileError(f"--api-keys-file: {path}: {key}: {first['msg']}; {CREATE_WITH}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not YAML text"
-        raise KeysFileError(f"--api-keys-file: cannot read {path}: {reason}") from error
+        raise KeysFileError(f"--api-keys-file: cannot read {path}: {reason}; {CREATE_WITH}") from error
     return {key_id: record.model_dump_json() for key_id, record in keys.items()}
 
 

@@ -1,6 +1,6 @@
-"""ModelService: the model card that the server uses."""
+"""ModelService: the model card that the server uses, and how it runs the model."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -8,16 +8,38 @@ from llama2.v1 import model_pb2, model_pb2_grpc
 from llama2_server.admission.accounts import Authenticator
 from llama2_server.admission.quota import Quota
 from llama2_server.card import SAMPLING_RANGES, ModelCard, Property
+from llama2_server.engine.step_runner import StepKind
 from llama2_server.errors import AccountDisabled, Unauthenticated
 from llama2_server.telemetry.call import CALL
 from llama2_server.usage.pricing import decimal_text
+
+STEP_KINDS = {
+    StepKind.NATIVE: model_pb2.STEP_KIND_NATIVE,
+    StepKind.TORCH: model_pb2.STEP_KIND_TORCH,
+    StepKind.CUDA_GRAPHS: model_pb2.STEP_KIND_CUDA_GRAPHS,
+}
+
+
+class Execution(NamedTuple):
+    """How the server runs the model."""
+
+    device: str
+    """A torch device, such as "cpu" or "cuda:0"."""
+    dtype: str
+    """The precision of the weights, such as "float16"."""
+    step: StepKind
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Serves the model card, which is built once, and the quota of the calling account."""
 
-    def __init__(self, card: ModelCard, authenticator: Authenticator, quota: Quota) -> None:
+    def __init__(self, card: ModelCard, authenticator: Authenticator, quota: Quota, execution: Execution) -> None:
         self._card_message = _card_message(card)
+        self._execution_message = model_pb2.Execution(
+            device=execution.device,
+            dtype=execution.dtype,
+            step_kind=STEP_KINDS[execution.step],
+        )
         self._authenticator = authenticator
         self._quota = quota
 
@@ -25,7 +47,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetModelCardRequest, context: Any
     ) -> model_pb2.GetModelCardResponse:
         """Return the card, with the quota of the calling account if the call identifies one."""
-        response = model_pb2.GetModelCardResponse(model_card=self._card_message)
+        response = model_pb2.GetModelCardResponse(model_card=self._card_message, execution=self._execution_message)
         try:
             account = self._authenticator.authenticate(context.invocation_metadata())
         except (Unauthenticated, AccountDisabled):

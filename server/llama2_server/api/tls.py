@@ -123,7 +123,7 @@ def _read_pem(path: Path, flag: str) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CertificateError(f"{flag}: cannot read {path}: {error.strerror}") from error
+        raise CertificateError(f"{flag}: cannot read {path}: {error.strerror}; pass a readable PEM file") from error
     if b"-----BEGIN " not in content:
         raise CertificateError(f"{flag}: {path} is not PEM; it must have a line that starts with -----BEGIN")
     return content

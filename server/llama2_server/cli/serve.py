@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import click
 
-from llama2_server.cli.exit import EXIT_INTERRUPTED
 from llama2_server.cli.options import SettingsCommand
+from llama2_server.cli.signals import ignore_signals, stopped_by
 from llama2_server.config.sources import read_settings
 
 
@@ -26,9 +26,12 @@ def serve(**flags: Any) -> None:
       0    graceful shutdown
       2    invalid configuration
       70   the engine failed; restart the process
-      130  a second signal, or Ctrl-C during startup
+      130  a second signal, or Ctrl-C before the server served
+      143  SIGTERM before the server served
     """  # noqa: D301 - click's own escape: keep these lines unchanged
     resolved = read_settings(flags)
+    # gRPC's own lines name no setting. Each error that they report has a line of the server.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Imports create no garbage; the collector would take a tenth of the startup time to find none.
     gc.disable()
     # These imports are slow, and torch takes seconds, so errors that need neither are reported first.
@@ -36,17 +39,16 @@ def serve(**flags: Any) -> None:
     from llama2_server.telemetry import logging as logs
 
     logs.configure(resolved.settings.log_level, resolved.settings.log_format)
-    try:
-        with resolved.naming_sources():
-            inputs = preflight.check(resolved.settings)
-            from llama2_server import app
-            from llama2_server.lifecycle.drain import EXIT_ENGINE_FAILED
+    with resolved.naming_sources():
+        inputs = preflight.check(resolved.settings)
+        from llama2_server import app
+        from llama2_server.lifecycle.drain import EXIT_ENGINE_FAILED
 
-            gc.freeze()
-            gc.enable()
-            code = asyncio.run(app.serve(resolved.settings, inputs))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        gc.freeze()
+        gc.enable()
+        code = asyncio.run(app.serve(resolved.settings, inputs))
+    ignore_signals()  # the event loop has removed its handlers
+    sys.stderr.write(stopped_by(code) or "")
     _exit(code, at_once=code == EXIT_ENGINE_FAILED)
 
 

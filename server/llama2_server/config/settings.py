@@ -87,8 +87,9 @@ class Settings(BaseSettings):
     card: Annotated[str, Group.MODEL] = DEMO_CARD
     """Model card: demo, llama-2-7b-chat-fp16, or a card file."""
     weights: Annotated[str | None, Group.MODEL] = None
-    """Hugging Face Llama checkpoint: a directory or a Hub id.
-    An example of a Hub id is meta-llama/Llama-2-7b-chat-hf. The demo card includes its own weights."""
+    """Hugging Face Llama checkpoint: a directory, a Hub id, or demo.
+    An example of a Hub id is meta-llama/Llama-2-7b-chat-hf. The value demo selects the weights of the demo model, which
+    any card accepts; it is the default of the demo card."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Group.MODEL] = "auto"
     """Device that runs the model; auto selects CUDA if it is available."""
     dtype: Annotated[Literal["float16", "bfloat16", "float32"] | None, Group.MODEL] = None
@@ -103,6 +104,10 @@ class Settings(BaseSettings):
     """CPU kernels for float16: native code if available (auto), or torch."""
     gpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"
     """GPU kernels: Triton, compiled and tuned at startup (auto), or torch."""
+
+    require_stores: Annotated[bool, Group.USAGE] = False
+    """Refuse to start while Redis or the usage database does not answer.
+    By default, the server starts with a warning. A store that rejects the connection always stops the start."""
 
     listen: Annotated[str, Group.NETWORK, AfterValidator(_host_and_port)] = "127.0.0.1:50051"
     """Address that serves gRPC; port 0 selects a free port."""
@@ -195,11 +200,6 @@ class Settings(BaseSettings):
     # Messages name settings by their flags; `sources` replaces a flag by the variable or key that the operator used.
     @model_validator(mode="after")
     def _check_addresses(self) -> "Settings":
-        if self.weights is None and self.card != DEMO_CARD:
-            raise ValueError(
-                "--weights: this card needs weights; pass a checkpoint directory or a Hub id, "
-                "such as meta-llama/Llama-2-7b-chat-hf"
-            )
         if self.api_keys_file is None and not self.allow_unauthenticated and not is_loopback(self.listen):
             raise ValueError(
                 f"--listen: {self.listen} is not a loopback address and there are no API keys, so every client that "

@@ -22,7 +22,7 @@ from llama2_server.engine.model.interface import Model
 from llama2_server.engine.prefix_cache import PrefixCache
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceListener, SequenceResult
-from llama2_server.engine.step_runner import StepRunner, TokenOrError, host_step_runner
+from llama2_server.engine.step_runner import StepKind, StepRunner, TokenOrError, host_step_runner
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,11 @@ class Engine:
         self._step_started_at: float | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def step_kind(self) -> StepKind:
+        """How the steps are computed."""
+        return self._step_runner.kind
 
     @property
     def alive(self) -> bool:

@@ -6,6 +6,7 @@ This module samples on the host: in C++ as a part of the native step, or in torc
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from enum import StrEnum
 from typing import Protocol
 
 from torch import Tensor
@@ -22,8 +23,23 @@ TokenOrError = int | Exception
 """A row's next token id, or the error that prevented it."""
 
 
+class StepKind(StrEnum):
+    """How the steps are computed; logs, metrics and GetModelCard report it."""
+
+    NATIVE = "native"
+    """C++ on the CPU."""
+    TORCH = "torch"
+    """Plain torch, which is slower."""
+    CUDA_GRAPHS = "cuda_graphs"
+    """Custom kernels in CUDA graphs."""
+
+
 class StepRunner(Protocol):
     """Runs prefill and decode steps of a model and samples their tokens."""
+
+    @property
+    def kind(self) -> StepKind:
+        """How the steps are computed."""
 
     @property
     def lookahead(self) -> int:
@@ -53,6 +69,7 @@ def host_step_runner(model: Model) -> StepRunner:
 class HostStepRunner:
     """A step runner that samples with the reference sampler, one row after another."""
 
+    kind = StepKind.TORCH
     lookahead = 0  # because the next step needs the tokens of this one
 
     def __init__(self, model: Model) -> None:
@@ -87,6 +104,7 @@ class HostStepRunner:
 class NativeStepRunner:
     """A step runner that samples as a part of the native step; it uses no torch operation per token."""
 
+    kind = StepKind.NATIVE
     lookahead = 0  # because the next step needs the tokens of this one
 
     def __init__(self, decoder: NativeDecoder) -> None:

@@ -12,6 +12,7 @@ from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceListener, SequenceResult
+from llama2_server.engine.step_runner import StepKind
 from llama2_server.errors import EngineUnavailable, InternalError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ class SupervisedEngine:
         self._step_timeout_seconds = engine_step_timeout_seconds
         self._on_outcome = on_outcome
         self._failed = asyncio.Event()
+
+    @property
+    def step_kind(self) -> StepKind:
+        """How the engine computes its steps."""
+        return self._engine.step_kind
 
     @property
     def failed(self) -> bool:
@@ -123,7 +129,10 @@ class SupervisedEngine:
     async def close(self, timeout_seconds: float) -> None:
         """Cancel all sequences and end the engine's thread; the engine has failed if a step outlasts the timeout."""
         if not await asyncio.to_thread(self._engine.close, 0 if self.failed else timeout_seconds):
-            logger.warning("the engine's last step did not end within %.0f s; continuing without it", timeout_seconds)
+            if timeout_seconds > 0:
+                logger.warning(
+                    "the engine's last step did not end within %.0f s; continuing without it", timeout_seconds
+                )
             self._failed.set()
 
     def _has_failed(self) -> bool:

@@ -5,10 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import resources
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 from tqdm import tqdm
@@ -23,15 +21,20 @@ from llama2_server.engine.checkpoint.loader import fetch_checkpoint
 from llama2_server.engine.checkpoint.loader import load_model as load_weights
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.cuda.build import build_step_runner
+from llama2_server.engine.cuda.driver import has_nvidia_device, unusable_reason
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.interface import Model
 from llama2_server.engine.step_runner import StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint, uses_demo_weights
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_SECONDS = 5.0
 PROGRESS_INTERVAL_PERCENT = 10
+CUDA_REMEDY = "install a CUDA build of torch and a driver that fits it, or use --device cpu"
+# Smaller weights load within a second.
+MIN_PROGRESS_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def load_model(settings: Settings, card: ModelCard) -> LoadedModel:
 
 def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     started_at = time.monotonic()
-    checkpoint = _demo_checkpoint() if settings.weights is None else fetch_checkpoint(settings.weights)
+    checkpoint = demo_checkpoint() if uses_demo_weights(settings) else fetch_checkpoint(settings.weights or "")
     check_format(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
     check_chat_template(checkpoint, tokenizer, allow_other=settings.allow_other_chat_template)
@@ -72,6 +75,8 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     config = metadata.config
     if settings.max_position_embeddings is not None:
         config = replace(config, max_positions=settings.max_position_embeddings)
+    if uses_demo_weights(settings):  # any card can try the service with it; its stories are shorter than its context
+        config = replace(config, max_positions=max(config.max_positions, card.context_length_limit))
     with LoadingProgress(on_terminal=sys.stderr.isatty()) as progress:
         model = load_weights(
             checkpoint,
@@ -85,18 +90,22 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
             cpu_kernels=settings.cpu_kernels,
         )
     seconds = time.monotonic() - started_at
-    logger.info("loaded %s on %s as %s in %.1f s", card.name, model.device, model.dtype, seconds)
     step_runner = build_step_runner(
         model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
     )
+    name, kind = f"{card.name}, weights {settings.weights or 'demo'}", step_runner.kind
+    logger.info("loaded %s on %s as %s in %.1f s; step: %s", name, model.device, model.dtype, seconds, kind)
     return LoadedModel(tokenizer, model, metadata.eos_ids, model.weights.fingerprint(), step_runner)
 
 
 class LoadingProgress:
-    """Report the progress of loading: a bar on a terminal; otherwise a log record every 10% or every 5 seconds."""
+    """Report the progress of loading: a bar on a terminal; otherwise a log record every 10% or every 5 seconds.
+
+    Weights of at most MIN_PROGRESS_BYTES are not reported.
+    """
 
     def __init__(self, *, on_terminal: bool) -> None:
-        self._bar = tqdm(desc="loading weights", unit="B", unit_scale=True, leave=False, disable=not on_terminal)
+        self._bar: tqdm[NoReturn] | None = None
         self._on_terminal = on_terminal
         self._logged_percent = 0
         self._logged_at = time.monotonic()
@@ -107,12 +116,16 @@ class LoadingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def show(self, done: int, total: int) -> None:
         """Report that `done` of `total` bytes are on the device."""
+        if total <= MIN_PROGRESS_BYTES:
+            return
         if self._on_terminal:
-            self._bar.total = total
+            if self._bar is None:
+                self._bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, leave=False)
             self._bar.update(done - self._bar.n)
             return
         percent = 100 * done // max(total, 1)
@@ -128,14 +141,13 @@ class LoadingProgress:
 
 
 def _device(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(
-            "--device: cuda was requested and torch finds no CUDA device; use --device cpu, or install CUDA torch"
-        )
-    if device != "auto":
+    if device == "cpu":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _demo_checkpoint() -> Path:
-    return Path(str(resources.files("llama2_server") / "demo"))
+    reason = unusable_reason()
+    if reason is None:
+        return "cuda"
+    if device == "cuda":
+        raise ConfigurationError(f"--device: cuda was requested, but torch cannot use it: {reason}; {CUDA_REMEDY}")
+    if has_nvidia_device():
+        logger.warning("running on the CPU, although this machine has an NVIDIA device: %s; %s", reason, CUDA_REMEDY)
+    return "cpu"

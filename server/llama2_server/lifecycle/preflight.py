@@ -1,18 +1,26 @@
-"""Check the settings before torch is imported (seconds) and the weights are loaded (minutes)."""
+"""Check the settings and the machine before torch is imported (seconds) and the weights are loaded (minutes)."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from llama2_server.admission.accounts import AnonymousAuthenticator, ApiKeyAuthenticator, Authenticator
 from llama2_server.api.tls import CertificateFiles, RotatingCertificates
 from llama2_server.card import ModelCard, load_card
 from llama2_server.config.settings import Settings, is_loopback
 from llama2_server.configuration_error import ConfigurationError
-from llama2_server.redis_client import RedisClient
+from llama2_server.lifecycle.checks.checkpoint import check_checkpoint
+from llama2_server.lifecycle.checks.data_directory import check_data_directory
+from llama2_server.lifecycle.checks.ports import HeldPorts
+from llama2_server.lifecycle.checks.stores import check_stores
 from llama2_server.telemetry.telemetry import check_endpoint
 from llama2_server.usage.store import Store
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +33,39 @@ class StartupInputs:
     """The server's certificate; None for plaintext."""
     usage_store: Store | None = None
     """The store that `--usage-url` names, not connected; None for a file in the data directory."""
+    ports: HeldPorts = field(default_factory=HeldPorts)
+    """The ports that the services will listen on."""
 
 
 def check(settings: Settings) -> StartupInputs:
-    """Read the files that the settings name, and check the URLs without connecting to them.
+    """Check everything that is known before the weights load: files, ports, stores, disk, checkpoint and memory.
+
+    The ports stay bound from here on.
 
     Raises:
-        ConfigurationError: a file or a URL cannot be used.
+        ConfigurationError: the server cannot start; one line per error.
     """
-    card, authenticator, certificates = load_card(settings.card), _authenticator(settings), read_certificates(settings)
-    check_endpoint(settings.otlp_endpoint)
-    usage_store = create_usage_store(settings)
-    if settings.redis_url is not None:
+    errors: list[str] = []
+
+    def attempt(work: Callable[[], Result]) -> Result | None:
         try:
-            RedisClient(settings.redis_url.get_secret_value(), subject="store", timeout_seconds=1.0)
-        except (ValueError, ImportError) as error:
-            raise ConfigurationError(f"--redis-url: {error}") from error
-    return StartupInputs(card, authenticator, certificates, usage_store)
+            return work()
+        except ConfigurationError as error:  # the other checks follow, so that one start reports all errors
+            errors.append(str(error))
+            return None
+
+    card = attempt(lambda: load_card(settings.card))
+    authenticator = attempt(lambda: _authenticator(settings))
+    certificates = attempt(lambda: read_certificates(settings))
+    attempt(lambda: check_endpoint(settings.otlp_endpoint))
+    ports = attempt(lambda: HeldPorts.of(settings))
+    attempt(lambda: check_data_directory(settings))
+    if card is not None:
+        attempt(partial(check_checkpoint, settings, card))
+    attempt(lambda: check_stores(settings))
+    if errors or card is None or authenticator is None or ports is None:
+        raise ConfigurationError("\n".join(errors))
+    return StartupInputs(card, authenticator, certificates, create_usage_store(settings), ports)
 
 
 def create_usage_store(settings: Settings) -> Store | None:

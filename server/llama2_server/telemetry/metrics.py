@@ -90,7 +90,12 @@ class Metrics:
         self._steps = {phase: self._step.labels(phase) for phase in ("prefill", "decode")}
 
     def register(
-        self, model_name: str, model: ModelProperties, methods: Iterable[str], collectors: Iterable[Collector]
+        self,
+        model_name: str,
+        model: ModelProperties,
+        step_kind: str,
+        methods: Iterable[str],
+        collectors: Iterable[Collector],
     ) -> None:
         """Register the metrics of the parts: the model, the API's methods, and each part's own collector.
 
@@ -102,12 +107,19 @@ class Metrics:
             self._request_seconds.labels(method)
         for collector in collectors:
             self.registry.register(collector)
-        self._register_model(model_name, model)
+        self._register_model(model_name, model, step_kind)
 
-    def _register_model(self, name: str, model: ModelProperties) -> None:
-        build = Info("llama2_build", "Version of the server, and the model that it serves.", registry=self.registry)
+    def _register_model(self, name: str, model: ModelProperties, step_kind: str) -> None:
+        build = Info(
+            "llama2_build",
+            "Version of the server, the model that it serves, and the kind of its steps.",
+            registry=self.registry,
+        )
         dtype = str(model.dtype).removeprefix("torch.")
-        build.info({"version": version("llama2-grpc"), "model": name, "device": str(model.device), "dtype": dtype})
+        device = str(model.device)
+        build.info(
+            {"version": version("llama2-grpc"), "model": name, "device": device, "dtype": dtype, "step": step_kind}
+        )
         memory = Gauge(
             "llama2_device_memory_bytes",
             "Memory that torch has allocated on a CUDA device; on a CPU, size of the weights and the KV cache.",

@@ -64,6 +64,11 @@ class Store:
         async with self._connection() as connection, connection.begin():
             await connection.execute(self._insert, rows)
 
+    async def connect(self) -> None:
+        """Connect, to find out whether the database accepts this server; its schema may be missing."""
+        async with self._connection() as connection:
+            await (await connection.execution_options(**{READ_ONLY: True})).execute(sa.select(1))
+
     async def ping(self) -> None:
         """Read at most one record, to find out whether the store answers."""
         async with self._connection() as connection:

@@ -253,7 +253,9 @@ async def test_ledger_memory_and_build(serve_scripted: ServiceMaker, watched: Wa
         assert (watched.value("process_resident_memory_bytes") or 0) > 10**7
         text = generate_latest(watched.telemetry.metrics.registry).decode()
         assert re.search(
-            r'^llama2_build_info\{device="cpu",dtype="float32",model="@demo/storyteller",version="\d.*"\} 1', text, re.M
+            r'^llama2_build_info\{device="cpu",dtype="float32",model="@demo/storyteller",step="torch",version="\d.*"\}',
+            text,
+            re.M,
         )
 
 

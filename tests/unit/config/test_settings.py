@@ -18,6 +18,7 @@ PASSWORD = "correct-horse"  # noqa: S105
 VALUES: Mapping[str, tuple[Any, Any]] = {
     "card": ("one.yaml", "two.yaml"),
     "weights": ("one", "two"),
+    "require_stores": (False, True),
     "listen": ("127.0.0.1:1", "[::1]:2"),
     "device": ("cpu", "cuda"),
     "cpu_kernels": ("auto", "torch"),
@@ -151,7 +152,6 @@ def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None
         (["--listen", "here"], "--listen: must be HOST:PORT, such as 127.0.0.1:50051"),
         (["--health-listen", "127.0.0.1:50051"], "must be different addresses"),
         (["--listen", "0.0.0.0:1"], "--listen: 0.0.0.0:1 is not a loopback address and there are no API keys"),
-        (["--card", "other.yaml"], "--weights: this card needs weights"),
         (["--tls-key", "key.pem"], "--tls-certificate: missing; TLS needs both --tls-certificate and --tls-key"),
         (["--tls-client-ca", "ca.pem"], "--tls-client-ca: mutual TLS also needs --tls-certificate and --tls-key"),
         (["--config", "/no/such/file"], "--config: cannot read /no/such/file: No such file or directory"),

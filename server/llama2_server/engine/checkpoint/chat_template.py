@@ -10,7 +10,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from llama2_server.engine.checkpoint.files import read_json
+from llama2_server.engine.checkpoint.layout import read_json
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.text.tokenizer import ChatMessage, Tokenizer
 

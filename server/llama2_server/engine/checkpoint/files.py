@@ -1,17 +1,16 @@
-"""The files of a Hugging Face Llama checkpoint: configuration and tensor table. No tensor is read here."""
+"""The configuration and the tensor table of a Hugging Face Llama checkpoint. No tensor is read here."""
 
-import json
-import re
-import struct
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from llama2_server.engine.checkpoint.layout import check_architecture, read_headers, read_json
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.model.weights import LlamaConfig
 
@@ -19,13 +18,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
     from transformers import LlamaConfig as HFConfig
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt")
-# Rotary buffers, per layer or for the whole model: inv_freq, cos_cached and others. They follow from the configuration.
-DERIVED = re.compile(r"(model\.)?(layers\.\d+\.)?(self_attn\.)?rotary_emb\.\w+")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-QUANTIZERS = {"awq": "AWQ", "gptq": "GPTQ"}
 # Upper bounds, several times the largest published Llama. They are checked before anything is sized by them.
 MAX_SIZES = {
     "vocab_size": 2**20,
@@ -114,53 +107,10 @@ def read_tensor_table(directory: Path) -> dict[str, TensorEntry]:
     Raises:
         WeightsError: a file is missing, truncated or not safetensors, or two files contain the same tensor.
     """
-    table: dict[str, TensorEntry] = {}
-    for path in _shards(directory):
-        for name, tensor in _read_header(path):
-            if name in table:
-                raise WeightsError(
-                    f"{path}: contains tensor {name}, which {table[name].path.name} contains too; fetch both again"
-                )
-            table[name] = tensor
-    return table
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of the checkpoint.
-
-    Raises:
-        WeightsError: the file is missing, unreadable or has no JSON object.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file; pass the directory of a Hugging Face Llama checkpoint") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: not valid JSON: {error}; fetch it again") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: contains a JSON {type(content).__name__}, expected an object; fetch it again")
-    return content
-
-
-def check_architecture(path: Path, raw: dict[str, Any]) -> None:
-    """Check the content of a config.json, without transformers.
-
-    Raises:
-        WeightsError: it is not the configuration of an unquantized Llama.
-    """
-    if raw.get("architectures") != ["LlamaForCausalLM"] or raw.get("model_type") != "llama":
-        found = f"{raw.get('architectures')} of model_type {raw.get('model_type')!r}"
-        raise WeightsError(
-            f"{path}: architectures is {found}, expected ['LlamaForCausalLM'] of model_type 'llama'; "
-            "pass a Llama checkpoint"
-        )
-    for key in ("quantization_config", "quantization"):  # the second by MLX
-        if (quantization := raw.get(key)) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            name = f"with {QUANTIZERS.get(method, method)} " if isinstance(method, str) else ""
-            raise WeightsError(
-                f"{path}: the weights are quantized {name}({key}); pass a checkpoint with unquantized weights"
-            )
+    return {
+        name: TensorEntry(entry.path, DTYPES[entry.dtype], entry.shape, entry.offset)
+        for name, entry in read_headers(directory).items()
+    }
 
 
 def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
@@ -168,7 +118,8 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
     from transformers import LlamaConfig as HFConfig  # takes seconds to import
 
     try:
-        config = HFConfig.from_dict(raw)
+        with _without_warnings():
+            config = HFConfig.from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise WeightsError(f"{path}: {' '.join(str(error).split())}; fetch it again") from error
     for name, limit in MAX_SIZES.items():
@@ -186,7 +137,8 @@ def _parse_generation_config(directory: Path) -> "GenerationConfig":
     path = directory / "generation_config.json"
     read_json(path)
     try:
-        return GenerationConfig.from_pretrained(directory)
+        with _without_warnings():
+            return GenerationConfig.from_pretrained(directory)
     # Each entry has its own parser in transformers, and they raise various exceptions. All mean an invalid entry.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -194,6 +146,18 @@ def _parse_generation_config(directory: Path) -> "GenerationConfig":
             f"{path}: transformers rejects it ({reason}); correct the entry, or remove the file to use the "
             "eos_token_id of config.json"
         ) from error
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Suppress transformers' warnings during the body: raw lines on stderr next to the error of the server."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_config(path: Path, config: "HFConfig") -> None:
@@ -219,55 +183,3 @@ def _check_config(path: Path, config: "HFConfig") -> None:
 
 def _rope(config: "HFConfig") -> dict[str, Any]:
     return dict(config.rope_parameters or {})
-
-
-def _shards(directory: Path) -> list[Path]:
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return _indexed_shards(index)
-    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in directory.glob(pattern))
-    if pickles:
-        raise WeightsError(
-            f"{directory}: has only pickle files ({pickles[0]}), which can run code when loaded; fetch the "
-            "checkpoint's safetensors files, or convert it with transformers' save_pretrained"
-        )
-    raise WeightsError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; fetch the checkpoint again")
-
-
-def _indexed_shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{index}: has no weight_map of tensor names to files; fetch it again")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
-        if Path(name).name != name:
-            raise WeightsError(f"{index}: names {name!r}, expected a file in the same directory; fetch it again")
-        if not (index.parent / name).is_file():
-            raise WeightsError(f"{index.parent / name}: no such file, but {index.name} names it; fetch it again")
-    return [index.parent / name for name in names]
-
-
-def _read_header(path: Path) -> Iterator[tuple[str, TensorEntry]]:
-    """Yield the tensors of a file by name; https://github.com/huggingface/safetensors#format describes the format."""
-    try:
-        # The library validates the header and the size of the file, but does not return the offsets.
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a complete safetensors file: {error}; fetch it again") from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if DERIVED.fullmatch(name):
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise WeightsError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}; "
-                "pass an unquantized checkpoint"
-            )
-        start = 8 + length + entry["data_offsets"][0]
-        yield name, TensorEntry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama2_server.engine.checkpoint.files import check_architecture, read_json
+from llama2_server.engine.checkpoint.layout import check_architecture, read_json
 from llama2_server.engine.errors import WeightsError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -37,6 +37,15 @@ def fetch_checkpoint(weights: str) -> Path:
     Raises:
         WeightsError: the directory does not exist, or the Hub does not provide the checkpoint.
     """
+    return find_checkpoint(weights) or _download(weights)
+
+
+def find_checkpoint(weights: str) -> Path | None:
+    """Return the directory of a checkpoint on this machine, or None for an `org/name` on the Hub.
+
+    Raises:
+        WeightsError: it is neither.
+    """
     directory = _expand_home(weights)
     if weights and directory.is_dir():
         return directory
@@ -48,7 +57,7 @@ def fetch_checkpoint(weights: str) -> Path:
             f"{weights}: not a directory and not an org/name on the Hugging Face Hub; pass a checkpoint's directory "
             "or its Hub id"
         )
-    return _download(weights)
+    return None
 
 
 def download_to(directory: Path, repository: str, revision: str | None = None) -> bool:

@@ -11,9 +11,11 @@ from torch import Tensor
 from llama2_server.engine.checkpoint.digests import verify_digests
 from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
 from llama2_server.engine.checkpoint.hub import fetch_checkpoint
+from llama2_server.engine.checkpoint.layout import check_context
 from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.errors import WeightsError
+from llama2_server.engine.memory import LOWER_MEMORY_USE, MemoryNeed, available_bytes, check_memory
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.llama import CpuKernels, LlamaModel
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
@@ -25,7 +27,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Number of threads that read tensors. One thread would spend more time on new memory pages than on reading.
 CPU_READERS = 2
 
-LOWER_MEMORY_USE = "free memory, or lower context_length_limit or max_concurrent_requests in the card (--card)"
 MATCHING_FILES = "use the config.json and the weights of the same checkpoint"
 
 Progress = Callable[[int, int], None]  # called with the loaded and the total number of bytes
@@ -62,7 +63,7 @@ def load_model(
             before memory is allocated.
     """
     config = config or read_config(directory)
-    _check_context(directory, config, context_length)
+    check_context(directory, config.max_positions, context_length)
     _check_tokenizer(directory, config, tokenizer or open_tokenizer(directory))
     stored = read_tensor_table(directory)
     verify_digests(directory, {tensor.path for tensor in stored.values()})
@@ -87,26 +88,12 @@ def _no_progress(done_bytes: int, total_bytes: int) -> None:
 
 
 def _check_memory(directory: Path, device: str, weights_bytes: int, cache_bytes: int, tokens: str) -> None:
-    """Raise WeightsError before any tensor is read, if the memory that is free on a CUDA device is too small."""
-    if torch.device(device).type != "cuda":
-        return
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    needed_bytes = weights_bytes + cache_bytes
-    if needed_bytes > free_bytes:
-        raise WeightsError(
-            f"{directory}: needs {needed_bytes / 1e9:.1f} GB on {device} ({weights_bytes / 1e9:.1f} GB of weights, "
-            f"{cache_bytes / 1e9:.1f} GB of KV cache for {tokens}), but only {free_bytes / 1e9:.1f} of "
-            f"{total_bytes / 1e9:.1f} GB are free; {LOWER_MEMORY_USE}"
-        )
-
-
-def _check_context(directory: Path, config: LlamaConfig, context_length: int) -> None:
-    if context_length > config.max_positions:
-        raise WeightsError(
-            f"{directory / 'config.json'}: max_position_embeddings is {config.max_positions}, "
-            f"expected at least {context_length}; if the model was trained with a longer context, as Llama-2 was with "
-            "4096 tokens, set --max-position-embeddings; otherwise lower context_length_limit in the card (--card)"
-        )
+    """Raise WeightsError before any tensor is read, if the free memory of the device is too small."""
+    need = MemoryNeed(weights_bytes, cache_bytes, tokens)
+    if torch.device(device).type == "cuda":
+        check_memory(directory, device, need, *torch.cuda.mem_get_info(device))
+    else:
+        check_memory(directory, device, need, available_bytes())
 
 
 def _check_tokenizer(directory: Path, config: LlamaConfig, tokenizer: Tokenizer) -> None:

@@ -24,7 +24,7 @@ from llama2_server.engine.cuda.sampling import (
 from llama2_server.engine.errors import NonFiniteLogits
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sequence import Sequence
-from llama2_server.engine.step_runner import TokenOrError
+from llama2_server.engine.step_runner import StepKind, TokenOrError
 
 ForwardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps token ids, slots and positions, each (rows,), to float32 logits (rows, vocab_size); see cuda/forward.py."""
@@ -60,6 +60,7 @@ class _HostBuffers:
 class CudaStepRunner:
     """A step runner that samples on the device; `capture_graphs` records its steps as CUDA graphs."""
 
+    kind = StepKind.CUDA_GRAPHS
     lookahead = 1
 
     def __init__(self, model: LlamaModel, forward: ForwardFunction) -> None:
