@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-SILENCE_SECONDS = 4.0
+IDLE_TIMEOUT_SECONDS = 4.0
 LARGE_MEGABYTES = 20.0
 EXIT_INTERRUPTED = 130
 PLAN = (
@@ -65,7 +65,7 @@ class Report:
             yield line
 
 
-def follow(lines: Iterator[str], report: Report, interval_seconds: float = SILENCE_SECONDS) -> Iterator[str]:
+def follow(lines: Iterator[str], report: Report, interval_seconds: float = IDLE_TIMEOUT_SECONDS) -> Iterator[str]:
     """Yield the report of pip's lines, and a line whenever nothing was yielded for `interval_seconds`."""
     inbox: queue.Queue[str | None] = queue.Queue()
 
