@@ -25,7 +25,7 @@ and the trailers; only `api/interceptor.py` sends them.
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -154,14 +154,22 @@ class ResourceExhausted(ServiceError):
     """The call cannot be accepted now; the client may retry after `retry_after_seconds`."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    keeps_order: bool = False
+    """Whether the call, if it returns at its retry time, has the order in the queue that it had at the rejection."""
 
     def __init__(self, message: str, retry_after_seconds: float) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
 
+    def retry_after(self, seconds: float) -> Self:
+        """Return a copy of the error with this retry time, because several calls can share an error."""
+        error = type(self).__new__(type(self), *self.args)
+        error.__dict__.update(self.__dict__, retry_after_seconds=seconds)
+        return error
+
 
 class QuotaExceeded(ResourceExhausted):
-    """The account has used up its requests per minute; the delay of RetryInfo is exact."""
+    """The account has used up its requests per minute."""
 
     reason = "QUOTA_EXCEEDED"
 
@@ -183,12 +191,17 @@ class QueueFull(ResourceExhausted):
     reason = "QUEUE_FULL"
     refunds_quota = True
 
+    def __init__(self, message: str, retry_after_seconds: float, *, displaced: bool = False) -> None:
+        super().__init__(message, retry_after_seconds)
+        self.keeps_order = not displaced
+
 
 class QueueWaitTooLong(ResourceExhausted):
     """The wait for a slot exceeds the call's deadline or the queue timeout."""
 
     reason = "QUEUE_WAIT_TOO_LONG"
     refunds_quota = True
+    keeps_order = True
 
 
 class Unavailable(ServiceError):

@@ -6,7 +6,7 @@ Redis' clock. The decision and the time of the next allowed request come from on
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,8 @@ from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable, ServiceEr
 from llama2_server.redis_client import RedisClient, RedisUnavailable
 
 STORE_TIMEOUT_SECONDS = 1.0
+RETURN_SECONDS = 1.0
+"""The longest time after its retry time at which an obedient call returns."""
 
 # KEYS: the account's window, a list of times in microseconds, newest first.
 # ARGV: limit, window in microseconds, `read`, `consume` or `refund`, and for `refund` the time of the consumed request.
@@ -116,6 +118,7 @@ class Quota(Collector):
     ) -> None:
         self._limits = limits
         self._fallback = fallback
+        self._window_seconds = window_seconds
         window = round(window_seconds * 1e6)
         self._local = _LocalWindows(window)
         self._shared = None if redis_url is None else _RedisWindows(redis_url, window, model)
@@ -196,6 +199,25 @@ class Quota(Collector):
         if window is None:
             window = self._local.use(account_id, limit, consume=False)
         return QuotaStatus(limit, max(0, limit - window.used), window.reset_in / 1e6)
+
+    async def retry_seconds(self, account_id: str, expected: Sequence[float]) -> float:
+        """Return the time until one more request is allowed if other requests come as expected; nothing is counted.
+
+        Args:
+            account_id: the account.
+            expected: sorted times of the event loop's clock; each request comes at most RETURN_SECONDS later.
+
+        Raises:
+            QuotaStoreUnavailable: as `consume`.
+        """
+        limit = self.limit(account_id)
+        if len(expected) >= limit:
+            now = asyncio.get_running_loop().time()
+            return max(0.0, expected[-limit] + self._window_seconds + RETURN_SECONDS - now)
+        window = await self._use_shared(account_id, limit - len(expected), "read")
+        if window is None:
+            window = self._local.use(account_id, limit - len(expected), consume=False)
+        return window.retry_in / 1e6
 
     async def close(self) -> None:
         """Disconnect from Redis."""

@@ -6,9 +6,7 @@ queue runs on the event loop and needs no locks: nothing awaits between a check 
 """
 
 import asyncio
-import heapq
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
@@ -16,14 +14,14 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from llama2_server.admission.reservation import Reservation, SlotLease
-from llama2_server.admission.round_robin import RoundRobin
-from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
+from llama2_server.admission.fair_queue import FairQueue
+from llama2_server.admission.reservation import Order, Reservation, SlotLease
+from llama2_server.admission.retry_times import ExpectedCall, RetryTimes
+from llama2_server.admission.wait_estimate import WaitEstimate
+from llama2_server.errors import DeadlineExceeded, QueueFull, ShuttingDown
 
 logger = logging.getLogger(__name__)
 
-# Weight of the newest hold in the moving average: a change of load shows after a handful of requests.
-EMA_ALPHA = 0.3
 GRANT_RETRY_SECONDS = 1.0
 
 
@@ -47,10 +45,9 @@ class RequestQueue(Collector):
         self._max_queue_size = max_queue_size
         self._queue_timeout_seconds = queue_timeout_seconds
         self._granted = 0  # slots in use, or granted to a request whose task has not run yet
-        self._leases: set[SlotLease] = set()
-        self._waiting: RoundRobin[Reservation] = RoundRobin()
-        self._displacing: Counter[str] = Counter()  # reservations per account that displace another when confirmed
-        self._mean_hold_seconds: float | None = None
+        self._waiting = FairQueue()
+        self._retry_times = RetryTimes()
+        self._waits = WaitEstimate(slots, self._waiting, self._retry_times)
         self._closed = False
         self._grant_retry: asyncio.TimerHandle | None = None
 
@@ -73,15 +70,17 @@ class RequestQueue(Collector):
         mean = "Moving average of the time that a request holds its slot; 0 before the first one."
         yield GaugeMetricFamily("llama2_mean_slot_time_seconds", mean, self._mean_hold_seconds or 0.0)
 
-    def reserve(self, account_id: str, deadline: float | None) -> Reservation:
+    def reserve(self, account_id: str, deadline: float | None, call_key: int = 0) -> Reservation:
         """Reserve a slot or space in the queue for a request; the caller must `confirm` or `release` it.
 
         If the queue is full, a request whose account has at least two requests fewer in it than the largest account
         still gets a reservation. When it is confirmed, it displaces the newest request of the largest account.
+        A call that returns at its retry time keeps the order of its first try, and is not displaced.
 
         Args:
-            account_id: the account that the request belongs to.
+            account_id: the account of the request.
             deadline: a time of the event loop's clock, or None.
+            call_key: equal for equal calls; 0 for a call that is not equal to another one.
 
         Raises:
             QueueFull: the queue is full.
@@ -89,14 +88,17 @@ class RequestQueue(Collector):
             ShuttingDown: the server is shutting down.
         """
         self.check_open()
-        reservation = Reservation(account_id, displaces=not self._has_space())
-        if reservation.displaces and not self._may_displace(account_id, self._displacing[account_id]):
+        returning = self._retry_times.claim(call_key, _now())
+        displaces = not self._has_space(returning=returning is not None)
+        if displaces and not self._waiting.may_displace(account_id, counts_displacing=True):
             raise self._queue_full()
-        self._check_wait(account_id, deadline)
-        if reservation.displaces:
-            self._displacing[account_id] += 1
+        order = returning.order if returning is not None and returning.order else self._waiting.next_order(account_id)
+        reservation = Reservation(account_id, order, displaces=displaces, displaceable=returning is None)
+        self._check_wait(order, deadline, returning=returning is not None)
+        if displaces:
+            self._waiting.start_displacing(account_id)
         else:
-            self._waiting.add(account_id, reservation)
+            self._waiting.add(reservation)
         return reservation
 
     def confirm(self, reservation: Reservation) -> None:
@@ -110,10 +112,11 @@ class RequestQueue(Collector):
             self._end_displacing(reservation)
             self.check_open()
             self._make_space(reservation.account_id)
-            self._waiting.add(reservation.account_id, reservation)
+            self._waiting.add(reservation)
         elif reservation.error is not None:
             raise reservation.error
         reservation.confirmed_at = _now()
+        self._waiting.make_ready(reservation)
         self._grant_free_slots()
 
     def enter(self, account_id: str, deadline: float | None) -> Reservation:
@@ -130,7 +133,7 @@ class RequestQueue(Collector):
             reservation.granted = False
             self._release()
         else:
-            self._waiting.remove(reservation.account_id, reservation)
+            self._waiting.remove(reservation)
 
     @asynccontextmanager
     async def slot(self, reservation: Reservation, deadline: float | None) -> AsyncIterator[SlotLease]:
@@ -151,7 +154,7 @@ class RequestQueue(Collector):
         finally:
             self._report_wait(_now() - started_at)
         lease = SlotLease(_now() - started_at, _now())
-        self._leases.add(lease)
+        self._waits.leases.add(lease)
         try:
             yield lease
         finally:
@@ -174,45 +177,59 @@ class RequestQueue(Collector):
 
     def estimated_wait_seconds(self, account_id: str) -> float:
         """Return how long a new request of this account would wait; 0 before the first measurement."""
-        if self._granted + len(self._waiting) < self._slots:
-            return 0.0
-        free_times = self._slot_free_times()
-        mean = self._mean_hold_seconds or 0.0
-        for _ in range(self._waiting.position(account_id)):
-            heapq.heapreplace(free_times, free_times[0] + mean)
-        return free_times[0]
+        order = self._waiting.next_order(account_id)
+        return 0.0 if self._occupied() < self._slots else self._waits.until_slot(order, returning=False)
 
-    def _check_wait(self, account_id: str, deadline: float | None) -> None:
+    def retry_times(self, account_id: str) -> list[float]:
+        """Return the times at which rejected calls of an account are told to return, by the event loop's clock."""
+        return self._retry_times.of_account(account_id, _now())
+
+    def add_retry_time(
+        self, account_id: str, call_key: int, earliest_seconds: float, per_minute: int, *, keeps_order: bool
+    ) -> float:
+        """Return after how many seconds, at least the earliest, a rejected call finds space in the queue.
+
+        `per_minute` is the account's quota. If asked, the call then has the order that it would have now.
+        """
+        now = _now()
+        ahead = len(self._retry_times.of_account(account_id, now))
+        order = self._waiting.next_order(account_id, ahead) if keeps_order else None
+        earliest = now + max(earliest_seconds, self._seconds_until_space())
+        call = ExpectedCall(account_id, call_key, order)
+        return self._retry_times.add(call, earliest, self._waits.spacing_seconds, per_minute, now) - now
+
+    def _check_wait(self, order: Order, deadline: float | None, *, returning: bool) -> None:
+        if self._occupied() < self._slots:
+            return
         limit_seconds = self._queue_timeout_seconds
         if deadline is not None:
             limit_seconds = min(limit_seconds, deadline - _now())
-        estimate = self.estimated_wait_seconds(account_id)
-        if estimate > limit_seconds and self._granted + len(self._waiting) >= self._slots:
-            raise self._wait_too_long(limit_seconds, estimate)
+        self._waits.check(order, limit_seconds, returning=returning)
 
-    def _has_space(self) -> bool:
-        return self._granted + len(self._waiting) < self._slots + self._max_queue_size
+    def _occupied(self) -> int:
+        return self._granted + len(self._waiting)
 
-    def _may_displace(self, account_id: str, displacing: int = 0) -> bool:
-        """Return whether fairness gives an account, with `displacing` requests more than it has, a place of another."""
-        largest = self._waiting.largest()
-        return largest is not None and self._waiting.count(account_id) + displacing + 2 <= self._waiting.count(largest)
+    def _has_space(self, *, returning: bool = False) -> bool:
+        occupied = self._occupied()
+        kept = 0 if returning or occupied < self._slots else self._waits.kept_space(self._max_queue_size)
+        return occupied < self._slots + self._max_queue_size - kept
+
+    def _seconds_until_space(self) -> float:
+        """Return the time until the queue has space for a rejected call, if one generation takes twice the mean."""
+        return 0.0 if self._has_space() else self._waits.until_space(self._max_queue_size)
 
     def _make_space(self, account_id: str) -> None:
         """Displace the newest request of the largest account, unless there is space; raises QueueFull."""
         if self._has_space():
             return
-        largest = self._waiting.largest()
-        if largest is None or not self._may_displace(account_id):
+        if not self._waiting.may_displace(account_id, counts_displacing=False):
             raise self._queue_full()
         message = "the request queue is full, and an account with fewer requests in it came first; retry"
-        self._waiting.pop_newest(largest).reject(QueueFull(message, self._slot_free_times()[0]))
+        self._waiting.pop_displaced().reject(QueueFull(message, self._seconds_until_space(), displaced=True))
 
     def _end_displacing(self, reservation: Reservation) -> None:
         reservation.displaces = False
-        self._displacing[reservation.account_id] -= 1
-        if not self._displacing[reservation.account_id]:
-            del self._displacing[reservation.account_id]
+        self._waiting.end_displacing(reservation.account_id)
 
     async def _wait_until_granted(self, reservation: Reservation, deadline: float | None) -> None:
         timeout_at = reservation.confirmed_at + self._queue_timeout_seconds
@@ -224,17 +241,13 @@ class RequestQueue(Collector):
             if deadline is not None and deadline <= timeout_at:
                 raise DeadlineExceeded("the deadline passed in the request queue") from None
             estimate = self.estimated_wait_seconds(reservation.account_id)
-            raise self._wait_too_long(self._queue_timeout_seconds, estimate) from None
+            raise self._waits.too_long(estimate, self._queue_timeout_seconds) from None
         if reservation.error is not None:
             raise reservation.error
 
     def _queue_full(self) -> QueueFull:
         message = f"the request queue is full ({self._max_queue_size} waiting)"
-        return QueueFull(message, self._slot_free_times()[0])
-
-    def _wait_too_long(self, limit_seconds: float, estimate: float) -> QueueWaitTooLong:
-        message = f"the estimated wait is {estimate:.1f} s, and this call can wait {max(0.0, limit_seconds):.1f} s"
-        return QueueWaitTooLong(message, max(estimate - limit_seconds, 0.0))
+        return QueueFull(message, self._seconds_until_space())
 
     def _report_wait(self, seconds: float) -> None:
         try:
@@ -244,7 +257,7 @@ class RequestQueue(Collector):
 
     def _end_lease(self, lease: SlotLease, reservation: Reservation) -> None:
         """Free the slot of a lease, whatever fails."""
-        self._leases.discard(lease)
+        self._waits.leases.discard(lease)
         try:
             self._update_mean_hold(_now() - lease.started_at)
         except Exception:  # the next request needs the slot; only its estimated wait is less exact
@@ -268,7 +281,7 @@ class RequestQueue(Collector):
 
     def _grant_next(self) -> bool:
         """Grant a slot to the next ready request; return False without one."""
-        reservation = self._waiting.pop_next(lambda waiting: waiting.ready)
+        reservation = self._waiting.pop_next()
         if reservation is None:
             return False
         reservation.granted = True
@@ -277,16 +290,7 @@ class RequestQueue(Collector):
         return True
 
     def _update_mean_hold(self, hold_seconds: float) -> None:
-        mean = hold_seconds if self._mean_hold_seconds is None else self._mean_hold_seconds
-        self._mean_hold_seconds = mean + EMA_ALPHA * (hold_seconds - mean)
-
-    def _slot_free_times(self) -> list[float]:
-        """Return, as a heap, the seconds until each slot is expected to be free."""
-        mean = self._mean_hold_seconds or 0.0
-        free_times = [max(0.0, lease.started_at + mean - _now()) for lease in self._leases]
-        free_times += [mean] * (self._slots - len(free_times))
-        heapq.heapify(free_times)
-        return free_times
+        self._waits.add_hold(hold_seconds)
 
 
 def _now() -> float:

@@ -17,15 +17,22 @@ class SlotLease:
     """When the slot was granted, by the event loop's clock."""
 
 
+Order = tuple[int, int]
+"""The place of a request in the queue: its round, and the number of its arrival."""
+
+
 class Reservation:
     """A request's claim on a slot; only the `RequestQueue` that created it changes it."""
 
-    __slots__ = ("account_id", "confirmed_at", "decided", "displaces", "error", "granted")
+    __slots__ = ("account_id", "confirmed_at", "decided", "displaceable", "displaces", "error", "granted", "order")
 
-    def __init__(self, account_id: str, *, displaces: bool) -> None:
+    def __init__(self, account_id: str, order: Order, *, displaces: bool, displaceable: bool) -> None:
         self.account_id = account_id
+        self.order = order
         self.displaces = displaces
         """Whether it is not in the queue yet, and displaces another request when it is confirmed."""
+        self.displaceable = displaceable
+        """Whether another request can displace it."""
         self.confirmed_at = math.inf
         """When it began to wait, by the event loop's clock; before, no slot is granted to it."""
         self.granted = False
@@ -40,8 +47,3 @@ class Reservation:
         self.error = error
         if not self.decided.done():
             self.decided.set_result(None)
-
-    @property
-    def ready(self) -> bool:
-        """Whether a slot can be granted: it is confirmed, and its request has not been cancelled."""
-        return self.confirmed_at < math.inf and not self.decided.done()

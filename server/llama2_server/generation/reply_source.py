@@ -5,8 +5,8 @@ rejected request leaves no record, and costs no quota: what it consumed is given
 """
 
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 
 from llama2_server.admission.quota import Quota
@@ -14,6 +14,7 @@ from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import Reservation
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.errors import QueueFull, QueueWaitTooLong, QuotaExceeded, QuotaStoreUnavailable
 from llama2_server.generation.accounting import RecordedRequest, UsageRecorder
 from llama2_server.generation.coalescing import Coalescer, Subscription
 from llama2_server.generation.generation import Generation
@@ -36,6 +37,11 @@ class ReplyRequest:
     """Identifies equal requests; None neither reads a cached or running reply nor stores one."""
     deadline: float | None
     """The call's deadline by the event loop's clock, or None."""
+
+    @property
+    def call_key(self) -> int:
+        """Equal for calls with the same request, so that a rejected call is known when it returns."""
+        return hash((self.account_id, self.prompt, replace(self.params, seed=0)))
 
 
 class ReplySource:
@@ -70,6 +76,12 @@ class ReplySource:
             ServiceError: the request was rejected, or an error of the body.
         """
         self._queue.check_open()
+        times = retry_times(self._queue, self._quota, request.account_id, request.call_key)
+        async with times, self._source(call, request) as reply:
+            yield reply
+
+    @asynccontextmanager
+    async def _source(self, call: Call, request: ReplyRequest) -> AsyncIterator[Reply]:
         self._ledger.check_capacity(call.request_id, request.account_id, self._model)
         if (cached := await self._cached_reply(request.cache_key)) is not None:
             async with self._admitted(call, request) as recorded:
@@ -83,7 +95,7 @@ class ReplySource:
                     yield _generated_reply(call, recorded, running)
                 return
         # Nothing awaits between the look for a running generation and the reservation.
-        reservation = self._queue.reserve(request.account_id, request.deadline)
+        reservation = self._queue.reserve(request.account_id, request.deadline, request.call_key)
         with ExitStack() as reserved:
             reserved.callback(self._queue.release, reservation)
             async with self._quota.charge(request.account_id):
@@ -136,6 +148,24 @@ class ReplySource:
             finish_reason = generation.finish_reason.name
             entry = CacheEntry(generation.text, finish_reason, tokens.input_tokens, tokens.output_tokens, seed)
             await self._response_cache.put(key, entry)
+
+
+@asynccontextmanager
+async def retry_times(queue: RequestQueue, quota: Quota, account_id: str, call_key: int) -> AsyncIterator[None]:
+    """Give an error of the body, for lack of capacity or quota, the time at which neither rejects the call again.
+
+    Raises:
+        ResourceExhausted: an error of the body, with its retry time.
+    """
+    try:
+        yield
+    except (QueueFull, QueueWaitTooLong, QuotaExceeded) as error:
+        earliest = error.retry_after_seconds or 0.0
+        limit = quota.limit(account_id)
+        with suppress(QuotaStoreUnavailable):  # then the queue's time is the best answer
+            earliest = max(earliest, await quota.retry_seconds(account_id, queue.retry_times(account_id)))
+        seconds = queue.add_retry_time(account_id, call_key, earliest, limit, keeps_order=error.keeps_order)
+        raise error.retry_after(seconds) from None
 
 
 def _generated_reply(call: Call, recorded: RecordedRequest, subscription: Subscription[Generation]) -> GeneratedReply:

@@ -84,6 +84,26 @@ async def test_quota_rejection_gives_the_space_in_the_queue_back(
         await remaining_text(held)
 
 
+async def test_retry_time_is_the_later_one_of_queue_and_quota(
+    serve_scripted: ServiceMaker, limited_card: ModelCard
+) -> None:
+    """A full queue rejects a call whose account also has no quota left; its RetryInfo is the quota's time."""
+    async with serve_scripted("Hi.", card=limited_card, max_queue_size=0, accounts=AccountByHeader()) as service:
+        await start(service, "first", "small")
+        held = await hold_slot(service)
+        for account_id, least, most in (("small", 50, 61), ("b", 0, 50)):
+            with pytest.raises(grpc.aio.AioRpcError) as rejected:
+                await start(service, "second", account_id)
+            found = details(rejected.value)
+            info, retry = found["ErrorInfo"], found["RetryInfo"]
+            assert isinstance(info, error_details_pb2.ErrorInfo)
+            assert isinstance(retry, error_details_pb2.RetryInfo)
+            assert info.reason == "QUEUE_FULL"
+            assert least < retry.retry_delay.ToTimedelta().total_seconds() < most
+        service.model.open_gate()
+        await remaining_text(held)
+
+
 async def test_space_in_the_queue_is_reserved_before_the_quota(
     serve_scripted: ServiceMaker, limited_card: ModelCard, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def record_prefills(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[i
 async def test_flood_of_one_account_lets_another_in(
     serve_scripted: ServiceMaker, demo_card: ModelCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """15 calls meet a queue full of another account's; each starts third, and displaces one call with QUEUE_FULL."""
+    """15 calls meet another account's full queue; each starts third, and displaces one call, which is served later."""
     card = with_config(demo_card, max_requests_per_min=RequestsPerMinute(default=10**6))
     async with serve_scripted("Hi.", card=card, max_queue_size=QUEUE_SIZE, accounts=AccountByHeader()) as service:
         prompts = record_prefills(service, monkeypatch)
@@ -54,10 +54,14 @@ async def test_flood_of_one_account_lets_another_in(
             (displaced,), served = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
             with pytest.raises(grpc.aio.AioRpcError) as rejected:
                 await displaced
-            info = details(rejected.value)["ErrorInfo"]
+            found = details(rejected.value)
+            info, retry = found["ErrorInfo"], found["RetryInfo"]
             assert isinstance(info, error_details_pb2.ErrorInfo)
+            assert isinstance(retry, error_details_pb2.RetryInfo)
             assert (rejected.value.code(), info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
             service.model.open_gate()
             assert (await quiet).response == "Hi."
             assert {(await call).response for call in served} == {"Hi."}
             assert prompts.index(max(prompts)) == 2
+            await asyncio.sleep(retry.retry_delay.ToTimedelta().total_seconds())  # space is kept for this call
+            assert (await start(service, "flood", "a story")).response == "Hi."

@@ -169,16 +169,16 @@ def test_deadline_passes_in_the_queue() -> None:
 
 
 def test_full_queue_rejects_with_the_time_until_it_has_room() -> None:
-    """A full queue rejects at once; a retry after the time in the error is accepted."""
+    """A full queue rejects at once; a retry after the time in the error is accepted if a generation took two means."""
 
     async def main() -> None:
         queue = make_queue(max_queue_size=1)
         await hold_slot(queue, "a", 10)  # the queue then expects that each request takes 10 s
-        tasks = await start_in_order([hold_slot(queue, "a", 10), hold_slot(queue, "a", 10)])
+        tasks = await start_in_order([hold_slot(queue, "a", 20), hold_slot(queue, "a", 10)])
         await asyncio.sleep(3)
         with pytest.raises(QueueFull) as rejected:
             await hold_slot(queue, "b", 1)
-        assert rejected.value.retry_after_seconds == pytest.approx(7)
+        assert rejected.value.retry_after_seconds == pytest.approx(17)
         await asyncio.sleep(rejected.value.retry_after_seconds or 0)
         await asyncio.sleep(0)
         assert await hold_slot(queue, "b", 1) == pytest.approx(10)
@@ -198,10 +198,11 @@ def test_wait_beyond_the_deadline_is_rejected_at_once() -> None:
         with pytest.raises(QueueWaitTooLong) as rejected:
             await hold_slot(queue, "b", 1, deadline=now + 4)
         assert asyncio.get_running_loop().time() == now
-        assert rejected.value.retry_after_seconds == pytest.approx(16)
+        # 20 s may become 28 s, and one generation may take 10 s more.
+        assert rejected.value.retry_after_seconds == pytest.approx(34)
         await asyncio.sleep(rejected.value.retry_after_seconds or 0)
         deadline = asyncio.get_running_loop().time() + 4.001
-        assert await hold_slot(queue, "b", 1, deadline=deadline) == pytest.approx(4)
+        assert await hold_slot(queue, "b", 1, deadline=deadline) <= 4
         await asyncio.gather(*tasks)
 
     run_virtual(main())

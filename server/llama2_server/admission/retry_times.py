@@ -1,0 +1,117 @@
+"""The times at which rejected calls are told to return, so that the calls that return on time find space.
+
+The times keep a distance that the queue can serve. No call states that it returns: the first equal call at or after
+such a time counts as the one that was told.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Hashable
+from typing import NamedTuple, TypeVar
+
+from llama2_server.admission.reservation import Order
+
+EXPIRY_SECONDS = 5.0
+"""Time after which a call that has not returned no longer counts."""
+MAX_MINUTES = 10
+"""An account counts for its quota of at most this many minutes, so that a client that ignores the times is bounded."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class ExpectedCall(NamedTuple):
+    """A rejected call that is told to return."""
+
+    account_id: str
+    key: int
+    """Equal for equal calls."""
+    order: Order | None
+    """The order that the call keeps in the queue; None without one."""
+
+
+class _RetryTime(NamedTuple):
+    at: float  # by the event loop's clock
+    number: int
+    call: ExpectedCall
+
+
+class RetryTimes:
+    """The retry times of all rejected calls that have not returned."""
+
+    def __init__(self) -> None:
+        self._times: list[_RetryTime] = []  # sorted
+        self._by_account: dict[str, list[_RetryTime]] = {}  # sorted
+        self._by_call: dict[int, list[_RetryTime]] = {}  # sorted
+        self._busy: list[tuple[float, float]] = []  # sorted and disjoint: the times that are taken
+        self._number = 0
+
+    def of_account(self, account_id: str, now: float) -> list[float]:
+        """Return the times of an account, sorted."""
+        self._expire(now)
+        return [time.at for time in self._by_account.get(account_id, ())]
+
+    def until(self, at: float, now: float) -> int:
+        """Return the number of calls that are expected until a time, late calls included."""
+        self._expire(now)
+        return bisect_right(self._times, at, key=lambda time: time.at)
+
+    def add(self, call: ExpectedCall, earliest: float, spacing: float, per_minute: int, now: float) -> float:
+        """Return the first free time for a call that returns at `earliest` or later, and expect the call at that time.
+
+        Args:
+            call: the rejected call.
+            earliest: a time of the event loop's clock.
+            spacing: seconds that no other call gets from that time on.
+            per_minute: the account's quota.
+            now: the current time.
+        """
+        self._expire(now)
+        at = self._take(earliest, spacing)
+        own = self._by_account.setdefault(call.account_id, [])
+        if len(own) < MAX_MINUTES * per_minute:
+            self._number += 1
+            time = _RetryTime(at, self._number, call)
+            for times in (self._times, own, self._by_call.setdefault(call.key, [])):
+                insort(times, time)
+        return at
+
+    def claim(self, call_key: int, now: float) -> ExpectedCall | None:
+        """Return the expected call that returns now, and expect it no longer; None if no equal call is due."""
+        self._expire(now)
+        equal = self._by_call.get(call_key)
+        if not equal or equal[0].at > now:
+            return None
+        time = equal[0]
+        del self._times[bisect_left(self._times, time)]
+        self._forget(time)
+        return time.call
+
+    def _take(self, earliest: float, spacing: float) -> float:
+        busy = self._busy
+        index = bisect_right(busy, (earliest, float("inf"))) - 1
+        if index >= 0 and busy[index][1] >= earliest:
+            start, at = busy[index]
+        else:
+            start = at = earliest
+            index += 1
+            busy.insert(index, (at, at))
+        # A gap that is too short is lost: the neighbors become one.
+        while index + 1 < len(busy) and busy[index + 1][0] < at + spacing:
+            at = max(at, busy.pop(index + 1)[1])
+        busy[index] = (start, at + spacing)
+        return at
+
+    def _expire(self, now: float) -> None:
+        while self._times and self._times[0].at + EXPIRY_SECONDS < now:
+            self._forget(self._times.pop(0))
+        while self._busy and self._busy[0][1] < now:
+            del self._busy[0]
+
+    def _forget(self, time: _RetryTime) -> None:
+        _remove(self._by_account, time.call.account_id, time)
+        _remove(self._by_call, time.call.key, time)
+
+
+def _remove(times: dict[Key, list[_RetryTime]], key: Key, time: _RetryTime) -> None:
+    times[key].remove(time)
+    if not times[key]:
+        del times[key]
