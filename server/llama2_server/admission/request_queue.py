@@ -68,7 +68,7 @@ class RequestQueue(Collector):
         slots = "Number of slots: the card's max_concurrent_requests."
         yield GaugeMetricFamily("llama2_max_concurrent_requests", slots, self._slots)
         mean = "Moving average of the time that a request holds its slot; 0 before the first one."
-        yield GaugeMetricFamily("llama2_mean_slot_time_seconds", mean, self._mean_hold_seconds or 0.0)
+        yield GaugeMetricFamily("llama2_mean_slot_time_seconds", mean, self._waits.mean_hold_seconds)
 
     def reserve(self, account_id: str, deadline: float | None, call_key: int = 0) -> Reservation:
         """Reserve a slot or space in the queue for a request; the caller must `confirm` or `release` it.
@@ -78,7 +78,7 @@ class RequestQueue(Collector):
         A call that returns at its retry time keeps the order of its first try, and is not displaced.
 
         Args:
-            account_id: the account of the request.
+            account_id: the request's account.
             deadline: a time of the event loop's clock, or None.
             call_key: equal for equal calls; 0 for a call that is not equal to another one.
 
@@ -210,9 +210,8 @@ class RequestQueue(Collector):
         return self._granted + len(self._waiting)
 
     def _has_space(self, *, returning: bool = False) -> bool:
-        occupied = self._occupied()
-        kept = 0 if returning or occupied < self._slots else self._waits.kept_space(self._max_queue_size)
-        return occupied < self._slots + self._max_queue_size - kept
+        kept = 0 if returning or self._occupied() < self._slots else self._waits.kept_space(self._max_queue_size)
+        return self._occupied() < self._slots + self._max_queue_size - kept
 
     def _seconds_until_space(self) -> float:
         """Return the time until the queue has space for a rejected call, if one generation takes twice the mean."""
