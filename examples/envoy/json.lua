@@ -12,6 +12,8 @@ local HOSTED_ERRORS = {
   ["503"] = { "503", 503, "no server is available; retry" },
   ["504"] = { "408", 3007, "the deadline passed" },
 }
+-- Content types that the hosted endpoint accepts with a key, next to JSON.
+local HOSTED_TYPES = { [""] = true, ["text/plain"] = true, ["application/x-www-form-urlencoded"] = true }
 -- Interval of Envoy's health checks, in seconds.
 local RETRY_AFTER = "5"
 local CONNECT = "the Connect protocol is not supported; call by gRPC-Web (createGrpcWebTransport), gRPC, or JSON without "
@@ -112,6 +114,20 @@ local function hosted_error(response, http_status)
   replace_body(response, text)
 end
 
+-- A call by the Connect protocol gets an error in the protocol's format. connect-web shows the message of a streamed call only
+-- if the HTTP status is 200 and the error is in the stream's last message: flag 2, four bytes of length, JSON.
+local function connect_error(response, content_type, message)
+  local text = string.format('{"code":"unimplemented","message":"%s"}', message)
+  if content_type:find("^application/connect") then
+    local headers = response:headers()
+    headers:replace(":status", "200")
+    headers:replace("content-type", content_type)
+    text = string.format('{"error":%s}', text)
+    text = string.char(2, 0, 0, math.floor(#text / 256), #text % 256) .. text
+  end
+  replace_body(response, text)
+end
+
 local function reject(request, http_status, text, header, value)
   request:respond({ [":status"] = http_status, [header or "x-content-type-options"] = value or "nosniff" }, text)
 end
@@ -126,15 +142,17 @@ function envoy_on_request(request)
   local hosted = request:metadata():get("hosted")
   local metadata = request:streamInfo():dynamicMetadata()
   if content_type:find("^application/connect") or headers:get("connect-protocol-version") then
-    metadata:set("llama2", "connect", true)
+    metadata:set("llama2", "connect", content_type)
     return reject(request, "415", CONNECT)
   end
   if headers:get(":method") ~= "POST" then
     return reject(request, "405", "POST JSON to " .. GENERATE .. ", or call by gRPC", "allow", "POST")
   end
   -- Browsers let web pages post text and forms to any address, but JSON or an API key only if CORS allows it. Applications
-  -- of the hosted endpoint send JSON also under curl's default type, always with a key.
-  if not content_type:find("^application/json") and not (hosted and headers:get("authorization")) then
+  -- of the hosted endpoint send JSON also under other types, such as curl's default, always with a key.
+  local type = content_type:match("^[^; ]*")
+  local from_host = hosted and headers:get("authorization") and (HOSTED_TYPES[type] or type:find("^%a+/json$"))
+  if type ~= "application/json" and not from_host then
     return reject(request, "415", "send JSON, with content-type: application/json")
   end
   local stream = (metadata:get("llama2") or {})["stream"] == true
@@ -171,7 +189,7 @@ function envoy_on_response(response)
     local text = tostring(body:getBytes(0, body:length()))
     local metadata = response:streamInfo():dynamicMetadata():get("llama2") or {}
     if metadata["connect"] then
-      replace_body(response, string.format('{"code":"unimplemented","message":"%s"}', text))
+      connect_error(response, metadata["connect"], text)
     else
       replace_body(response, status_json(http_status, text, metadata))
     end

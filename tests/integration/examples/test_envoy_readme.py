@@ -1,5 +1,6 @@
 """The README of `examples/envoy`: its commands and its TLS configuration."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,13 +10,14 @@ import ssl
 import subprocess
 import sys
 import textwrap
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
 import yaml
 from tests.integration.examples.conftest import REPLY, EnvoyMaker
 from tests.support.certificates import Authority
-from tests.support.servers.envoy_server import DESCRIPTORS, EXAMPLE, envoy_command, running_envoy
+from tests.support.servers.envoy_server import DESCRIPTORS, EXAMPLE, copy_example, envoy_command, running_envoy
 from tests.support.service import ServiceMaker
 
 from llama2_client import Client
@@ -73,3 +75,42 @@ async def test_the_readmes_tls(serve_scripted: ServiceMaker, tmp_path: Path, aut
         reply = await https.post(f"https://{envoy.address}/v1/generate", json={"prompt": "hi"})
         assert reply.json()["response"] == REPLY
         assert (await client.generate("hi")).text == REPLY
+
+
+def start(command: list[str], folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
+    """Start an Envoy and wait until it serves; it is stopped with the stack."""
+    process = stack.enter_context(subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True))
+    stack.callback(process.kill)
+    assert process.stderr is not None
+    log = []
+    for line in process.stderr:
+        log.append(line)
+        if "starting main dispatch loop" in line:
+            return process
+    raise AssertionError("".join(log))
+
+
+def test_it_starts_next_to_another_envoy(tmp_path: Path) -> None:
+    """Another Envoy has the default base id and the usual admin port; the README's command starts a second one, twice.
+
+    The second start follows a kill, which leaves the admin socket behind.
+    """
+    envoy = envoy_command()
+    (tmp_path / "other").mkdir()
+    admin = {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 9901}}}
+    (tmp_path / "other/envoy.yaml").write_text(yaml.safe_dump({"admin": admin}))
+    copy = copy_example(tmp_path)
+    config = yaml.safe_load((copy / "envoy.yaml").read_text())
+    (listener,) = config["static_resources"]["listeners"]
+    listener["address"]["socket_address"]["port_value"] = 0
+    (copy / "envoy.yaml").write_text(yaml.safe_dump(config))
+    lines = [line.partition("#")[0].strip() for line in code_blocks("sh")[0].splitlines()]
+    (run,) = [line for line in lines if line.startswith("envoy ")]
+    with ExitStack() as stack:
+        with contextlib.suppress(AssertionError):  # an Envoy of this machine may already use them
+            start([envoy, "-c", "envoy.yaml"], tmp_path / "other", stack)
+        for _ in range(2):
+            process = start([envoy, *run.split()[1:], "--concurrency", "1"], copy, stack)
+            process.kill()
+            process.wait()
+            assert (copy / "admin.sock").exists()
