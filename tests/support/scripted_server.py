@@ -96,6 +96,7 @@ class ScriptedServer(
         model_pb2_grpc.add_ModelServiceServicer_to_server(scripted, server)
         account_pb2_grpc.add_AccountServiceServicer_to_server(scripted, server)
         statuses = health.aio.HealthServicer()
+        await statuses.set("llama2.v1.TextGenerationService", health_pb2.HealthCheckResponse.SERVING)  # for Envoy
         await statuses.set("paused", health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
         if credentials is None:

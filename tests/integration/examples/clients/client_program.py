@@ -6,11 +6,11 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import ClassVar, Protocol, TextIO
 
 import pytest
 from tests.support.processes import environment
@@ -19,6 +19,7 @@ from tests.support.repository import ROOT
 CLIENTS = ROOT / "examples/clients"
 # The commands and files of each language's toolchain.
 TOOLCHAINS = {
+    "browser": ["node", "npm", "protoc", "chromium"],
     "java": ["javac", "protoc", "grpc_java_plugin", "/usr/share/java/grpc-netty.jar"],
     "node": ["node", "npm"],
     "cpp": ["g++", "pkg-config", "protoc", "grpc_cpp_plugin", "/usr/include/grpcpp"],
@@ -30,6 +31,22 @@ TOOLCHAINS = {
 def command_blocks(readme: Path) -> list[list[str]]:
     """Return the lines of each `sh` block of a README."""
     return [block.splitlines() for block in re.findall(r"(?ms)^```sh\n(.*?)^```", readme.read_text())]
+
+
+class Running(Protocol):
+    """A program that reads lines and prints replies and errors."""
+
+    def send(self, *lines: str) -> None:
+        """Type lines."""
+
+    async def wait_for_output(self, text: str) -> None:
+        """Wait until the program has printed a text to its output, and skip it."""
+
+    def interrupt(self) -> None:
+        """Stop the reply in progress."""
+
+    async def finish(self) -> tuple[str, str]:
+        """Wait for all replies, and return the rest of the output and all errors."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,8 @@ class ClientProgram:
 
     language: str
     checkout: Path
+    attempts: ClassVar[str | None] = "1"
+    """The header `grpc-previous-rpc-attempts` of a call that gRPC has repeated once."""
 
     @property
     def commands(self) -> list[str]:
@@ -85,7 +104,7 @@ class ClientProgram:
         assert done.returncode == 0, done.stdout + done.stderr
 
     @asynccontextmanager
-    async def running(self, address: str, *arguments: str, **variables: str) -> AsyncIterator[RunningProgram]:
+    async def running(self, address: str, *arguments: str, **variables: str) -> AsyncIterator[Running]:
         """Run the README's last command against a server."""
         directories = [line for line in self.commands if line.startswith("cd ")]
         script = "\n".join([*directories, " ".join([self.commands[-1], *arguments])])
@@ -117,9 +136,10 @@ class ClientProgram:
             return await program.finish()
 
 
-def require_toolchain(language: str) -> None:
+def require_toolchain(language: str, commands: Sequence[str] | None = None) -> None:
     """Skip the test if the language's toolchain is not installed; fail it if REQUIRE_TOOLCHAINS is set."""
-    missing = [name for name in TOOLCHAINS[language] if not (shutil.which(name) or Path(name).exists())]
+    needed = TOOLCHAINS[language] if commands is None else commands
+    missing = [name for name in needed if not (shutil.which(name) or Path(name).exists())]
     if missing:
         reason = f"NOT TESTED WITH THE CLIENT IN {language.upper()}: {', '.join(missing)} not found"
         if os.environ.get("REQUIRE_TOOLCHAINS"):

@@ -9,6 +9,7 @@ from tests.integration.examples.clients.client_program import (
     ClientProgram,
     require_toolchain,
 )
+from tests.integration.examples.clients.web_page import WebPage
 from tests.support.repository import ROOT
 
 
@@ -20,6 +21,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ignored = shutil.ignore_patterns("node_modules", "build", "*_pb2*")
     for folder in ("examples/clients", "protos"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=ignored)
-    built = ClientProgram(request.param, checkout)
+    kind = WebPage if request.param == "browser" else ClientProgram
+    built = kind(request.param, checkout)
     built.build()
     return built
