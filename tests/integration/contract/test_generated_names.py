@@ -62,16 +62,19 @@ def test_buf_gen_chooses_other_names(tmp_path: Path) -> None:
     template = yaml.safe_load((ROOT / "buf.gen.yaml").read_text(encoding="utf-8"))
     plugins = tmp_path / "bin"
     plugins.mkdir()
-    for entry in template["plugins"]:
-        plugin = plugins / entry["local"]
+    entries = [dict(entry) for entry in template["plugins"]]
+    for index, entry in enumerate(entries):
+        entry.pop("protoc_builtin", None)
+        entry |= {"local": f"plugin-{index}", "out": f"out-{index}"}
+        plugin = plugins / f"plugin-{index}"
         plugin.write_text(PLUGIN.format(python=sys.executable))
         plugin.chmod(0o755)
+    substitute = tmp_path / "buf.gen.yaml"
+    substitute.write_text(yaml.safe_dump(template | {"plugins": entries}))
+    command = [str(BUF), "generate", "--template", str(substitute), "--output", str(tmp_path)]
     path = f"{plugins}{os.pathsep}{os.environ['PATH']}"
-    for entry in template["plugins"]:
-        one = tmp_path / "buf.gen.yaml"
-        one.write_text(yaml.safe_dump(template | {"plugins": [entry]}))
-        command = [str(BUF), "generate", "--template", str(one), "--output", str(tmp_path)]
-        subprocess.run(command, cwd=ROOT, check=True, timeout=60, env=os.environ | {"PATH": path})
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60, env=os.environ | {"PATH": path})
+    for entry in entries:
         options = json.loads((tmp_path / entry["out"] / "options.json").read_text())
         for override in template["managed"]["override"]:
             assert {options[name][override["file_option"]] for name in FILES} == {override["value"]}
