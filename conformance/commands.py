@@ -3,12 +3,17 @@
 import asyncio
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from conformance.client_runner.adapters import BuildError, read_adapters
+from conformance.client_runner.cases import load_client_cases
+from conformance.client_runner.run import Adapter, run_client_cases, running_adapter
 from conformance.server_runner import report
 from conformance.server_runner.run import CaseResult, run_cases
 from conformance.server_runner.suite import PROFILES, SuiteError, load_cases, select
@@ -73,6 +78,40 @@ async def _run_own(run: Callable[[str, Keys, str | None], Any]) -> list[CaseResu
         async with running_service(Path(folder)) as service, running_envoy(Path(folder), service.address) as url:
             results: list[CaseResult] = await run(service.address, Keys.read(service.keys_file, None), url)
             return results
+
+
+@main.command()
+@click.argument("command", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Build and test every adapter whose toolchain is installed.")
+@click.option("--known-failures", type=click.Path(path_type=Path), help="File with one CASE: REASON per line.")
+@report_options
+def client(command: tuple[str, ...], everything: bool, **options: Any) -> None:
+    """Run the cases against a client: COMMAND is an adapter, after `--`."""
+    if everything == bool(command):
+        raise click.UsageError("COMMAND: give either the command of an adapter or --all")
+    known_failures = _read_known_failures(options["known_failures"])
+    try:
+        commands = dict(_built_adapters()) if everything else {command[0]: list(command)}
+    except BuildError as error:
+        raise click.ClickException(str(error)) from error
+    results: list[CaseResult] = []
+    for name, parts in commands.items():
+        print(f"{name}:", file=sys.stderr, flush=True)
+
+        def open_client(address: str, parts: list[str] = parts) -> AbstractAsyncContextManager[Adapter]:
+            return running_adapter(parts, address)
+
+        found = asyncio.run(run_client_cases(open_client, load_client_cases(), known_failures))
+        results += [replace(one, case=replace(one.case, name=f"{name}/{one.case.name}")) for one in found]
+    _finish(results, options["json_report"], options["junit"])
+
+
+def _built_adapters() -> Iterator[tuple[str, list[str]]]:
+    for entry in read_adapters():
+        if entry.missing:
+            print(f"{entry.name}: not run, because {', '.join(entry.missing)} is not installed", file=sys.stderr)
+        else:
+            yield entry.name, entry.build(Path(tempfile.mkdtemp(prefix="conformance-")))
 
 
 @main.command()

@@ -103,15 +103,22 @@ def _http(expect: pb.Expect, outcome: Outcome) -> Iterator[str]:
 def _values(expect: pb.Expect, outcome: Outcome) -> Iterator[str]:
     document = outcome.last if expect.values else {}
     for path, value in expect.values.items():
-        wanted, got = MessageToDict(value), look_up(document, path)
-        if wanted is None:
-            equal = got is MISSING
-        elif isinstance(wanted, str) and wanted.startswith("~"):
-            equal = isinstance(got, str) and re.fullmatch(wanted[1:], got, re.DOTALL) is not None
-        else:
-            equal = wanted == got
+        wanted = MessageToDict(value)
+        equal, got = matches(document, path, wanted)
         if not equal:
             yield f"{path}: want {wanted!r}, got {'nothing' if got is MISSING else repr(got)}"
+
+
+def matches(document: Any, path: str, wanted: Any) -> tuple[bool, Any]:
+    """Return whether the value at a path is the wanted one or matches its regular expression, and the value."""
+    got = look_up(document, path)
+    if wanted is None:
+        equal = got is MISSING
+    elif isinstance(wanted, str) and wanted.startswith("~"):
+        equal = isinstance(got, str) and re.fullmatch(wanted[1:], got, re.DOTALL) is not None
+    else:
+        equal = wanted == got and isinstance(wanted, bool) == isinstance(got, bool)
+    return equal, got
 
 
 def look_up(document: Any, path: str) -> Any:

@@ -35,7 +35,7 @@ class StoredCase:
         """Return the case for one run, with a new random word for `{unique}`."""
         word = "".join(secrets.choice("bcdfghjklmnpqrstvwxz") for _ in range(12))
         case = pb.Case()
-        ParseDict(_expand(self.document, word), case)
+        ParseDict(expand(self.document, word), case)
         return case
 
 
@@ -69,20 +69,21 @@ def _read(path: Path) -> Iterator[StoredCase]:
     for entry in document["cases"]:
         name = f"{path.stem}/{entry.get('name')}"
         try:
-            case = ParseDict(_expand(entry, "word"), pb.Case())
+            case = ParseDict(expand(entry, "word"), pb.Case())
         except ParseError as error:
             raise SuiteError(f"{path.name}: {name}: {error}") from error
         profile = PROFILES[max(case.profile, 1) - 1]
         yield StoredCase(name, profile, case.rule, entry)
 
 
-def _expand(value: Any, word: str) -> Any:
+def expand(value: Any, word: str) -> Any:
+    """Return a JSON value with its abbreviations expanded; `word` replaces `{unique}`."""
     match value:
         case str():
             return REPEATED.sub(lambda found: found[1] * int(found[2]), value.replace("{unique}", word))
         case list():
-            return [_expand(entry, word) for entry in value]
+            return [expand(entry, word) for entry in value]
         case dict():
-            return {_expand(key, word): _expand(entry, word) for key, entry in value.items()}
+            return {expand(key, word): expand(entry, word) for key, entry in value.items()}
         case _:
             return value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROLES = {"main": True, "other": True, "disabled": False}
 """The roles, and whether their accounts are enabled."""
-QUOTA_ACCOUNTS = 400
+QUOTA_ACCOUNTS = 3000
 """Accounts with the card's default quota: each case of the profile `quota` uses up one or two."""
 
 
