@@ -91,16 +91,6 @@ def one_account(call: Call) -> None:
         call.use_key("main")
 
 
-@on_call(GENERATION)
-async def no_queue(call: Call) -> None:
-    """Rejects a request while another one runs."""
-    running = call.state.setdefault("running", [])
-    alone = call.request.max_tokens == 700 or call.request.prompt.startswith("tell")
-    if running and not alone and call.role == "main":
-        raise Failure("RESOURCE_EXHAUSTED", "busy")
-    running.append(call)
-
-
 @on_call("Generate")
 def rejects_short_deadlines(call: Call) -> None:
     """Rejects calls with a short deadline at once."""

@@ -41,6 +41,12 @@ class Proxy(grpc.GenericRpcHandler):
         """Apply a mutant to the following calls."""
         self.mutant, self.state = mutant, {}
 
+    async def stop_draining(self) -> None:
+        """Cancel the calls that continue after their client's cancel."""
+        for task in list(self._draining):
+            task.cancel()
+        await asyncio.gather(*self._draining, return_exceptions=True)
+
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of any method."""
         path = handler_call_details.method
@@ -87,28 +93,40 @@ class Proxy(grpc.GenericRpcHandler):
         data = call.data if call.request is None else call.request.SerializeToString()
         multi: Any = self._channel.unary_stream(call.path)
         upstream = multi(data, timeout=call.timeout, metadata=call.metadata)
+        # gRPC cancels a call whose reading task is cancelled, so that a call that must continue has its own task.
+        messages = self._read_in_task(upstream) if call.drain_when_cancelled else upstream
         try:
-            async for message in upstream:
+            async for message in messages:
                 yield parse(call.path, message, "output_type") or message
         except grpc.aio.AioRpcError as error:
             raise Failure(error.code().name, error.details() or "", list(error.trailing_metadata() or ())) from None
         except (asyncio.CancelledError, GeneratorExit):
-            if call.drain_when_cancelled:
-                task = asyncio.create_task(_drain(upstream))
-                self._draining.add(task)
-                task.add_done_callback(self._draining.discard)
-            else:
+            if not call.drain_when_cancelled:
                 upstream.cancel()
             raise
+
+    async def _read_in_task(self, upstream: Any) -> AsyncIterator[bytes]:
+        received: asyncio.Queue[bytes | grpc.aio.AioRpcError | None] = asyncio.Queue()
+
+        async def read() -> None:
+            try:
+                async for message in upstream:
+                    received.put_nowait(message)
+                received.put_nowait(None)
+            except grpc.aio.AioRpcError as error:
+                received.put_nowait(error)
+
+        task = asyncio.create_task(read())
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+        while (message := await received.get()) is not None:
+            if not isinstance(message, bytes):
+                raise message
+            yield message
 
     async def close(self) -> None:
         """Disconnect."""
         await self._channel.close()
-
-
-async def _drain(upstream: Any) -> None:
-    async for _ in upstream:
-        pass
 
 
 def parse(path: str, data: bytes, side: str) -> Message | None:

@@ -73,7 +73,10 @@ class Workbench:
         """Run a case against a mutant, or against the proxies alone, and return the differences."""
         self._proxy.use(mutant)
         self._http_proxy.mutant = mutant
-        return await run_case(self._targets[mutant.server_options if mutant else ()], case)
+        try:
+            return await run_case(self._targets[mutant.server_options if mutant else ()], case)
+        finally:
+            await self._proxy.stop_draining()
 
 
 async def run_mutants(

@@ -1,0 +1,27 @@
+"""Wrong servers: the cases must find each of them."""
+
+import pytest
+from conformance.mutants.behavior import MUTANTS
+from conformance.mutants.run import MAX_KILLS, read_kills, run_mutants
+from conformance.server_runner.suite import load_cases
+
+
+def test_every_case_finds_a_mutant() -> None:
+    """Each mutant has 1 to 15 cases that must find it, and each case is named for a mutant."""
+    kills = read_kills()
+    assert kills.keys() == MUTANTS.keys()
+    assert len(kills) >= 60
+    assert not {name: len(cases) for name, cases in kills.items() if not 1 <= len(cases) <= MAX_KILLS}
+    assert {case.name for case in load_cases()} == set().union(*kills.values())
+    assert all(mutant.behavior.endswith(".") for mutant in MUTANTS.values())
+
+
+@pytest.mark.timeout(240)
+async def test_mutants_are_found_by_their_cases() -> None:
+    """The cases that are named for a mutant fail; without a mutant, the proxies change nothing."""
+    kills = read_kills()
+    named = sorted(set().union(*kills.values()))
+    failed = await run_mutants(load_cases(), {"": named, **kills}, lambda *_: None)
+    assert failed.pop("") == []
+    survived = {name: sorted(set(kills[name]) - set(found)) for name, found in failed.items()}
+    assert not {name: cases for name, cases in survived.items() if cases}
