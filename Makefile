@@ -12,7 +12,7 @@ SOURCES := server client tests tools benchmarks examples conformance hatch_build
 PROTOS := $(wildcard protos/llama2/v1/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp)
 
-.PHONY: run quick test check format proto docs lock conformance bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test check format proto docs lock conformance conformance-full bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -23,7 +23,8 @@ help:
 	@echo "make proto       generate the Python stubs"
 	@echo "make docs        generate the references of the API, settings and metrics, and the chart's copies of settings"
 	@echo "make lock        resolve the container's lock files"
-	@echo "make conformance run the conformance kit against this repository's server (conformance/README.md)"
+	@echo "make conformance run the conformance kit: this server, all clients, wrong servers and clients (conformance/README.md)"
+	@echo "make conformance-full  the same, and every case against every wrong server and client"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model (under an hour on two cores)"
@@ -68,7 +69,12 @@ lock: $(VENV)/.dev
 	$(BIN)/python -m tools.container.lock
 
 conformance: $(VENV)/.dev
-	$(BIN)/python -m conformance server $(ARGS)
+	$(BIN)/python -m conformance server
+	$(BIN)/python -m conformance client --all
+	$(BIN)/python -m conformance mutants
+
+conformance-full: conformance
+	$(BIN)/python -m conformance mutants --full
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)

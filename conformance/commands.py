@@ -115,6 +115,18 @@ def _built_adapters() -> Iterator[tuple[str, list[str]]]:
 
 
 @main.command()
+@click.option("--full", is_flag=True, help="Run every case against every mutant; takes most of an hour.")
+def mutants(full: bool) -> None:
+    """Check that the cases find every wrong server and every wrong client of the kit."""
+    # Their start needs torch; the other commands do not.
+    from conformance.mutants.matrix import run_matrix
+
+    problems = asyncio.run(run_matrix(full, lambda line: print(line, flush=True)))
+    print("\n".join(problems) or "every mutant is found by the cases that are named for it")
+    sys.exit(1 if problems else 0)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkpoint(folder: Path) -> None:
     """Write the made checkpoint, its card and API keys into FOLDER, for a server of yours."""
