@@ -129,7 +129,7 @@ def mutants(full: bool) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkpoint(folder: Path) -> None:
-    """Write the made checkpoint, its card and API keys into FOLDER, for a server of yours."""
+    """Write the made checkpoint, its card and API keys into FOLDER, for another server."""
     from conformance.service.checkpoint import make_checkpoint  # needs numpy and SentencePiece
     from conformance.service.keys import write_keys
     from conformance.service.launch import CARD

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from conformance.mutants import errors, flow, http, replies, requests, services
 from conformance.mutants.behavior import MUTANTS, Mutant
 from conformance.mutants.http_proxy import HttpProxy, running_http_proxy
 from conformance.mutants.proxy import Proxy, running_proxy
+from conformance.mutants.wrong import errors, flow, http, replies, requests, services
 from conformance.server_runner.run import run_case
 from conformance.server_runner.suite import StoredCase
 from conformance.server_runner.target import Keys, Target

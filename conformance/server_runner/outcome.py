@@ -19,7 +19,7 @@ DETAILS: Mapping[str, type[Message]] = {
 
 @dataclass(slots=True)
 class Outcome:
-    """What a call returned."""
+    """The status, the messages and the details of one call."""
 
     code: str = "OK"
     """The name of the gRPC code; for HTTP, of the code in the body."""
@@ -80,7 +80,7 @@ class Outcome:
             yield name, message
 
     def detail(self, name: str) -> Any:
-        """Return the detail of a type; an empty message if there is none."""
+        """Return the detail of a type; an empty message without it."""
         return next((message for found, message in self.details() if found == name), DETAILS[name]())
 
 

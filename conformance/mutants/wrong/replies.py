@@ -66,7 +66,7 @@ def splits_characters(call: Call, reply: Any) -> list[Any] | None:
 
 @on_reply()
 def drops_invalid_bytes(call: Call, reply: Any) -> None:
-    """Drops bytes that are no part of a character."""
+    """Drops bytes outside of characters."""
     reply.response = reply.response.replace("\ufffd", "")
 
 

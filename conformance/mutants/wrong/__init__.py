@@ -1,0 +1,1 @@
+"""The wrong behaviors of servers."""
