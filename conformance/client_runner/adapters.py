@@ -44,7 +44,7 @@ class AdapterEntry:
 
     @staticmethod
     def _fill(text: str, folder: Path) -> str:
-        return text.replace("{python}", sys.executable).replace("{build}", str(folder))
+        return text.replace("{python}", sys.executable).replace("{build}", str(folder)).replace("{root}", str(ROOT))
 
 
 def read_adapters(path: Path = FILE) -> list[AdapterEntry]:

@@ -1,18 +1,18 @@
-// The adapter of a client in Node.js: node adapter.js HOST:PORT. It uses the packages of examples/clients/node.
+// The adapter of a client in Node.js: node adapter.js FOLDER HOST:PORT. FOLDER has the packages of examples/clients/node.
 const { createRequire } = require("node:module");
 const path = require("node:path");
 const { createInterface } = require("node:readline");
 
 const root = path.join(__dirname, "../../..");
 const examples = path.join(root, "examples/clients");
-const packages = createRequire(path.join(examples, "node/package.json"));
+const packages = createRequire(path.join(process.argv[2], "package.json"));
 const grpc = packages("@grpc/grpc-js");
 const protos = packages("@grpc/proto-loader").loadSync(
   ["llama2/v1/text_generation.proto", "google/rpc/status.proto", "google/rpc/error_details.proto"],
   { includeDirs: [`${root}/protos`, `${examples}/protos`], keepCase: true, longs: String, enums: String, defaults: true },
 );
 const client = new (grpc.loadPackageDefinition(protos).llama2.v1.TextGenerationService)(
-  process.argv[2],
+  process.argv[3],
   grpc.credentials.createInsecure(),
   { "grpc.service_config": JSON.stringify(require(`${examples}/service_config.json`)) },
 );
