@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -87,6 +88,8 @@ class ApiKeyAuthenticator:
         record = KeyRecord.model_validate_json(self._table.get(match[1], _UNKNOWN_KEY))
         known = match[1] in self._table
         if not hmac.compare_digest(keys_file.digest(record.salt, match[0]), record.digest) or not known:
+            raise Unauthenticated
+        if record.expired(datetime.now(UTC).date()):
             raise Unauthenticated
         if not record.enabled:
             raise AccountDisabled

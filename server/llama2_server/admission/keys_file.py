@@ -12,6 +12,7 @@ import secrets
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,12 @@ class KeyRecord(BaseModel):
     account: Annotated[str, Field(coerce_numbers_to_str=True, min_length=1, max_length=128)]
     name: str = ""
     enabled: bool = True
+    expires: date | None = None
+    """Last day of the key, in UTC."""
+
+    def expired(self, today: date) -> bool:
+        """Return whether the key is no longer valid on this day, in UTC."""
+        return self.expires is not None and today > self.expires
 
 
 class _KeysFile(BaseModel):
@@ -60,16 +67,27 @@ def read(path: Path) -> KeyTable:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        document = _parse_lines(text) or yaml.safe_load(text)  # the loader in C crashes on deeply nested text
-        keys = _KeysFile.model_validate(document).keys
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise KeysFileError(f"--api-keys-file: cannot read {path}: {reason}; {CREATE_WITH}") from error
+    return {key_id: record.model_dump_json() for key_id, record in parse(path, text).items()}
+
+
+def parse(path: Path, text: str) -> dict[str, KeyRecord]:
+    """Return the records in the text of a keys file, by key id.
+
+    Raises:
+        KeysFileError: the text is not a valid keys file; the message names `path`.
+    """
+    try:
+        document = parse_lines(text) or yaml.safe_load(text)  # the loader in C crashes on deeply nested text
+        return _KeysFile.model_validate(document).keys
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "keys"
         raise KeysFileError(f"--api-keys-file: {path}: {key}: {first['msg']}; {CREATE_WITH}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not YAML text"
-        raise KeysFileError(f"--api-keys-file: cannot read {path}: {reason}; {CREATE_WITH}") from error
-    return {key_id: record.model_dump_json() for key_id, record in keys.items()}
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise KeysFileError(f"--api-keys-file: cannot read {path}: not YAML text; {CREATE_WITH}") from error
 
 
 async def read_in_child(path: Path) -> KeyTable:
@@ -100,12 +118,20 @@ async def read_in_child(path: Path) -> KeyTable:
     return table
 
 
-def new_key(account: str, name: str = "") -> tuple[str, str]:
+def new_key(account: str, name: str = "", expires: date | None = None) -> tuple[str, str]:
     """Return a new key for an account, and its entry for the keys file, under `keys:`."""
     key_id, salt = secrets.token_hex(6), secrets.token_hex(16)
     key = f"l2_{key_id}_{secrets.token_urlsafe(32)}"
-    record = {"account": account, "name": name, "enabled": True, "salt": salt, "digest": digest(salt, key)}
-    return key, yaml.safe_dump({key_id: record}, default_flow_style=None, sort_keys=False, width=1000).strip()
+    record = KeyRecord(salt=salt, digest=digest(salt, key), account=account, name=name, expires=expires)
+    return key, entry(key_id, record)
+
+
+def entry(key_id: str, record: KeyRecord) -> str:
+    """Return the line of a key for the keys file, without indentation."""
+    fields = {"account": record.account, "name": record.name, "enabled": record.enabled}
+    fields |= {} if record.expires is None else {"expires": record.expires}
+    fields |= {"salt": record.salt, "digest": record.digest}
+    return yaml.safe_dump({key_id: fields}, default_flow_style=None, sort_keys=False, width=1000).strip()
 
 
 def digest(salt: str, key: str) -> str:
@@ -118,23 +144,26 @@ _HEX = r"(?:'([0-9a-f]{%d})'|(?=[0-9]*[a-f]|0[0-9]*[89])(?!0b[01]+\b)([0-9a-f]{%
 _TEXT = r"(?:'([^'\n]*)'|(?!(?i:true|false|yes|no|on|off|null|y|n)\b)([A-Za-z](?:[A-Za-z0-9 _.@/-]*[A-Za-z0-9_.@/-])?))"
 _LINE = re.compile(
     rf"( +){_HEX % (12, 12)}: \{{account: {_TEXT}, name: {_TEXT}, enabled: (true|false), "
-    rf"salt: {_HEX % (32, 32)}, digest: {_HEX % (64, 64)}\}}"
+    rf"(?:expires: ([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}), )?salt: {_HEX % (32, 32)}, digest: {_HEX % (64, 64)}\}}"
 )
 
 
-def _parse_lines(text: str) -> dict[str, object] | None:
+def parse_lines(text: str) -> dict[str, object] | None:
     """Parse a file of nothing but lines that `keys new` prints, much faster than YAML does; None for another."""
     first, *lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")] or [""]
     if first != "keys:" or not lines:
         return None
-    keys: dict[str, object] = {}
+    keys: dict[str, dict[str, object]] = {}
     indents = set()
     for line in lines:
         match = _LINE.fullmatch(line)
         if match is None:
             return None
-        # Each value has a quoted form and a plain one.
-        indent, key_id, account, name, enabled, salt, key_digest = (text for text in match.groups() if text is not None)
+        indent, quoted_id, plain_id, *groups = match.groups()
+        expires = groups.pop(5)
+        # Each other value has a quoted form and a plain one.
+        account, name, enabled, salt, key_digest = (text for text in groups if text is not None)
+        key_id = quoted_id or plain_id
         indents.add(indent)
         keys[key_id] = {
             "account": account,
@@ -143,6 +172,11 @@ def _parse_lines(text: str) -> dict[str, object] | None:
             "salt": salt,
             "digest": key_digest,
         }
+        if expires is not None:
+            try:
+                keys[key_id]["expires"] = date.fromisoformat(expires)
+            except ValueError:
+                return None
     return {"keys": keys} if len(indents) == 1 else None
 
 

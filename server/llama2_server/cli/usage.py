@@ -1,7 +1,13 @@
 """`llama2-server usage`: totals of the usage ledger."""
 
 import asyncio
-from datetime import date
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +20,11 @@ from llama2_server.configuration_error import ConfigurationError
 if TYPE_CHECKING:
     from llama2_server.usage.records import DailyUsage
 
-HEADER = "account\tdate\tmodel\trequests\tinput_tokens\toutput_tokens\tcached_tokens\tneurons"
+COLUMNS = ("account", "date", "model", "requests", "input_tokens", "output_tokens", "cached_tokens", "neurons")
+MONTH_COLUMNS = ("account", "month", *COLUMNS[2:])
+FIRST_NUMBER = 3
+NUMBERS = frozenset(COLUMNS[FIRST_NUMBER:-1])
+THIS_MONTH = "this month"
 
 
 def _day(context: click.Context, option: click.Parameter, value: str | None) -> date | None:
@@ -24,25 +34,63 @@ def _day(context: click.Context, option: click.Parameter, value: str | None) -> 
         raise click.BadParameter("must be a day of the form YYYY-MM-DD", context, option) from None
 
 
+def _month(context: click.Context, option: click.Parameter, value: str | None) -> date | None:
+    if value == THIS_MONTH:
+        return datetime.now(UTC).date().replace(day=1)
+    try:
+        return None if value is None else date.fromisoformat(f"{value}-01")
+    except ValueError:
+        raise click.BadParameter("must be a month of the form YYYY-MM", context, option) from None
+
+
 @click.command(cls=Command)
 @click.option("--account", metavar="ID", help="Account; all accounts by default.")
 @click.option("--since", callback=_day, metavar="YYYY-MM-DD", help="First day, in UTC.")
 @click.option("--until", callback=_day, metavar="YYYY-MM-DD", help="Last day, in UTC.")
+@click.option(
+    "--month",
+    callback=_month,
+    is_flag=False,
+    flag_value=THIS_MONTH,
+    metavar="[YYYY-MM]",
+    help="Totals of a month in UTC instead of days; of the current month without a value.",
+)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    help="Format of the output.  [default=table]",
+)
 @click.option("--config", metavar="FILE", help="Settings file of the servers.")
 @click.option("--usage-url", metavar="URL", help="Usage database; by default, the servers' setting.")
 @click.option("--data-directory", metavar="DIRECTORY", help="Data directory; by default, the servers' setting.")
-def usage(account: str | None, since: date | None, until: date | None, **flags: str | None) -> None:
-    """Print usage totals by account, day and model.
+def usage(
+    account: str | None,
+    since: date | None,
+    until: date | None,
+    month: date | None,
+    output_format: str,
+    **flags: str | None,
+) -> None:
+    """Print usage totals by account, day and model, or by account, month and model.
 
-    The output is tab-separated values. The servers' settings file and LLAMA2_… environment variables select the ledger.
+    The servers' settings file and LLAMA2_… environment variables select the ledger. Neurons are exact decimal numbers;
+    in JSON they are text.
     """
+    if month is not None and (since is not None or until is not None):
+        raise click.UsageError("--month: cannot be combined with --since and --until; leave them out")
+    if month is not None:
+        since, until = month, (month + timedelta(days=31)).replace(day=1) - timedelta(days=1)
     # The database libraries are slow to import, and other commands do not need them.
     from llama2_server.usage.ledger import read_totals
 
     resolved = read_settings(flags)
     with resolved.naming_sources():
         totals = asyncio.run(read_totals(_usage_url(resolved.settings), account, since, until))
-    click.echo("\n".join([HEADER, *map(_row, totals)]))
+    columns = COLUMNS if month is None else MONTH_COLUMNS
+    rows = [_row(total) for total in totals] if month is None else _months(totals, f"{month:%Y-%m}")
+    click.echo(_FORMATS[output_format](columns, rows), nl=False)
 
 
 def _usage_url(settings: Settings) -> str:
@@ -59,9 +107,57 @@ def _usage_url(settings: Settings) -> str:
     return default_url(settings.data_directory)
 
 
-def _row(usage: "DailyUsage") -> str:
+def _row(usage: "DailyUsage") -> tuple[str, ...]:
+    return _fields(usage, str(usage.day), usage.neurons)
+
+
+def _months(totals: Iterable["DailyUsage"], month: str) -> list[tuple[str, ...]]:
+    """Return one row per account and model, with the sums of the month."""
+    sums: dict[tuple[str, str], DailyUsage] = {}
+    for day in totals:
+        key = (day.account_id, day.model)
+        sums[key] = _sum(sums[key], day) if key in sums else day
+    return [_fields(total, month, total.neurons) for total in sums.values()]
+
+
+def _sum(one: "DailyUsage", other: "DailyUsage") -> "DailyUsage":
+    counts = ("requests", "cached_requests", "input_tokens", "output_tokens", "cached_input_tokens")
+    names = (*counts, "cached_output_tokens", "neurons")
+    return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})
+
+
+def _fields(usage: "DailyUsage", time: str, neurons: Decimal) -> tuple[str, ...]:
     from llama2_server.usage.pricing import decimal_text
 
     cached = usage.cached_input_tokens + usage.cached_output_tokens
     counts = (usage.requests, usage.input_tokens, usage.output_tokens, cached)
-    return "\t".join(map(str, (usage.account_id, usage.day, usage.model, *counts, decimal_text(usage.neurons))))
+    return (usage.account_id, time, usage.model, *map(str, counts), decimal_text(neurons))
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            value.rjust(width) if index >= FIRST_NUMBER else value.ljust(width)
+            for index, (value, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (columns, *rows)
+    ]
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def _csv(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()
+
+
+def _json(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    objects = [
+        {name: int(value) if name in NUMBERS else value for name, value in zip(columns, row, strict=True)}
+        for row in rows
+    ]
+    return json.dumps(objects, indent=2, ensure_ascii=False) + "\n"
+
+
+_FORMATS = {"table": _table, "csv": _csv, "json": _json}

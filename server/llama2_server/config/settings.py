@@ -126,7 +126,7 @@ class Settings(BaseSettings):
 
     api_keys_file: Annotated[Path | None, Group.ACCOUNTS] = None
     """File of API keys and their accounts; changes apply without restart.
-    `llama2-server keys new` prints the entries of this file."""
+    `llama2-server keys` edits this file."""
     allow_unauthenticated: Annotated[bool, Group.ACCOUNTS] = False
     """Access without API keys on an address other than loopback.
     Every client that reaches the address can send requests."""

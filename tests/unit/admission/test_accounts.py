@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import grpc
@@ -201,13 +202,14 @@ def test_lines_of_keys_new_are_read_as_yaml_does(indent: str) -> None:
     fast = 0
     for entry in entries:
         text = f"# comment\nkeys:\n{indent}{entry}\n\n"
-        parsed = keys_file._parse_lines(text)
+        parsed = keys_file.parse_lines(text)
         assert parsed in (None, yaml.safe_load(text))
         fast += parsed is not None
     assert fast > len(entries) / 4
-    common = [new_key(f"account-{index}", "Jane Doe")[1] for index in range(500)]
+    last_days = [None, date(2027, 1, 31)]
+    common = [new_key(f"account-{index}", "Jane Doe", last_days[index % 2])[1] for index in range(500)]
     text = "keys:\n" + "".join(f"{indent}{entry}\n" for entry in common)
-    assert keys_file._parse_lines(text) == yaml.safe_load(text)
+    assert keys_file.parse_lines(text) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_lines_of_keys_new_are_read_as_yaml_does(indent: str) -> None:
 )
 def test_other_files_are_left_to_yaml(text: str) -> None:
     """A file with anything but lines of `keys new` is not read line by line."""
-    assert keys_file._parse_lines(text.format(new_key("a")[1], new_key("b")[1])) is None
+    assert keys_file.parse_lines(text.format(new_key("a")[1], new_key("b")[1])) is None
 
 
 @pytest.mark.parametrize(
