@@ -10,7 +10,7 @@ GPU_PACKAGES ?= .gpu-packages
 GPU_PYTHON ?= 3.12
 SOURCES := server client tests tools benchmarks examples conformance hatch_build.py
 PROTOS := $(wildcard protos/llama2/v1/*.proto conformance/v1/*.proto)
-NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp)
+NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
 .PHONY: run quick test check format proto docs lock conformance conformance-full bench bench-gpu gpu-packages demo-model clean help
 

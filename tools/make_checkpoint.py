@@ -73,15 +73,25 @@ PRESETS = {
 
 
 def make_checkpoint(
-    directory: Path, shape: Shape, *, shards: int = 1, dtype: torch.dtype = torch.float16, seed: int = 0
+    directory: Path,
+    shape: Shape,
+    *,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float16,
+    trained_dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> Path:
-    """Write a checkpoint into `directory`, create the directory if needed, and return it."""
+    """Write a checkpoint into `directory`, create the directory if needed, and return it.
+
+    The numbers are rounded to `trained_dtype`, if given, before they are stored as `dtype`. Llama-2 was trained in
+    bfloat16 and published in float16.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     make_tokenizer(directory / "tokenizer.model", shape.vocab)
     _write_json(directory / "config.json", _config(shape, dtype))
     _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     _write_json(directory / "tokenizer_config.json", _tokenizer_config())
-    _write_weights(directory, shape, shards, dtype, seed)
+    _write_weights(directory, shape, shards, (trained_dtype or dtype, dtype), seed)
     return directory
 
 
@@ -148,7 +158,9 @@ def _tokenizer_config() -> dict[str, object]:
     }
 
 
-def _write_weights(directory: Path, shape: Shape, shards: int, dtype: torch.dtype, seed: int) -> None:
+def _write_weights(
+    directory: Path, shape: Shape, shards: int, dtypes: tuple[torch.dtype, torch.dtype], seed: int
+) -> None:
     names = list(_tensor_shapes(shape))
     per_shard = -(-len(names) // shards)
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +168,7 @@ def _write_weights(directory: Path, shape: Shape, shards: int, dtype: torch.dtyp
     for index in range(shards):
         file = f"model-{index + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         part = dict(names[index * per_shard : (index + 1) * per_shard])
-        tensors = {name: _random(size, generator, dtype) for name, size in part.items()}
+        tensors = {name: _random(size, generator, dtypes) for name, size in part.items()}
         save_file(tensors, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     if shards > 1:
@@ -182,11 +194,11 @@ def _tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (shape.vocab, shape.hidden)
 
 
-def _random(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def _random(shape: tuple[int, ...], generator: torch.Generator, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
     """Return random values that preserve the magnitude of activations, so that every layer has an effect."""
     values = torch.randn(shape, generator=generator)
     values = 1 + values / 10 if len(shape) == 1 else values * shape[1] ** -0.5
-    return values.to(dtype)
+    return values.to(dtypes[0]).to(dtypes[1])
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
@@ -207,6 +219,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shards", type=int, default=1, help="number of safetensors files")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--trained-dtype", choices=DTYPES, help="round the numbers to this dtype first")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -216,7 +229,14 @@ def main() -> None:
     arguments = _parse_arguments()
     given = {name: value for name in asdict(Shape()) if (value := getattr(arguments, name)) is not None}
     shape = replace(PRESETS[arguments.preset], **given)
-    make_checkpoint(arguments.out, shape, shards=arguments.shards, dtype=DTYPES[arguments.dtype], seed=arguments.seed)
+    make_checkpoint(
+        arguments.out,
+        shape,
+        shards=arguments.shards,
+        dtype=DTYPES[arguments.dtype],
+        trained_dtype=DTYPES[arguments.trained_dtype] if arguments.trained_dtype else None,
+        seed=arguments.seed,
+    )
     size = sum(path.stat().st_size for path in arguments.out.glob("*.safetensors"))
     print(f"{arguments.out}: {size / 1e6:.0f} MB of weights")
 

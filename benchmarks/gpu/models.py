@@ -38,7 +38,9 @@ SHAPES = {
 }
 
 
-def random_weights(config: LlamaConfig, device: str, dtype: torch.dtype = torch.float16, seed: int = 0) -> LlamaWeights:
+def random_weights(
+    config: LlamaConfig, device: str, dtype: torch.dtype = torch.float16, seed: int = 0
+) -> LlamaWeights[torch.Tensor]:
     """Return weights with normally distributed matrices and with norms of 1."""
     weights = LlamaWeights.allocate(config, device, dtype)
     generator = torch.Generator(device).manual_seed(seed)
@@ -74,5 +76,5 @@ def multiplications_per_token(config: LlamaConfig) -> int:
     )
 
 
-def _matrices(weights: LlamaWeights) -> list[torch.Tensor]:
+def _matrices(weights: LlamaWeights[torch.Tensor]) -> list[torch.Tensor]:
     return [matrix for layer in weights.layers for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)]

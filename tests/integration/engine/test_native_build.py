@@ -13,8 +13,9 @@ from llama2_server.engine.native import library as native
 
 def run_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[str], Path]:
     """Run the build hook of a wheel on a copy of the source; return its build data, warnings and the library's path."""
-    for file in hatch_build.NATIVE_SOURCE.parent.glob("*.[ch]pp"):
-        shutil.copy(file, tmp_path)
+    shutil.copytree(
+        hatch_build.NATIVE_SOURCE.parent, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so")
+    )
     source = tmp_path / "decode.cpp"
     monkeypatch.setattr(hatch_build, "NATIVE_SOURCE", source)
     monkeypatch.setattr(hatch_build, "_generate_stubs", lambda: None)

@@ -22,6 +22,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "listen": ("127.0.0.1:1", "[::1]:2"),
     "device": ("cpu", "cuda"),
     "cpu_kernels": ("auto", "torch"),
+    "cpu_weight_bits": ("12", "16"),
     "max_position_embeddings": (4096, 8192),
     "dtype": ("float32", "bfloat16"),
     "max_queue_size": (0, 2),

@@ -1,7 +1,8 @@
 """Check the tensors of a checkpoint and read them directly into the weights of a model on its device."""
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,13 @@ from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.memory import LOWER_MEMORY_USE, MemoryNeed, available_bytes, check_memory
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.llama import CpuKernels, LlamaModel
+from llama2_server.engine.model.packed_weights import (
+    CpuWeightBits,
+    PackedMatrix,
+    PackedShare,
+    allocate_packed,
+    packs_weights,
+)
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.text.tokenizer import Tokenizer
 
@@ -29,6 +37,10 @@ CPU_READERS = 2
 
 MATCHING_FILES = "use the config.json and the weights of the same checkpoint"
 
+logger = logging.getLogger(__name__)
+
+Weights = LlamaWeights[Tensor] | LlamaWeights[PackedMatrix]
+Destination = Tensor | PackedMatrix
 Progress = Callable[[int, int], None]  # called with the loaded and the total number of bytes
 
 
@@ -43,6 +55,7 @@ def load_model(
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
     cpu_kernels: CpuKernels = "auto",
+    cpu_weight_bits: CpuWeightBits = "auto",
 ) -> LlamaModel:
     """Load a checkpoint as a model with `slots` slots of `context_length` tokens each.
 
@@ -56,6 +69,7 @@ def load_model(
         tokenizer: the result of `open_tokenizer`, if known.
         progress: called after each tensor.
         cpu_kernels: "auto" uses the native kernels on a CPU if they are available.
+        cpu_weight_bits: bits per weight that the native kernels read; 12 only where this is exact.
 
     Raises:
         WeightsError: the checkpoint is incomplete, has another architecture, does not match its tokenizer, contains
@@ -65,17 +79,17 @@ def load_model(
     config = config or read_config(directory)
     check_context(directory, config.max_positions, context_length)
     _check_tokenizer(directory, config, tokenizer or open_tokenizer(directory))
-    stored = read_tensor_table(directory)
-    verify_digests(directory, {tensor.path for tensor in stored.values()})
-    if config.tied_embeddings:
-        stored = _merge_tied_head(stored)
     meta_weights = LlamaWeights.allocate(config, "meta", dtype)
-    _check_tensors(directory, stored, tensor_destinations(config, meta_weights))
+    stored = read_checked_table(directory, config, meta_weights)
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
     _check_memory(directory, device, meta_weights.size_bytes, cache_bytes, f"{slots} x {context_length} tokens")
     try:
-        weights = LlamaWeights.allocate(config, device, dtype)
+        packed = (torch.device(device).type, dtype, cpu_kernels) == ("cpu", torch.float16, "auto") and packs_weights(
+            cpu_weight_bits, meta_weights.size_bytes
+        )
+        weights: Weights = allocate_packed(config) if packed else LlamaWeights.allocate(config, device, dtype)
         _read_tensors(stored, tensor_destinations(config, weights), progress or _no_progress)
+        _log_packed_share(weights)
         return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
     except torch.OutOfMemoryError as error:
         raise WeightsError(
@@ -83,8 +97,29 @@ def load_model(
         ) from error
 
 
+def read_checked_table(directory: Path, config: LlamaConfig, weights: LlamaWeights[Tensor]) -> dict[str, TensorEntry]:
+    """Return the tensors of a checkpoint that belong to these weights, by name; a tied head is not one of them.
+
+    Raises:
+        WeightsError: a tensor is missing, superfluous or has another shape, or a file is not the published one.
+    """
+    stored = read_tensor_table(directory)
+    verify_digests(directory, {tensor.path for tensor in stored.values()})
+    if config.tied_embeddings:
+        stored = _merge_tied_head(stored)
+    _check_tensors(directory, stored, tensor_destinations(config, weights))
+    return stored
+
+
 def _no_progress(done_bytes: int, total_bytes: int) -> None:
     pass
+
+
+def _log_packed_share(weights: Weights) -> None:
+    shares = [matrix.share for matrix in weights.matrices if isinstance(matrix, PackedMatrix)]
+    if shares:
+        share = sum(shares, PackedShare())
+        logger.info("weights: %s are stored in 12 bits without loss, %.2f GB", share, share.size_bytes / 1e9)
 
 
 def _check_memory(directory: Path, device: str, weights_bytes: int, cache_bytes: int, tokens: str) -> None:
@@ -117,7 +152,7 @@ def _merge_tied_head(stored: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     return others if table is None else {**others, EMBEDDING: table}
 
 
-def _check_tensors(directory: Path, stored: dict[str, TensorEntry], destinations: dict[str, Tensor]) -> None:
+def _check_tensors(directory: Path, stored: dict[str, TensorEntry], destinations: dict[str, Destination]) -> None:
     for name, destination in destinations.items():
         expected = tuple(destination.shape)
         if name not in stored:
@@ -143,18 +178,21 @@ def _remedy_for_missing(name: str, stored: dict[str, TensorEntry]) -> str:
     return "fetch the checkpoint again"
 
 
-def tensor_destinations(config: LlamaConfig, weights: LlamaWeights) -> dict[str, Tensor]:
+def tensor_destinations(config: LlamaConfig, weights: Weights) -> dict[str, Destination]:
     """Return the memory for each tensor of a checkpoint, by its name there; parts of a fused matrix are views."""
-    destinations = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm}
+    destinations: dict[str, Destination] = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm}
     if not config.tied_embeddings:
         destinations[HEAD] = weights.head
-    for index, layer in enumerate(weights.layers):
+    layers: Sequence[LayerWeights[Tensor] | LayerWeights[PackedMatrix]] = weights.layers
+    for index, layer in enumerate(layers):
         parts = _layer_destinations(config, layer)
         destinations |= {f"model.layers.{index}.{name}.weight": part for name, part in parts.items()}
     return destinations
 
 
-def _layer_destinations(config: LlamaConfig, layer: LayerWeights) -> dict[str, Tensor]:
+def _layer_destinations(
+    config: LlamaConfig, layer: LayerWeights[Tensor] | LayerWeights[PackedMatrix]
+) -> dict[str, Destination]:
     keys = config.query_size
     values = keys + config.kv_size
     return {
@@ -170,11 +208,11 @@ def _layer_destinations(config: LlamaConfig, layer: LayerWeights) -> dict[str, T
     }
 
 
-def _read_tensors(stored: dict[str, TensorEntry], destinations: dict[str, Tensor], progress: Progress) -> None:
+def _read_tensors(stored: dict[str, TensorEntry], destinations: dict[str, Destination], progress: Progress) -> None:
     """Read each tensor to its destination, in file order, which is fastest on spinning and network disks."""
     total_bytes = sum(tensor.size_bytes for tensor in stored.values())
     done_bytes = 0
-    device = next(iter(destinations.values())).device
+    device = next(item.device for item in destinations.values() if isinstance(item, Tensor))
     local = threading.local()
 
     def create_buffers() -> None:
@@ -192,7 +230,7 @@ def _read_tensors(stored: dict[str, TensorEntry], destinations: dict[str, Tensor
             progress(done_bytes, total_bytes)
 
 
-def _read_tensor(name: str, tensor: TensorEntry, destination: Tensor, buffers: ReadBuffers) -> None:
+def _read_tensor(name: str, tensor: TensorEntry, destination: Destination, buffers: ReadBuffers) -> None:
     if _read_finite(name, tensor, destination, buffers):
         return
     # Read again in the stored dtype, to find out whether the checkpoint or the conversion is the cause.
@@ -204,11 +242,13 @@ def _read_tensor(name: str, tensor: TensorEntry, destination: Tensor, buffers: R
     raise WeightsError(f"{tensor.path}: tensor {name} {problem}")
 
 
-def _read_finite(name: str, tensor: TensorEntry, destination: Tensor, buffers: ReadBuffers) -> bool:
+def _read_finite(name: str, tensor: TensorEntry, destination: Destination, buffers: ReadBuffers) -> bool:
     """Read a tensor and return whether all its numbers are finite."""
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         try:
+            if isinstance(destination, PackedMatrix):
+                return all(destination.pack(first, rows) for first, rows in buffers.read_rows(tensor, file))
             return buffers.fill(destination, tensor.dtype, file)
         except EOFError:
             message = f"{tensor.path}: the file ends inside tensor {name}; fetch it again"

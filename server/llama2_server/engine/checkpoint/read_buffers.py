@@ -1,6 +1,7 @@
 """Buffers between the file of a tensor and its destination on the device."""
 
 import itertools
+from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
 
@@ -11,6 +12,8 @@ from llama2_server.engine.checkpoint.files import TensorEntry
 
 # Files are read into buffers of this size. Mapped files would count as memory of the process until they are unmapped.
 BUFFER_BYTES = 4 * 2**20
+# Rows that are packed together stay in a core's cache.
+PACKED_BUFFER_BYTES = 2**20
 
 
 def equal_in_file(one: TensorEntry, other: TensorEntry) -> bool:
@@ -57,6 +60,21 @@ class ReadBuffers:
             extremes += torch.aminmax(target)
         return bool(torch.stack(extremes).isfinite().all()) if extremes else True
 
+    def read_rows(self, tensor: TensorEntry, file: BufferedReader) -> Iterator[tuple[int, Tensor]]:
+        """Read a matrix from the current position of the file; yield blocks of rows, each with its first row's index.
+
+        The blocks are (rows, width), float16, and valid until the next one.
+
+        Raises:
+            EOFError: the file ends inside the tensor.
+        """
+        outputs, width = tensor.shape
+        step = max(PACKED_BUFFER_BYTES // (width * tensor.dtype.itemsize), 1)
+        for first in range(0, outputs, step):
+            count = min(step, outputs - first)
+            stored = next(self._buffers).read(count * width * tensor.dtype.itemsize, file)
+            yield first, stored.view(tensor.dtype).to(torch.float16).view(count, width)
+
 
 class _Buffer:
     def __init__(self, device: torch.device) -> None:
@@ -65,6 +83,12 @@ class _Buffer:
         self._memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_cuda)
         self._bytes: Any = self._memory.numpy()  # the same memory, in the form that `readinto` accepts
         self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def read(self, size_bytes: int, file: BufferedReader) -> Tensor:  # (size_bytes,) uint8
+        """Read bytes into the buffer and return them."""
+        if file.readinto(self._bytes[:size_bytes]) != size_bytes:
+            raise EOFError
+        return self._memory[:size_bytes]
 
     def copy_into(self, target: Tensor, dtype: torch.dtype, file: BufferedReader) -> None:
         if self._copied:

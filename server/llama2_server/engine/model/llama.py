@@ -6,7 +6,7 @@ because the checkpoints have its format.
 
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_
 from llama2_server.engine.errors import EngineError, OutOfMemory
 from llama2_server.engine.model.kv_cache import KVCache, Slot
 from llama2_server.engine.model.native_decoder import NativeDecoder
+from llama2_server.engine.model.packed_weights import PackedMatrix
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.native.library import NativeUnavailable
 
@@ -41,29 +42,30 @@ FP16_BLOCK_ROWS = 512
 class LlamaModel:
     """A Llama model and its KV cache on one device; only one thread at a time may use it.
 
-    The model runs on the device and in the dtype of `weights`. `context_length` is the number of tokens per slot, and
-    `slots` is the maximum number of concurrent sequences. `native` runs the model natively; None if it runs in torch.
+    The model runs on the device and in the dtype of `weights`; packed weights need the native kernels.
+    `context_length` is the number of tokens per slot, and `slots` is the maximum number of concurrent sequences.
+    `native` runs the model natively; None if it runs in torch.
     """
 
     def __init__(
         self,
         config: LlamaConfig,
-        weights: LlamaWeights,
+        weights: LlamaWeights[Tensor] | LlamaWeights[PackedMatrix],
         *,
         context_length: int,
         slots: int,
         cpu_kernels: CpuKernels = "auto",
     ) -> None:
         self.config = config
-        self.weights = weights
+        self.weights: LlamaWeights[Any] = weights
         self.context_length = context_length
         self.slots = slots
         self.vocab_size = config.vocab_size
-        self.device = weights.embedding.device
-        self.dtype = weights.embedding.dtype
+        self.device = weights.norm.device
+        self.dtype = weights.norm.dtype
         with torch.inference_mode():
-            self.kv_cache = KVCache(config, slots, context_length, weights.embedding)
-            self.rotary = _rotary_table(config, context_length, weights.embedding)
+            self.kv_cache = KVCache(config, slots, context_length, weights.norm)
+            self.rotary = _rotary_table(config, context_length, weights.norm)
         if self.device.type == "cuda":  # sum in float32, even if a matrix product is split
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear
@@ -71,7 +73,7 @@ class LlamaModel:
             self._linear = _fp16_linear_cpu
         # On a CPU, attention over 16-bit keys is slower and less exact than attention over float32 copies of them.
         self._widen = self.device.type == "cpu" and self.dtype != torch.float32
-        self._threads = 1 if weights.size_bytes < SMALL_MODEL_BYTES else CPU_THREADS
+        self._threads = 1 if weights.parameters * self.dtype.itemsize < SMALL_MODEL_BYTES else CPU_THREADS
         self.native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
         self.chunk_invariant = self.native is not None
         self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self.native else TORCH_CHUNK_TOKENS
@@ -85,6 +87,8 @@ class LlamaModel:
                 raise NativeUnavailable(f"the native kernels support only torch.float16; --dtype is {self.dtype}")
             native = NativeDecoder(self.config, self.weights, self.kv_cache, self.rotary, threads=self._threads)
         except NativeUnavailable as reason:
+            if isinstance(self.weights.head, PackedMatrix):
+                raise EngineError(f"packed weights need the native kernels: {reason}") from reason
             logger.warning("running in torch, which is slower: %s", reason)
             return None
         logger.info("running natively with %s, threads: %d", native.instructions, self._threads)
@@ -182,7 +186,7 @@ class LlamaModel:
         # rms_norm computes the mean of squares in float32 for all dtypes.
         return rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
-    def _qkv(self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, weights: LayerWeights[Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (tokens, heads, head_dim), and keys and values, each (tokens, kv_heads, head_dim).
 
         Queries and keys are rotated.
@@ -229,7 +233,9 @@ class LlamaModel:
             return None
         return torch.ones(end - position, end, dtype=torch.bool, device=self.device).tril(position)
 
-    def _finish_layer(self, weights: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:  # (tokens, hidden_size)
+    def _finish_layer(
+        self, weights: LayerWeights[Tensor], x: Tensor, attended: Tensor
+    ) -> Tensor:  # (tokens, hidden_size)
         x = x + self._linear(attended, weights.output)
         gate_up = self._linear(self._norm(x, weights.mlp_norm), weights.gate_up)
         gate, up = gate_up.chunk(2, dim=-1)  # (tokens, intermediate_size) each

@@ -11,8 +11,16 @@ from torch import Tensor
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.native_sampler import NativeSampler
+from llama2_server.engine.model.packed_weights import PackedMatrix
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
-from llama2_server.engine.native.library import LayerPointers, ModelPointers, NativeUnavailable, load_library
+from llama2_server.engine.native.library import (
+    LayerPointers,
+    MatrixPointers,
+    ModelPointers,
+    NativeUnavailable,
+    find_instructions,
+    load_library,
+)
 
 OUTPUTS = 4  # of a step: logits, samplers, their numbers, sampled tokens
 
@@ -23,7 +31,7 @@ class NativeDecoder:
     def __init__(
         self,
         config: LlamaConfig,
-        weights: LlamaWeights,
+        weights: LlamaWeights[Any],
         kv_cache: KVCache,
         rotary: tuple[Tensor, Tensor],
         *,
@@ -34,7 +42,7 @@ class NativeDecoder:
 
         Args:
             config: shapes of the model.
-            weights: float16 weights, shared with the decoder.
+            weights: float16 or packed weights, shared with the decoder.
             kv_cache: float16 keys and values, shared with the decoder.
             rotary: cosines and signed sines, each (context_length, head_dim).
             threads: number of threads, the calling one included.
@@ -44,10 +52,7 @@ class NativeDecoder:
             NativeUnavailable: the library is missing, or the processor does not support the instructions.
         """
         library = load_library()
-        found = library.llama2_instructions(instructions.encode())
-        if found is None:
-            raise NativeUnavailable(f"this processor does not support {instructions or 'AVX2 with F16C'}")
-        self.instructions: str = found.decode()
+        self.instructions = find_instructions(instructions)
         cosines, sines = (table.float().contiguous() for table in rotary)
         # Keep the tensors alive: the C++ decoder holds only pointers to them.
         self._memory = (weights, kv_cache, cosines, sines)
@@ -59,7 +64,7 @@ class NativeDecoder:
                 for layer, keys, values in zip(weights.layers, kv_cache.keys, kv_cache.values, strict=True)
             )
         )
-        self._decoder = library.llama2_decoder_new(model, layers, found, threads)
+        self._decoder = library.llama2_decoder_new(model, layers, self.instructions.encode(), threads)
         if not self._decoder:
             raise NativeUnavailable("out of memory")
         self._max_rows: int = library.llama2_decoder_max_rows(self._decoder)
@@ -163,7 +168,7 @@ class NativeDecoder:
 
 
 def _model_pointers(
-    config: LlamaConfig, weights: LlamaWeights, kv_cache: KVCache, rotary: tuple[Tensor, Tensor]
+    config: LlamaConfig, weights: LlamaWeights[Any], kv_cache: KVCache, rotary: tuple[Tensor, Tensor]
 ) -> ModelPointers:
     slots, _, context, _ = kv_cache.keys[0].shape
     return ModelPointers(
@@ -177,10 +182,18 @@ def _model_pointers(
         context,
         slots,
         config.rms_norm_eps,
-        *(tensor.data_ptr() for tensor in (weights.embedding, weights.norm, weights.head, *rotary)),
+        *map(_matrix_pointers, (weights.embedding, weights.head)),
+        *(tensor.data_ptr() for tensor in (weights.norm, *rotary)),
     )
 
 
-def _layer_pointers(layer: LayerWeights, keys: Tensor, values: Tensor) -> LayerPointers:
-    matrices = (layer.qkv, layer.output, layer.mlp_norm, layer.gate_up, layer.down)
-    return LayerPointers(*(tensor.data_ptr() for tensor in (layer.attention_norm, *matrices, keys, values)))
+def _layer_pointers(layer: LayerWeights[Any], keys: Tensor, values: Tensor) -> LayerPointers:
+    return LayerPointers(
+        *(tensor.data_ptr() for tensor in (layer.attention_norm, layer.mlp_norm)),
+        *map(_matrix_pointers, (layer.qkv, layer.output, layer.gate_up, layer.down)),
+        *(tensor.data_ptr() for tensor in (keys, values)),
+    )
+
+
+def _matrix_pointers(matrix: Tensor | PackedMatrix) -> MatrixPointers:
+    return MatrixPointers(matrix.data_ptr(), None) if isinstance(matrix, Tensor) else matrix.pointers()

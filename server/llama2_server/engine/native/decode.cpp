@@ -13,8 +13,8 @@
 // `model/llama.py` has the same step in torch. The interface is plain C: Python calls it through ctypes, and the build
 // does not need torch.
 //
-// This file is the interface. decoder.hpp has the stages of a step, thread_pool.hpp the threads, and kernels.hpp the
-// kernels, which are compiled once per instruction set and selected at run time (as in Google's Highway).
+// This file is the interface. decoder.hpp has the stages of a step, thread_pool.hpp the threads, and kernels/ the kernels,
+// which are compiled once per instruction set and selected at run time (as in Google's Highway).
 
 #include <algorithm>
 #include <atomic>
@@ -26,6 +26,7 @@
 #include <exception>
 #include <limits>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -57,17 +58,17 @@
 #if defined(__x86_64__)
 #define LLAMA2_INSTRUCTIONS avx2
 LLAMA2_BEGIN("avx2,fma,f16c")
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 LLAMA2_END
 #undef LLAMA2_INSTRUCTIONS
 #define LLAMA2_INSTRUCTIONS avx512
 #define LLAMA2_AVX512
 LLAMA2_BEGIN("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 LLAMA2_END
 #else
 #define LLAMA2_INSTRUCTIONS neon
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 #endif
 
 namespace {
@@ -101,7 +102,7 @@ const Kernels *find_kernels(const char *name, const char **found) {
 }  // namespace
 
 // The interface version. Increase it with every change that Python sees, so that an outdated library is never called.
-LLAMA2_EXPORT int llama2_interface() { return 4; }
+LLAMA2_EXPORT int llama2_interface() { return 5; }
 
 // Returns the instruction set called `name` ("" = the best available), or null if this processor does not support it.
 LLAMA2_EXPORT const char *llama2_instructions(const char *name) {
@@ -177,6 +178,38 @@ LLAMA2_EXPORT bool llama2_sampler_sample(Sampler *sampler, const char *instructi
     } catch (const std::exception &) {
         return false;
     }
+    return true;
+}
+
+// Writes the format of each row of a float16 matrix (see Kernels::measure), and returns the bytes of all packed rows, -1
+// if a number is not finite, or -2 if this processor has no kernels.
+LLAMA2_EXPORT std::int64_t llama2_measure_rows(const Half *from, int rows, int width, std::uint64_t *entries) {
+    const char *found;
+    const Kernels *kernels = find_kernels("", &found);
+    return kernels == nullptr ? -2 : kernels->measure(from, rows, width, entries);
+}
+
+// Returns the bytes of a packed row of this RowFormat, the same for all instruction sets.
+LLAMA2_EXPORT std::int64_t llama2_row_bytes(int format, int width) {
+    const char *found;
+    const Kernels *kernels = find_kernels("", &found);
+    return kernels == nullptr ? 0 : static_cast<std::int64_t>(kernels->row_bytes(format, width));
+}
+
+// Packs measured rows; see Kernels::pack. All instruction sets write the same bytes.
+LLAMA2_EXPORT void llama2_pack_rows(const Half *from, int rows, int width, std::uint64_t *entries,
+                                    std::uint8_t *memory, std::uint64_t offset) {
+    const char *found;
+    if (const Kernels *kernels = find_kernels("", &found)) kernels->pack(from, rows, width, entries, memory, offset);
+}
+
+// Unpacks one row of a matrix to padded(width) floats with the kernels called `instructions`; returns false if this
+// processor does not support them.
+LLAMA2_EXPORT bool llama2_unpack_row(const Matrix *matrix, int row, int width, const char *instructions, float *out) {
+    const char *found;
+    const Kernels *kernels = find_kernels(instructions, &found);
+    if (kernels == nullptr) return false;
+    kernels->unpack(*matrix, row, width, out);
     return true;
 }
 

@@ -62,6 +62,10 @@ class Decoder final : ThreadPool {
           // The layout is documented at `Attention::scratch`.
           scratch_(threads,
                    attention_tokens(group()) * group() * (2 * padded(model.head_dim) + padded(model.context))),
+          // Rows of float16, so half the floats; only packed weights need them.
+          unpacked_(threads, model.head.rows == nullptr
+                                 ? 0
+                                 : UNPACKED_ROWS * std::max({model.hidden, model.inner, query_width_}) / 2),
           logits_memory_(static_cast<std::size_t>(model.slots) * model.vocab),
           sampling_(threads, SamplingScratch(model.vocab)) {
         token_runs_.reserve(max_rows_);
@@ -80,8 +84,7 @@ class Decoder final : ThreadPool {
         sample_ = logits == nullptr;
         samples_ = sampling;
         for (int row = 0; row < rows; ++row) {
-            const Half *embedded = model_.embedding + static_cast<std::size_t>(tokens[row]) * model_.hidden;
-            kernels_.widen(embedded, model_.hidden, x_[row]);
+            kernels_.unpack(model_.embedding, tokens[row], model_.hidden, x_[row]);
         }
         find_token_runs();
         stage_ = -1;
@@ -136,22 +139,23 @@ class Decoder final : ThreadPool {
         if (stage_ > logits_stage()) return sample(thread, chunk);
         const int begin = chunk * outputs_per_chunk_;
         if (stage_ == logits_stage())
-            return matmul(model_.head, model_.vocab, normed_, model_.hidden, begin, logits_, model_.vocab, logit_rows_);
+            return matmul(thread, chunk_of(model_.head, model_.vocab, model_.hidden, begin), normed_, logits_ + begin,
+                          model_.vocab, logit_rows_);
         switch (stage_ % STAGES_PER_LAYER) {
             case QKV:
-                return matmul(layer().qkv, query_width_ + 2 * key_width_, normed_, model_.hidden, begin, qkv_[0],
-                                qkv_.stride, rows_);
+                return matmul(thread, chunk_of(layer().qkv, query_width_ + 2 * key_width_, model_.hidden, begin),
+                              normed_, qkv_[0] + begin, qkv_.stride, rows_);
             case ATTEND:
                 return kernels_.attend(
                     attention(thread, token_runs_[chunk / model_.kv_heads], chunk % model_.kv_heads));
             case OUTPUT:
-                return matmul(layer().output, model_.hidden, attended_, query_width_, begin, sublayer_output_[0],
-                                sublayer_output_.stride, rows_);
+                return matmul(thread, chunk_of(layer().output, model_.hidden, query_width_, begin), attended_,
+                              sublayer_output_[0] + begin, sublayer_output_.stride, rows_);
             case GATE_UP:
-                return gate_up(begin);
+                return gate_up(thread, begin);
             default:
-                return matmul(layer().down, model_.hidden, inner_, model_.inner, begin, sublayer_output_[0],
-                              sublayer_output_.stride, rows_);
+                return matmul(thread, chunk_of(layer().down, model_.hidden, model_.inner, begin), inner_,
+                              sublayer_output_[0] + begin, sublayer_output_.stride, rows_);
         }
     }
 
@@ -172,22 +176,25 @@ class Decoder final : ThreadPool {
         return (outputs + per_chunk - 1) / per_chunk;
     }
 
-    // Multiplies the last `rows` rows of `x` by outputs_per_chunk_ rows of the matrix, starting at `begin`.
-    void matmul(const Half *weights, int outputs, PaddedMatrix &x, int width, int begin, float *out,
-                std::size_t out_stride, int rows) {
-        const int count = std::min(outputs_per_chunk_, outputs - begin);
-        kernels_.matmul(weights + static_cast<std::size_t>(begin) * width, count, width, x[rows_ - rows], x.stride,
-                          rows, out + begin, out_stride);
+    // Returns the rows of the matrix, which has `outputs` rows, that belong to the chunk from `begin` on.
+    MatrixRows chunk_of(const Matrix &matrix, int outputs, int width, int begin) const {
+        return {matrix, begin, std::min(outputs_per_chunk_, outputs - begin), width};
     }
 
-    void gate_up(int begin) {
-        const int inner = model_.inner, count = std::min(outputs_per_chunk_, inner - begin);
-        matmul(layer().gate_up, inner, normed_, model_.hidden, begin, gate_up_[0], gate_up_.stride, rows_);
-        matmul(layer().gate_up + static_cast<std::size_t>(inner) * model_.hidden, inner, normed_, model_.hidden,
-                 begin, gate_up_[0] + inner, gate_up_.stride, rows_);
+    // Multiplies the last `rows` rows of `x` by rows of a matrix.
+    void matmul(int thread, const MatrixRows &weights, PaddedMatrix &x, float *out, std::size_t out_stride, int rows) {
+        kernels_.matmul(weights, x[rows_ - rows], x.stride, rows, out, out_stride, reinterpret_cast<Half *>(unpacked_[thread]));
+    }
+
+    void gate_up(int thread, int begin) {
+        const int inner = model_.inner;
+        MatrixRows weights = chunk_of(layer().gate_up, inner, model_.hidden, begin);
+        matmul(thread, weights, normed_, gate_up_[0] + begin, gate_up_.stride, rows_);
+        weights.begin += inner;
+        matmul(thread, weights, normed_, gate_up_[0] + inner + begin, gate_up_.stride, rows_);
         for (int row = 0; row < rows_; ++row) {
             const float *gates = gate_up_[row] + begin;
-            kernels_.swiglu(gates, gates + inner, count, inner_[row] + begin);
+            kernels_.swiglu(gates, gates + inner, weights.outputs, inner_[row] + begin);
         }
     }
 
@@ -245,7 +252,7 @@ class Decoder final : ThreadPool {
     const std::vector<Layer> layers_;
     const Kernels &kernels_;
     const int threads_, max_rows_, query_width_, key_width_;
-    PaddedMatrix x_, normed_, sublayer_output_, qkv_, attended_, gate_up_, inner_, scratch_;
+    PaddedMatrix x_, normed_, sublayer_output_, qkv_, attended_, gate_up_, inner_, scratch_, unpacked_;
     // The current step. The thread that opens a stage writes these before its ticket; threads read them after they take
     // one of its chunks.
     int rows_ = 0, logit_rows_ = 0, stage_ = 0, outputs_per_chunk_ = 0;

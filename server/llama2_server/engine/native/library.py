@@ -11,19 +11,26 @@ from pathlib import Path
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("decode.so")
-INTERFACE_VERSION = 4  # the version that llama2_interface() of decode.cpp must return
+INTERFACE_VERSION = 5  # the version that llama2_interface() of decode.cpp must return
 
 
 class NativeUnavailable(Exception):
     """The native forward pass cannot run; the one-line message gives the reason and the fix."""
 
 
+class MatrixPointers(ctypes.Structure):
+    """A weight matrix; mirrors `struct Matrix` of model.hpp."""
+
+    _fields_ = [("memory", ctypes.c_void_p), ("rows", ctypes.c_void_p)]
+
+
 class LayerPointers(ctypes.Structure):
     """Tensors of one layer; mirrors `struct Layer` of model.hpp."""
 
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down", "keys", "values")
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm")),
+        *((name, MatrixPointers) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
     ]
 
 
@@ -36,7 +43,8 @@ class ModelPointers(ctypes.Structure):
             for name in ("vocab", "hidden", "inner", "layers", "heads", "kv_heads", "head_dim", "context", "slots")
         ),
         ("norm_epsilon", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "cosines", "sines")),
+        *((name, MatrixPointers) for name in ("embedding", "head")),
+        *((name, ctypes.c_void_p) for name in ("norm", "cosines", "sines")),
     ]
 
 
@@ -98,10 +106,37 @@ def _declare(library: ctypes.CDLL) -> None:
         *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, doubles, numbers),
     ]
     library.llama2_sampler_sample.restype = ctypes.c_bool
+    _declare_packing(library)
     library.llama2_use_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.llama2_use_huge_pages.restype = None
     library.llama2_read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.llama2_read_bandwidth.restype = ctypes.c_double
+
+
+def _declare_packing(library: ctypes.CDLL) -> None:
+    rows = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+    library.llama2_measure_rows.argtypes = [*rows]
+    library.llama2_measure_rows.restype = ctypes.c_int64
+    library.llama2_pack_rows.argtypes = [*rows, ctypes.c_void_p, ctypes.c_uint64]
+    library.llama2_pack_rows.restype = None
+    library.llama2_row_bytes.argtypes = [ctypes.c_int, ctypes.c_int]
+    library.llama2_row_bytes.restype = ctypes.c_int64
+    library.llama2_unpack_row.argtypes = [
+        *(ctypes.POINTER(MatrixPointers), ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p),
+    ]
+    library.llama2_unpack_row.restype = ctypes.c_bool
+
+
+def find_instructions(name: str = "") -> str:
+    """Return the instruction set of this name, or the best available one.
+
+    Raises:
+        NativeUnavailable: the library is missing, or the processor does not support the instructions.
+    """
+    found: bytes | None = load_library().llama2_instructions(name.encode())
+    if found is None:
+        raise NativeUnavailable(f"this processor does not support {name or 'AVX2 with F16C'}")
+    return found.decode()
 
 
 def use_huge_pages(memory: Tensor) -> None:

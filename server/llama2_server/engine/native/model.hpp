@@ -9,22 +9,38 @@
 
 using Half = std::uint16_t;  // the bits of an IEEE float16; kernels widen whole vectors of them
 
+// How a row of a packed matrix is stored (kernels/packing.hpp).
+enum RowFormat { FLOAT16, TWELVE_BITS, TWELVE_BITS_WITH_BASES };
+constexpr std::uint64_t ROW_ALIGNMENT = 64;  // rows start at a cache line, so the low bits of an offset hold the format
+
 // The structs that Python fills; `native/library.py` mirrors them field by field.
+
+// A weight matrix. Without `rows`, it has float16 rows one after another. Otherwise each row has an entry in `rows`: its
+// offset in `memory` plus its RowFormat.
+struct Matrix {
+    const std::uint8_t *memory;
+    const std::uint64_t *rows;
+};
+
 struct Layer {
-    const Half *attention_norm, *qkv, *output, *mlp_norm, *gate_up, *down;
+    const Half *attention_norm, *mlp_norm;
+    Matrix qkv, output, gate_up, down;
     Half *keys, *values;  // (slots, kv_heads, context, head_dim)
 };
 
 struct Model {
     std::int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, context, slots;
     float norm_epsilon;
-    const Half *embedding, *norm, *head;
+    Matrix embedding, head;
+    const Half *norm;
     const float *cosines, *sines;  // (context, head_dim); sines of a head's first half are negated
 };
 
 namespace {
 
 constexpr int LANES = 16;  // partial sums of every dot product
+
+constexpr int UNPACKED_ROWS = 4;  // rows of a packed matrix that are unpacked together for many rows of activations
 
 constexpr int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
 
@@ -44,15 +60,28 @@ struct Attention {
     float *scratch;  // per thread: attention_tokens * group rows of queries, then of sums, then of scores
 };
 
+// Rows `begin` to `begin + outputs` of a matrix.
+struct MatrixRows {
+    const Matrix &matrix;
+    int begin, outputs, width;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
-    void (*matmul)(const Half *weights, int outputs, int width, const float *x, std::size_t stride, int rows,
-                   float *out, std::size_t out_stride);
+    // out[row][output] = x[row] . weights[output]; `unpacked` has room for UNPACKED_ROWS rows of float16.
+    void (*matmul)(const MatrixRows &weights, const float *x, std::size_t stride, int rows, float *out,
+                   std::size_t out_stride, Half *unpacked);
+    void (*unpack)(const Matrix &matrix, int row, int width, float *out);  // `out` is padded with zeros
+    std::size_t (*row_bytes)(int format, int width);
+    // Writes the RowFormat of each float16 row, and returns the bytes of all packed rows, or -1 if a number is not finite.
+    std::int64_t (*measure)(const Half *from, int rows, int width, std::uint64_t *entries);
+    // Packs measured rows to `memory` from `offset` on, and replaces each format by the row's entry.
+    void (*pack)(const Half *from, int rows, int width, std::uint64_t *entries, std::uint8_t *memory,
+                 std::uint64_t offset);
     void (*rmsnorm)(const float *x, const Half *weights, int width, float epsilon, float *out);
     void (*swiglu)(const float *gates, const float *ups, int count, float *out);
     void (*append_to_cache)(const Attention &attention);  // writes keys and values to the KV cache
     void (*attend)(const Attention &attention);
-    void (*widen)(const Half *from, int count, float *to);
     std::uint64_t (*read)(const std::uint64_t *memory, std::size_t bytes);
     // The largest logit, or NaN if one is not finite.
     float (*largest)(const float *logits, int count);

@@ -104,7 +104,7 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     devices: list[object] = []
     allocate = LlamaWeights.allocate
 
-    def spy(config: Any, device: Any, dtype: Any) -> LlamaWeights:
+    def spy(config: Any, device: Any, dtype: Any) -> LlamaWeights[Any]:
         devices.append(device)
         return allocate(config, device, dtype)
 

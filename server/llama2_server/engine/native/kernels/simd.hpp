@@ -7,14 +7,14 @@
 using Vector = __m512;
 inline Vector broadcast(float value) { return _mm512_set1_ps(value); }
 inline Vector load(const float *from) { return _mm512_loadu_ps(from); }
-inline Vector load(const Half *from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-}
+inline Vector widen(__m256i halves) { return _mm512_cvtph_ps(halves); }
+inline Vector load(const Half *from) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))); }
 inline void store(float *to, Vector v) { _mm512_storeu_ps(to, v); }
 inline void store(Half *to, Vector v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector keep_in_register(Vector v) {
     asm("" : "+v"(v));
     return v;
@@ -26,6 +26,9 @@ struct Vector {
 };
 inline Vector broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
 inline Vector load(const float *from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+inline Vector widen(__m256i halves) {
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
 inline Vector load(const Half *from) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + 8)))};
@@ -41,6 +44,7 @@ inline void store(Half *to, Vector v) {
 inline Vector fma(Vector a, Vector b, Vector c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+inline Vector multiply(Vector a, Vector b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 inline Vector keep_in_register(Vector v) {
     asm("" : "+x"(v.low), "+x"(v.high));
     return v;
@@ -71,6 +75,10 @@ inline void store(Half *to, Vector v) {
 inline Vector fma(Vector a, Vector b, Vector c) {
     for (int i = 0; i < 4; ++i) c.part[i] = vfmaq_f32(c.part[i], a.part[i], b.part[i]);
     return c;
+}
+inline Vector multiply(Vector a, Vector b) {
+    for (int i = 0; i < 4; ++i) a.part[i] = vmulq_f32(a.part[i], b.part[i]);
+    return a;
 }
 inline Vector keep_in_register(Vector v) { return v; }  // NEON arithmetic has no memory operands
 #endif
@@ -104,6 +112,62 @@ inline void store_partial(Half *to, Vector v, int count) {
     store(whole, v);
     std::memcpy(to, whole, count * sizeof(Half));
 }
+
+// load_codes decodes 16 codes of a block of the packed format (packing.hpp), at `index` * 16, to float16: 8 times the
+// weights.
+#if defined(__x86_64__)
+inline __m256i load_words(const std::uint8_t *from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
+}
+// Returns words | (others & mask).
+inline __m256i insert(__m256i words, __m256i others, short mask) {
+#if defined(LLAMA2_AVX512)
+    return _mm256_ternarylogic_epi32(words, others, _mm256_set1_epi16(mask), 0xf8);
+#else
+    return _mm256_or_si256(words, _mm256_and_si256(others, _mm256_set1_epi16(mask)));
+#endif
+}
+inline void store(Half *to, __m256i halves) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), halves); }
+inline __m256i last_words(const std::uint8_t *from) {
+    const __m256i upper = _mm256_slli_epi16(load_words(from), 12), middle = _mm256_slli_epi16(load_words(from + 64), 8);
+    const __m256i lower = _mm256_slli_epi16(load_words(from + 128), 4);
+    return insert(insert(upper, middle, 0x0f00), lower, 0x00f0);
+}
+inline __m256i load_codes(const std::uint8_t *block, int index) {
+    const __m256i words = index < 6 ? load_words(block + 32 * index) : last_words(block + 32 * (index - 6));
+    return _mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16(static_cast<short>(0xbff8)));
+}
+#else
+inline uint16x8_t load_words(const std::uint8_t *from) { return vreinterpretq_u16_u8(vld1q_u8(from)); }
+inline uint16x8_t last_words(const std::uint8_t *from) {
+    const uint16x8_t upper = vshlq_n_u16(load_words(from), 12), middle = vshlq_n_u16(load_words(from + 64), 8);
+    const uint16x8_t lower = vshlq_n_u16(load_words(from + 128), 4);
+    return vorrq_u16(vorrq_u16(upper, vandq_u16(middle, vdupq_n_u16(0x0f00))), vandq_u16(lower, vdupq_n_u16(0x00f0)));
+}
+inline uint16x8x2_t load_codes(const std::uint8_t *block, int index) {
+    uint16x8x2_t halves;
+    for (int half = 0; half < 2; ++half) {
+        const std::uint8_t *from = block + 16 * half;
+        const uint16x8_t words = index < 6 ? load_words(from + 32 * index) : last_words(from + 32 * (index - 6));
+        const int16x8_t shifted = vshrq_n_s16(vreinterpretq_s16_u16(words), 1);
+        halves.val[half] = vandq_u16(vreinterpretq_u16_s16(shifted), vdupq_n_u16(0xbff8));
+    }
+    return halves;
+}
+inline Vector widen(uint16x8x2_t halves) {
+    Vector v;
+    for (int half = 0; half < 2; ++half) {
+        const float16x8_t numbers = vreinterpretq_f16_u16(halves.val[half]);
+        v.part[2 * half] = vcvt_f32_f16(vget_low_f16(numbers));
+        v.part[2 * half + 1] = vcvt_f32_f16(vget_high_f16(numbers));
+    }
+    return v;
+}
+inline void store(Half *to, uint16x8x2_t halves) {
+    vst1q_u16(to, halves.val[0]);
+    vst1q_u16(to + 8, halves.val[1]);
+}
+#endif
 
 // Writes the indices, counted from `first`, of all floats among 16 that are at least `smallest`, and returns their
 // number. It may write 16 indices.

@@ -6,13 +6,17 @@ namespace LLAMA2_INSTRUCTIONS {
 
 #include "simd.hpp"
 
-#include "matmul.hpp"
-
 void widen(const Half *from, int count, float *to) {
     int i = 0;
     for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
     if (i < count) store(to + i, load_partial(from + i, count - i));
 }
+
+#include "matmul.hpp"
+
+#include "packing.hpp"
+
+#include "packed_matmul.hpp"
 
 // RMSNorm (Zhang and Sennrich 2019).
 void rmsnorm(const float *x, const Half *weights, int width, float epsilon, float *out) {
@@ -80,8 +84,9 @@ double sum_of_weights(const float *logits, int count, float largest, double fact
     return sums[0];
 }
 
-const Kernels kernels = {matmul, rmsnorm, swiglu,  append_to_cache, attend,
-                         widen,  read,    largest, collect,         weigh,  sum_of_weights};
+const Kernels kernels = {matmul,  unpack, row_bytes,       measure, pack, rmsnorm,
+                         swiglu,  append_to_cache, attend,  read,    largest, collect,
+                         weigh,   sum_of_weights};
 
 }  // namespace LLAMA2_INSTRUCTIONS
 }  // namespace

@@ -69,8 +69,9 @@ constexpr int MAX_BLOCK_ROWS = sizeof BLOCKINGS / sizeof *BLOCKINGS;
 
 // out[row][output] = x[row] . weights[output]; x is zero from `width` to the next multiple of 16. More rows than one
 // block takes are split into passes of nearly equal size; all passes except the first find the weights in the cache.
+// `next` is the memory to prefetch, or null for the memory behind the weights.
 void matmul(const Half *weights, int outputs, int width, const float *x, std::size_t stride, int rows, float *out,
-            std::size_t out_stride) {
+            std::size_t out_stride, const Half *next = nullptr) {
     const int passes = (rows + MAX_BLOCK_ROWS - 1) / MAX_BLOCK_ROWS;
     const int block_outputs = BLOCKINGS[rows / passes - 1].outputs;
     while (outputs > 0) {
@@ -79,6 +80,7 @@ void matmul(const Half *weights, int outputs, int width, const float *x, std::si
         // This thread usually reads the following memory next, even beyond these weights (see ThreadPool::chunk_at). A
         // prefetch beyond the end of the last weight does nothing.
         const Half *prefetch_from = weights + (count == 1 ? PREFETCH_DISTANCE : std::max(size, PREFETCH_DISTANCE));
+        if (next != nullptr) prefetch_from = std::exchange(next, next + size);
         for (int pass = 0; pass < passes; ++pass) {
             const int begin = rows * pass / passes, end = rows * (pass + 1) / passes;
             const Blocking &blocking = BLOCKINGS[end - begin - 1];

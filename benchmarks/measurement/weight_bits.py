@@ -1,0 +1,109 @@
+"""Compare weights of 12 and 16 bits in memory: steps of the native decoder, loading time and memory.
+
+    python -m benchmarks.measurement.weight_bits --checkpoint DIR --instructions AVX-512 AVX2
+
+Each round runs the same step with both, one after another. It prints the ratio of the lowest times and the median of
+the ratios within a round: above 1 means that 12 bits are faster. The logits of both must have the same bits. With one
+thread, the times are CPU times of that thread.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llama2_server.engine.checkpoint.loader import load_model
+from llama2_server.engine.model.llama import LlamaModel
+from llama2_server.engine.model.native_decoder import NativeDecoder
+from llama2_server.engine.model.packed_weights import CpuWeightBits
+
+CONTEXT_LENGTH, POSITION = 256, 128
+ROWS = (1, 2, 4, 8, 16)
+PREFILL_TOKENS = 48
+WAYS: tuple[CpuWeightBits, ...] = ("12", "16")
+
+Step = Callable[[NativeDecoder], torch.Tensor]
+
+
+def load(checkpoint: Path, bits: CpuWeightBits) -> LlamaModel:
+    """Load a checkpoint with one of the two formats, and print seconds and size."""
+    started_at = time.perf_counter()
+    model = load_model(
+        checkpoint,
+        device="cpu",
+        dtype=torch.float16,
+        context_length=CONTEXT_LENGTH,
+        slots=max(ROWS),
+        cpu_weight_bits=bits,
+    )
+    seconds, gigabytes = time.perf_counter() - started_at, model.weights.size_bytes / 1e9
+    print(f"{bits} bits: loaded in {seconds:.2f} s, {gigabytes:.3f} GB", flush=True)
+    return model
+
+
+def steps() -> dict[str, Step]:
+    """Return the steps to measure by name."""
+
+    def decode(rows: int) -> Step:
+        slots = list(range(rows))
+        return lambda decoder: decoder.decode(slots, [5 + slot for slot in slots], [POSITION] * rows)
+
+    prompt = [3 + token % 500 for token in range(PREFILL_TOKENS)]
+    found = {f"decode, {rows} rows": decode(rows) for rows in ROWS}
+    return found | {f"prefill, {PREFILL_TOKENS} tokens": lambda decoder: decoder.prefill(0, prompt, POSITION)}
+
+
+def compare(name: str, step: Step, decoders: list[NativeDecoder], rounds: int, clock: Callable[[], float]) -> None:
+    """Print the ratio of one step."""
+    seconds: list[list[float]] = [[], []]
+    for round_ in range(rounds + 1):
+        logits = []
+        for decoder, times in zip(decoders, seconds, strict=True):
+            started_at = clock()
+            logits.append(step(decoder))
+            if round_:  # the first round warms up
+                times.append(clock() - started_at)
+        if not torch.equal(*logits):
+            raise SystemExit(f"{name}: the logits differ")
+    packed, plain = (min(times) * 1e3 for times in seconds)
+    median = statistics.median(sixteen / twelve for twelve, sixteen in zip(*seconds, strict=True))
+    print(f"{name:20} best {plain / packed:.2f}, median {median:.2f}   {packed:7.1f} {plain:7.1f} ms", flush=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="directory of a checkpoint")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds per step")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of the decoder")
+    parser.add_argument(
+        "--instructions", nargs="+", default=[""], help="names of instruction sets; by default the best"
+    )
+    parser.add_argument("--steps", default="", help="only the steps whose names contain this text")
+    arguments = parser.parse_args()
+    clock = time.thread_time if arguments.threads == 1 else time.perf_counter
+    models = [load(arguments.checkpoint, bits) for bits in WAYS]
+    for instructions in arguments.instructions:
+        decoders = [
+            NativeDecoder(
+                model.config,
+                model.weights,
+                model.kv_cache,
+                model.rotary,
+                threads=arguments.threads,
+                instructions=instructions,
+            )
+            for model in models
+        ]
+        print(f"\n{decoders[0].instructions}, threads: {arguments.threads}; speed at 12 / 16 bits, then both times")
+        for name, step in steps().items():
+            if arguments.steps in name:
+                compare(name, step, decoders, arguments.rounds, clock)
+
+
+if __name__ == "__main__":
+    main()
