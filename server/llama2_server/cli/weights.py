@@ -48,7 +48,7 @@ def check(directory: Path) -> None:
     Llama-2. A CPU with AVX-512 reads them faster, and they take a quarter less memory (--cpu-weight-bits).
     """
     # torch is slow to import, and other commands do not need it.
-    from llama2_server.engine.checkpoint.packed_share import measure_checkpoint
+    from llama2_server.engine.checkpoint.loader import measure_checkpoint
 
     share = measure_checkpoint(directory)
     click.echo(

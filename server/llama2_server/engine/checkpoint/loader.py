@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama2_server.engine.checkpoint.digests import verify_digests
 from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
+from llama2_server.engine.checkpoint.formats import check_format
 from llama2_server.engine.checkpoint.hub import fetch_checkpoint
 from llama2_server.engine.checkpoint.layout import check_context
 from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file
@@ -22,11 +23,14 @@ from llama2_server.engine.model.llama import CpuKernels, LlamaModel
 from llama2_server.engine.model.packed_weights import (
     CpuWeightBits,
     PackedMatrix,
+    PackedMemoryFull,
     PackedShare,
     allocate_packed,
+    measure_rows,
     packs_weights,
 )
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
+from llama2_server.engine.native.library import NativeUnavailable, find_instructions
 from llama2_server.engine.text.tokenizer import Tokenizer
 
 __all__ = ["fetch_checkpoint", "load_model"]
@@ -82,15 +86,22 @@ def load_model(
     meta_weights = LlamaWeights.allocate(config, "meta", dtype)
     stored = read_checked_table(directory, config, meta_weights)
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
-    _check_memory(directory, device, meta_weights.size_bytes, cache_bytes, f"{slots} x {context_length} tokens")
+    packed = (torch.device(device).type, dtype, cpu_kernels) == ("cpu", torch.float16, "auto") and packs_weights(
+        cpu_weight_bits, meta_weights.size_bytes
+    )
+    least_bytes = meta_weights.size_bytes * 3 // 4 if packed else meta_weights.size_bytes
+    _check_memory(directory, device, MemoryNeed(least_bytes, cache_bytes, f"{slots} x {context_length} tokens"))
     try:
-        packed = (torch.device(device).type, dtype, cpu_kernels) == ("cpu", torch.float16, "auto") and packs_weights(
-            cpu_weight_bits, meta_weights.size_bytes
-        )
-        weights: Weights = allocate_packed(config) if packed else LlamaWeights.allocate(config, device, dtype)
+        weights: Weights
+        if packed:
+            weights = allocate_packed(config, _bytes_beside(cache_bytes))
+        else:
+            weights = LlamaWeights.allocate(config, device, dtype)
         _read_tensors(stored, tensor_destinations(config, weights), progress or _no_progress)
         _log_packed_share(weights)
         return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
+    except PackedMemoryFull as error:
+        raise WeightsError(f"{directory}: {error}; {LOWER_MEMORY_USE}") from error
     except torch.OutOfMemoryError as error:
         raise WeightsError(
             f"{directory}: weights and KV cache do not fit on {device}: {error}; {LOWER_MEMORY_USE}"
@@ -122,9 +133,14 @@ def _log_packed_share(weights: Weights) -> None:
         logger.info("weights: %s are stored in 12 bits without loss, %.2f GB", share, share.size_bytes / 1e9)
 
 
-def _check_memory(directory: Path, device: str, weights_bytes: int, cache_bytes: int, tokens: str) -> None:
+def _bytes_beside(cache_bytes: int) -> int | None:
+    """Return the memory that the KV cache leaves on a CPU; None if it is unknown."""
+    free_bytes = available_bytes()
+    return None if free_bytes is None else free_bytes - cache_bytes
+
+
+def _check_memory(directory: Path, device: str, need: MemoryNeed) -> None:
     """Raise WeightsError before any tensor is read, if the free memory of the device is too small."""
-    need = MemoryNeed(weights_bytes, cache_bytes, tokens)
     if torch.device(device).type == "cuda":
         check_memory(directory, device, need, *torch.cuda.mem_get_info(device))
     else:
@@ -253,3 +269,31 @@ def _read_finite(name: str, tensor: TensorEntry, destination: Destination, buffe
         except EOFError:
             message = f"{tensor.path}: the file ends inside tensor {name}; fetch it again"
             raise WeightsError(message) from None
+
+
+def measure_checkpoint(directory: Path) -> PackedShare:
+    """Read the matrices of a checkpoint and return their share.
+
+    Raises:
+        WeightsError: the checkpoint cannot be served, or the native library is not available.
+    """
+    try:
+        find_instructions()
+    except NativeUnavailable as error:
+        raise WeightsError(f"cannot measure weights: {error}") from error
+    check_format(directory)
+    config = read_config(directory)
+    stored = read_checked_table(directory, config, LlamaWeights.allocate(config, "meta", torch.float16))
+    buffers = ReadBuffers(torch.device("cpu"))
+    matrices = {name: tensor for name, tensor in stored.items() if len(tensor.shape) == 2}
+    return sum((_measure_matrix(name, tensor, buffers) for name, tensor in matrices.items()), PackedShare())
+
+
+def _measure_matrix(name: str, tensor: TensorEntry, buffers: ReadBuffers) -> PackedShare:
+    formats = torch.empty(tensor.shape[0], dtype=torch.int64)
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        for first, rows in buffers.read_rows(tensor, file):
+            if measure_rows(rows, formats[first : first + len(rows)]) is None:
+                raise WeightsError(f"{tensor.path}: tensor {name} contains numbers that float16 cannot represent")
+    return PackedShare.of(formats, tensor.shape[1])

@@ -27,20 +27,34 @@ FLOAT16, TWELVE_BITS, TWELVE_BITS_WITH_BASES = range(3)  # enum RowFormat of mod
 FORMAT_MASK = 63  # an entry of `rows` is an offset, a multiple of 64, plus the format
 
 
+class PackedMemoryFull(Exception):
+    """The packed weights take more memory than is free; the one-line message states how much is free."""
+
+
 class PackedMemory:
     """Memory for the packed rows of a model. Only the part that is used so far takes memory of the machine."""
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, limit_bytes: int | None = None) -> None:
+        self._limit = limit_bytes
         self.bytes = torch.empty(capacity_bytes, dtype=torch.uint8)
         use_huge_pages(self.bytes)
         self._used = 0
         self._lock = threading.Lock()
 
     def reserve(self, size_bytes: int) -> int:
-        """Return the offset of free bytes; any thread may call it."""
+        """Return the offset of free bytes; any thread may call it.
+
+        Raises:
+            PackedMemoryFull: the rows take more memory than the limit.
+        """
         with self._lock:
             offset = self._used
             self._used += size_bytes
+        if self._limit is not None and offset + size_bytes > self._limit:
+            raise PackedMemoryFull(
+                f"the weights need more than the {self._limit / 1e9:.1f} GB that are free, because too few of them "
+                "fit in 12 bits (llama2-server weights check)"
+            )
         return offset
 
 
@@ -154,8 +168,8 @@ def row_bytes(row_format: int, width: int) -> int:
     return int(load_library().llama2_row_bytes(row_format, width))
 
 
-def allocate_packed(config: LlamaConfig) -> LlamaWeights[PackedMatrix]:
-    """Return packed weights whose rows are not packed yet.
+def allocate_packed(config: LlamaConfig, limit_bytes: int | None = None) -> LlamaWeights[PackedMatrix]:
+    """Return packed weights whose rows are not packed yet, and which may take `limit_bytes` of memory.
 
     Raises:
         NativeUnavailable: the native library is missing.
@@ -167,7 +181,7 @@ def allocate_packed(config: LlamaConfig) -> LlamaWeights[PackedMatrix]:
         capacity += outputs * row_bytes(FLOAT16, width)
 
     LlamaWeights.arrange(config, count, lambda width: torch.empty(width, device="meta"))
-    memory = PackedMemory(capacity)
+    memory = PackedMemory(capacity, limit_bytes)
 
     def matrix(outputs: int, width: int) -> PackedMatrix:
         return PackedMatrix(memory, torch.empty(outputs, dtype=torch.int64), width)

@@ -58,14 +58,17 @@ def _check_files(directory: Path, settings: Settings, card: ModelCard) -> None:
     headers = read_headers(directory)
     if settings.device == "cuda" or (settings.device == "auto" and has_nvidia_device()):
         return  # the loader asks the driver for the memory of the card
-    element_bytes = 4 if (settings.dtype or card.generation_config.dtype) == "float32" else 2
+    dtype = settings.dtype or card.generation_config.dtype
+    element_bytes = 4 if dtype == "float32" else 2
+    # The loader measures how many weights take 12 bits instead of 16; this is the least that they can need.
+    packed = dtype == "float16" and settings.cpu_kernels == "auto" and settings.cpu_weight_bits != "16"
     tied = bool(config.get("tie_word_embeddings"))
     elements = sum(entry.elements for name, entry in headers.items() if not (tied and name == HEAD))
     slots, context_length = card.max_concurrent_requests, card.context_length_limit
     # A key projection has one row per element of a key.
     rows = sum(entry.shape[0] for name, entry in headers.items() if name.endswith("self_attn.k_proj.weight"))
     need = MemoryNeed(
-        weights_bytes=element_bytes * elements,
+        weights_bytes=elements * element_bytes * 3 // 4 if packed else elements * element_bytes,
         cache_bytes=element_bytes * 2 * slots * context_length * rows,
         tokens=f"{slots} x {context_length} tokens",
     )

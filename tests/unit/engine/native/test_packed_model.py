@@ -11,7 +11,7 @@ from tests.support.checkpoints import edit_tensors
 from tests.unit.engine.native.models import MakeCheckpoint, library, load, native_decoder, some_ids
 from torch import Tensor
 
-from llama2_server.engine.checkpoint.packed_share import measure_checkpoint
+from llama2_server.engine.checkpoint.loader import measure_checkpoint
 from llama2_server.engine.errors import EngineError, WeightsError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.model.packed_weights import PackedMatrix, packs_weights
@@ -164,3 +164,17 @@ def test_the_instruction_set_determines_the_default(
     assert packs_weights("12", LARGE) == (instructions is not None)
     assert not packs_weights("16", LARGE)
     assert not packs_weights("auto", LARGE // 4)
+
+
+def test_weights_that_do_not_fit_in_the_free_memory_are_rejected(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for 12 bits per weight is not enough if few weights fit; loading ends before memory runs out."""
+    directory = checkpoint(dtype=torch.float16, hidden=256)
+    model = load(directory, cpu_kernels="auto", cpu_weight_bits="16")
+    free_bytes = model.kv_cache.nbytes + model.weights.size_bytes * 9 // 10
+    monkeypatch.setattr("llama2_server.engine.checkpoint.loader.available_bytes", lambda: free_bytes)
+    with pytest.raises(WeightsError, match=r"because too few of them fit in 12 bits .*; free memory, or lower"):
+        load(directory, cpu_kernels="auto", cpu_weight_bits="12")
+    with pytest.raises(WeightsError, match="GB are free; free memory, or lower"):
+        load(directory, cpu_kernels="auto", cpu_weight_bits="16")
