@@ -148,7 +148,7 @@ def measure_rows(halves: Tensor, formats: Tensor) -> int | None:  # (rows, width
 
 
 def packs_weights(bits: CpuWeightBits, float16_bytes: int) -> bool:
-    """Return whether the native kernels shall read a model of this size in packed form.
+    """Return whether the native kernels read a model of this size in packed form.
 
     Args:
         bits: the setting; "auto" depends on the instruction set and the size.
