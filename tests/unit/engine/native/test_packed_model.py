@@ -42,7 +42,7 @@ def mix_formats(tensors: dict[str, Tensor]) -> None:
             tensor[10:30] = exact[10:30]  # a run of float16 rows
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+@pytest.fixture(params=list(SHAPES.values()), ids=list(SHAPES))
 def mixed(request: pytest.FixtureRequest, checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
     """A checkpoint with rows of all formats."""
     directory = Path(shutil.copytree(checkpoint(dtype=torch.float16, **request.param), tmp_path / "mixed"))
@@ -141,7 +141,8 @@ def test_a_file_that_ends_inside_a_tensor_is_rejected(checkpoint: MakeCheckpoint
 def test_torch_and_small_models_keep_16_bits(checkpoint: MakeCheckpoint) -> None:
     """Only the native kernels read packed weights."""
     directory = checkpoint(dtype=torch.float16, hidden=256)
-    for options in ({"cpu_kernels": "torch", "cpu_weight_bits": "12"}, {"cpu_kernels": "auto"}):
+    choices: list[dict[str, Any]] = [{"cpu_kernels": "torch", "cpu_weight_bits": "12"}, {"cpu_kernels": "auto"}]
+    for options in choices:
         assert isinstance(load(directory, **options).weights.head, Tensor)
     assert isinstance(load(directory, torch.float32, cpu_weight_bits="12").weights.head, Tensor)
     assert isinstance(load(directory, cpu_kernels="auto", cpu_weight_bits="12").weights.head, PackedMatrix)
