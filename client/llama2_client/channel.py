@@ -75,9 +75,21 @@ def grpc_target(target: str) -> str:
     """Return the gRPC target of a plain address: resolved by DNS, with the default port if it has none.
 
     A target with a scheme of gRPC's, such as `unix:`, is returned unchanged.
+
+    Raises:
+        ValueError: the target is empty or a URL, or its port is not valid.
     """
+    if target.lower().startswith(("http://", "https://", "grpc://", "grpcs://")):
+        raise ValueError(f"target: must be HOST:PORT, not a URL; remove {target.partition('//')[0]}//")
+    if not target or any(character.isspace() for character in target):
+        raise ValueError("target: must be HOST:PORT without spaces, such as localhost:50051")
     if _SCHEMES.match(target):
         return target
+    host, colon, port = target.rpartition(":")
+    if colon and ":" not in host and not (port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"target: the port must be a number from 1 to 65535, got {port or 'nothing'}")
+    if colon and not host:
+        raise ValueError("target: the host is missing; pass HOST:PORT, such as localhost:50051")
     if target.count(":") > 1 and not target.startswith("["):
         target = f"[{target}]"  # a bare IPv6 address
     if not re.search(r"[^:]:\d+$", target):

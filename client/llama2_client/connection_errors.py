@@ -9,7 +9,7 @@ import grpc
 from llama2_client.channel import proxy_variable
 from llama2_client.errors import ConnectionProblem, DeadlineExceeded, Llama2Error
 
-# How long a client looks for the reason why a call had no connection. The reason is known already, or there is none.
+# How long a client looks for the reason why a call had no connection. gRPC returns the reason at once if it has one.
 PROBE_SECONDS = 0.1
 # gRPC's messages for a call without a connection, in all supported versions.
 _NOT_CONNECTED = re.compile(

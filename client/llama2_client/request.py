@@ -31,7 +31,9 @@ class GenerationOptions(TypedDict, total=False):
     timeout: float | None  # deadline in seconds, queue time and retries included; None: the client's default
 
 
-_INTEGERS = {"max_tokens", "top_k", "seed"}
+_MAX_INT32, _MAX_UINT64 = 2**31 - 1, 2**64 - 1
+# The range that the field's type can encode; the server checks the card's limits.
+_INTEGERS = {"max_tokens": (-_MAX_INT32, _MAX_INT32), "top_k": (-_MAX_INT32, _MAX_INT32), "seed": (0, _MAX_UINT64)}
 _BOOLEANS = {"raw", "no_cache"}
 
 
@@ -92,9 +94,12 @@ def usage_request(since: date | None, until: date | None) -> account_pb2.GetUsag
 
 
 def _field_value(name: str, value: object) -> object:
-    """Return the value of a field. Raise TypeError if it has the wrong type."""
+    """Return the value of a field. Raise TypeError if it has the wrong type and ValueError if it is out of range."""
     if name in _INTEGERS:
-        return integer(name, value)
+        (minimum, maximum), whole = _INTEGERS[name], integer(name, value)
+        if not minimum <= whole <= maximum:
+            raise ValueError(f"must be from {minimum} to {maximum}, got {whole}")
+        return whole
     if name in _BOOLEANS:
         check_type(name, value, bool, "True or False")
         return value

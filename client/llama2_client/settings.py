@@ -94,6 +94,6 @@ def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
         return ()
     check_type("api_key", api_key, str, "a string")
     # gRPC's own error would contain the whole header, including the key.
-    if not (api_key.isascii() and api_key.isprintable()):
-        raise ValueError("api_key: must be printable ASCII")
+    if not (api_key and api_key.isascii() and api_key.isprintable()):
+        raise ValueError("api_key: must be printable ASCII, and not empty; copy the key again")
     return (("authorization", f"Bearer {api_key}"),)

@@ -41,7 +41,7 @@ class RedisClient:
             from redis.backoff import NoBackoff
             from redis.exceptions import RedisError
         except ImportError as error:
-            raise ImportError("Redis needs the redis extra; run pip install 'llama2-grpc[redis]'") from error
+            raise ImportError("Redis needs the redis extra; run pip install '.[redis]' in the clone") from error
         try:
             pool = redis.asyncio.BlockingConnectionPool.from_url(
                 url,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from llama2_client.cli.usage_errors import name_of
+
 # gRPC is imported when a call starts, because the import is slow and `llama2 --help` does not need it.
 if TYPE_CHECKING:
     import grpc
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_FLAGS = {"api_key": "--api-key", "timeout": "--timeout"}
+# The options of the program for the client's parameters.
+_OPTIONS = {"target": "address"} | {name: name for name in ("api_key", "timeout", "server_name", "quota_wait")}
+_NEEDS_TLS = "needs TLS; add --tls or --ca FILE"
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,33 @@ class ServerConnection:
     tls: bool
     ca: Path | None
     client_certificate: ClientCertificate | None = None
+    server_name: str | None = None
+    quota_wait: float = 0.0
+    resume: bool = False
 
     def client(self) -> Client:
         """Create the client; it connects at its first call."""
         from llama2_client.aio.client import Client
 
         try:
-            return Client(self.address, api_key=self.api_key, timeout=self.timeout, tls=self._tls())
-        except (OSError, ValueError) as error:
+            return Client(
+                self.address,
+                api_key=self.api_key,
+                timeout=self.timeout,
+                tls=self._tls(),
+                server_name=self.server_name,
+                quota_wait=self.quota_wait,
+                resume=self.resume,
+            )
+        except OSError as error:
+            raise click.UsageError(f"{error.filename}: {error.strerror}; pass a file that you can read") from error
+        except ValueError as error:
             # Name the flag, not the parameter of `Client`.
-            subject, colon, problem = str(error).partition(":")
-            raise click.UsageError(f"{_FLAGS.get(subject, subject)}{colon}{problem}") from error
+            subject, _, problem = str(error).partition(": ")
+            problem = _NEEDS_TLS if problem.startswith("needs TLS") else problem
+            raise click.UsageError(
+                f"{name_of(_OPTIONS[subject]) if subject in _OPTIONS else subject}: {problem}"
+            ) from error
 
     def _tls(self) -> bool | bytes | grpc.ChannelCredentials:
         """Return the `tls` argument of `Client`."""
@@ -72,20 +92,24 @@ class ServerConnection:
             try:
                 context.load_verify_locations(self.ca)
             except ssl.SSLError as error:
-                raise ValueError(f"--ca: {self.ca} does not contain a valid PEM certificate") from error
+                message = f"--ca: {self.ca} is not a PEM certificate; pass the certificate of the server's authority"
+                raise ValueError(message) from error
         if self.client_certificate is not None:
             certificate, key = self.client_certificate.certificate, self.client_certificate.key
             try:
                 context.load_cert_chain(certificate, key, password=lambda: "")
             except ssl.SSLError as error:
-                message = f"--certificate and --key: {certificate} and {key} are not a matching pair of PEM files"
+                message = (
+                    f"--certificate and --key: {certificate} and {key} are not a matching pair of PEM files; "
+                    "pass the files that belong together"
+                )
                 raise ValueError(message) from error
 
     def run(self, call: Callable[[Client], Awaitable[T]], *, as_json: bool) -> T:
         """Run a call. If it fails, print the error and exit with the code for its kind."""
         import asyncio
 
-        from llama2_client.cli import output
+        from llama2_client.cli.errors import exit_code, print_error
         from llama2_client.errors import Llama2Error
 
         async def session() -> T:
@@ -95,5 +119,5 @@ class ServerConnection:
         try:
             return asyncio.run(session())
         except Llama2Error as error:
-            output.print_error(error, self.address, as_json=as_json)
-            raise click.exceptions.Exit(output.exit_code(error)) from error
+            print_error(error, self.address, as_json=as_json)
+            raise click.exceptions.Exit(exit_code(error)) from error

@@ -1,4 +1,4 @@
-"""The `llama2` command and its subcommands: generate, chat, card, tokens, usage, health."""
+"""The `llama2` command and its subcommands: generate, chat, card, tokens, usage, health, completion."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from llama2_client.cli.connection import ClientCertificate, ServerConnection
 from llama2_client.cli.options import input_options, json_option, read_input, sampling_options
+from llama2_client.cli.usage_errors import CommandGroup, error_message, print_error_line
 
 # gRPC is imported when a call starts, because the import is slow and `llama2 --help` does not need it.
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
     from llama2_client.aio.client import Client
 
+PROGRAM = "llama2"
+COMPLETION_VARIABLE = "_LLAMA2_COMPLETE"  # set by the completion script when the shell asks for words
+EXIT_WRONG_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--address",
     envvar="LLAMA2_ADDRESS",
@@ -68,6 +72,24 @@ EXIT_INTERRUPTED = 130
     metavar="FILE",
     help="Private key of the client certificate, in PEM.",
 )
+@click.option(
+    "--server-name",
+    metavar="NAME",
+    help="Host name to expect in the server's certificate, if it is not the host of --address.",
+)
+@click.option(
+    "--quota-wait",
+    type=click.FloatRange(min=0),
+    envvar="LLAMA2_QUOTA_WAIT",
+    default=0.0,
+    metavar="SECONDS",
+    show_default=True,
+    show_envvar=True,
+    help="Longest time to wait for a used-up quota, within --timeout.",
+)
+@click.option(
+    "--resume", is_flag=True, help="Continue a reply whose connection breaks. The repeated call costs as much again."
+)
 @click.version_option(package_name="llama2-grpc", prog_name="llama2", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(
@@ -79,6 +101,9 @@ def cli(
     ca: Path | None,
     certificate: Path | None,
     key: Path | None,
+    server_name: str | None,
+    quota_wait: float,
+    resume: bool,
 ) -> None:
     """Call a llama2-grpc server.
 
@@ -96,7 +121,9 @@ def cli(
     if (certificate is None) != (key is None):
         raise click.UsageError("--certificate and --key: one of them is missing; give both")
     client_certificate = None if certificate is None or key is None else ClientCertificate(certificate, key)
-    context.obj = ServerConnection(address, api_key, timeout, tls, ca, client_certificate)
+    context.obj = ServerConnection(
+        address, api_key, timeout, tls, ca, client_certificate, server_name, quota_wait, resume
+    )
 
 
 @cli.command(short_help="Generate a reply to TEXT.")
@@ -115,13 +142,13 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Generate a reply to TEXT, or to standard input if TEXT is "-".
+    """Generate a reply to TEXT, or to standard input if TEXT is missing or "-".
 
     Streams the reply to standard output, then prints one line of statistics to standard error.
 
-    With --json, each line is an object: {"response": DELTA} for each part, and at the end
-    {"response": "", "completion": {…}}. With --json and --no-stream, the output is one object with the whole text in
-    "response". "seed" and "neurons" are strings, so that no digit is lost. Errors are objects on standard error.
+    With --json, each line is a message of the API in JSON: {"response": DELTA} for each part, and at the end
+    {"response": "", "completion": {…}}. With --json and --no-stream, the output is one message with the whole text in
+    "response". An error is {"error": STATUS} on standard error, with a google.rpc.Status.
     """
     prompt, conversation = read_input(text, messages)
 
@@ -146,8 +173,8 @@ def generate(
 def chat(connection: ServerConnection, /, system: str | None, as_json: bool, **sampling: Any) -> None:
     """Have a conversation with the model.
 
-    Ctrl-C stops a reply, /clear clears the conversation, /help lists the commands, Ctrl-D or /exit leaves. If standard
-    input is not a terminal, each of its lines is one turn.
+    Ctrl-C stops a reply, /help lists the commands (such as /retry and /save), Ctrl-D or /exit leaves. A pasted text of
+    several lines is one turn. If standard input is not a terminal, each of its lines is one turn.
     """
     from llama2_client.cli import repl
 
@@ -177,7 +204,7 @@ def card(connection: ServerConnection, as_json: bool) -> None:
 def tokens(
     connection: ServerConnection, /, text: str | None, messages: TextIO | None, raw: bool | None, as_json: bool
 ) -> None:
-    """Count the input tokens of TEXT, or of standard input if TEXT is "-", without generating a reply."""
+    """Count the input tokens of TEXT, or of standard input if TEXT is missing or "-", without generating a reply."""
     prompt, conversation = read_input(text, messages)
 
     async def call(client: Client) -> None:
@@ -223,10 +250,27 @@ def health(connection: ServerConnection, /, service: str, as_json: bool) -> None
         from llama2_client.cli import output
 
         status = await client.health(service)
-        output.print_health(service, status, as_json=as_json)
+        output.print_health(status, as_json=as_json)
         return output.HEALTH_EXIT_CODES[status]
 
     raise click.exceptions.Exit(connection.run(call, as_json=as_json))
+
+
+@cli.command(short_help="Print the shell's completion script.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), metavar="SHELL")
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL: bash, zsh or fish.
+
+    \b
+    bash:  eval "$(llama2 completion bash)"                  in ~/.bashrc
+    zsh:   eval "$(llama2 completion zsh)"                   in ~/.zshrc, after compinit
+    fish:  llama2 completion fish > ~/.config/fish/completions/llama2.fish
+    """  # noqa: D301 - \b is click's escape that keeps these lines unwrapped
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    if script is not None:
+        click.echo(script(cli, {}, PROGRAM, COMPLETION_VARIABLE).source())
 
 
 def main() -> None:
@@ -238,10 +282,10 @@ def main() -> None:
     # gRPC's own log lines would interrupt the reply.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        code = cli.main(prog_name="llama2", standalone_mode=False)
+        code = cli.main(prog_name=PROGRAM, complete_var=COMPLETION_VARIABLE, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        print_error_line(error_message(error))
+        code = EXIT_WRONG_USAGE
     except click.Abort:
         code = EXIT_INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)

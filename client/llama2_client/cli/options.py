@@ -76,23 +76,32 @@ sampling_options = options(
 def read_input(text: str | None, messages: TextIO | None) -> tuple[str | None, list[Mapping[str, str]] | None]:
     """Return the prompt from TEXT or standard input, or the conversation from a file."""
     if text is not None and messages is not None:
-        raise click.UsageError("TEXT and --messages: cannot be combined; give one of them")
+        raise click.UsageError("TEXT and --messages: exclude each other; give one of them")
     if messages is not None:
         return None, _read_conversation(messages)
-    if text is None:
-        raise click.UsageError('TEXT: missing; give TEXT, "-" for standard input, or --messages')
-    return sys.stdin.read().removesuffix("\n") if text == "-" else text, None
+    if text is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise click.UsageError("TEXT: missing; give TEXT or --messages, or pipe the text to standard input")
+    if text is None or text == "-":
+        piped = sys.stdin.read().removesuffix("\n")
+        if text is None and not piped:
+            raise click.UsageError("TEXT: missing, and standard input is empty; give TEXT or --messages")
+        return piped, None
+    return text, None
 
 
 def _read_conversation(file: TextIO) -> list[Mapping[str, str]]:
     try:
         conversation = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"--messages: {file.name} is not valid JSON: {error}") from error
+        raise click.UsageError(
+            f"--messages: {file.name} is not valid JSON ({error}); pass a list of messages"
+        ) from error
     is_conversation = isinstance(conversation, list) and all(
         isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
         for message in conversation
     )
     if not is_conversation:
-        raise click.UsageError(f'--messages: {file.name} is not a list of {{"role": …, "content": …}}')
+        raise click.UsageError(
+            f'--messages: {file.name} does not have the form [{{"role": …, "content": …}}]; correct the file'
+        )
     return list(conversation)

@@ -1,4 +1,4 @@
-"""Output of the `llama2` command, as text and as JSON, and its exit codes."""
+"""Output of the `llama2` command, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -8,34 +8,12 @@ from collections.abc import Iterator, Mapping
 
 import click
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message as ProtobufMessage
+from grpc_health.v1 import health_pb2
 
-from llama2.v1 import account_pb2, model_pb2
-from llama2_client import errors
+from llama2.v1 import account_pb2, model_pb2, text_generation_pb2
 from llama2_client.aio.reply_stream import ReplyStream
 from llama2_client.reply import HealthStatus, Reply, TokenCount
-
-# The most specific class comes first. `llama2 --help` documents the codes.
-EXIT_CODES: tuple[tuple[type[errors.Llama2Error], int], ...] = (
-    (errors.InvalidRequest, 2),
-    (errors.Unavailable, 3),
-    (errors.ResourceExhausted, 4),
-    (errors.Unauthenticated, 5),
-    (errors.PermissionDenied, 5),
-    (errors.DeadlineExceeded, 6),
-    (errors.Llama2Error, 1),
-)
-
-_HEADLINES: tuple[tuple[type[errors.Llama2Error], str], ...] = (
-    (errors.InvalidRequest, "invalid request"),
-    (errors.Unauthenticated, "not authenticated"),
-    (errors.PermissionDenied, "not permitted"),
-    (errors.QueueFull, "the server is busy"),
-    (errors.ResourceExhausted, "a limit is reached"),
-    (errors.Unavailable, "the server is not available"),
-    (errors.DeadlineExceeded, "the deadline passed"),
-    (errors.InternalError, "the server failed"),
-    (errors.Unimplemented, "the server does not have this method; check --address and the server's version"),
-)
 
 HEALTH_EXIT_CODES: Mapping[HealthStatus, int] = {
     HealthStatus.SERVING: 0,
@@ -45,18 +23,13 @@ HEALTH_EXIT_CODES: Mapping[HealthStatus, int] = {
 }
 
 
-def exit_code(error: errors.Llama2Error) -> int:
-    """Return the exit code for an error."""
-    return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-
-
 async def print_stream(stream: ReplyStream, *, as_json: bool) -> None:
     """Stream a reply to standard output, then print its statistics. The stream is closed in every case."""
     async with stream:
         if as_json:
             async for delta in stream:
-                _print_json({"response": delta})
-            _print_json({"response": "", "completion": _completion(stream.reply)})
+                _print_json(text_generation_pb2.GenerateStreamResponse(response=delta))
+            _print_json(text_generation_pb2.GenerateStreamResponse(completion=stream.reply.completion))
             return
         try:
             async for delta in stream:
@@ -70,7 +43,7 @@ async def print_stream(stream: ReplyStream, *, as_json: bool) -> None:
 def print_reply(reply: Reply, *, as_json: bool) -> None:
     """Print a whole reply and its statistics."""
     if as_json:
-        _print_json({"response": reply.text, "completion": _completion(reply)})
+        _print_json(text_generation_pb2.GenerateResponse(response=reply.text, completion=reply.completion))
     else:
         click.echo(reply.text)
         print_statistics(reply)
@@ -84,17 +57,18 @@ def print_statistics(reply: Reply) -> None:
 def print_count(count: TokenCount, *, as_json: bool) -> None:
     """Print the number of input tokens and the largest possible number of output tokens."""
     if as_json:
-        _print_json({"input_tokens": count.input_tokens, "max_output_tokens": count.max_output_tokens})
+        counts = (count.input_tokens, count.max_output_tokens)
+        _print_json(text_generation_pb2.CountTokensResponse(input_tokens=counts[0], max_output_tokens=counts[1]))
     elif count.max_output_tokens > 0:
         click.echo(f"{count.input_tokens} input tokens; at most {count.max_output_tokens} output tokens")
     else:
         click.echo(f"{count.input_tokens} input tokens; too many for the model's context")
 
 
-def print_health(service: str, status: HealthStatus, *, as_json: bool) -> None:
+def print_health(status: HealthStatus, *, as_json: bool) -> None:
     """Print the health of a service."""
     if as_json:
-        _print_json({"service": service, "status": status.value})
+        _print_json(health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.ServingStatus.Value(status)))
     else:
         click.echo(status.value)
 
@@ -102,7 +76,7 @@ def print_health(service: str, status: HealthStatus, *, as_json: bool) -> None:
 def print_card(card: model_pb2.ModelCard, *, as_json: bool) -> None:
     """Print a summary of the model card, or all of it in protobuf's JSON format."""
     if as_json:
-        _print_json(MessageToDict(card, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        _print_json(card)
         return
     click.echo(f"{click.style(card.display_name or card.name, bold=True)}  {card.name}")
     if card.description:
@@ -117,7 +91,7 @@ def print_card(card: model_pb2.ModelCard, *, as_json: bool) -> None:
 def print_usage(usage: account_pb2.GetUsageResponse, *, as_json: bool) -> None:
     """Print an account's usage as a table, or in protobuf's JSON format."""
     if as_json:
-        _print_json(MessageToDict(usage, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        _print_json(usage)
         return
     quota = usage.quota
     remaining = f"{quota.requests_left} of {quota.max_requests_per_min} requests per minute left"
@@ -133,19 +107,6 @@ def print_usage(usage: account_pb2.GetUsageResponse, *, as_json: bool) -> None:
         texts = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
         numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
         click.echo("  ".join([*texts, *numbers]))
-
-
-def print_error(error: errors.Llama2Error, address: str, *, as_json: bool) -> None:
-    """Print an error and its remedy on standard error."""
-    if as_json:
-        click.echo(json.dumps({"error": _error_fields(error)}, ensure_ascii=False), err=True)
-        return
-    headline, *more = _error_lines(error, address)
-    if error.retry_after is not None:
-        headline = f"{headline}; retry in {max(1, math.ceil(error.retry_after))} s"
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {headline}", err=True)
-    for line in more:
-        click.echo(f"  {line}", err=True)
 
 
 def print_note(text: str) -> None:
@@ -173,23 +134,6 @@ def _usage_row(day: account_pb2.DailyUsage) -> tuple[str, ...]:
     return (day.date, day.model, *(f"{count:,}" for count in counts), day.neurons)
 
 
-def _completion(reply: Reply) -> dict[str, object]:
-    return {
-        "finish_reason": reply.finish_reason.value,
-        "input_tokens": reply.input_tokens,
-        "output_tokens": reply.output_tokens,
-        "reused_input_tokens": reply.reused_input_tokens,
-        # Strings, because many JSON parsers round decimals and 64-bit integers.
-        "neurons": str(reply.neurons),
-        "seed": str(reply.seed),
-        "cached": reply.cached,
-        "request_id": reply.request_id,
-        "queue_time_seconds": reply.queue_time_seconds,
-        "time_to_first_token_seconds": reply.time_to_first_token_seconds,
-        "total_time_seconds": reply.total_time_seconds,
-    }
-
-
 def _card_rows(card: model_pb2.ModelCard) -> Iterator[tuple[str, str]]:
     limits, defaults = card.limits, card.generation_defaults
     if card.task.name:
@@ -214,43 +158,7 @@ def _quota(quota: model_pb2.Quota) -> str:
     return f"{quota.account_max_requests_per_min} requests per minute for this account, {default} by default"
 
 
-def _error_lines(error: errors.Llama2Error, address: str) -> list[str]:
-    """Return the headline and the lines below it."""
-    if error.violations:
-        return ["invalid request", *(_violation_line(violation) for violation in error.violations)]
-    if isinstance(error, errors.Unavailable) and error.reason is None:  # gRPC's own error: nothing came from the server
-        headline = f"cannot connect to {address}"
-        remedy = "start a server with `make run` or `llama2-server`, or set --address"
-        return [headline, remedy, click.style(error.message, dim=True)]
-    headline = next((words for kind, words in _HEADLINES if isinstance(error, kind)), error.code.name)
-    if isinstance(error, errors.DeadlineExceeded):
-        return [headline, "allow more time with --timeout"]
-    if isinstance(error, errors.QuotaExceeded):
-        return [error.message]
-    lines = [f"{headline}: {error.message}"]
-    if isinstance(error, errors.Unauthenticated):
-        lines.append("set a valid key with --api-key or LLAMA2_API_KEY")
-    if isinstance(error, errors.InternalError) and error.request_id is not None:
-        lines.append(f"find the cause in the server's log under request id {error.request_id}")
-    return lines
-
-
-def _violation_line(violation: errors.Violation) -> str:
-    return f"{violation.field}: {violation.description}" if violation.field else violation.description
-
-
-def _error_fields(error: errors.Llama2Error) -> dict[str, object]:
-    return {
-        "code": error.code.name,
-        "reason": error.reason,
-        "message": error.message,
-        "retry_after": error.retry_after,
-        "request_id": error.request_id,
-        "violations": [
-            {"field": violation.field, "description": violation.description} for violation in error.violations
-        ],
-    }
-
-
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False))
+def _print_json(message: ProtobufMessage) -> None:
+    """Print a message of the API in protobuf's JSON form, with the original field names, on one line."""
+    fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    click.echo(json.dumps(fields, ensure_ascii=False))

@@ -76,7 +76,7 @@ def check_endpoint(otlp_endpoint: str | None) -> None:
             "use http://HOST:PORT or https://HOST:PORT, such as http://localhost:4317"
         )
     if find_spec("opentelemetry") is None or find_spec("opentelemetry.exporter.otlp.proto.grpc") is None:
-        raise TelemetryError("--otlp-endpoint: traces need the otel extra; run pip install 'llama2-grpc[otel]'")
+        raise TelemetryError("--otlp-endpoint: traces need the otel extra; run pip install '.[otel]' in the clone")
 
 
 @asynccontextmanager

@@ -81,7 +81,7 @@ def _postgresql(url: str) -> AsyncEngine:
         import asyncpg  # late: an optional extra
     except ImportError as error:
         raise LedgerError(
-            "--usage-url: PostgreSQL needs the postgresql extra; run pip install 'llama2-grpc[postgresql]'"
+            "--usage-url: PostgreSQL needs the postgresql extra; run pip install '.[postgresql]' in the clone"
         ) from error
 
     async def connect() -> Any:

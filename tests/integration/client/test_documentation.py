@@ -18,12 +18,14 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from tests.integration.client.cli.command import environment
+from tests.integration.client.cli.test_completion import BASH
 from tests.support.certificates import Authority
 from tests.support.repository import ROOT
 from tests.support.scripted_server import ScriptedServer
 
 import llama2_client
 from llama2_client import Client, GenerationOptions, Llama2Error
+from llama2_client.cli.chat_commands import HELP
 from llama2_client.cli.main import cli
 from llama2_server.errors import ServiceError
 
@@ -68,6 +70,7 @@ def names(selected: list[Block]) -> list[str]:
 SNIPPETS = programs(complete=False)
 PROGRAMS = programs(complete=True)
 COMMANDS = [block for block in blocks() if block.language == "sh" and block.section != "Install"]
+COMPLETION = [block for block in blocks() if block.language == "bash"]  # test_completion.py runs it
 
 
 @pytest.fixture
@@ -165,8 +168,21 @@ def test_install_commands_are_valid() -> None:
 
 def test_every_block_is_tested() -> None:
     """The page has no code block in a language that no test runs."""
-    tested = len(SNIPPETS) + len(PROGRAMS) + len(COMMANDS) + 1
+    tested = len(SNIPPETS) + len(PROGRAMS) + len(COMMANDS) + len(COMPLETION) + 1
     assert len(list(blocks())) == tested == PAGE.read_text().count("```") // 2
+
+
+def test_the_completion_line_is_the_tested_one() -> None:
+    """The line for bash is the first command of the completion test."""
+    (block,) = COMPLETION
+    assert block.code in BASH
+
+
+def test_the_commands_of_a_chat_are_those_of_its_help() -> None:
+    """The table has the commands that /help prints, in order."""
+    listed = re.findall(r"^(/\w+(?: [A-Z]+)?) +(.+)$", HELP, flags=re.MULTILINE)
+    documented = {name.strip("`"): meaning for name, meaning in rows("command")}
+    assert list(documented) == [name for name, _ in listed]
 
 
 def test_the_options_are_complete() -> None:

@@ -46,6 +46,9 @@ async def test_values_that_cannot_be_encoded_are_rejected(client: Client, server
     with pytest.raises(InvalidRequest) as caught:
         await client.generate("\ud800", seed=-1, stop=["\udc00"])
     assert [violation.field for violation in caught.value.violations] == ["prompt", "seed", "stop"]
+    assert caught.value.violations[1].description == "must be from 0 to 18446744073709551615, got -1"
+    with pytest.raises(InvalidRequest, match="the request cannot be encoded"):
+        await client.generate("Hi", max_tokens=2**31)
     with pytest.raises(InvalidRequest) as caught:
         await client.generate(messages=[{"role": "user", "content": "a"}, {"role": "user", "content": "\ud800"}])
     assert [violation.field for violation in caught.value.violations] == ["messages[1].content"]

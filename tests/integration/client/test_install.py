@@ -10,7 +10,7 @@ MEGABYTE = 10**6
 
 
 def base_install() -> set[str]:
-    """Return the distributions that `pip install llama2-grpc` installs in addition, without extras."""
+    """Return the distributions that `pip install .` installs in addition, without extras."""
     found: set[str] = set()
     pending = ["llama2-grpc"]
     while pending:

@@ -128,7 +128,9 @@ def test_endpoint_without_opentelemetry_names_the_extra(tmp_path: Path) -> None:
     with without_otel(*flags) as process:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert error == "llama2-server: --otlp-endpoint: traces need the otel extra; run pip install 'llama2-grpc[otel]'\n"
+    assert (
+        error == "llama2-server: --otlp-endpoint: traces need the otel extra; run pip install '.[otel]' in the clone\n"
+    )
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "ftp://here", "http://"])

@@ -9,19 +9,14 @@ from typing import NamedTuple
 
 COMMAND = (sys.executable, "-m", "llama2_client.cli")
 
-# The completion of the scripted server, as `--json` prints it.
+# The completion of the scripted server in protobuf's JSON form, as `--json` prints it.
 COMPLETION_JSON = {
-    "finish_reason": "END_OF_SEQUENCE",
-    "input_tokens": 20,
-    "output_tokens": 13,
-    "reused_input_tokens": 16,
-    "neurons": "12.1176",
+    "finish_reason": "FINISH_REASON_END_OF_SEQUENCE",
+    "usage": {"input_tokens": 20, "output_tokens": 13, "neurons": "12.1176", "reused_input_tokens": 16},
     "seed": "18446744073709551615",
     "cached": False,
     "request_id": "6d1a4a7d1f3e4c0e9a3b5c7d9e1f2a3b",
-    "queue_time_seconds": 0.25,
-    "time_to_first_token_seconds": 0.5,
-    "total_time_seconds": 2.0,
+    "timings": {"queue_time": "0.250s", "time_to_first_token": "0.500s", "total_time": "2s"},
 }
 
 

@@ -23,15 +23,17 @@ class Terminal:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(cls, address: str, *arguments: str) -> AsyncIterator[tuple[Terminal, asyncio.subprocess.Process]]:
-        """Start `llama2` with these arguments in a new terminal."""
+    async def running(
+        cls, address: str, *arguments: str, term: str = "dumb"
+    ) -> AsyncIterator[tuple[Terminal, asyncio.subprocess.Process]]:
+        """Start `llama2` with these arguments in a new terminal of this type."""
         # The first terminal that a session leader opens becomes its controlling terminal.
         start = "import os; os.close(os.open(os.ttyname(0), os.O_RDWR));"
         start += "from llama2_client.cli.main import main; main()"
         master, slave = pty.openpty()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", start, *arguments),
-            env=environment(address, TERM="dumb"),
+            env=environment(address, TERM=term),
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -83,5 +83,5 @@ async def test_lines_of_a_script_are_turns(server: ScriptedServer) -> None:
         {"response": "One."},
         {"response": "", "completion": COMPLETION_JSON},
     ]
-    assert json.loads(result.err)["error"]["code"] == "UNAUTHENTICATED"
+    assert json.loads(result.err)["error"]["code"] == 16
     assert len(server.requests) == 2

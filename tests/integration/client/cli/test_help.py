@@ -26,3 +26,10 @@ async def test_version_prints_the_program_and_its_version() -> None:
     """`llama2 --version` prints the name of the program and its version."""
     result = await run("", "--version")
     assert (result.code, result.out.split()[0]) == (0, "llama2")
+
+
+async def test_no_arguments_print_the_help() -> None:
+    """`llama2` alone prints the help on standard error, and exits with 2."""
+    result = await run("")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Usage: llama2 [OPTIONS] COMMAND")

@@ -69,4 +69,4 @@ async def test_health_sets_the_exit_code(server: ScriptedServer) -> None:
     )
     assert serving == Result(0, "SERVING\n", "")
     assert paused == Result(3, "NOT_SERVING\n", "")
-    assert missing == Result(2, '{"service": "missing", "status": "SERVICE_UNKNOWN"}\n', "")
+    assert missing == Result(2, '{"status": "SERVICE_UNKNOWN"}\n', "")

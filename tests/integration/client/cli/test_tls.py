@@ -31,7 +31,8 @@ async def test_an_invalid_ca_file_is_rejected(tmp_path: Path) -> None:
     path.write_text("no certificate")
     result = await run("localhost:1", "--ca", str(path), "health")
     assert result.code == 2
-    assert f"--ca: {path} does not contain a valid PEM certificate" in result.err
+    expected = f"llama2: --ca: {path} is not a PEM certificate; pass the certificate of the server's authority\n"
+    assert result.err == expected
 
 
 async def test_files_that_do_not_match_are_rejected(tmp_path: Path) -> None:

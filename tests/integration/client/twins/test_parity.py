@@ -21,7 +21,7 @@ TWINS = [(Client, SyncClient), (Chat, SyncChat), (ReplyStream, SyncReplyStream)]
 
 
 def members(kind: type) -> dict[str, object]:
-    """Return the public members of a class and its special methods, those of Python itself excluded."""
+    """Return the public members of a class and its special methods, without the ones of `object`."""
     found = {name: value for base in reversed(kind.__mro__[:-1]) for name, value in vars(base).items()}
     inherited = set(dir(object)) | {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__del__"}
     return {
