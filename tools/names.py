@@ -24,8 +24,9 @@ MODULE = r"llama2_server[./](\w+[./])*NAME(\.py\b| import\b)"
 RETIRED = (
     ("", WORD, r"""
 LINE_FULL=QUEUE_FULL WAIT_TOO_LONG=QUEUE_WAIT_TOO_LONG (QUOTA_STORE|LEDGER|ENGINE)_DOWN=*_UNAVAILABLE
-DRAINING=SHUTTING_DOWN INTERNAL_FAULT=INTERNAL LEDGER_FULL=USAGE_JOURNAL_FULL LineFull=QueueFull
-WaitTooLong=QueueWaitTooLong LedgerFull=UsageJournalFull (Engine|Ledger|QuotaStore|Store|Redis)Down=*Unavailable
+DRAINING=SHUTTING_DOWN INTERNAL_FAULT=INTERNAL (LEDGER_FULL|USAGE_JOURNAL_FULL)=USAGE_UNAVAILABLE LineFull=QueueFull
+WaitTooLong=QueueWaitTooLong (LedgerFull|UsageJournalFull)=UsageUnavailable
+(Engine|Ledger|QuotaStore|Store|Redis)Down=*Unavailable
 (Engine|Internal|Server)Fault=*Error RedisLink=RedisClient StartError=ConfigurationError BadSettings=SettingsError
 SourcedSettings=ResolvedSettings LiveReply=GeneratedReply StoredReply=CachedReply WatchedEngine=SupervisedEngine
 KeyAccounts=ApiKeyAuthenticator OpenAccounts=AnonymousAuthenticator FreeSlots=PrefixCache SeenTokens=PenaltyState
@@ -42,11 +43,12 @@ REST_SECONDS=BACKOFF_SECONDS FRESH_SECONDS=READ_FLUSH_TIMEOUT_SECONDS LOOP_PATIE
 waiting_requests=requests_queued running_slots=requests_running slots=max_concurrent_requests serving=ready
 request_seconds=request_duration_seconds engine_step_seconds=engine_step_duration_seconds
 cache_(hits|misses|bytes)=response_cache_* quota_refusals=quota_rejections quota_store_failures=quota_store_errors
-ledger_(journal_bytes|lag_seconds|pending_records)=usage_*"""),
+ledger_(lag_seconds|pending_records)=usage_* (ledger|usage)_journal_bytes=usage_database_bytes"""),
     ("", FLAG, """
 line_limit=max_queue_size grace_seconds=shutdown_grace_seconds allow_open=allow_unauthenticated keys_file=api_keys_file
 when_quota_store_down=quota_fallback cache_(ttl_seconds|max_bytes|max_entry_bytes)=response_cache_* ledger_url=usage_url
-journal_max_bytes=usage_journal_max_bytes connection_(idle|age|age_grace)_seconds=max_connection_* compile=gpu_kernels
+(usage_)?journal_max_bytes=usage_max_pending_records
+connection_(idle|age|age_grace)_seconds=max_connection_* compile=gpu_kernels
 keepalive_seconds=keepalive_time_seconds max_streams_per_connection=max_concurrent_streams
 step_timeout_seconds=engine_step_timeout_seconds probe_interval_seconds=readiness_probe_interval_seconds"""),
     ("", MODULE, """

@@ -13,7 +13,7 @@ PACKAGES = (
     *("grpcio", "protobuf", "grpcio-health-checking", "grpcio-reflection", "googleapis-common-protos"),
     *("jsonschema", "jsonschema-specifications", "referencing", "rpds-py", "attrs"),
     *("pydantic", "pydantic_core", "pydantic-settings", "annotated-types", "typing-inspection", "python-dotenv"),
-    *("cachetools", "sqlalchemy", "greenlet", "aiosqlite", "alembic", "mako", "prometheus_client", "structlog"),
+    *("cachetools", "sqlalchemy", "greenlet", "alembic", "mako", "prometheus_client", "structlog"),
     *(
         "matplotlib",
         "contourpy",

@@ -13,7 +13,6 @@
     |-- Unavailable                UNAVAILABLE
     |   |-- ShuttingDown
     |   |-- QuotaStoreUnavailable
-    |   |-- UsageJournalFull
     |   |-- UsageUnavailable
     |   `-- EngineUnavailable
     |-- DeadlineExceeded           DEADLINE_EXCEEDED
@@ -227,20 +226,11 @@ class QuotaStoreUnavailable(Unavailable):
     reason = "QUOTA_STORE_UNAVAILABLE"
 
 
-class UsageJournalFull(Unavailable):
-    """The usage store is unavailable and the usage journal is full, so usage cannot be recorded."""
-
-    reason = "USAGE_JOURNAL_FULL"
-    refunds_quota = True
-
-
 class UsageUnavailable(Unavailable):
-    """The usage store does not answer, so usage cannot be read."""
+    """Usage cannot be recorded or read: the disk is full, or the usage store does not answer."""
 
     reason = "USAGE_UNAVAILABLE"
-
-    def __init__(self) -> None:
-        super().__init__("usage cannot be read now; retry")
+    refunds_quota = True
 
 
 class EngineUnavailable(Unavailable):

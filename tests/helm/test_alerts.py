@@ -42,7 +42,8 @@ FIRES = [
         'llama2_requests_total{code="UNAVAILABLE",method="GenerateStream"}': "0+1x60",
     }, 30),
     Case("Llama2UsageLag", {"llama2_usage_lag_seconds": "0+60x60"}, 30),
-    Case("Llama2UsageJournalFilling", {"llama2_usage_journal_bytes": "0+2000000x60"}, 30),
+    Case("Llama2UsageRecordsPending", {"llama2_usage_pending_records": "0+5000x60"}, 30),
+    Case("Llama2UsageRecordsRejected", {"llama2_usage_rejected_records": "0x5 1x60"}, 10),
     Case("Llama2QuotaStoreUnavailable", {"llama2_quota_store_up": "0x60"}, 10),
 ]  # fmt: skip
 DOES_NOT_FIRE = [
@@ -62,7 +63,8 @@ DOES_NOT_FIRE = [
     }, 30),  # client errors
     Case("Llama2Errors", {'llama2_requests_total{code="OK",method="Generate"}': "0x60"}, 30),  # no requests
     Case("Llama2UsageLag", {"llama2_usage_lag_seconds": "60x60"}, 30),
-    Case("Llama2UsageJournalFilling", {"llama2_usage_journal_bytes": "1000000x60"}, 30),
+    Case("Llama2UsageRecordsPending", {"llama2_usage_pending_records": "24000x60"}, 30),
+    Case("Llama2UsageRecordsRejected", {"llama2_usage_rejected_records": "0x60"}, 30),
     Case("Llama2QuotaStoreUnavailable", {"llama2_quota_store_up": "1x60"}, 30),
 ]  # fmt: skip
 
@@ -106,7 +108,7 @@ def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
     command = [PROMTOOL, "check", "rules", "--lint-fatal", str(rules)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "8 rules found" in done.stdout
+    assert "9 rules found" in done.stdout
 
 
 @pytest.mark.parametrize("case", FIRES, ids=str)

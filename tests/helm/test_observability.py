@@ -199,7 +199,7 @@ def test_alerts_are_described_and_use_the_thresholds() -> None:
     assert rules["Llama2SlowFirstToken"]["expr"].endswith("> 10")
     assert rules["Llama2Errors"]["expr"].endswith("> 0.01")
     assert rules["Llama2UsageLag"]["expr"].endswith("> 120")
-    assert rules["Llama2UsageJournalFilling"]["expr"].endswith("> 33554432")
+    assert rules["Llama2UsageRecordsPending"]["expr"].endswith("> 25000")
     assert rules["Llama2ReplicaNotReady"]["for"] == "20m"  # startupSeconds plus five minutes
 
 

@@ -226,7 +226,7 @@ def test_request_longer_than_the_grace_gets_a_status(tmp_path: Path) -> None:
 
 
 def test_second_signal_ends_the_process_immediately(tmp_path: Path) -> None:
-    """A second SIGTERM ends the process although a request runs within its grace; the journal has the request."""
+    """A second SIGTERM ends the process although a request runs within its grace; the database has the request."""
     flags = ["--listen", "127.0.0.1:0", "--shutdown-grace-seconds", "600"]
     with (
         scripted_server(tmp_path, "blocks", *flags) as process,
@@ -244,4 +244,5 @@ def test_second_signal_ends_the_process_immediately(tmp_path: Path) -> None:
         assert process.stderr is not None
         *_, last = process.stderr.read().splitlines()
         assert last == "llama2-server: stopped at once by a second signal, SIGTERM"
-    assert list((tmp_path / "journal").glob("*.journal"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as ledger:
+        assert ledger.execute("SELECT count(*) FROM running_requests").fetchone() == (1,)

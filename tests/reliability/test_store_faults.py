@@ -1,17 +1,14 @@
 """Stores and the disk that fail: the log, the health names, the metrics and the status of calls are true."""
 
 import asyncio
-import os
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2
-from tests.integration.usage.conftest import stored
+from tests.integration.usage.conftest import fill, mounted_disk, stored
 from tests.support.servers.postgres_server import PostgresCluster
 from tests.support.servers.redis_server import RedisServer, running_redis
 from tests.support.service import Service, ServiceMaker, details, health_stub, until
@@ -32,20 +29,8 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of 4 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("NOT TESTED WITH A FULL DISK: only root can mount one")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write a file until the disk is full."""
-    with path.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(4096))
+    with mounted_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 async def state(service: Service, name: str = "") -> int:
@@ -148,8 +133,8 @@ async def test_full_disk_changes_the_readiness(
         fill(filler)
         assert (await watch.read()).status == NOT_SERVING
         assert metric(service, "llama2_usage_disk_writable") == 0
-        assert any("the disk of the usage journal is not writable" in message for message in caplog.messages)
-        with pytest.raises(grpc.aio.AioRpcError) as rejected:  # the last page of the journal has space for some lines
+        assert any("the usage database is not writable" in message for message in caplog.messages)
+        with pytest.raises(grpc.aio.AioRpcError) as rejected:  # the log has space for some records
             await generate(service, times=100)
         assert rejected.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "RetryInfo" in details(rejected.value)

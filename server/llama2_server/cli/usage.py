@@ -5,17 +5,14 @@ import csv
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import click
 
-from llama2_server.cli.commands import Command
-from llama2_server.config.settings import Settings
-from llama2_server.config.sources import read_settings
-from llama2_server.configuration_error import ConfigurationError
+from llama2_server.cli.commands import CommandGroup
+from llama2_server.cli.usage_maintenance import check, forward, ledger_directory, ledger_settings, retry, sources
 
 if TYPE_CHECKING:
     from llama2_server.usage.records import DailyUsage
@@ -25,6 +22,14 @@ MONTH_COLUMNS = ("account", "month", *COLUMNS[2:])
 FIRST_NUMBER = 3
 NUMBERS = frozenset(COLUMNS[FIRST_NUMBER:-1])
 THIS_MONTH = "this month"
+
+
+class _UsageGroup(CommandGroup):
+    """Group that prints the totals if its arguments name no command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments of the group itself."""
+        return super().parse_args(ctx, args) if args else click.Group.parse_args(self, ctx, args)
 
 
 def _day(context: click.Context, option: click.Parameter, value: str | None) -> date | None:
@@ -43,7 +48,7 @@ def _month(context: click.Context, option: click.Parameter, value: str | None) -
         raise click.BadParameter("must be a month of the form YYYY-MM", context, option) from None
 
 
-@click.command(cls=Command)
+@click.group(cls=_UsageGroup, invoke_without_command=True, subcommand_metavar="[COMMAND [ARGS]...]")
 @click.option("--account", metavar="ID", help="Account; all accounts by default.")
 @click.option("--since", callback=_day, metavar="YYYY-MM-DD", help="First day, in UTC.")
 @click.option("--until", callback=_day, metavar="YYYY-MM-DD", help="Last day, in UTC.")
@@ -62,10 +67,11 @@ def _month(context: click.Context, option: click.Parameter, value: str | None) -
     default="table",
     help="Format of the output.  [default=table]",
 )
-@click.option("--config", metavar="FILE", help="Settings file of the servers.")
-@click.option("--usage-url", metavar="URL", help="Usage database; by default, the servers' setting.")
-@click.option("--data-directory", metavar="DIRECTORY", help="Data directory; by default, the servers' setting.")
+@sources
+@click.pass_context
 def usage(
+    context: click.Context,
+    /,
     account: str | None,
     since: date | None,
     until: date | None,
@@ -73,38 +79,33 @@ def usage(
     output_format: str,
     **flags: str | None,
 ) -> None:
-    """Print usage totals by account, day and model, or by account, month and model.
+    """Print usage totals by account, day and model, or by account, month and model, or maintain the usage ledger.
 
     The servers' settings file and LLAMA2_… environment variables select the ledger. Neurons are exact decimal numbers;
     in JSON they are text.
     """
+    if context.invoked_subcommand is not None:
+        return
     if month is not None and (since is not None or until is not None):
         raise click.UsageError("--month: cannot be combined with --since and --until; leave them out")
     if month is not None:
         since, until = month, (month + timedelta(days=31)).replace(day=1) - timedelta(days=1)
     # The database libraries are slow to import, and other commands do not need them.
-    from llama2_server.usage.ledger import read_totals
+    from llama2_server.usage import operations
 
-    resolved = read_settings(flags)
-    with resolved.naming_sources():
-        totals = asyncio.run(read_totals(_usage_url(resolved.settings), account, since, until))
+    with ledger_settings(flags) as settings:
+        if settings.usage_url is None:
+            totals = operations.read_local_totals(ledger_directory(settings), account, since, until)
+        else:
+            url = settings.usage_url.get_secret_value()
+            totals = asyncio.run(operations.read_store_totals(url, account, since, until))
     columns = COLUMNS if month is None else MONTH_COLUMNS
     rows = [_row(total) for total in totals] if month is None else _months(totals, f"{month:%Y-%m}")
     click.echo(_FORMATS[output_format](columns, rows), nl=False)
 
 
-def _usage_url(settings: Settings) -> str:
-    """Return the URL of the servers' ledger."""
-    from llama2_server.usage.ledger import default_file, default_url
-
-    if settings.usage_url is not None:
-        return settings.usage_url.get_secret_value()
-    # Opening a missing ledger would create it, possibly with an owner that is not the server's.
-    if not default_file(settings.data_directory).exists():
-        raise ConfigurationError(
-            f"--data-directory: {settings.data_directory} has no usage ledger; no server has written one there yet"
-        )
-    return default_url(settings.data_directory)
+for command in (check, forward, retry):
+    usage.add_command(command)
 
 
 def _row(usage: "DailyUsage") -> tuple[str, ...]:
@@ -116,14 +117,8 @@ def _months(totals: Iterable["DailyUsage"], month: str) -> list[tuple[str, ...]]
     sums: dict[tuple[str, str], DailyUsage] = {}
     for day in totals:
         key = (day.account_id, day.model)
-        sums[key] = _sum(sums[key], day) if key in sums else day
+        sums[key] = sums[key] + day if key in sums else day
     return [_fields(total, month, total.neurons) for total in sums.values()]
-
-
-def _sum(one: "DailyUsage", other: "DailyUsage") -> "DailyUsage":
-    counts = ("requests", "cached_requests", "input_tokens", "output_tokens", "cached_input_tokens")
-    names = (*counts, "cached_output_tokens", "neurons")
-    return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})
 
 
 def _fields(usage: "DailyUsage", time: str, neurons: Decimal) -> tuple[str, ...]:

@@ -22,8 +22,6 @@ from llama2_server.configuration_error import ConfigurationError
 
 DEMO_CARD = "demo"
 ENV_PREFIX = "LLAMA2_"
-# A smaller journal could not hold even a few usage records.
-MIN_JOURNAL_BYTES = 64 * 1024
 
 
 class Group(StrEnum):
@@ -82,7 +80,7 @@ class Settings(BaseSettings):
     config: Annotated[Path | None, Group.GENERAL] = None
     """YAML settings file; the environment and flags override it. Its keys are the names of the settings."""
     data_directory: Annotated[Path, Group.GENERAL, Field(default_factory=default_data_directory)]
-    """Directory of the usage ledger, its journal and startup caches. The caches make later starts faster."""
+    """Directory of the usage ledger and startup caches, on a local disk. The caches make later starts faster."""
 
     card: Annotated[str, Group.MODEL] = DEMO_CARD
     """Model card: demo, llama-2-7b-chat-fp16, or a card file."""
@@ -142,10 +140,11 @@ class Settings(BaseSettings):
     With local, each replica counts the quotas by itself."""
 
     usage_url: Annotated[SecretStr | None, Group.USAGE] = None
-    """Usage database: postgresql://USER:PASSWORD@HOST/DB, or else a file. The file is in the data directory."""
-    usage_journal_max_bytes: Annotated[int, Group.USAGE, Field(ge=MIN_JOURNAL_BYTES)] = 16 * 1024 * 1024
-    """Maximum size of the usage journal, in bytes.
-    The journal grows while the usage database is unavailable. Requests are rejected when it is full."""
+    """Usage database: postgresql://USER:PASSWORD@HOST/DB, or else a file.
+    The file is usage.db in the data directory."""
+    usage_max_pending_records: Annotated[PositiveInt, Group.USAGE] = 100_000
+    """Maximum number of usage records that wait for the usage database.
+    They wait in the data directory while the database is unavailable. Beyond the limit, requests are rejected."""
 
     response_cache_ttl_seconds: Annotated[PositiveFloat, Group.CACHE] = 3600.0
     """Lifetime of a cached response, in seconds."""

@@ -1,10 +1,11 @@
 """Write one usage record per recorded request, however its call ends. Telemetry counts the record's values."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from llama2_server.errors import ServiceError
+from llama2_server.generation.coalescing import Subscription
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.reply import ReplyStats
 from llama2_server.telemetry.call import Call, GenerationTimes, RecordedUsage
@@ -20,18 +21,22 @@ class UsageRecorder:
         self._model = model
         self._pending: set[asyncio.Task[None]] = set()
 
-    @contextmanager
-    def record(self, call: Call, account_id: str) -> Iterator["RecordedRequest"]:
+    @asynccontextmanager
+    async def record(
+        self, call: Call, account_id: str, subscription: Subscription[Generation] | None = None
+    ) -> AsyncIterator["RecordedRequest"]:
         """Admit a request to the ledger, run the body, and write the record with the body's outcome.
 
+        With a subscription, the reply comes from its generation, and only the request that started it is billed.
+
         Raises:
-            UsageJournalFull: usage cannot be recorded, so the request is rejected.
+            UsageUnavailable: usage cannot be recorded, so the request is rejected.
         """
-        self._ledger.admit(call.request_id, account_id, self._model)
-        call.mark_admitted()
-        request = RecordedRequest(self, call)
+        request = RecordedRequest(self, call, subscription)
         status = "OK"
+        call.mark_admitted()
         try:
+            await self._ledger.admit(call.request_id, account_id, self._model)
             yield request
         except ServiceError as error:
             status = error.code.name
@@ -45,6 +50,10 @@ class UsageRecorder:
             raise
         finally:
             request.finish(status)
+
+    async def commit(self) -> None:
+        """Wait until all records that have been written are durable."""
+        await self._ledger.commit()
 
     async def close(self) -> None:
         """Wait for requests whose client has disconnected while their last step is still computed."""
@@ -62,18 +71,23 @@ class UsageRecorder:
     ) -> None:
         """Write the record; its outcome is the finish reason of a complete reply, otherwise the call's status."""
         record = self._ledger.finish(call.request_id, finish_reason or status, tokens, cached=cached)
-        if record is not None:
-            recorded_tokens = TokenUsage(record.input_tokens, record.output_tokens)
-            usage = RecordedUsage(recorded_tokens, record.neurons, record.cached)
-            call.set_usage(usage, times, finish_reason)
+        if record is None:  # the ledger has not admitted it
+            call.mark_unrecorded()
+            return
+        usage = RecordedUsage(TokenUsage(record.input_tokens, record.output_tokens), record.neurons, record.cached)
+        call.set_usage(usage, times, finish_reason)
+
+    def write_generation(self, call: Call, status: str, generation: Generation) -> None:
+        """Write the record of a generation that has ended."""
+        finish_reason = _finish_reason(generation)
+        self.write(call, status, generation.tokens, finish_reason=finish_reason, times=generation.times)
 
     def write_when_done(self, call: Call, status: str, generation: Generation) -> None:
         """Write the record after the generation has ended, with the tokens that it has computed."""
-        finish_reason = _finish_reason(generation)
 
         async def wait() -> None:
             await generation.wait()
-            self.write(call, status, generation.tokens, finish_reason=finish_reason, times=generation.times)
+            self.write_generation(call, status, generation)
 
         task = asyncio.create_task(wait())
         self._pending.add(task)
@@ -81,26 +95,32 @@ class UsageRecorder:
 
 
 class RecordedRequest:
-    """A request that has a usage record. `set_cached` or `set_generation` sets the source of its reply, once known."""
+    """A request that has a usage record."""
 
-    def __init__(self, recorder: UsageRecorder, call: Call) -> None:
+    def __init__(self, recorder: UsageRecorder, call: Call, subscription: Subscription[Generation] | None) -> None:
         self._recorder = recorder
         self._call = call
         self._cached: ReplyStats | None = None
-        self._generation: Generation | None = None
-        self._shared = False
+        self._generation = None if subscription is None else subscription.generation
+        self._shared = subscription is not None and subscription.shared
+        self._finished = False
 
     def set_cached(self, stats: ReplyStats) -> None:
         """Record that the reply comes from the response cache."""
         self._cached = stats
 
-    def set_generation(self, generation: Generation, *, shared: bool) -> None:
-        """Record that the reply comes from a generation; only the call that started the generation is billed."""
-        self._generation = generation
-        self._shared = shared
+    async def complete(self) -> None:
+        """Write the record of a complete reply, and wait until it is durable; only then send the last message."""
+        if self._generation is not None and not self._shared:
+            await self._generation.wait()
+        self.finish("OK")
+        await self._recorder.commit()
 
     def finish(self, status: str) -> None:
-        """Write the record; `status` is the call's status."""
+        """Write the record, unless it is written; `status` is the call's status."""
+        if self._finished:
+            return
+        self._finished = True
         if self._cached is not None:
             finish_reason = self._cached.finish_reason.name if status == "OK" else None
             self._recorder.write(self._call, status, self._cached.tokens, finish_reason=finish_reason, cached=True)
@@ -108,6 +128,8 @@ class RecordedRequest:
             self._recorder.write(self._call, status, ZERO_TOKENS)
         elif self._shared:
             self._finish_shared(self._generation, status)
+        elif self._generation.done:
+            self._recorder.write_generation(self._call, status, self._generation)
         else:
             self._recorder.write_when_done(self._call, status, self._generation)
 

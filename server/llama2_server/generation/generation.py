@@ -64,6 +64,11 @@ class Generation:
         return self._error is not None
 
     @property
+    def done(self) -> bool:
+        """Whether the generation has ended, however it ended; its slot is free then."""
+        return self._task is None or self._task.done()
+
+    @property
     def text(self) -> str:
         """The reply so far."""
         return "".join(self._deltas)

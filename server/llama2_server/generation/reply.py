@@ -1,6 +1,6 @@
 """A reply as one call sees it: its text, and its statistics."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,3 +91,21 @@ class CachedReply:
         entry = self._entry
         tokens = TokenUsage(entry.input_tokens, entry.output_tokens)
         return ReplyStats(FinishReason[entry.finish_reason], tokens, entry.seed, True, 0.0, 0.0, 0.0)
+
+
+class RecordedReply:
+    """A reply whose usage record is durable before its deltas end, and so before the last message of the call."""
+
+    def __init__(self, reply: Reply, complete: Callable[[], Awaitable[None]]) -> None:
+        self._reply = reply
+        self._complete = complete
+
+    async def deltas(self) -> AsyncIterator[str]:
+        """Yield the text, then wait for the record."""
+        async for delta in self._reply.deltas():
+            yield delta
+        await self._complete()
+
+    def stats(self) -> ReplyStats:
+        """Return the statistics."""
+        return self._reply.stats()

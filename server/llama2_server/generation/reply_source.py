@@ -19,7 +19,7 @@ from llama2_server.generation.accounting import RecordedRequest, UsageRecorder
 from llama2_server.generation.coalescing import Coalescer, Subscription
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.prompt import Prompt
-from llama2_server.generation.reply import CachedReply, GeneratedReply, Reply
+from llama2_server.generation.reply import CachedReply, GeneratedReply, RecordedReply, Reply
 from llama2_server.generation.response_cache import CacheEntry, CacheKey, ResponseCache
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.telemetry.call import Call
@@ -64,7 +64,6 @@ class ReplySource:
         self._ledger = ledger
         self._queue = queue
         self._engine = engine
-        self._model = model
         self._usage = UsageRecorder(ledger, model)
         self._coalescer: Coalescer[CacheKey, Generation] = Coalescer(self._store_response)
 
@@ -82,16 +81,16 @@ class ReplySource:
 
     @asynccontextmanager
     async def _source(self, call: Call, request: ReplyRequest) -> AsyncIterator[Reply]:
-        self._ledger.check_capacity(call.request_id, request.account_id, self._model)
+        self._ledger.check_capacity()
         if (cached := await self._cached_reply(request.cache_key)) is not None:
             async with self._admitted(call, request) as recorded:
                 recorded.set_cached(cached.stats())
                 self._count_hit()
-                yield cached
+                yield RecordedReply(cached, recorded.complete)
             return
         with self._coalescer.join(request.cache_key) as running:
             if running is not None:
-                async with self._admitted(call, request) as recorded:
+                async with self._admitted(call, request, running) as recorded:
                     yield _generated_reply(call, recorded, running)
                 return
         # Nothing awaits between the look for a running generation and the reservation.
@@ -109,7 +108,7 @@ class ReplySource:
                 with self._coalescer.subscribe(request.cache_key, start) as subscription:
                     if subscription.shared:  # an equal request was faster while this one consumed its quota
                         self._queue.release(reservation)
-                    with self._usage.record(call, request.account_id) as recorded:
+                    async with self._usage.record(call, request.account_id, subscription) as recorded:
                         yield _generated_reply(call, recorded, subscription)
 
     async def close(self) -> None:
@@ -118,11 +117,15 @@ class ReplySource:
         await self._coalescer.close()
 
     @asynccontextmanager
-    async def _admitted(self, call: Call, request: ReplyRequest) -> AsyncIterator[RecordedRequest]:
+    async def _admitted(
+        self, call: Call, request: ReplyRequest, running: Subscription[Generation] | None = None
+    ) -> AsyncIterator[RecordedRequest]:
         """Consume quota and open the usage record, for a request that needs no slot."""
-        async with self._quota.charge(request.account_id):
-            with self._usage.record(call, request.account_id) as recorded:
-                yield recorded
+        async with (
+            self._quota.charge(request.account_id),
+            self._usage.record(call, request.account_id, running) as recorded,
+        ):
+            yield recorded
 
     def _start(self, call: Call, request: ReplyRequest, reservation: Reservation) -> Generation:
         on_progress = partial(self._ledger.progress, call.request_id)
@@ -168,6 +171,6 @@ async def retry_times(queue: RequestQueue, quota: Quota, account_id: str, call_k
         raise error.retry_after(seconds) from None
 
 
-def _generated_reply(call: Call, recorded: RecordedRequest, subscription: Subscription[Generation]) -> GeneratedReply:
-    recorded.set_generation(subscription.generation, shared=subscription.shared)
-    return GeneratedReply(subscription.generation, shared=subscription.shared, started_at=call.started_at)
+def _generated_reply(call: Call, recorded: RecordedRequest, subscription: Subscription[Generation]) -> RecordedReply:
+    reply = GeneratedReply(subscription.generation, shared=subscription.shared, started_at=call.started_at)
+    return RecordedReply(reply, recorded.complete)

@@ -32,7 +32,7 @@ class StartupInputs:
     certificates: RotatingCertificates | None
     """The server's certificate; None for plaintext."""
     usage_store: Store | None = None
-    """The store that `--usage-url` names, not connected; None for a file in the data directory."""
+    """The store that `--usage-url` names, not connected; None: the data directory has the ledger."""
     ports: HeldPorts = field(default_factory=HeldPorts)
     """The ports that the services will listen on."""
 

@@ -23,7 +23,7 @@ PROBE_SECONDS = 1.0
 
 @asynccontextmanager
 async def open_ledger(settings: Settings, card: ModelCard, store: Store | None) -> AsyncIterator[Ledger]:
-    """Open the usage ledger in this store, or in the data directory, and close it after the body.
+    """Open the usage ledger in the data directory, which forwards to this store, and close it after the body.
 
     Raises:
         ConfigurationError: the ledger cannot be opened with this configuration.
@@ -32,7 +32,7 @@ async def open_ledger(settings: Settings, card: ModelCard, store: Store | None) 
         data_directory=settings.data_directory,
         neuron_costs=card.neuron_costs,
         store=store,
-        journal_limit_bytes=settings.usage_journal_max_bytes,
+        max_pending_records=settings.usage_max_pending_records,
     )
     try:
         yield ledger

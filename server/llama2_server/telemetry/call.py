@@ -127,6 +127,11 @@ class Call:
         """Delay the call's completion until `set_usage`, because an admitted call gets a usage record."""
         self._awaits_usage = True
 
+    def mark_unrecorded(self) -> None:
+        """Complete the call without a usage record: it was not admitted after all."""
+        self._awaits_usage = False
+        self._complete_if_done()
+
     def set_usage(self, usage: RecordedUsage, times: GenerationTimes | None, finish_reason: str | None) -> None:
         """Store the call's usage record, and the times of the generation that served the call, if there was one."""
         self.usage, self.times, self.finish_reason = usage, times, finish_reason

@@ -1,4 +1,4 @@
-"""Errors of the usage ledger, in addition to UsageJournalFull and UsageUnavailable of the service's error tree."""
+"""Errors of the usage ledger, in addition to UsageUnavailable of the service's error tree."""
 
 from llama2_server.configuration_error import ConfigurationError
 
@@ -10,6 +10,13 @@ class LedgerError(ConfigurationError):
 class StoreUnavailable(Exception):
     """An operation on the usage store failed; `temporary` is True only if the cause is certainly temporary."""
 
-    def __init__(self, reason: str, *, temporary: bool) -> None:
+    def __init__(self, reason: str, *, temporary: bool, sqlstate: str = "") -> None:
         super().__init__(reason)
         self.temporary = temporary
+        self.sqlstate = sqlstate
+        """PostgreSQL's code of the error; empty for an error without one."""
+
+    @property
+    def is_of_the_data(self) -> bool:
+        """Whether the store rejected the values (class 22) or a constraint did (class 23)."""
+        return self.sqlstate.startswith(("22", "23"))

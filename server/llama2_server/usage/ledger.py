@@ -1,14 +1,16 @@
 """Usage ledger: exactly one durable record per admitted request, however it ends.
 
-The steps of a request are `admit`, `progress` from time to time, and `finish`. Each writes an entry to the journal. A
-background task copies the records to the usage store in batches, so that no token waits for the store.
+The steps of a request are `admit`, `progress` from time to time, and `finish`. They change the local database, an
+SQLite file in the data directory, on the writer's thread. `commit` waits until the changes are durable, so that no
+reply is complete without its record.
 
-`finish` returns after the record is in the journal. The journal keeps the record until the store has committed it. The
-store ignores records with known request ids, so a batch that is written twice counts once.
+Without a usage store, the local database is the ledger. With one, the forwarder copies the records to the store, off
+the path of the calls, and deletes them locally.
 """
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -21,74 +23,47 @@ from prometheus_client.registry import Collector
 
 from llama2_server.errors import UsageUnavailable
 from llama2_server.usage.errors import LedgerError, StoreUnavailable
-from llama2_server.usage.journal.journal import Journal
+from llama2_server.usage.forwarder import Forwarder
+from llama2_server.usage.local import statements
+from llama2_server.usage.local.local_ledger import LocalLedger
+from llama2_server.usage.local.writer import DatabaseUnavailable, Writer
 from llama2_server.usage.pricing import TokenUsage
 from llama2_server.usage.records import DailyUsage, RunningRequest, UsageRecord
 from llama2_server.usage.schema import NEURON_DECIMALS
 from llama2_server.usage.store import Store
-from llama2_server.usage.store_state import StoreState
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_LIMIT_BYTES = 16 * 1024 * 1024
-BATCH_RECORDS = 500
-BATCH_SECONDS = 0.05  # delay that collects more records into a batch
-SYNC_SECONDS = 1.0  # a power failure loses at most this much
-FIRST_RETRY_SECONDS = 0.1
-MAX_RETRY_SECONDS = 1.0
-PROBE_TIMEOUT_SECONDS = 2.0
+MAX_PENDING_RECORDS = 100_000
+PROGRESS_TOKENS = 16
+"""Upper bound (exclusive) of the output tokens of a running request that a SIGKILL loses."""
 READ_FLUSH_TIMEOUT_SECONDS = 2.0  # how long a reader waits for the latest records
 CLOSE_TIMEOUT_SECONDS = 5.0
-
-
-def default_file(data_directory: Path) -> Path:
-    """Return the SQLite file of the default usage store."""
-    return data_directory / "usage.db"
-
-
-def default_url(data_directory: Path) -> str:
-    """Return the URL of the default usage store."""
-    return f"sqlite:///{default_file(data_directory)}"
-
-
-async def read_totals(
-    url: str, account_id: str | None = None, since: date | None = None, until: date | None = None
-) -> list[DailyUsage]:
-    """Return the usage of one account, or of all with None, for the operator; servers may run at the same time.
-
-    Raises:
-        LedgerError: the store cannot be read.
-    """
-    store = Store(url)
-    try:
-        await store.migrate()
-        return await store.totals(account_id, since, until)
-    except StoreUnavailable as error:
-        raise LedgerError(f"--usage-url: {error}") from error
-    finally:
-        await store.close()
+_NOT_RECORDED = "usage cannot be recorded now; retry"
+_NOT_READ = "usage cannot be read now; retry"
 
 
 class Ledger(Collector):
-    """The usage ledger of one server: `open` creates it, and `close` closes it.
-
-    A call of a request takes no longer than a small write to the journal.
-    """
+    """The usage ledger of one server: `open` creates it, and `close` closes it. Use it on one event loop."""
 
     def __init__(
-        self, store: Store, journal: Journal, neuron_costs: Mapping[str, Decimal], now: Callable[[], datetime]
+        self,
+        local: LocalLedger,
+        store: Store | None,
+        neuron_costs: Mapping[str, Decimal],
+        max_pending_records: int,
+        now: Callable[[], datetime],
     ) -> None:
-        self._store = store
-        self._journal = journal
+        self._local = local
+        self._writer = Writer(local.database)
+        self._forwarder = None if store is None else Forwarder(store, self._writer)
         self._neuron_costs = neuron_costs
+        self._max_pending_records = max_pending_records
         self._now = now
-        self._migrated = False
-        self._store_state = StoreState()
-        self._finished = journal.pending
-        self._stored = 0
-        self._changed = asyncio.Event()
-        self._batch_stored = asyncio.Condition()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._running: dict[str, RunningRequest] = {}
+        self._uncommitted: dict[str, UsageRecord] = {}  # by request id, oldest first
+        self._committed = asyncio.Event()
+        self._closed = False
 
     @classmethod
     async def open(
@@ -97,26 +72,22 @@ class Ledger(Collector):
         data_directory: Path,
         neuron_costs: Mapping[str, Decimal],
         store: Store | None = None,
-        journal_limit_bytes: int = JOURNAL_LIMIT_BYTES,
+        max_pending_records: int = MAX_PENDING_RECORDS,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> Self:
-        """Migrate the store, and recover the journals of killed servers; their requests are marked INTERRUPTED.
+        """Open the local database, and mark the running requests of killed servers as INTERRUPTED.
 
-        Without a store, the ledger is a SQLite file in the data directory.
-
-        If the store is temporarily unavailable, the ledger opens, and records wait in the journal.
+        If the store is temporarily unavailable, the ledger opens, and records wait in the local database.
 
         Raises:
             LedgerError: the store, the prices or the directory cannot be used.
         """
         _check_prices(neuron_costs)
+        local = await asyncio.to_thread(LocalLedger.open, data_directory)
+        ledger = cls(local, store, neuron_costs, max_pending_records, now)
         try:
-            journal = await asyncio.to_thread(Journal.open, data_directory / "journal", journal_limit_bytes)
-        except OSError as error:
-            raise LedgerError(f"--data-directory: {data_directory}: {error.strerror}") from error
-        ledger = cls(store or Store(default_url(data_directory)), journal, neuron_costs, now)
-        try:
-            await ledger._start()
+            if ledger._forwarder is not None:
+                await ledger._forwarder.start()
         except BaseException:
             await ledger.close(0)
             raise
@@ -124,86 +95,114 @@ class Ledger(Collector):
 
     @property
     def pending(self) -> int:
-        """Number of records that are not in the store yet."""
-        return self._journal.pending
+        """Number of records that are not in their final store yet, without rejected ones."""
+        return len(self._uncommitted) + (0 if self._forwarder is None else self._forwarder.waiting)
 
     @property
-    def journal_bytes(self) -> int:
-        """Size of the journal on disk."""
-        return self._journal.size
+    def rejected(self) -> int:
+        """Number of records that the store rejected."""
+        return 0 if self._forwarder is None else self._forwarder.rejected
 
     @property
     def store_up(self) -> bool:
-        """Whether the store answered the last operation."""
-        return self._store_state.up
+        """Whether the store answered the last operation; True without a store."""
+        return self._forwarder is None or self._forwarder.state.up
 
     @property
     def disk_writable(self) -> bool:
-        """Whether the journal's disk accepts records."""
-        return self._journal.writable
+        """Whether the local database accepts records."""
+        return self._writer.writable
 
     @property
     def lag_seconds(self) -> float:
         """Time since the request of the oldest pending record finished; 0 without pending records."""
-        oldest = self._journal.oldest_finished_at
+        oldest = None if self._forwarder is None else self._forwarder.oldest_finished_at
+        if oldest is None:
+            oldest = next((record.finished_at for record in list(self._uncommitted.values())), None)
         return 0.0 if oldest is None else max(0.0, (self._now() - oldest).total_seconds())
 
     def collect(self) -> Iterator[Metric]:
         """Yield the ledger's metrics, on the scrape thread."""
         for name, documentation, value in (
-            ("lag_seconds", "Age of the oldest record that is not in the usage store yet, or 0.", self.lag_seconds),
-            ("pending_records", "Number of usage records that are not in the usage store yet.", self.pending),
-            ("journal_bytes", "Size of the usage journal on disk.", self.journal_bytes),
+            (
+                "lag_seconds",
+                "Age of the oldest usage record that is not in its final store yet, or 0.",
+                self.lag_seconds,
+            ),
+            ("pending_records", "Number of usage records that are not in their final store yet.", self.pending),
+            ("rejected_records", "Number of usage records that the usage store rejected.", self.rejected),
+            ("database_bytes", "Size of the usage database on the local disk, in bytes.", self._writer.size),
             ("store_up", "1 if the usage store answered the last operation, else 0.", self.store_up),
-            ("disk_writable", "1 if the disk of the usage journal accepts records, else 0.", self.disk_writable),
+            ("disk_writable", "1 if the usage database on the local disk accepts records, else 0.", self.disk_writable),
         ):
             yield GaugeMetricFamily(f"llama2_usage_{name}", documentation, value)
 
     async def probe_store(self) -> None:
         """Read from the store, so that `store_up` is current without requests."""
-        if self._journal.pending:  # the batches determine the state: a store can be readable and not writable
-            return
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
-                await self._migrate()
-                await self._store.ping()
-            self._store_state.record_success()
-        except (StoreUnavailable, LedgerError, TimeoutError) as error:
-            self._store_state.record_failure(error)
+        if self._forwarder is not None:
+            await self._forwarder.probe()
 
     async def probe_disk(self) -> None:
-        """Check the free space, so that `disk_writable` is current without requests."""
-        await asyncio.to_thread(self._journal.probe_disk)
+        """Check the local database and its disk, so that `disk_writable` is current without requests."""
+        await self._writer.probe()
 
-    def check_capacity(self, request_id: str, account_id: str, model: str) -> None:
-        """Check that the journal has space for a request, before anything is counted for it.
-
-        Raises:
-            UsageJournalFull: the journal is full; `admit` may still raise it if other requests take the space.
-        """
-        self._journal.check_capacity(RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs))
-
-    def admit(self, request_id: str, account_id: str, model: str) -> None:
-        """Admit a request: from now on it has exactly one record, and the caller must call `finish`.
+    def check_capacity(self) -> None:
+        """Check that a request can be recorded, before anything is counted for it.
 
         Raises:
-            UsageJournalFull: the journal is full, because the store has been unavailable for long.
+            UsageUnavailable: it cannot; `admit` may still raise it if other requests take the space.
         """
-        self._journal.admit(RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs))
+        if not self._writer.writable or self.pending + len(self._running) >= self._max_pending_records:
+            raise UsageUnavailable(_NOT_RECORDED)
+
+    async def admit(self, request_id: str, account_id: str, model: str) -> None:
+        """Admit a request: after the return it has exactly one record. The caller must call `finish`, also if it fails.
+
+        Raises:
+            UsageUnavailable: the disk or the store has not accepted records for long, so the request has no record.
+        """
+        self.check_capacity()
+        request = RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs)
+        self._running[request_id] = request
+        try:
+            await self._writer.run(lambda connection: self._admit(connection, request))
+        except DatabaseUnavailable as error:
+            self._running.pop(request_id, None)
+            raise UsageUnavailable(_NOT_RECORDED) from error
 
     def progress(self, request_id: str, tokens: TokenUsage) -> None:
-        """Report the tokens computed so far; call it for every token, from any thread, because most calls are cheap."""
-        self._journal.progress(request_id, tokens)
+        """Report the tokens computed so far; call it for every token, from any thread, because most calls are cheap.
+
+        The tokens are stored after the prefill, and then every PROGRESS_TOKENS.
+        """
+        request = self._running.get(request_id)
+        if request is None:
+            return  # it has finished in the meantime
+        new_tokens = tokens.output_tokens - request.tokens.output_tokens
+        if new_tokens < PROGRESS_TOKENS and tokens.input_tokens == request.tokens.input_tokens:
+            return
+        request.tokens, now = tokens, self._now()
+        self._writer.submit(lambda connection: statements.progress(connection, request_id, tokens, now))
 
     def finish(self, request_id: str, outcome: str, tokens: TokenUsage, *, cached: bool = False) -> UsageRecord | None:
-        """Write and return the record of a finished request; never fail, and never wait for the store.
+        """Write the record of a finished request; never fail, and never wait. `commit` waits.
 
-        Call it once, on the event loop; a second call changes nothing and returns None.
+        Call it once, on the event loop. A second call changes nothing and returns None, like a call for a request that
+        `admit` rejected.
         """
-        record = self._journal.finish(request_id, outcome, tokens, self._now(), cached=cached)
-        self._finished = self._stored + self._journal.pending
-        self._changed.set()
+        request = self._running.pop(request_id, None)
+        if request is None:
+            return None
+        record = request.finish(outcome, tokens, self._now(), cached=cached)
+        self._uncommitted[request_id] = record
+        self._writer.keep(lambda connection: statements.finish(connection, record)).add_done_callback(
+            lambda _: self._on_commit(request_id)
+        )
         return record
+
+    async def commit(self) -> None:
+        """Wait until the records of all finished requests are durable, or wait in memory because the disk is full."""
+        await self._writer.attempted()
 
     async def totals(self, account_id: str, since: date | None = None, until: date | None = None) -> list[DailyUsage]:
         """Return the account's usage by day in UTC and model; both days are included, None means no limit.
@@ -211,87 +210,56 @@ class Ledger(Collector):
         The usage includes every request that this server finished before the call.
 
         Raises:
-            UsageUnavailable: the store does not answer.
+            UsageUnavailable: the store does not answer, or records wait for the disk.
         """
         try:
             if not await self.flush(READ_FLUSH_TIMEOUT_SECONDS):
-                raise UsageUnavailable
-            return await self._store.totals(account_id, since, until)
-        except StoreUnavailable as error:
+                raise UsageUnavailable(_NOT_READ)
+            if self._forwarder is not None:
+                return await self._forwarder.totals(account_id, since, until)
+            return await self._writer.read(lambda connection: statements.totals(connection, account_id, since, until))
+        except (StoreUnavailable, DatabaseUnavailable) as error:
             logger.warning("usage cannot be read: %s", error)
-            raise UsageUnavailable from error
+            raise UsageUnavailable(_NOT_READ) from error
 
     async def flush(self, timeout_seconds: float) -> bool:
-        """Wait until the store has all present records; return False after the timeout."""
-        target = self._finished
-        self._changed.set()
+        """Wait until the final store has all present records or has rejected them; return False after the timeout."""
+        present = set(self._uncommitted)
         try:
-            async with asyncio.timeout(timeout_seconds), self._batch_stored:
-                await self._batch_stored.wait_for(lambda: self._stored >= target)
+            async with asyncio.timeout(timeout_seconds) as timeout:
+                while not present.isdisjoint(self._uncommitted):
+                    self._committed.clear()
+                    await self._committed.wait()
         except TimeoutError:
             return False
-        return True
+        if self._forwarder is None:
+            return True
+        deadline = timeout.when()
+        left = timeout_seconds if deadline is None else deadline - asyncio.get_running_loop().time()
+        return await self._forwarder.flush(left)
 
     async def close(self, timeout_seconds: float = CLOSE_TIMEOUT_SECONDS) -> None:
-        """Store the records for up to `timeout_seconds`; the others stay in the journal until the next start."""
-        if self._tasks and not await self.flush(timeout_seconds):
-            logger.warning("%d usage records stay in the journal until the next start", self.pending)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
-        await asyncio.to_thread(self._journal.sync)
-        self._journal.release()
-        await self._store.close()
+        """Forward the records for up to `timeout_seconds`; the others stay in the local database."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._forwarder is not None:
+            if timeout_seconds and not await self.flush(timeout_seconds):
+                logger.warning("%d usage records stay in the data directory until the next start", self.pending)
+            await self._forwarder.close()
+        await self._writer.close()
+        self._local.release()
 
-    async def _start(self) -> None:
-        try:
-            await self._migrate()
-        except StoreUnavailable as error:
-            if not error.temporary:
-                raise LedgerError(f"--usage-url: {error}") from error
-            self._store_state.record_failure(error)
-        self._tasks = [asyncio.create_task(self._flush_forever()), asyncio.create_task(self._sync_forever())]
-        self._changed.set()
+    def _admit(self, connection: sqlite3.Connection, request: RunningRequest) -> None:
+        if not self._local.database.in_place:
+            raise DatabaseUnavailable("another file has replaced the usage database")
+        statements.admit(connection, request, self._local.instance)
 
-    async def _migrate(self) -> None:
-        if not self._migrated:
-            await self._store.migrate()
-            self._migrated = True
-
-    async def _flush_forever(self) -> None:
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            await asyncio.sleep(BATCH_SECONDS)
-            while self._journal.pending:
-                await self._flush_batch()
-
-    async def _flush_batch(self) -> None:
-        """Store the oldest records; retry until that succeeds."""
-        batch, retry_seconds = self._journal.oldest(BATCH_RECORDS), FIRST_RETRY_SECONDS
-        while not await self._insert(batch):
-            await asyncio.sleep(retry_seconds)
-            retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
-        self._journal.settle(len(batch))
-        self._stored += len(batch)
-        async with self._batch_stored:
-            self._batch_stored.notify_all()
-
-    async def _insert(self, batch: list[UsageRecord]) -> bool:
-        try:
-            await self._migrate()
-            await self._store.insert(batch)
-        except (StoreUnavailable, LedgerError) as error:
-            self._store_state.record_failure(error)
-            return False
-        self._store_state.record_success()
-        return True
-
-    async def _sync_forever(self) -> None:
-        while True:
-            await asyncio.sleep(SYNC_SECONDS)
-            await asyncio.to_thread(self._journal.sync)
+    def _on_commit(self, request_id: str) -> None:
+        self._uncommitted.pop(request_id, None)
+        self._committed.set()
+        if self._forwarder is not None:
+            self._forwarder.notify()
 
 
 def _check_prices(neuron_costs: Mapping[str, Decimal]) -> None:

@@ -1,8 +1,8 @@
 """Usage of one request, while it runs and after it has finished, and totals per day."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 
 from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage, neurons
@@ -56,7 +56,7 @@ class RunningRequest:
 
 @dataclass(frozen=True, slots=True)
 class DailyUsage:
-    """Total usage of one account and one model by requests that started on one day in UTC."""
+    """Total usage of one account and one model by requests that started on one day in UTC; add several with `+`."""
 
     account_id: str
     day: date
@@ -68,3 +68,36 @@ class DailyUsage:
     cached_input_tokens: int
     cached_output_tokens: int
     neurons: Decimal  # exact
+
+    @classmethod
+    def of(cls, record: UsageRecord) -> "DailyUsage":
+        """Return the usage of one record."""
+        tokens = (record.input_tokens, record.output_tokens)
+        computed, cached = ((0, 0), tokens) if record.cached else (tokens, (0, 0))
+        day = record.started_at.astimezone(UTC).date()
+        return cls(
+            record.account_id, day, record.model, 1, int(record.cached), *computed, *cached, neurons=record.neurons
+        )
+
+    def __add__(self, other: "DailyUsage") -> "DailyUsage":
+        return DailyUsage(
+            self.account_id,
+            self.day,
+            self.model,
+            self.requests + other.requests,
+            self.cached_requests + other.cached_requests,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.cached_input_tokens + other.cached_input_tokens,
+            self.cached_output_tokens + other.cached_output_tokens,
+            self.neurons + other.neurons,
+        )
+
+
+def sum_by_day(usages: Iterable[DailyUsage]) -> list[DailyUsage]:
+    """Return one sum per account, day and model, in this order."""
+    sums: dict[tuple[str, date, str], DailyUsage] = {}
+    for usage in usages:
+        key = (usage.account_id, usage.day, usage.model)
+        sums[key] = sums[key] + usage if key in sums else usage
+    return [sums[key] for key in sorted(sums)]

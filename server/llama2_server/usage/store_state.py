@@ -16,7 +16,7 @@ class StoreState:
         """Record that an operation failed."""
         if self.up:
             reason = str(error) or type(error).__name__
-            logger.warning("the usage store is unavailable, records wait in the journal: %s", reason)
+            logger.warning("the usage store is unavailable, records wait on this server's disk: %s", reason)
         self.up = False
 
     def record_success(self) -> None:

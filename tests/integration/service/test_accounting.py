@@ -141,8 +141,8 @@ async def test_prefix_is_reused_within_its_account_only(serve_scripted: ServiceM
 async def test_request_without_record_costs_no_quota(
     serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path
 ) -> None:
-    """Each attempt of a request that cannot be recorded is USAGE_JOURNAL_FULL and costs no quota."""
-    async with serve_scripted(card=limited(demo_card, 10**4), usage_journal_max_bytes=64 * 1024) as service:
+    """Each attempt of a request that cannot be recorded is USAGE_UNAVAILABLE and costs no quota."""
+    async with serve_scripted(card=limited(demo_card, 10**4)) as service:
         with locked(tmp_path / "usage.db"):
             admitted, rejected = 0, 0
             while rejected < 4:
@@ -152,7 +152,7 @@ async def test_request_without_record_costs_no_quota(
                 except grpc.aio.AioRpcError as error:
                     info = details(error)["ErrorInfo"]
                     assert isinstance(info, error_details_pb2.ErrorInfo)
-                    assert info.reason == "USAGE_JOURNAL_FULL"
+                    assert info.reason == "USAGE_UNAVAILABLE"
                     rejected += 1
         usage = await account_pb2_grpc.AccountServiceStub(service.channel).GetUsage(account_pb2.GetUsageRequest())
         assert usage.quota.requests_left == 10**4 - admitted

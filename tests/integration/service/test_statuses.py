@@ -156,10 +156,10 @@ async def quota_store_unavailable(setup: Setup) -> grpc.aio.AioRpcError:
 def serve_without_store(setup: Setup) -> Any:
     pytest.importorskip("asyncpg", reason="NOT TESTED WITH POSTGRESQL: the postgresql extra is not installed")
     url = f"postgresql://user:{SECRET}@127.0.0.1:{free_port()}/usage"
-    return setup.serve("Hi.", usage_url=url, usage_journal_max_bytes=64 * 1024)
+    return setup.serve("Hi.", usage_url=url, usage_max_pending_records=2)
 
 
-async def usage_journal_full(setup: Setup) -> grpc.aio.AioRpcError:
+async def usage_not_recorded(setup: Setup) -> grpc.aio.AioRpcError:
     async with serve_without_store(setup) as service:
         while True:
             try:
@@ -220,7 +220,7 @@ CASES = [
     Case(queue_wait_too_long, CODE.RESOURCE_EXHAUSTED, "QUEUE_WAIT_TOO_LONG", RETRY, client_errors.QueueFull),
     Case(shutting_down, CODE.UNAVAILABLE, "SHUTTING_DOWN", RETRY, client_errors.Unavailable),
     Case(quota_store_unavailable, CODE.UNAVAILABLE, "QUOTA_STORE_UNAVAILABLE", RETRY, client_errors.Unavailable),
-    Case(usage_journal_full, CODE.UNAVAILABLE, "USAGE_JOURNAL_FULL", RETRY, client_errors.Unavailable),
+    Case(usage_not_recorded, CODE.UNAVAILABLE, "USAGE_UNAVAILABLE", RETRY, client_errors.Unavailable),
     Case(usage_unavailable, CODE.UNAVAILABLE, "USAGE_UNAVAILABLE", RETRY, client_errors.Unavailable),
     Case(deadline_exceeded, CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", set(), client_errors.DeadlineExceeded),
     Case(engine_hung, CODE.UNAVAILABLE, "ENGINE_UNAVAILABLE", RETRY, client_errors.Unavailable),

@@ -105,12 +105,12 @@ def test_privileged_port(tmp_path: Path) -> None:
         (["--weights", "/"], "--weights: /config.json: no such file; pass the directory of a Hugging Face"),
         (["--api-keys-file", "/no/keys"], "--api-keys-file: cannot read /no/keys: No such file or directory; "),
         (["--tls-certificate", "/no/c", "--tls-key", "/no/k"], "--tls-certificate: cannot read /no/c: No such file"),
-        (["--usage-url", "mysql://here"], "--usage-url: mysql is not supported; use sqlite:///FILE or postgresql://"),
+        (["--usage-url", "mysql://here"], "--usage-url: mysql is not supported; use postgresql://"),
         (["--redis-url", "http://here"], "--redis-url: not a valid Redis URL; use redis://"),
         (["--otlp-endpoint", "here:4317"], "--otlp-endpoint: here:4317 is not a valid endpoint; use http://HOST:PORT"),
         (["--data-directory", "/proc/x"], "--data-directory: /proc/x cannot be written: No such file or directory; "),
         (
-            ["--usage-journal-max-bytes", str(10**18)],
+            ["--usage-max-pending-records", str(10**18 // 512)],
             "MB free, expected at least 1000000000000.0 MB for usage records;",
         ),
         (

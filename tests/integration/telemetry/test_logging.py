@@ -86,8 +86,8 @@ def test_level_applies_to_this_package_only() -> None:
     stream = io.StringIO()
     logs.configure("debug", "json", stream)
     logger.debug("own")
-    logging.getLogger("aiosqlite").debug("library debug")
-    logging.getLogger("aiosqlite").info("library info", extra={"request": "quoted"})
+    logging.getLogger("cachetools").debug("library debug")
+    logging.getLogger("cachetools").info("library info", extra={"request": "quoted"})
     assert [record["event"] for record in records_of(stream)] == ["own", "library info"]
     assert "quoted" not in stream.getvalue()
     logs.configure("warning", "json", again := io.StringIO())

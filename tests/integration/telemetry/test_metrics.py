@@ -243,12 +243,12 @@ async def test_unavailable_quota_store(
 
 
 async def test_ledger_memory_and_build(serve_scripted: ServiceMaker, watched: Watched) -> None:
-    """Size of the journal, pending records, memory and build information."""
+    """Size of the usage database, pending records, memory and build information."""
     async with serve_scripted(REPLY, telemetry=watched.telemetry) as service:
         await service.text.Generate(pb.GenerateRequest(prompt="x"))
         await until(lambda: watched.value("llama2_usage_pending_records") == 0)
         assert watched.value("llama2_usage_lag_seconds") == 0
-        assert (watched.value("llama2_usage_journal_bytes") or 0) > 0
+        assert (watched.value("llama2_usage_database_bytes") or 0) > 0
         assert watched.value("llama2_device_memory_bytes") == service.model.memory_bytes
         assert (watched.value("process_resident_memory_bytes") or 0) > 10**7
         text = generate_latest(watched.telemetry.metrics.registry).decode()

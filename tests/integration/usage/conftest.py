@@ -1,17 +1,21 @@
-"""Ledgers on real stores: SQLite files, and databases of a private PostgreSQL cluster."""
+"""Ledgers in data directories, alone or with databases of a private PostgreSQL cluster."""
 
 import asyncio
+import contextlib
+import os
 import sqlite3
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from tests.support.servers.postgres_server import PostgresCluster
 
-from llama2_server.usage.database import READ_ONLY, create_engine
+from llama2_server.usage.database import create_engine
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.records import UsageRecord
 from llama2_server.usage.schema import usage_records
@@ -20,13 +24,14 @@ from llama2_server.usage.store import Store
 COSTS = {"input_tokens": Decimal("0.3672"), "output_tokens": Decimal("0.000000001")}
 RECOVERY_TIMEOUT_SECONDS = 20.0
 LedgerOpener = Callable[..., Awaitable[Ledger]]
+_SELECT_RECORDS = sa.select(*(column.label(column.key) for column in usage_records.c if column.key != "day"))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'usage.db'}"
+@pytest.fixture(params=["local", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str | None:
+    """The URL of an empty usage store; None for the local database alone."""
+    if request.param == "local":
+        return None
     cluster: PostgresCluster = request.getfixturevalue("postgres")
     return cluster.new_database()
 
@@ -46,36 +51,66 @@ async def open_ledger(tmp_path: Path) -> AsyncIterator[LedgerOpener]:
 
     yield open_one
     for ledger in ledgers:
-        if ledger._tasks:
-            await crash(ledger)
+        await crash(ledger)
 
 
 async def crash(ledger: Ledger) -> None:
-    """Leave the ledger like SIGKILL: unchanged files, released locks, nothing flushed."""
-    for task in ledger._tasks:
-        task.cancel()
-    await asyncio.gather(*ledger._tasks, return_exceptions=True)
-    ledger._tasks.clear()
-    ledger._journal._segments.release(remove=False)
-    await ledger._store.close()
+    """Leave the ledger like SIGKILL after the changes that are queued: nothing is synced, forwarded or deleted."""
+    if ledger._closed:
+        return
+    ledger._closed = True
+    if ledger._forwarder is not None:
+        await ledger._forwarder.close()
+    writer: Any = ledger._writer
+    writer._take, writer._tick = lambda: ([], True), lambda: None
+    writer._database.close = writer._database.connection.close
+    writer._jobs.put(None)
+    await asyncio.to_thread(writer._thread.join)
+    os.close(ledger._local._lock._descriptor)
 
 
-async def stored(url: str) -> list[UsageRecord]:
-    """Return all records of a store."""
-    engine = create_engine(url)
-    columns = [column.label(column.key) for column in usage_records.c if column.key != "day"]
-    async with engine.connect() as connection:
-        await connection.execution_options(**{READ_ONLY: True})
-        rows = (await connection.execute(sa.select(*columns))).mappings().all()
-    await engine.dispose()
+async def stored(url: str | None, directory: Path | None = None) -> list[UsageRecord]:
+    """Return all records of a store; without a URL, all records of the data directory."""
+    if url is None or url.startswith("sqlite:"):
+        engine = sa.create_engine(url or f"sqlite:///{directory}/usage.db", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            return [UsageRecord(**row) for row in connection.execute(_SELECT_RECORDS).mappings()]
+    store = create_engine(url)
+    async with store.connect() as reader:
+        rows = (await reader.execute(_SELECT_RECORDS)).mappings().all()
+    await store.dispose()
     return [UsageRecord(**row) for row in rows]
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Lock a SQLite file against other writers for the body of the `with`."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("BEGIN IMMEDIATE")
-    yield
-    connection.execute("ROLLBACK")
-    connection.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a disk of 4 MB."""
+    with mounted_disk(tmp_path / "disk") as disk:
+        yield disk
+
+
+@contextmanager
+def mounted_disk(disk: Path) -> Iterator[Path]:
+    """Mount a disk of 4 MB for the body of the `with`."""
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("NOT TESTED WITH A FULL DISK: only root can mount one")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write a file until the disk is full."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))

@@ -1,11 +1,11 @@
 """Expected usage records of requests, and checks of stored records."""
 
+import asyncio
 from dataclasses import dataclass
 
-from tests.integration.usage.conftest import COSTS
+from tests.integration.usage.conftest import COSTS, RECOVERY_TIMEOUT_SECONDS
 
-from llama2_server.usage.journal.journal import PROGRESS_TOKENS
-from llama2_server.usage.ledger import Ledger
+from llama2_server.usage.ledger import PROGRESS_TOKENS, Ledger
 from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage, neurons
 from llama2_server.usage.records import INTERRUPTED, UsageRecord
 
@@ -29,6 +29,10 @@ class Expected:
         assert record.neurons == (0 if self.cached else neurons(computed, COSTS))
 
 
+FINISHED = Expected("acme", TokenUsage(3, 5), "MAX_TOKENS")
+"""The record of `record_request`."""
+
+
 def check_all(records: list[UsageRecord], expected: dict[str, Expected]) -> None:
     """Check that each request has exactly its expected record."""
     by_id = {record.request_id: record for record in records}
@@ -38,7 +42,15 @@ def check_all(records: list[UsageRecord], expected: dict[str, Expected]) -> None
         one.check(by_id[request_id])
 
 
-def record_request(ledger: Ledger, request_id: str, account_id: str = "acme", outputs: int = 5) -> None:
-    """Admit and finish one request."""
-    ledger.admit(request_id, account_id, "model")
+async def record_request(ledger: Ledger, request_id: str, account_id: str = "acme", outputs: int = 5) -> None:
+    """Admit and finish one request, and wait until its record is durable."""
+    await ledger.admit(request_id, account_id, "model")
     ledger.finish(request_id, "MAX_TOKENS", TokenUsage(3, outputs))
+    await ledger.commit()
+
+
+async def until_writable(ledger: Ledger) -> None:
+    """Wait until the ledger accepts records."""
+    async with asyncio.timeout(RECOVERY_TIMEOUT_SECONDS):
+        while not ledger.disk_writable:
+            await ledger.probe_disk()

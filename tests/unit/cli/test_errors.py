@@ -54,7 +54,7 @@ def test_misspelt_flag_gets_a_suggestion(arguments: list[str], message: str) -> 
         ([f"--reflection={SECRET}"], "--reflection: does not take a value; see llama2-server serve --help"),
         (["settings", SECRET_URL], "unexpected argument; see llama2-server settings --help"),
         (["--no-reflection", SECRET], "unexpected argument; see llama2-server serve --help"),
-        (["usage", SECRET_URL], "unexpected argument; see llama2-server usage --help"),
+        (["usage", SECRET_URL], "no such command; see llama2-server usage --help"),
         (["keys", "new", "42", SECRET], "unexpected argument; see llama2-server keys new --help"),
         (["keys", "new"], "ACCOUNT: missing; see llama2-server keys new --help"),
         (["weights", "fetch", "org/name"], "--to: missing; see llama2-server weights fetch --help"),

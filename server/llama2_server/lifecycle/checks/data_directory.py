@@ -6,12 +6,14 @@ import tempfile
 
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
+from llama2_server.usage.local.local_ledger import check_directory
 
 REMEDY = "pass another --data-directory"
+RECORD_BYTES = 512  # of a usage record on disk
 
 
 def check_data_directory(settings: Settings) -> None:
-    """Create the directory if it is missing, and check that it is writable and has room for the usage journal.
+    """Create the directory if it is missing, and check that it is writable, local, and has room for usage records.
 
     Raises:
         ConfigurationError: it cannot be used.
@@ -26,7 +28,8 @@ def check_data_directory(settings: Settings) -> None:
         raise ConfigurationError(
             f"--data-directory: {directory} cannot be written: {reason}; make it writable, or {REMEDY}"
         ) from error
-    needed_bytes = settings.usage_journal_max_bytes
+    check_directory(directory)
+    needed_bytes = settings.usage_max_pending_records * RECORD_BYTES
     if free_bytes < needed_bytes:
         raise ConfigurationError(
             f"--data-directory: {directory} has {free_bytes / 1e6:.1f} MB free, expected at least "

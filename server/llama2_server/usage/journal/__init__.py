@@ -1,1 +1,0 @@
-"""Local write-ahead journal of usage records."""
