@@ -3,10 +3,14 @@
 {{- default .Chart.Name .Values.nameOverride -}}
 {{- end -}}
 
-{{/* At most 44 characters, so that suffixes fit into 63. A longer name ends in a digest, or two releases could collide. */}}
+{{/*
+At most 44 characters, so that suffixes fit into 63. A longer name ends in a digest, or two releases could collide. A
+Service's name cannot start with a digit, as a release's can.
+*/}}
 {{- define "llama2.name" -}}
 {{- $app := include "llama2.appName" . -}}
 {{- $name := .Values.fullnameOverride | default (ternary .Release.Name (printf "%s-%s" .Release.Name $app) (contains $app .Release.Name)) -}}
+{{- if not (regexMatch "^[a-z]" $name) -}}{{- $name = printf "release-%s" $name -}}{{- end -}}
 {{- if gt (len $name) 44 -}}
 {{- printf "%s-%s" ($name | trunc 35 | trimSuffix "-") ($name | sha256sum | trunc 8) -}}
 {{- else -}}
@@ -15,21 +19,21 @@
 {{- end -}}
 
 {{- define "llama2.selector" -}}
-app.kubernetes.io/name: {{ include "llama2.appName" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "llama2.appName" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: server
 {{- end -}}
 
 {{- define "llama2.forwardSelector" -}}
-app.kubernetes.io/name: {{ include "llama2.appName" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "llama2.appName" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: usage-forward
 {{- end -}}
 
 {{- define "llama2.commonLabels" -}}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- with omit .Values.commonLabels "helm.sh/chart" "app.kubernetes.io/version" "app.kubernetes.io/managed-by" "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" }}
 {{ toYaml . }}
 {{- end }}
@@ -103,11 +107,11 @@ annotations: {{- toYaml $all | nindent 2 }}
 {{- $ownClaim := and (eq $workload "Deployment") (not $v.demo) (not $v.usage.secret) (eq $replicas 1) -}}
 {{- $persistentData := or (not (empty $v.data.existingClaim)) $ownClaim -}}
 {{- $createWeightsClaim := and (not $v.demo) (not (empty $v.weights.hubId)) (not $v.weights.existingClaim) -}}
-name: {{ include "llama2.name" . }}
+name: {{ include "llama2.name" . | quote }}
 workload: {{ $workload }}
 maxReplicas: {{ $replicas }}
 {{- /* The device plugin's MIG resources share the taint of the whole GPU. */}}
-gpuTaint: {{ ternary "nvidia.com/gpu" $v.gpu.resource (hasPrefix "nvidia.com/mig-" $v.gpu.resource) }}
+gpuTaint: {{ ternary "nvidia.com/gpu" $v.gpu.resource (hasPrefix "nvidia.com/mig-" $v.gpu.resource) | quote }}
 gpus: {{ ternary (ternary 0 1 $v.demo) ($v.gpu.count | int) (kindIs "invalid" $v.gpu.count) }}
 unauthenticated: {{ and (not $v.apiKeys.secret) (or $v.demo $v.allowUnauthenticated) }}
 weights: {{ ternary "" (printf "/weights/%s" (ternary $v.weights.directory $hubDirectory (empty $v.weights.hubId)) | trimSuffix "/") $v.demo | quote }}
@@ -166,6 +170,9 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 {{- if and (not (kindIs "invalid" $v.podDisruptionBudget.minAvailable)) (not (kindIs "invalid" $v.podDisruptionBudget.maxUnavailable)) -}}
 {{- fail "podDisruptionBudget: minAvailable and maxUnavailable exclude each other; set maxUnavailable to null, or leave minAvailable empty" -}}
 {{- end -}}
+{{- if and $v.podDisruptionBudget.enabled (kindIs "invalid" $v.podDisruptionBudget.minAvailable) (kindIs "invalid" $v.podDisruptionBudget.maxUnavailable) -}}
+{{- fail "podDisruptionBudget: minAvailable and maxUnavailable are both empty; set one, or set enabled to false" -}}
+{{- end -}}
 {{- if and $v.usage.forwardClaims (not $v.usage.secret) -}}
 {{- fail "usage.forwardClaims: the usage of the claims goes to PostgreSQL; set usage.secret" -}}
 {{- end -}}
@@ -220,12 +227,12 @@ accessModes: [ReadWriteOnce]
 {{- with include "llama2.storageClass" .Values.data.storageClass }}
 {{ . }}
 {{- end }}
-resources: {requests: {storage: {{ .Values.data.size }}}}
+resources: {requests: {storage: {{ .Values.data.size | quote }}}}
 {{- end -}}
 
 {{/* A storage class; "-" disables dynamic provisioning, empty selects the cluster's default. */}}
 {{- define "llama2.storageClass" -}}
-{{- if eq . "-" -}}storageClassName: ""{{- else if . -}}storageClassName: {{ . }}{{- end -}}
+{{- if eq . "-" -}}storageClassName: ""{{- else if . -}}storageClassName: {{ . | quote }}{{- end -}}
 {{- end -}}
 
 {{/* Environment variables: the chart's list without the names that extraEnv defines, then extraEnv. Argument: (list $ list). */}}
@@ -278,11 +285,11 @@ resources: {requests: {storage: {{ .Values.data.size }}}}
 {{- end }}
 {{- with $v.redis.secret }}
 - name: LLAMA2_REDIS_URL
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.redis.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $v.redis.key | quote }}}}
 {{- end }}
 {{- with $v.usage.secret }}
 - name: LLAMA2_USAGE_URL
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $v.usage.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: {{ $v.usage.key | quote }}}}
 {{- end }}
 {{- include "llama2.withExtraEnv" (list . (list)) }}
 {{- end -}}
