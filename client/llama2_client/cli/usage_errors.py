@@ -34,7 +34,7 @@ class CommandGroup(click.Group):
 
         Without arguments, print the help and exit with 2; click's versions differ in this case.
         """
-        if not args:
+        if not args and not ctx.resilient_parsing:  # resilient: the shell asks for completions
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
         with _context_of_errors(ctx):
