@@ -38,7 +38,10 @@ class KeyRecord(BaseModel):
 
     salt: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    account: Annotated[str, Field(coerce_numbers_to_str=True, min_length=1, max_length=128)]
+    # Databases and logs cannot hold control characters.
+    account: Annotated[
+        str, Field(coerce_numbers_to_str=True, min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")
+    ]
     name: str = ""
     enabled: bool = True
     expires: date | None = None

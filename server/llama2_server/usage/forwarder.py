@@ -119,7 +119,12 @@ class Forwarder:
         if not self._suspects and not self._waiting.rejected:
             return await self._store.totals(account_id, since, until)
         async with self._forwarding:  # a record that moves now would be missing or counted twice
-            totals = await self._store.totals(account_id, since, until)
+            try:
+                totals = await self._store.totals(account_id, since, until)
+            except StoreUnavailable as error:
+                if not error.is_of_the_data:  # otherwise, the store cannot have the account
+                    raise
+                totals = []
             suspects = list(self._suspects)
             records = await self._writer.read(lambda connection: statements.records_of(connection, suspects))
         local = [

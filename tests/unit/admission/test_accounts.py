@@ -65,6 +65,15 @@ def test_numeric_account_id_is_read_as_a_string(tmp_path: Path) -> None:
     assert ApiKeyAuthenticator(path).authenticate(bearer(key)).id == "32118455"
 
 
+@pytest.mark.parametrize("character", ["\\0", "\\n", "\\x1f", "\\x7f", "\\x85"])
+def test_account_with_a_control_character_is_rejected(tmp_path: Path, character: str) -> None:
+    """Databases and logs cannot hold such an account; the error names the file and the entry."""
+    _, entry = new_key("acme")
+    path = api_keys_file(tmp_path / "keys.yaml", entry.replace("account: acme", f'account: "ac{character}me"'))
+    with pytest.raises(KeysFileError, match=r"keys\.[0-9a-f]{12}\.account: "):
+        ApiKeyAuthenticator(path)
+
+
 def test_every_invalid_header_gets_the_same_error(tmp_path: Path) -> None:
     """Missing, malformed, unknown, wrong, oversize and duplicated keys cannot be distinguished."""
     key, entry = new_key("a")

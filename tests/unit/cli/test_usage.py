@@ -1,14 +1,16 @@
 """`llama2-server usage`: totals of the ledger that the servers write."""
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.unit.cli.runner import error, output
+from tests.unit.cli.runner import error, invoke, output
 
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import TokenUsage
@@ -133,3 +135,18 @@ def test_month_excludes_days() -> None:
     combined = error("usage", "--month", "2028-02", "--since", "2028-02-02")
     assert combined == "--month: cannot be combined with --since and --until; leave them out"
     assert error("usage", "--month", "February") == "--month: must be a month of the form YYYY-MM"
+
+
+def test_maintenance_of_a_data_directory(ledger_directory: Path) -> None:
+    """`check` and `retry` work on a data directory; `forward` needs a database."""
+    flags = ["--data-directory", str(ledger_directory)]
+    assert output("usage", "check", *flags) == "the daily totals equal the records\n"
+    assert output("usage", "retry", *flags) == "0 records will be sent again\n"
+    assert error("usage", "forward", *flags).startswith("--usage-url: missing; ")
+    with contextlib.closing(sqlite3.connect(ledger_directory / "usage.db", isolation_level=None)) as connection:
+        connection.execute("UPDATE usage_daily_totals SET output_tokens = 9 WHERE account = '42'")
+    result = invoke(("usage", "check", *flags), {})
+    assert result.exit_code == 2
+    assert result.stderr.endswith("usage check: totals differ from the records; run it with --repair\n")
+    assert output("usage", "check", "--repair", *flags).endswith("repaired\n")
+    assert output("usage", "check", *flags) == "the daily totals equal the records\n"
