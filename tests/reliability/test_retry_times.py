@@ -139,6 +139,28 @@ def test_calls_that_do_not_return_hold_no_slot(seed: int) -> None:
     assert simulation.busy_seconds > 0.9 * SECONDS
 
 
+def test_a_call_that_returns_too_early_keeps_its_time() -> None:
+    """A client that repeats a rejected request all the time is told the same time, and then served."""
+
+    async def main() -> None:
+        simulation = Simulation(Load(1, 1), 1)
+        await simulation.call("a")
+        started_at = asyncio.get_running_loop().time()
+        told = set()
+        while True:
+            try:
+                await simulation.attempt("a", 7)
+            except ResourceExhausted as error:
+                told.add(round(asyncio.get_running_loop().time() + (error.retry_after_seconds or 0), 3))
+                await asyncio.sleep(0.5)
+            else:
+                break
+        assert len(told) == 1
+        assert asyncio.get_running_loop().time() - started_at < 65
+
+    run_virtual(main())
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_quota_rejections_are_told_apart(seed: int) -> None:
     """Without a queue, the calls beyond an account's quota get different times, and each of them is served then."""

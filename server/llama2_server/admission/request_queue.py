@@ -46,8 +46,9 @@ class RequestQueue(Collector):
         self._queue_timeout_seconds = queue_timeout_seconds
         self._granted = 0  # slots in use, or granted to a request whose task has not run yet
         self._waiting = FairQueue()
-        self._retry_times = RetryTimes()
-        self._waits = WaitEstimate(slots, self._waiting, self._retry_times)
+        self.retry_times = RetryTimes()
+        """The times at which rejected calls are told to return."""
+        self._waits = WaitEstimate(slots, self._waiting, self.retry_times)
         self._closed = False
         self._grant_retry: asyncio.TimerHandle | None = None
 
@@ -88,7 +89,7 @@ class RequestQueue(Collector):
             ShuttingDown: the server is shutting down.
         """
         self.check_open()
-        returning = self._retry_times.claim(call_key, _now())
+        returning = self.retry_times.claim(call_key, _now())
         displaces = not self._has_space(returning=returning is not None)
         if displaces and not self._waiting.may_displace(account_id, counts_displacing=True):
             raise self._queue_full()
@@ -180,10 +181,6 @@ class RequestQueue(Collector):
         order = self._waiting.next_order(account_id)
         return 0.0 if self._occupied() < self._slots else self._waits.until_slot(order, returning=False)
 
-    def retry_times(self, account_id: str) -> list[float]:
-        """Return the times at which rejected calls of an account are told to return, by the event loop's clock."""
-        return self._retry_times.of_account(account_id, _now())
-
     def add_retry_time(
         self, account_id: str, call_key: int, earliest_seconds: float, per_minute: int, *, keeps_order: bool
     ) -> float:
@@ -192,11 +189,11 @@ class RequestQueue(Collector):
         `per_minute` is the account's quota. If asked, the call then has the order that it would have now.
         """
         now = _now()
-        ahead = len(self._retry_times.of_account(account_id, now))
+        ahead = len(self.retry_times.of_account(account_id, now))
         order = self._waiting.next_order(account_id, ahead) if keeps_order else None
         earliest = now + max(earliest_seconds, self._seconds_until_space())
         call = ExpectedCall(account_id, call_key, order)
-        return self._retry_times.add(call, earliest, self._waits.spacing_seconds, per_minute, now) - now
+        return self.retry_times.add(call, earliest, self._waits.spacing_seconds, per_minute, now) - now
 
     def _check_wait(self, order: Order, deadline: float | None, *, returning: bool) -> None:
         if self._occupied() < self._slots:

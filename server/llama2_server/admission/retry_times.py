@@ -49,6 +49,10 @@ class RetryTimes:
         self._expire(now)
         return [time.at for time in self._by_account.get(account_id, ())]
 
+    def of_call(self, call_key: int, now: float) -> float | None:
+        """Return the time of an equal call that is not due yet; None without one."""
+        return next((time.at for time in self._by_call.get(call_key, ()) if time.at > now), None)
+
     def until(self, at: float, now: float) -> int:
         """Return the number of calls that are expected until a time, late calls included."""
         self._expire(now)

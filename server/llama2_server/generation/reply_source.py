@@ -4,6 +4,7 @@ Only a new generation needs the queue. A request passes the queue, then the quot
 rejected request leaves no record, and costs no quota: what it consumed is given back.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -163,10 +164,13 @@ async def retry_times(queue: RequestQueue, quota: Quota, account_id: str, call_k
     try:
         yield
     except (QueueFull, QueueWaitTooLong, QuotaExceeded) as error:
+        now, times = asyncio.get_running_loop().time(), queue.retry_times
+        if (at := times.of_call(call_key, now)) is not None:  # a client that calls again too early
+            raise error.retry_after(at - now) from None
         earliest = error.retry_after_seconds or 0.0
         limit = quota.limit(account_id)
         with suppress(QuotaStoreUnavailable):  # then the queue's time is the best answer
-            earliest = max(earliest, await quota.retry_seconds(account_id, queue.retry_times(account_id)))
+            earliest = max(earliest, await quota.retry_seconds(account_id, times.of_account(account_id, now)))
         seconds = queue.add_retry_time(account_id, call_key, earliest, limit, keeps_order=error.keeps_order)
         raise error.retry_after(seconds) from None
 
