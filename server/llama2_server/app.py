@@ -141,7 +141,9 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     text_generation = TextGenerationServicer(
         card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
     )
-    interceptor = CallInterceptor(service.telemetry, settings.max_message_bytes, {HOSTED_ENDPOINT: error_trailers})
+    interceptor = CallInterceptor(
+        service.telemetry, settings.max_message_bytes, authenticator, {HOSTED_ENDPOINT: error_trailers}
+    )
     execution = Execution(str(loaded.model.device), str(loaded.model.dtype).removeprefix("torch."), engine.step_kind)
     model = ModelServicer(card, authenticator, quota, execution)
     hosted_endpoint = HostedEndpointServicer(card, authenticator, text_generation)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, cast
 import grpc
 import grpc.aio
 
+from llama2_server.admission.accounts import Authenticator
 from llama2_server.errors import InternalError, InvalidRequest, RequestTooLarge, ServiceError, Violation
 from llama2_server.telemetry.call import CALL, Call
 from llama2_server.telemetry.guard import run_guarded
@@ -21,6 +22,8 @@ Handler = Callable[[Any, Any], Awaitable[Any]]
 ErrorTrailers = Callable[[ServiceError], list[tuple[str, str | bytes]]]
 """Returns further trailers of an error, in addition to its status."""
 StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
+API_PACKAGES = ("llama2.v1.", "llama2.hosted.v1.")
+METHODS_WITHOUT_KEY = frozenset({"llama2.v1.ModelService/GetModelCard"})
 STATUS_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
 
 
@@ -41,12 +44,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Args:
         telemetry: receives each call.
         max_message_bytes: the largest request message; a larger one is rejected with details.
+        authenticator: finds the account of a call.
         error_trailers: by full service name, further trailers of the errors of its methods.
     """
 
     def __init__(
-        self, telemetry: Telemetry, max_message_bytes: int, error_trailers: Mapping[str, ErrorTrailers] | None = None
+        self,
+        telemetry: Telemetry,
+        max_message_bytes: int,
+        authenticator: Authenticator,
+        error_trailers: Mapping[str, ErrorTrailers] | None = None,
     ) -> None:
+        self._authenticator = authenticator
         self._telemetry = telemetry
         self._max_message_bytes = max_message_bytes
         self._error_trailers = error_trailers or {}
@@ -67,6 +76,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = _text(handler_call_details.method).removeprefix("/")
         if handler.request_deserializer is None:
             return handler
+        if (error := self._key_error(method, handler_call_details.invocation_metadata)) is not None:
+            return self._rejecting_handler(method, error, handler.response_serializer)
         deserializer = _safe_deserializer(handler.request_deserializer, self._max_message_bytes)
         if handler.stream_stream is not None:
             wrapped: Any = self._wrap_stream(method, cast(StreamHandler, handler.stream_stream))
@@ -80,6 +91,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         else:
             return handler
         return make_handler(self._wrap_handler(method, behavior), deserializer, handler.response_serializer)
+
+    def _key_error(self, method: str, metadata: Any) -> ServiceError | None:
+        """Return the error of a call whose method needs an API key, if the call has no valid one."""
+        if not method.startswith(API_PACKAGES) or method in METHODS_WITHOUT_KEY:
+            return None
+        try:
+            self._authenticator.authenticate(metadata or ())
+        except ServiceError as error:
+            return error
+        return None
+
+    def _rejecting_handler(
+        self, method: str, error: ServiceError, serializer: Callable[[Any], bytes] | None
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Return a handler that ends the call with the error.
+
+        It has a request stream, from which it reads nothing: gRPC would read the message of another handler first.
+        """
+
+        async def reject(request: Any, context: Any) -> None:
+            raise error
+
+        return grpc.stream_unary_rpc_method_handler(self._wrap_handler(method, reject), None, serializer)
 
     def _wrap_handler(self, method: str, behavior: Handler) -> Handler:
         further = self._error_trailers.get(method.partition("/")[0], _no_trailers)
