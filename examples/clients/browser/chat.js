@@ -52,6 +52,7 @@ document.forms[0].addEventListener("submit", async (event) => {
   element("send").disabled = true;
   const system = element("system").value, user = { role: "user", content: element("message").value };
   print("user", `${user.content}\n`);
+  element("message").value = "";
   const conversation = [...(system ? [{ role: "system", content: system }] : []), ...messages, user];
   const text = await printReply(conversation, interrupt.signal);
   if (text !== null) messages.push(user, { role: "assistant", content: text });
