@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     """CPU kernels for float16: native code if available (auto), or torch."""
     cpu_weight_bits: Annotated[Literal["auto", "12", "16"], Group.MODEL] = "auto"
     """Bits per weight on a CPU; 12 only where this is exact.
-    auto selects the faster one for the instruction set; replies are the same. Weights that were converted from
+    auto selects the faster one for the processor and the slots; replies are the same. Weights that were converted from
     bfloat16, as Llama-2's were, fit in 12 bits and take a quarter less memory; others stay at 16 bits."""
     gpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"
     """GPU kernels: Triton, compiled and tuned at startup (auto), or torch."""

@@ -87,7 +87,7 @@ def load_model(
     stored = read_checked_table(directory, config, meta_weights)
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
     packed = (torch.device(device).type, dtype, cpu_kernels) == ("cpu", torch.float16, "auto") and packs_weights(
-        cpu_weight_bits, meta_weights.size_bytes
+        cpu_weight_bits, meta_weights.size_bytes, slots
     )
     least_bytes = meta_weights.size_bytes * 3 // 4 if packed else meta_weights.size_bytes
     _check_memory(directory, device, MemoryNeed(least_bytes, cache_bytes, f"{slots} x {context_length} tokens"))

@@ -147,19 +147,20 @@ def measure_rows(halves: Tensor, formats: Tensor) -> int | None:  # (rows, width
     return None if size < 0 else size
 
 
-def packs_weights(bits: CpuWeightBits, float16_bytes: int) -> bool:
+def packs_weights(bits: CpuWeightBits, float16_bytes: int, slots: int) -> bool:
     """Return whether the native kernels read a model of this size in packed form.
 
     Args:
-        bits: the setting; "auto" depends on the instruction set and the size.
+        bits: the setting; "auto" depends on the instruction set, the size and the slots.
         float16_bytes: size of the weights in float16.
+        slots: maximum number of concurrent sequences; steps of several rows are faster at 16 bits.
     """
     try:
         instructions = find_instructions()
     except NativeUnavailable:
         return False
     if bits == "auto":
-        return float16_bytes >= MIN_PACKED_BYTES and DEFAULT_BITS.get(instructions) == "12"
+        return slots == 1 and float16_bytes >= MIN_PACKED_BYTES and DEFAULT_BITS.get(instructions) == "12"
     return bits == "12"
 
 

@@ -61,10 +61,11 @@ def _check_files(directory: Path, settings: Settings, card: ModelCard) -> None:
     dtype = settings.dtype or card.generation_config.dtype
     element_bytes = 4 if dtype == "float32" else 2
     # The loader measures how many weights take 12 bits instead of 16; this is the least that they can need.
-    packed = dtype == "float16" and settings.cpu_kernels == "auto" and settings.cpu_weight_bits != "16"
+    slots, context_length = card.max_concurrent_requests, card.context_length_limit
+    may_pack = settings.cpu_weight_bits == "12" or (settings.cpu_weight_bits == "auto" and slots == 1)
+    packed = dtype == "float16" and settings.cpu_kernels == "auto" and may_pack
     tied = bool(config.get("tie_word_embeddings"))
     elements = sum(entry.elements for name, entry in headers.items() if not (tied and name == HEAD))
-    slots, context_length = card.max_concurrent_requests, card.context_length_limit
     # A key projection has one row per element of a key.
     rows = sum(entry.shape[0] for name, entry in headers.items() if name.endswith("self_attn.k_proj.weight"))
     need = MemoryNeed(

@@ -161,10 +161,11 @@ def test_the_instruction_set_determines_the_default(
 ) -> None:
     """Measurements in benchmarks/README.md; where nothing was measured, weights stay at 16 bits."""
     monkeypatch.setattr(library(), "llama2_instructions", lambda name: instructions)
-    assert packs_weights("auto", LARGE) == (bits == "12")
-    assert packs_weights("12", LARGE) == (instructions is not None)
-    assert not packs_weights("16", LARGE)
-    assert not packs_weights("auto", LARGE // 4)
+    assert packs_weights("auto", LARGE, 1) == (bits == "12")
+    assert packs_weights("12", LARGE, 8) == (instructions is not None)
+    assert not packs_weights("16", LARGE, 1)
+    assert not packs_weights("auto", LARGE // 4, 1)
+    assert not packs_weights("auto", LARGE, 2)
 
 
 def test_weights_that_do_not_fit_in_the_free_memory_are_rejected(
