@@ -143,9 +143,11 @@ class _CaseRun:
         return [await make_call(self._target, step, key, on_first) for _ in range(count)]
 
     def _check(self, step: pb.Step, outcomes: list[Outcome]) -> list[str]:
+        found = []
         if step.codes:
-            return _check_codes(step.codes, Counter(outcome.code for outcome in outcomes))
-        found = [text for outcome in outcomes for text in check(step.expect, outcome, self._outcomes)]
+            found = _check_codes(step.codes, Counter(outcome.code for outcome in outcomes))
+            outcomes = [one for one in outcomes if one.code == step.expect.code]
+        found += [text for outcome in outcomes for text in check(step.expect, outcome, self._outcomes)]
         return list(dict.fromkeys(found))
 
     def _key(self, role: str) -> str | None:

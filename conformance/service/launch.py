@@ -118,7 +118,7 @@ async def running_envoy(folder: Path, address: str) -> AsyncIterator[str]:
 def _adapt(config: Any, admin: int, port: int, address: str) -> Any:
     """Return the configuration with other ports and more frequent health checks."""
     host, _, server_port = address.rpartition(":")
-    config["admin"]["address"]["socket_address"]["port_value"] = admin
+    config["admin"]["address"] = {"socket_address": {"address": "127.0.0.1", "port_value": admin}}
     resources = config["static_resources"]
     resources["listeners"][0]["address"]["socket_address"]["port_value"] = port
     (cluster,) = resources["clusters"]
