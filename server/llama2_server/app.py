@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
-from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer, ReadinessCollector
-from llama2_server.api.hosted.endpoint import HostedEndpointServicer
 from llama2_server.api.hosted.envelope import error_trailers
 from llama2_server.api.interceptor import CallInterceptor
-from llama2_server.api.model_service import Execution, ModelServicer
 from llama2_server.api.server import HOSTED_ENDPOINT, METHODS, Servicers, add_port, health_port, make_server
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.config.settings import Settings
@@ -21,25 +18,14 @@ from llama2_server.engine.engine import Engine
 from llama2_server.generation.response_cache import ResponseCache, ResponseCacheCollector
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.lifecycle.banner import print_banner
-from llama2_server.lifecycle.drain import (
-    EXIT_ENGINE_FAILED,
-    drain,
-    fail_engine_when_probes_fail,
-    stop_when_engine_fails,
-)
-from llama2_server.lifecycle.model_loading import Load, LoadedModel, load_model
+from llama2_server.lifecycle.drain import drain
+from llama2_server.lifecycle.model_loading import Load, LoadedModel, load_in_thread, load_model
 from llama2_server.lifecycle.preflight import StartupInputs
-from llama2_server.lifecycle.probe import probe_succeeds
 from llama2_server.lifecycle.readiness import Readiness
 from llama2_server.lifecycle.stores import open_ledger, open_quota, open_response_cache, watch_stores
-from llama2_server.lifecycle.tasks import (
-    StartupCancelled,
-    background_task,
-    cancel_on,
-    exit_code_on_signals,
-    run_in_thread,
-)
-from llama2_server.lifecycle.warm_up import warm_up
+from llama2_server.lifecycle.supervision import EXIT_ENGINE_FAILED, supervised
+from llama2_server.lifecycle.tasks import StartupCancelled, background_task, exit_code_on_signals
+from llama2_server.lifecycle.warm_up import warm_up_unless_cancelled
 from llama2_server.telemetry.guard import guarded
 from llama2_server.telemetry.logging import on_loop_exception
 from llama2_server.telemetry.telemetry import Telemetry, open_telemetry
@@ -110,7 +96,7 @@ async def start(
         quota = await stack.enter_async_context(open_quota(settings, inputs.card))
         await stack.enter_async_context(watch_stores(quota, ledger, health))
         response_cache = await stack.enter_async_context(open_response_cache(settings, inputs.card))
-        loaded = await cancel_on(exit_code, run_in_thread("loading", lambda: load(settings, inputs.card)))
+        loaded = await load_in_thread(load, settings, inputs.card, exit_code)
         readiness = Readiness(health.set_serving, interval_seconds=settings.readiness_probe_interval_seconds)
         metrics = telemetry.metrics
         engine = SupervisedEngine(
@@ -141,31 +127,21 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     text_generation = TextGenerationServicer(
         card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
     )
+    servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, loaded.model, engine.step_kind)
     interceptor = CallInterceptor(
         service.telemetry, settings.max_message_bytes, authenticator, {HOSTED_ENDPOINT: error_trailers}
     )
-    execution = Execution(str(loaded.model.device), str(loaded.model.dtype).removeprefix("torch."), engine.step_kind)
-    model = ModelServicer(card, authenticator, quota, execution)
-    hosted_endpoint = HostedEndpointServicer(card, authenticator, text_generation)
-    servicers = Servicers(text_generation, model, AccountServicer(authenticator, quota, ledger), hosted_endpoint)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
     collectors = (queue, quota, ResponseCacheCollector(cache), ledger, ReadinessCollector(health))
     service.telemetry.metrics.register(card.name, loaded.model, engine.step_kind, METHODS, collectors)
-    try:
-        await cancel_on(exit_code, warm_up(engine, loaded, settings, card))
-    except StartupCancelled:
-        await engine.close(0)  # no client waits for the step in progress
-        raise
+    await warm_up_unless_cancelled(engine, loaded, settings, card, exit_code)
     try:
         service.inputs.ports.release("--listen")
         address = add_port(server, settings.listen, service.inputs.certificates)
         await server.start()
         health.set_serving(True)
-        probing = fail_engine_when_probes_fail(
-            service.readiness, engine, lambda: probe_succeeds(engine, loaded.tokenizer), idle=lambda: queue.running == 0
-        )
-        supervision = stop_when_engine_fails(engine, health, queue, exit_code)
-        async with background_task(authenticator.watch()), background_task(probing), background_task(supervision):
+        supervision = supervised(engine, service.readiness, loaded.tokenizer, queue, health, exit_code)
+        async with background_task(authenticator.watch()), supervision:
             yield address
     finally:
         await drain(server, interceptor, health, queue, engine, grace_seconds=settings.shutdown_grace_seconds)

@@ -27,7 +27,7 @@ ACCOUNTS = ("alpha", "beta", "gamma", "delta", "32118455")
 QUOTA = 20  # less than the clients request
 CLIENTS = 50
 CALLS_PER_CLIENT = 4
-PATIENT_SERVER = "tests.support.patient_process"
+PATIENT_SERVER = "tests.support.programs.patient_process"
 
 
 @dataclass

@@ -21,7 +21,7 @@ from llama2_server.engine.text.detokenizer import Detokenizer
 from llama2_server.engine.text.stop_sequences import StopMatcher
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.text_stream import TextStream
-from llama2_server.lifecycle.drain import EXIT_ENGINE_FAILED
+from llama2_server.lifecycle.supervision import EXIT_ENGINE_FAILED
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

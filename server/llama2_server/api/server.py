@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,16 +21,21 @@ from llama2.v1 import (
     text_generation_pb2,
     text_generation_pb2_grpc,
 )
+from llama2_server.admission.accounts import Authenticator
+from llama2_server.admission.quota import Quota
 from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer
 from llama2_server.api.hosted.endpoint import HostedEndpointServicer
 from llama2_server.api.interceptor import CallInterceptor, MessageCheck
-from llama2_server.api.model_service import ModelServicer
+from llama2_server.api.model_service import Execution, ModelServicer
 from llama2_server.api.reflection import REFLECTION_SERVICES, ReflectionServicer, described_files
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.api.tls import RotatingCertificates
+from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
+from llama2_server.engine.step_runner import StepKind
+from llama2_server.usage.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +64,18 @@ HEALTH_STOP_SECONDS = 1.0
 GRPC_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
+class TorchProperties(Protocol):
+    """Properties of the loaded model that clients can ask for."""
+
+    @property
+    def device(self) -> object:
+        """The torch device."""
+
+    @property
+    def dtype(self) -> object:
+        """The torch dtype."""
+
+
 class Servicers(NamedTuple):
     """One servicer per gRPC service of the protos."""
 
@@ -66,6 +83,26 @@ class Servicers(NamedTuple):
     model: ModelServicer
     account: AccountServicer
     hosted_endpoint: HostedEndpointServicer
+
+    @classmethod
+    def of(
+        cls,
+        text_generation: TextGenerationServicer,
+        card: ModelCard,
+        authenticator: Authenticator,
+        quota: Quota,
+        ledger: Ledger,
+        model: TorchProperties,
+        step: StepKind,
+    ) -> "Servicers":
+        """Return all servicers, which share the one of text generation."""
+        execution = Execution(str(model.device), str(model.dtype).removeprefix("torch."), step)
+        return cls(
+            text_generation,
+            ModelServicer(card, authenticator, quota, execution),
+            AccountServicer(authenticator, quota, ledger),
+            HostedEndpointServicer(card, authenticator, text_generation),
+        )
 
 
 def connection_options(settings: Settings, *, streams: int, message_bytes: int) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from llama2_server.cli.keys import keys
 from llama2_server.cli.options import write_settings
 from llama2_server.cli.serve import serve
 from llama2_server.cli.settings import settings
-from llama2_server.cli.usage import usage
+from llama2_server.cli.usage.report import usage
 from llama2_server.cli.weights import weights
 from llama2_server.configuration_error import ConfigurationError
 

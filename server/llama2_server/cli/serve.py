@@ -42,7 +42,7 @@ def serve(**flags: Any) -> None:
     with resolved.naming_sources():
         inputs = preflight.check(resolved.settings)
         from llama2_server import app
-        from llama2_server.lifecycle.drain import EXIT_ENGINE_FAILED
+        from llama2_server.lifecycle.supervision import EXIT_ENGINE_FAILED
 
         gc.freeze()
         gc.enable()

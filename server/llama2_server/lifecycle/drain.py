@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import grpc.aio
@@ -11,12 +10,9 @@ from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.health import HealthServicer
 from llama2_server.api.interceptor import CallInterceptor
 from llama2_server.generation.supervised_engine import SupervisedEngine
-from llama2_server.lifecycle.readiness import MAX_FAILED_PROBES, Readiness
 
 logger = logging.getLogger(__name__)
 
-EXIT_ENGINE_FAILED = 70
-"""Exit code of a process whose engine has failed; restart the process."""
 # One decode step of a 7B model on a slow CPU takes seconds. The drain does not wait longer than this for a step.
 ENGINE_STOP_TIMEOUT_SECONDS = 10.0
 # Time for calls to send their status after the engine has stopped.
@@ -25,25 +21,6 @@ STATUS_FLUSH_SECONDS = 2.0
 # window, so that each of them is rejected with a status.
 IDLE_WINDOW_SECONDS = 0.05
 IDLE_TIMEOUT_SECONDS = 1.0
-
-
-async def stop_when_engine_fails(
-    engine: SupervisedEngine, health: HealthServicer, queue: RequestQueue, exit_code: "asyncio.Future[int]"
-) -> None:
-    """Wait until the engine has failed; then reject queued and new calls, and set `exit_code`."""
-    await engine.wait_until_failed()
-    health.close()
-    queue.close()
-    if not exit_code.done():
-        exit_code.set_result(EXIT_ENGINE_FAILED)
-
-
-async def fail_engine_when_probes_fail(
-    readiness: Readiness, engine: SupervisedEngine, probe: Callable[[], Awaitable[bool]], *, idle: Callable[[], bool]
-) -> None:
-    """Probe until probes fail in a row; then declare that the engine has failed."""
-    await readiness.run(probe, idle=idle)
-    engine.fail(f"{MAX_FAILED_PROBES} probes in a row failed")
 
 
 async def drain(

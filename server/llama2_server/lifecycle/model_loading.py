@@ -1,5 +1,6 @@
 """Load the model onto its device, and report the progress."""
 
+import asyncio
 import logging
 import sys
 import time
@@ -27,6 +28,7 @@ from llama2_server.engine.model.interface import Model
 from llama2_server.engine.step_runner import StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint, uses_demo_weights
+from llama2_server.lifecycle.tasks import cancel_on, run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,18 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     name, kind = f"{card.name}, weights {settings.weights or 'demo'}", step_runner.kind
     logger.info("loaded %s on %s as %s in %.1f s; step: %s", name, model.device, model.dtype, seconds, kind)
     return LoadedModel(tokenizer, model, metadata.eos_ids, model.weights.fingerprint(), step_runner)
+
+
+async def load_in_thread(
+    load: Load, settings: Settings, card: ModelCard, exit_code: "asyncio.Future[int]"
+) -> LoadedModel:
+    """Run a load function on a thread.
+
+    Raises:
+        ConfigurationError: the model cannot be loaded.
+        StartupCancelled: `exit_code` was set first; the thread continues until the process exits.
+    """
+    return await cancel_on(exit_code, run_in_thread("loading", lambda: load(settings, card)))
 
 
 class LoadingProgress:

@@ -1,5 +1,6 @@
 """Generate before the first request, and compare the speed of this machine with the operator's timeouts."""
 
+import asyncio
 import logging
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from llama2_server.configuration_error import ConfigurationError
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.lifecycle.model_loading import LoadedModel
 from llama2_server.lifecycle.probe import probe
+from llama2_server.lifecycle.tasks import StartupCancelled, cancel_on
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,26 @@ async def warm_up(engine: SupervisedEngine, loaded: LoadedModel, settings: Setti
         decode_seconds=generation.finished_at - generation.first_token_at,
     )
     warn_if_timeouts_too_short(settings, card, speed, loaded.model.prefill_chunk_tokens)
+
+
+async def warm_up_unless_cancelled(
+    engine: SupervisedEngine,
+    loaded: LoadedModel,
+    settings: Settings,
+    card: ModelCard,
+    exit_code: "asyncio.Future[int]",
+) -> None:
+    """Warm up; if `exit_code` is set first, close the engine.
+
+    Raises:
+        ConfigurationError: the model cannot generate.
+        StartupCancelled: `exit_code` was set first.
+    """
+    try:
+        await cancel_on(exit_code, warm_up(engine, loaded, settings, card))
+    except StartupCancelled:
+        await engine.close(0)  # no client waits for the step in progress
+        raise
 
 
 def warn_if_timeouts_too_short(settings: Settings, card: ModelCard, speed: Speed, prefill_chunk_tokens: int) -> None:

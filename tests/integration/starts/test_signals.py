@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.support.paused_process import PAUSED
 from tests.support.processes import command, environment, server
+from tests.support.programs.paused_process import PAUSED
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 # A moment before the event loop, by the module whose import the process has reached.
@@ -50,7 +50,7 @@ def end_before_serving(arguments: list[str], announcement: str, number: signal.S
 def test_signal_during_an_import_ends_the_process(moment: str, number: signal.Signals, tmp_path: Path) -> None:
     """Whatever the process imports, SIGINT ends it with 130 and SIGTERM with 143."""
     flags = [IMPORTS[moment], "--data-directory", str(tmp_path), "--listen", "127.0.0.1:0"]
-    end_before_serving(command(*flags, module="tests.support.paused_process"), PAUSED, number)
+    end_before_serving(command(*flags, module="tests.support.programs.paused_process"), PAUSED, number)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

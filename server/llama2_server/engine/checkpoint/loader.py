@@ -86,26 +86,17 @@ def load_model(
     meta_weights = LlamaWeights.allocate(config, "meta", dtype)
     stored = read_checked_table(directory, config, meta_weights)
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
-    packed = (torch.device(device).type, dtype, cpu_kernels) == ("cpu", torch.float16, "auto") and packs_weights(
-        cpu_weight_bits, meta_weights.size_bytes, slots
-    )
+    native = (torch.device(device).type, dtype, cpu_kernels) == ("cpu", torch.float16, "auto")
+    packed = native and packs_weights(cpu_weight_bits, meta_weights.size_bytes, slots)
     least_bytes = meta_weights.size_bytes * 3 // 4 if packed else meta_weights.size_bytes
     _check_memory(directory, device, MemoryNeed(least_bytes, cache_bytes, f"{slots} x {context_length} tokens"))
     try:
-        weights: Weights
-        if packed:
-            weights = allocate_packed(config, _bytes_beside(cache_bytes))
-        else:
-            weights = LlamaWeights.allocate(config, device, dtype)
+        weights = _allocate_packed(config, cache_bytes) if packed else LlamaWeights.allocate(config, device, dtype)
         _read_tensors(stored, tensor_destinations(config, weights), progress or _no_progress)
         _log_packed_share(weights)
         return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
-    except PackedMemoryFull as error:
-        raise WeightsError(f"{directory}: {error}; {LOWER_MEMORY_USE}") from error
-    except torch.OutOfMemoryError as error:
-        raise WeightsError(
-            f"{directory}: weights and KV cache do not fit on {device}: {error}; {LOWER_MEMORY_USE}"
-        ) from error
+    except (PackedMemoryFull, torch.OutOfMemoryError) as error:
+        raise WeightsError(f"{directory}: {_memory_problem(device, error)}; {LOWER_MEMORY_USE}") from error
 
 
 def read_checked_table(directory: Path, config: LlamaConfig, weights: LlamaWeights[Tensor]) -> dict[str, TensorEntry]:
@@ -133,10 +124,16 @@ def _log_packed_share(weights: Weights) -> None:
         logger.info("weights: %s are stored in 12 bits without loss, %.2f GB", share, share.size_bytes / 1e9)
 
 
-def _bytes_beside(cache_bytes: int) -> int | None:
-    """Return the memory that the KV cache leaves on a CPU; None if it is unknown."""
+def _memory_problem(device: str, error: Exception) -> str:
+    if isinstance(error, PackedMemoryFull):
+        return str(error)
+    return f"weights and KV cache do not fit on {device}: {error}"
+
+
+def _allocate_packed(config: LlamaConfig, cache_bytes: int) -> Weights:
+    """Return packed weights that may take the memory which the KV cache leaves on a CPU, if it is known."""
     free_bytes = available_bytes()
-    return None if free_bytes is None else free_bytes - cache_bytes
+    return allocate_packed(config, None if free_bytes is None else free_bytes - cache_bytes)
 
 
 def _check_memory(directory: Path, device: str, need: MemoryNeed) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llama2_server.cli.commands import CommandGroup
-from llama2_server.cli.usage_maintenance import check, forward, ledger_directory, ledger_settings, retry, sources
+from llama2_server.cli.usage.maintenance import check, forward, ledger_directory, ledger_settings, retry, sources
 
 if TYPE_CHECKING:
     from llama2_server.usage.records import DailyUsage

@@ -1,4 +1,4 @@
-"""A server process that pauses before an import: `python -m tests.support.paused_process MODULE FLAGS`.
+"""A server process that pauses before an import: `python -m tests.support.programs.paused_process MODULE FLAGS`.
 
 It prints a line, and waits in this import until a signal ends it.
 """

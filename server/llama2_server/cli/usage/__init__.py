@@ -1,0 +1,1 @@
+"""`llama2-server usage`: reports, and maintenance of the usage ledger."""
