@@ -12,7 +12,7 @@ from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import DeadlineExceeded, ResourceExhausted
-from llama2_server.generation.reply_source import retry_times
+from llama2_server.generation.rejection import retry_times
 
 SECONDS = 1800.0
 CLIENTS = 400

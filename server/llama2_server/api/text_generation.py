@@ -18,6 +18,7 @@ from llama2_server.card import ModelCard
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason
 from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.generation.rejection import retry_times
 from llama2_server.generation.reply import Reply, ReplyStats
 from llama2_server.generation.reply_source import ReplyRequest, ReplySource
 from llama2_server.generation.response_cache import CacheKey, ResponseCache
@@ -56,6 +57,8 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         self._caches_responses = response_cache is not None
         self._cached_model = f"{card.name} {fingerprint}"
         self._validator = RequestValidator(card, tokenizer)
+        self._quota = quota
+        self._queue = queue
         self._replies = ReplySource(tokenizer, quota, response_cache, ledger, queue, engine, card.name)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
@@ -96,7 +99,9 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
                 seeded = request.HasField("seed")
                 key = CacheKey.of(account.id, self._cached_model, prompt, params, seeded=seeded)
         call.request = _span_attributes(params, streaming=streaming)
-        async with self._replies.reply(call, ReplyRequest(account.id, prompt, params, key, deadline)) as reply:
+        reply_request = ReplyRequest(account.id, prompt, params, key, deadline)
+        times = retry_times(self._queue, self._quota, account.id, reply_request.call_key)
+        async with times, self._replies.reply(call, reply_request) as reply:
             yield reply
 
     def _completion(self, stats: ReplyStats) -> pb.Completion:

@@ -4,9 +4,8 @@ Only a new generation needs the queue. A request passes the queue, then the quot
 rejected request leaves no record, and costs no quota: what it consumed is given back.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +14,6 @@ from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import Reservation
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.errors import QueueFull, QueueWaitTooLong, QuotaExceeded, QuotaStoreUnavailable
 from llama2_server.generation.accounting import RecordedRequest, UsageRecorder
 from llama2_server.generation.coalescing import Coalescer, Subscription
 from llama2_server.generation.generation import Generation
@@ -76,12 +74,6 @@ class ReplySource:
             ServiceError: the request was rejected, or an error of the body.
         """
         self._queue.check_open()
-        times = retry_times(self._queue, self._quota, request.account_id, request.call_key)
-        async with times, self._source(call, request) as reply:
-            yield reply
-
-    @asynccontextmanager
-    async def _source(self, call: Call, request: ReplyRequest) -> AsyncIterator[Reply]:
         self._ledger.check_capacity()
         if (cached := await self._cached_reply(request.cache_key)) is not None:
             async with self._admitted(call, request) as recorded:
@@ -152,27 +144,6 @@ class ReplySource:
             finish_reason = generation.finish_reason.name
             entry = CacheEntry(generation.text, finish_reason, tokens.input_tokens, tokens.output_tokens, seed)
             await self._response_cache.put(key, entry)
-
-
-@asynccontextmanager
-async def retry_times(queue: RequestQueue, quota: Quota, account_id: str, call_key: int) -> AsyncIterator[None]:
-    """Give an error of the body, for lack of capacity or quota, the time at which neither rejects the call again.
-
-    Raises:
-        ResourceExhausted: an error of the body, with its retry time.
-    """
-    try:
-        yield
-    except (QueueFull, QueueWaitTooLong, QuotaExceeded) as error:
-        now, times = asyncio.get_running_loop().time(), queue.retry_times
-        if (at := times.of_call(call_key, now)) is not None:  # a client that calls again too early
-            raise error.retry_after(at - now) from None
-        earliest = error.retry_after_seconds or 0.0
-        limit = quota.limit(account_id)
-        with suppress(QuotaStoreUnavailable):  # then the queue's time is the best answer
-            earliest = max(earliest, await quota.retry_seconds(account_id, times.of_account(account_id, now)))
-        seconds = queue.add_retry_time(account_id, call_key, earliest, limit, keeps_order=error.keeps_order)
-        raise error.retry_after(seconds) from None
 
 
 def _generated_reply(call: Call, recorded: RecordedRequest, subscription: Subscription[Generation]) -> RecordedReply:
