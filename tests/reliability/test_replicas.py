@@ -1,6 +1,7 @@
 """Exact quotas and usage under load: two servers with Redis and PostgreSQL, and one server with the embedded stores."""
 
 import asyncio
+import csv
 import random
 import subprocess
 from collections import Counter
@@ -135,6 +136,7 @@ async def test_one_server_with_embedded_stores_is_exact(tmp_path: Path) -> None:
         results = await run_clients(addresses, keys)
     await check_ledger(f"sqlite:///{tmp_path / 'server0' / 'usage.db'}", results)
     data = ["--data-directory", str(tmp_path / "server0")]
-    printed = subprocess.run(command("usage", *data, "--account", "alpha"), capture_output=True, text=True, check=True)
-    header, values = (row.split("\t") for row in printed.stdout.splitlines())
+    report = command("usage", *data, "--account", "alpha", "--format", "csv")
+    printed = subprocess.run(report, capture_output=True, text=True, check=True)
+    header, values = csv.reader(printed.stdout.splitlines())
     assert dict(zip(header, values, strict=True))["requests"] == str(QUOTA)

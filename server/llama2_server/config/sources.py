@@ -17,7 +17,7 @@ from llama2_server.config.settings import ENV_PREFIX, Settings
 from llama2_server.configuration_error import ConfigurationError
 
 # Variables of the client, which may be in the same environment.
-CLIENT_VARIABLES = frozenset({"LLAMA2_ADDRESS", "LLAMA2_API_KEY", "LLAMA2_TIMEOUT"})
+CLIENT_VARIABLES = frozenset({"LLAMA2_ADDRESS", "LLAMA2_API_KEY", "LLAMA2_QUOTA_WAIT", "LLAMA2_TIMEOUT"})
 # Kubernetes adds these variables to every pod if a Service has the name llama2 or llama2-something.
 _SERVICE_LINK = re.compile(r"LLAMA2_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")

@@ -11,6 +11,7 @@ from tests.support.checkpoints import edit_tensors
 from tests.unit.engine.native.models import MakeCheckpoint, library, load, native_decoder, some_ids
 from torch import Tensor
 
+from llama2_server.engine.checkpoint import loader
 from llama2_server.engine.checkpoint.loader import measure_checkpoint
 from llama2_server.engine.errors import EngineError, WeightsError
 from llama2_server.engine.model.llama import LlamaModel
@@ -125,17 +126,22 @@ def test_weights_that_are_not_finite_are_rejected(checkpoint: MakeCheckpoint, tm
         measure_checkpoint(directory)
 
 
-def test_a_file_that_ends_inside_a_tensor_is_rejected(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_file_that_ends_inside_a_tensor_is_rejected(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file passes the check of its header and shrinks before it is read."""
     directory = Path(shutil.copytree(checkpoint(dtype=torch.float16, hidden=256), tmp_path / "short"))
     path = directory / "model.safetensors"
+    read_tensors = loader._read_tensors
 
-    def shrink(done: int, total: int) -> None:
+    def shrink_and_read(*arguments: Any) -> None:
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size // 2)
+        read_tensors(*arguments)
 
+    monkeypatch.setattr(loader, "_read_tensors", shrink_and_read)
     with pytest.raises(WeightsError, match="the file ends inside tensor"):
-        load(directory, cpu_kernels="auto", cpu_weight_bits="12", progress=shrink)
+        load(directory, cpu_kernels="auto", cpu_weight_bits="12")
 
 
 def test_torch_and_small_models_keep_16_bits(checkpoint: MakeCheckpoint) -> None:
