@@ -47,7 +47,7 @@ def taken_port() -> Iterator[int]:
         (
             ["--usage-url", "mysql://here"],
             {},
-            "--usage-url: mysql is not supported; use sqlite:///FILE or postgresql://",
+            "--usage-url: mysql is not supported; use postgresql://",
         ),
         (["--redis-url", "http://here"], {}, "--redis-url: "),
         (["--lisen", "x"], {}, "--lisen: no such option; did you mean --listen?"),

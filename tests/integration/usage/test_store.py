@@ -284,7 +284,7 @@ def test_invalid_url_is_rejected(wrong: str, message: str) -> None:
 def test_postgresql_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the extra to install."""
     monkeypatch.setitem(sys.modules, "asyncpg", None)
-    with pytest.raises(LedgerError, match=r"llama2-grpc\[postgresql\]"):
+    with pytest.raises(LedgerError, match=r"pip install '\.\[postgresql\]' in the clone"):
         create_engine("postgres://host/db")
 
 
