@@ -11,6 +11,7 @@ from llama2.v1 import model_pb2
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys_file import new_key
 from llama2_server.card import ModelCard, load_card, parse_card
+from llama2_server.engine.step_runner import StepKind
 
 LISTED, OTHER, UNLISTED = "32118455", "50147400", "7"
 SECRET_LIMITS = {LISTED: 6001, OTHER: 6002}
@@ -105,3 +106,18 @@ async def test_without_keys_the_quota_is_the_anonymous_accounts(
     assert (
         quota.account_max_requests_per_min == demo_card.constellation_config.max_requests_per_min.accounts["anonymous"]
     )
+
+
+async def test_the_execution_is_shown(serve_scripted: ServiceMaker) -> None:
+    """Device, precision and kind of step are those of the loaded model; the scripted one has no kernels."""
+    async with serve_scripted("A story.") as service:
+        response = await service.models.GetModelCard(model_pb2.GetModelCardRequest())
+    execution = response.execution
+    assert (execution.device, execution.dtype) == ("cpu", "float32")
+    assert execution.step_kind == model_pb2.STEP_KIND_TORCH
+
+
+def test_every_kind_of_step_has_a_value_in_the_contract() -> None:
+    """A new kind cannot be forgotten: the names are equal, apart from the prefix and UNSPECIFIED."""
+    kinds = {f"STEP_KIND_{kind.name}" for kind in StepKind}
+    assert kinds | {"STEP_KIND_UNSPECIFIED"} == set(model_pb2.StepKind.keys())
