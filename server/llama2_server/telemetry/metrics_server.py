@@ -21,6 +21,7 @@ from llama2_server.telemetry.errors import TelemetryError
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_SECONDS = 10.0
+ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 POLL_INTERVAL_SECONDS = 0.1  # upper bound of the time that closing takes
 
 
@@ -28,11 +29,15 @@ POLL_INTERVAL_SECONDS = 0.1  # upper bound of the time that closing takes
 def metrics_server(registry: CollectorRegistry, listen: str) -> Iterator[str]:
     """Serve the registry's metrics at HOST:PORT for the body of the `with`, which receives the address.
 
+    0.0.0.0 and [::] are all addresses of the machine, IPv6 included if it has IPv6, as for gRPC's ports.
+
     Raises:
         TelemetryError: the address cannot be listened on.
     """
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
+    if host in ALL_ADDRESSES:
+        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - the operator asks for it
     try:
         family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
         server = _Server.of_family(family)((host, int(port)), _Handler)
@@ -68,6 +73,8 @@ class _Server(ThreadingWSGIServer):
 
     def server_bind(self) -> None:
         """Bind, and use the address as the server's name."""
+        if self.server_address[0] == "::":  # the system's default may exclude IPv4
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()

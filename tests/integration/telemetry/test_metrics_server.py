@@ -45,6 +45,22 @@ async def test_server_listens_on_ipv4_and_ipv6(monkeypatch: pytest.MonkeyPatch, 
         assert await scrape(address) == ""
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])  # noqa: S104 - of a test
+async def test_all_addresses_include_ipv4_and_ipv6(host: str) -> None:
+    """Prometheus can scrape pods of IPv4-only, IPv6-only and dual-stack clusters with one setting."""
+    with metrics_server(CollectorRegistry(), f"{host}:0") as address:
+        port = address.rpartition(":")[2]
+        assert await scrape(f"127.0.0.1:{port}") == ""
+        assert await scrape(f"[::1]:{port}") == ""
+
+
+async def test_all_addresses_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without IPv6 the server listens on IPv4."""
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with metrics_server(CollectorRegistry(), "[::]:0") as address:
+        assert await scrape(f"127.0.0.1:{address.rpartition(':')[2]}") == ""
+
+
 async def test_silent_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that sends nothing does not block scrapes, and is disconnected after a timeout."""
     with metrics_server(Metrics(CollectorRegistry()).registry, "127.0.0.1:0") as address:
