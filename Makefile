@@ -9,7 +9,7 @@ RELEASE = $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
 GPU_PACKAGES ?= .gpu-packages
 GPU_PYTHON ?= 3.12
 SOURCES := server client tests tools benchmarks examples conformance hatch_build.py
-PROTOS := $(wildcard protos/llama2/v1/*.proto conformance/v1/*.proto)
+PROTOS := $(wildcard protos/llama2/*/*.proto protos/llama2/*/*/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
 .PHONY: run quick test check format proto docs lock conformance conformance-full bench bench-gpu gpu-packages demo-model clean help
@@ -110,6 +110,6 @@ $(BIN)/python:
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find protos -name '*_pb2*' -delete
+	find protos conformance -name '*_pb2*' -delete
 	rm -f protos/llama2/v1/descriptors.pb
 	rm -f server/llama2_server/engine/native/decode.so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from llama2_client.reply import Message, Reply
@@ -31,6 +32,29 @@ class Conversation:
         """The messages of the completed turns, preceded by the system message if one is set."""
         system = () if self.system is None else (Message("system", self.system),)
         return system + self._turns
+
+    def restore(self, messages: Iterable[Message | Mapping[str, str]]) -> None:
+        """Replace the system message and the turns by those of a conversation that `history` returned earlier.
+
+        Raises:
+            ValueError: `messages` is not an optional system message, then pairs of a user's message and its answer.
+        """
+        history = tuple(
+            message if isinstance(message, Message) else Message(message.get("role", ""), message.get("content", ""))
+            for message in messages
+        )
+        has_system = bool(history) and history[0].role == "system"
+        turns = history[has_system:]
+        expected = ("user", "assistant")
+        for index, message in enumerate(turns):
+            if message.role != expected[index % 2]:
+                raise ValueError(
+                    f"messages[{index + has_system}].role: must be {expected[index % 2]!r}, not {message.role!r}"
+                )
+        if len(turns) % 2:
+            raise ValueError("messages: the last one is a question without an answer; remove it and ask it again")
+        self.system = history[0].content if has_system else None
+        self._turns = turns
 
     def clear(self) -> None:
         """Remove all turns from the history; the system message stays."""

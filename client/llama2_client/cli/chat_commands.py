@@ -51,7 +51,8 @@ class ChatCommands:
         self.ended = False  # True after /exit
         self._chat = chat
         self._get_usage = get_usage
-        self._question: str | None = None  # of the last turn, however it ended
+        questions = [message.content for message in chat.history if message.role == "user"]
+        self._question = questions[-1] if questions else None  # of the last turn, however it ended
         self._replies: list[Reply] = []
 
     def completed(self, reply: Reply) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from llama2_client.cli.connection import ClientCertificate, ServerConnection
-from llama2_client.cli.options import input_options, json_option, read_input, sampling_options
+from llama2_client.cli.options import input_options, json_option, read_conversation, read_input, sampling_options
 from llama2_client.cli.usage_errors import CommandGroup, error_message, print_error_line
 
 # gRPC is imported when a call starts, because the import is slow and `llama2 --help` does not need it.
@@ -167,10 +167,18 @@ def generate(
 
 @cli.command()
 @click.option("--system", metavar="TEXT", help="System message: instructions for the model.")
+@click.option(
+    "--messages",
+    type=click.File("r", encoding="utf-8"),
+    metavar="FILE",
+    help="Continue the conversation in this file, which /save wrote.",
+)
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON as `generate` does, for scripts.")
 @click.pass_obj
-def chat(connection: ServerConnection, /, system: str | None, as_json: bool, **sampling: Any) -> None:
+def chat(
+    connection: ServerConnection, /, system: str | None, messages: TextIO | None, as_json: bool, **sampling: Any
+) -> None:
     """Have a conversation with the model.
 
     Ctrl-C stops a reply, /help lists the commands (such as /retry and /save), Ctrl-D or /exit leaves. A pasted text of
@@ -180,6 +188,12 @@ def chat(connection: ServerConnection, /, system: str | None, as_json: bool, **s
 
     client = connection.client()
     conversation = client.chat(system, **sampling)
+    if messages is not None:
+        try:
+            conversation.restore(read_conversation(messages))
+        except ValueError as error:
+            raise click.UsageError(f"--messages: {messages.name} is not a conversation of `/save` ({error})") from error
+        conversation.system = system or conversation.system
     raise click.exceptions.Exit(repl.run_repl(client, conversation, connection.address, as_json=as_json))
 
 

@@ -78,7 +78,7 @@ def read_input(text: str | None, messages: TextIO | None) -> tuple[str | None, l
     if text is not None and messages is not None:
         raise click.UsageError("TEXT and --messages: exclude each other; give one of them")
     if messages is not None:
-        return None, _read_conversation(messages)
+        return None, read_conversation(messages)
     if text is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("TEXT: missing; give TEXT or --messages, or pipe the text to standard input")
     if text is None or text == "-":
@@ -89,7 +89,8 @@ def read_input(text: str | None, messages: TextIO | None) -> tuple[str | None, l
     return text, None
 
 
-def _read_conversation(file: TextIO) -> list[Mapping[str, str]]:
+def read_conversation(file: TextIO) -> list[Mapping[str, str]]:
+    """Return the messages of a JSON file."""
     try:
         conversation = json.load(file)
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 import pytest
 from tests.support.scripted_server import ScriptedServer
@@ -72,3 +74,30 @@ async def test_clear_removes_the_turns(client: Client) -> None:
     await chat.send("Hi")
     chat.clear()
     assert chat.history == (Message("system", "Be brief."),)
+
+
+@pytest.mark.parametrize(
+    ("saved", "problem"),
+    [
+        ([("user", "1")], "messages: the last one is a question without an answer; remove it and ask it again"),
+        ([("assistant", "1")], "messages[0].role: must be 'user', not 'assistant'"),
+        ([("system", "1"), ("system", "2")], "messages[1].role: must be 'user', not 'system'"),
+        ([("user", "1"), ("user", "2")], "messages[1].role: must be 'assistant', not 'user'"),
+    ],
+)
+async def test_only_whole_turns_are_restored(client: Client, saved: list[tuple[str, str]], problem: str) -> None:
+    """A list that is not a conversation's history is rejected by its field, and the history stays as it was."""
+    chat = client.chat("Be brief.")
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        chat.restore([Message(role, content) for role, content in saved])
+    assert chat.history == (Message("system", "Be brief."),)
+
+
+async def test_a_restored_history_equals_the_saved_one(client: Client) -> None:
+    """`restore` accepts what `history` returned, as messages or as mappings."""
+    saved = (Message("system", "Be brief."), Message("user", "1"), Message("assistant", "One."))
+    chat = client.chat("Be long.")
+    chat.restore(saved)
+    assert chat.history == saved
+    chat.restore([{"role": message.role, "content": message.content} for message in saved[1:]])
+    assert chat.history == saved[1:]

@@ -121,6 +121,29 @@ async def test_save_writes_the_conversation(server: ScriptedServer, tmp_path: Pa
     ]
 
 
+async def test_a_saved_conversation_continues(server: ScriptedServer, tmp_path: Path) -> None:
+    """`chat --messages FILE` sends the saved turns before a new one; --system replaces the saved system message."""
+    file = tmp_path / "story.json"
+    saved = [("system", "Be brief."), ("user", "żółw"), ("assistant", "Hello world")]
+    file.write_text(json.dumps([{"role": role, "content": content} for role, content in saved]))
+    for reply in ("Again.", "More.", "Kind."):
+        server.script_reply(reply)
+    async with conversation(server, "--messages", str(file)) as terminal:
+        terminal.type("/retry\n")
+        await terminal.until("Again.")
+        await terminal.until("> ")
+        terminal.type("next\n")
+        await terminal.until("More.")
+        await terminal.until("> ")
+    assert messages(server.requests[0]) == saved[:2]
+    assert messages(server.requests[1]) == [*saved[:2], ("assistant", "Again."), ("user", "next")]
+    async with conversation(server, "--messages", str(file), "--system", "Be kind.") as terminal:
+        terminal.type("next\n")
+        await terminal.until("Kind.")
+        await terminal.until("> ")
+    assert messages(server.requests[2]) == [("system", "Be kind."), *saved[1:], ("user", "next")]
+
+
 async def test_usage_shows_the_conversation_and_the_account(server: ScriptedServer) -> None:
     """/usage prints the tokens and neurons of the completed turns, the quota and today's usage."""
     async with conversation(server) as terminal:

@@ -73,6 +73,12 @@ COMMAND_LINES = [
         2,
         "--messages: {null} is not valid JSON (Expecting value: line 1 column 1 (char 0)); pass a list of messages",
     ),
+    WrongUse(
+        "chat --messages {question}",
+        2,
+        "--messages: {question} is not a conversation of `/save` (messages: the last one is a question without an "
+        "answer; remove it and ask it again)",
+    ),
     WrongUse("--ca {missing} card", 2, "--ca: file '{missing}' does not exist; pass a file that you can read"),
     WrongUse("--key {null} card", 2, "--certificate and --key: one of them is missing; give both"),
     WrongUse("--server-name a.example.com card", 2, "--server-name: needs TLS; add --tls or --ca FILE"),
@@ -197,7 +203,10 @@ async def check(use: WrongUse, places: dict[str, str]) -> None:
 @pytest.mark.parametrize("use", COMMAND_LINES, ids=lambda use: use.arguments)
 async def test_a_wrong_command_line_is_one_line_with_the_remedy(use: WrongUse, tmp_path: Path) -> None:
     """The only output is one line: the subject, the problem and the remedy."""
-    await check(use, {"dead": "localhost:1", "missing": str(tmp_path / "missing"), "null": "/dev/null"})
+    question = tmp_path / "question.json"
+    question.write_text('[{"role": "user", "content": "Hi"}]')
+    files = {"missing": str(tmp_path / "missing"), "question": str(question), "null": "/dev/null"}
+    await check(use, {"dead": "localhost:1", **files})
 
 
 async def test_a_call_without_an_answer_is_one_line_with_the_remedy(places: dict[str, str]) -> None:
