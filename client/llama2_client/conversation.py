@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from llama2_client.reply import Message, Reply
 
@@ -13,6 +13,12 @@ class _Stream(Protocol):
     @property
     def closed(self) -> bool:
         """True if no more text can follow."""
+
+
+def _role_and_content(message: Message | Mapping[str, str]) -> tuple[str, str]:
+    if isinstance(message, Message):
+        return message.role, message.content
+    return message.get("role", ""), message.get("content", "")
 
 
 class Conversation:
@@ -39,22 +45,21 @@ class Conversation:
         Raises:
             ValueError: `messages` is not an optional system message, then pairs of a user's message and its answer.
         """
-        history = tuple(
-            message if isinstance(message, Message) else Message(message.get("role", ""), message.get("content", ""))
-            for message in messages
-        )
-        has_system = bool(history) and history[0].role == "system"
-        turns = history[has_system:]
-        expected = ("user", "assistant")
-        for index, message in enumerate(turns):
-            if message.role != expected[index % 2]:
-                raise ValueError(
-                    f"messages[{index + has_system}].role: must be {expected[index % 2]!r}, not {message.role!r}"
-                )
+        system: str | None = None
+        turns: list[Message] = []
+        for index, message in enumerate(messages):
+            role, content = _role_and_content(message)
+            if index == 0 and role == "system":
+                system = content
+                continue
+            expected: Literal["user", "assistant"] = "assistant" if len(turns) % 2 else "user"
+            if role != expected:
+                raise ValueError(f"messages[{index}].role: must be {expected!r}, not {role!r}")
+            turns.append(Message(expected, content))
         if len(turns) % 2:
             raise ValueError("messages: the last one is a question without an answer; remove it and ask it again")
-        self.system = history[0].content if has_system else None
-        self._turns = turns
+        self.system = system
+        self._turns = tuple(turns)
 
     def clear(self) -> None:
         """Remove all turns from the history; the system message stays."""

@@ -66,11 +66,16 @@ def new(account: str, name: str, expires: date | None, file: Path | None) -> Non
     key, entry = new_key(account, name, expires)
     if file is not None:  # first: a key that is printed is in the file
         keys_editor.edit(file, dict(parse(file, f"keys:\n  {entry}\n")))
-    click.echo(f"# API key, shown only once:\n{key}\n")
     if file is None:
-        click.echo(f"# Entry for the API keys file, under `keys:`\n  {entry}")
+        click.echo(f"# API key, shown only once:\n{key}\n\n# Entry for the API keys file, under `keys:`\n  {entry}")
     else:
-        click.echo(f"# added to {file} as {_id_of(key)}")
+        _print_key(key, f"added to {file} as {_id_of(key)}")
+
+
+def _print_key(key: str, note: str) -> None:
+    """Print the key alone to standard output, so that a script can read it, and the note to standard error."""
+    click.echo(key)
+    click.echo(f"The key is shown only once; {note}", err=True)
 
 
 @keys.command(name="list")
@@ -123,9 +128,8 @@ def rotate(key_id: str, expires: date | None, keep_days: int, file: Path) -> Non
         last_day = min(last_day, record.expires)
     old = None if keep_days == 0 else record.model_copy(update={"expires": last_day})
     keys_editor.edit(file, {**parse(file, f"keys:\n  {entry}\n"), key_id: old})
-    click.echo(f"# API key, shown only once:\n{key}\n")
     fate = f"removed {key_id}" if old is None else f"{key_id} expires after {last_day}"
-    click.echo(f"# added to {file} as {_id_of(key)}; {fate}")
+    _print_key(key, f"added to {file} as {_id_of(key)}; {fate}")
 
 
 def _find(file: Path, key_id: str) -> "KeyRecord":

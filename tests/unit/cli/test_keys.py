@@ -34,7 +34,7 @@ def id_of(key: str) -> str:
 
 def new(file: Path, account: str, *flags: str) -> str:
     """Add a key to a file with the command, and return the key."""
-    return output("keys", "new", account, "--api-keys-file", str(file), *flags).splitlines()[1]
+    return output("keys", "new", account, "--api-keys-file", str(file), *flags).removesuffix("\n")
 
 
 def account_of(file: Path, key: str) -> str | None:
@@ -58,14 +58,14 @@ def test_life_of_a_key(tmp_path: Path) -> None:
     first = new(file, "42", "--name", "Alice", "--expires", "2999-12-31")
     assert file.stat().st_mode & 0o777 == 0o600
     assert rows(file) == [[id_of(first), "42", "valid", "2999-12-31", "Alice"]]
-    second = output("keys", "rotate", id_of(first), "--api-keys-file", str(file)).splitlines()[1]
+    second = output("keys", "rotate", id_of(first), "--api-keys-file", str(file)).removesuffix("\n")
     assert [account_of(file, key) for key in (first, second)] == ["42", "42"]
     last_day = datetime.now(UTC).date() + timedelta(days=7)
     assert [row[3] for row in rows(file)] in ([str(last_day), "Alice"], [str(last_day - timedelta(days=1)), "Alice"])
     assert output("keys", "revoke", id_of(first), LLAMA2_API_KEYS_FILE=str(file)) == (
         f"revoked {id_of(first)} of account 42\n"
     )
-    third = output("keys", "rotate", id_of(second), "--keep-days", "0", "--api-keys-file", str(file)).splitlines()[1]
+    third = output("keys", "rotate", id_of(second), "--keep-days", "0", "--api-keys-file", str(file)).removesuffix("\n")
     assert [account_of(file, key) for key in (first, second, third)] == [None, None, "42"]
 
 
@@ -169,6 +169,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert f"--api-keys-file: cannot write {file}: No space left on device; " in result.stderr
     assert file.read_text() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_script_reads_the_key_from_standard_output(tmp_path: Path) -> None:
+    """The key is all of the standard output; where it went is on standard error."""
+    file = tmp_path / "keys.yaml"
+    result = invoke(["keys", "new", "7", "--api-keys-file", str(file)], {})
+    key = result.stdout.removesuffix("\n")
+    assert account_of(file, key) == "7"
+    assert result.stderr == f"The key is shown only once; added to {file} as {id_of(key)}\n"
 
 
 @given(
