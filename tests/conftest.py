@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 from tests.support.certificates import Authority
 from tests.support.deadlines import CallDeadlines, LoopClock
-from tests.support.scripted_model import ScriptedModel
+from tests.support.scripted_model import ScriptedModel, scripted_fingerprint
 from tests.support.servers.postgres_server import PostgresCluster, running_postgres
 from tests.support.service import Service, ServiceMaker, until, with_config
 
@@ -25,6 +25,7 @@ from llama2_server.api.interceptor import CallInterceptor, Handler
 from llama2_server.app import serving, start
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.config.settings import Settings
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.generation import response_cache, supervised_engine
 from llama2_server.lifecycle import probe
@@ -80,12 +81,13 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         accounts: Authenticator | None = None,
         failure: Exception | None = None,
         telemetry: Telemetry | None = None,
-        fingerprint: str = "scripted",
+        fingerprint: Fingerprint | None = None,
         **settings: object,
     ) -> AsyncIterator[Service]:
         card = card or plain_card
         model = scripted_model(demo_tokenizer, card, reply, ends=ends)
         model.failure = failure
+        fingerprint = fingerprint or scripted_fingerprint("scripted")
         loaded = LoadedModel(demo_tokenizer, model, frozenset({demo_tokenizer.eos_id}), fingerprint)
         options = Settings.model_validate(
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 30, **settings}

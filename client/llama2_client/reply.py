@@ -50,6 +50,7 @@ class Reply:
     seed: int
     cached: bool  # True: from the response cache, or shared with an identical request in progress
     request_id: str
+    fingerprint: str | None  # names everything else that decided the text; None if the server has none
     queue_time_seconds: float
     time_to_first_token_seconds: float
     total_time_seconds: float
@@ -72,6 +73,7 @@ class Reply:
             seed=completion.seed,
             cached=completion.cached,
             request_id=completion.request_id,
+            fingerprint=completion.fingerprint or None,
             queue_time_seconds=_seconds(timings.queue_time),
             time_to_first_token_seconds=_seconds(timings.time_to_first_token),
             total_time_seconds=_seconds(timings.total_time),

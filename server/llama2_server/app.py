@@ -127,7 +127,8 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     text_generation = TextGenerationServicer(
         card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
     )
-    servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, loaded.model, engine.step_kind)
+    model = (loaded.model, engine.step_kind, loaded.fingerprint)
+    servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, *model)
     interceptor = CallInterceptor(
         service.telemetry, settings.max_message_bytes, authenticator, {HOSTED_ENDPOINT: error_trailers}
     )

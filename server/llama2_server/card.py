@@ -1,5 +1,6 @@
 """Typed model card: one YAML file that defines the whole behavior of the service."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -138,6 +139,13 @@ class ModelCard(_Part):
     def neuron_costs(self) -> Mapping[str, Decimal]:
         """Neurons per token, by metric."""
         return {metric.name: metric.neuron_cost for metric in self.constellation_config.neurons.metrics}
+
+    @property
+    def text_digest(self) -> str:
+        """SHA-256 of the values that decide a text: limits and defaults, but no prices, quotas or descriptions."""
+        limits = [self.context_length_limit, self.sequence_length_limit, self.default_max_tokens]
+        defaults = self.generation_config.model_dump(mode="json")
+        return hashlib.sha256(json.dumps([limits, defaults], sort_keys=True).encode()).hexdigest()
 
     @property
     def max_concurrent_requests(self) -> int:

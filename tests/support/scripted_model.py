@@ -7,6 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
+
+
+def scripted_fingerprint(weights: str) -> Fingerprint:
+    """Return the complete fingerprint of a scripted model."""
+    fingerprint = Fingerprint({"kernels": "scripted"}, weights)
+    fingerprint.set_weights(weights)
+    return fingerprint
+
 
 class ScriptedModel:
     """Replies to every prompt with the same token ids; can be stopped at a step, fail, and count its steps.

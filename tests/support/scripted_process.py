@@ -48,7 +48,7 @@ def load_hanging_model(settings: Settings, card: ModelCard) -> LoadedModel:
         return time.monotonic() + (settings.engine_step_timeout_seconds if hangs else 0)
 
     supervised_engine.time = SimpleNamespace(monotonic=monotonic)  # type: ignore[attr-defined, assignment]
-    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, loaded.fingerprint)
 
 
 def load_blocked_model(settings: Settings, card: ModelCard) -> LoadedModel:
@@ -57,7 +57,7 @@ def load_blocked_model(settings: Settings, card: ModelCard) -> LoadedModel:
     model = ScriptedModel([ENDLESS_ID], vocab_size=loaded.tokenizer.vocab_size)
     model.gate()
     model.allow(BLOCKS_AFTER_STEPS)
-    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, loaded.fingerprint)
 
 
 def load_slow_model(settings: Settings, card: ModelCard) -> LoadedModel:
@@ -73,7 +73,7 @@ def load_slow_model(settings: Settings, card: ModelCard) -> LoadedModel:
             model.allow(1)
 
     threading.Thread(target=allow_steps, daemon=True).start()
-    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, loaded.fingerprint)
 
 
 def load_model_that_hangs_in_the_warm_up(settings: Settings, card: ModelCard) -> LoadedModel:
@@ -87,7 +87,7 @@ def load_model_that_hangs_in_the_warm_up(settings: Settings, card: ModelCard) ->
         print("in the first step", flush=True)
 
     threading.Thread(target=print_when_in_step, daemon=True).start()
-    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, loaded.fingerprint)
 
 
 def load_model_whose_device_dies(settings: Settings, card: ModelCard) -> LoadedModel:
@@ -104,7 +104,7 @@ def load_model_whose_device_dies(settings: Settings, card: ModelCard) -> LoadedM
         model.open_gate()
 
     threading.Thread(target=fail_when_out_of_steps, daemon=True).start()
-    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, loaded.fingerprint)
 
 
 def load_model_that_loses_its_slot(settings: Settings, card: ModelCard) -> LoadedModel:
@@ -119,7 +119,7 @@ def load_model_that_loses_its_slot(settings: Settings, card: ModelCard) -> Loade
         release(*args)
 
     PrefixCache.release = release_until_the_warm_up_has_ended  # type: ignore[method-assign, assignment]
-    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, "scripted")
+    return LoadedModel(loaded.tokenizer, model, loaded.eos_ids, loaded.fingerprint)
 
 
 if __name__ == "__main__":

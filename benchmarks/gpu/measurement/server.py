@@ -16,6 +16,7 @@ from llama2_server.card import ModelCard
 from llama2_server.cli.main import main
 from llama2_server.config.settings import Settings
 from llama2_server.engine.cuda.build import build_step_runner
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle.model_loading import LoadedModel
 
@@ -30,7 +31,7 @@ def random_load(shape: str, device: str, settings: Settings, card: ModelCard) ->
     step_runner = build_step_runner(
         model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
     )
-    return LoadedModel(tokenizer, model, frozenset(), "random", step_runner)
+    return LoadedModel(tokenizer, model, frozenset(), Fingerprint({}, "random"), step_runner)
 
 
 if __name__ == "__main__":

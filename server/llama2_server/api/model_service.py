@@ -8,6 +8,7 @@ from llama2.v1 import model_pb2, model_pb2_grpc
 from llama2_server.admission.accounts import Authenticator
 from llama2_server.admission.quota import Quota
 from llama2_server.card import SAMPLING_RANGES, ModelCard, Property
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind
 from llama2_server.errors import AccountDisabled, Unauthenticated
 from llama2_server.telemetry.call import CALL
@@ -28,6 +29,7 @@ class Execution(NamedTuple):
     dtype: str
     """The precision of the weights, such as "float16"."""
     step: StepKind
+    fingerprint: Fingerprint
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -35,11 +37,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 
     def __init__(self, card: ModelCard, authenticator: Authenticator, quota: Quota, execution: Execution) -> None:
         self._card_message = _card_message(card)
-        self._execution_message = model_pb2.Execution(
-            device=execution.device,
-            dtype=execution.dtype,
-            step_kind=STEP_KINDS[execution.step],
-        )
+        self._execution = execution
         self._authenticator = authenticator
         self._quota = quota
 
@@ -47,7 +45,8 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.GetModelCardRequest, context: Any
     ) -> model_pb2.GetModelCardResponse:
         """Return the card, with the quota of the calling account if the call identifies one."""
-        response = model_pb2.GetModelCardResponse(model_card=self._card_message, execution=self._execution_message)
+        execution = _execution_message(self._execution)
+        response = model_pb2.GetModelCardResponse(model_card=self._card_message, execution=execution)
         try:
             account = self._authenticator.authenticate(context.invocation_metadata())
         except (Unauthenticated, AccountDisabled):
@@ -55,6 +54,17 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         CALL.get().account_id = account.id
         response.model_card.quota.account_max_requests_per_min = self._quota.limit(account.id)
         return response
+
+
+def _execution_message(execution: Execution) -> model_pb2.Execution:
+    inputs = sorted(execution.fingerprint.inputs.items())
+    return model_pb2.Execution(
+        device=execution.device,
+        dtype=execution.dtype,
+        step_kind=STEP_KINDS[execution.step],
+        fingerprint=execution.fingerprint.value,
+        fingerprint_inputs=[model_pb2.FingerprintInput(name=name, value=value) for name, value in inputs],
+    )
 
 
 def _card_message(card: ModelCard) -> model_pb2.ModelCard:

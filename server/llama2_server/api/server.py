@@ -34,6 +34,7 @@ from llama2_server.api.tls import RotatingCertificates
 from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind
 from llama2_server.usage.ledger import Ledger
 
@@ -94,9 +95,10 @@ class Servicers(NamedTuple):
         ledger: Ledger,
         model: TorchProperties,
         step: StepKind,
+        fingerprint: Fingerprint,
     ) -> "Servicers":
         """Return all servicers, which share the one of text generation."""
-        execution = Execution(str(model.device), str(model.dtype).removeprefix("torch."), step)
+        execution = Execution(str(model.device), str(model.dtype).removeprefix("torch."), step, fingerprint)
         return cls(
             text_generation,
             ModelServicer(card, authenticator, quota, execution),

@@ -15,6 +15,7 @@ from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.validation import RequestValidator
 from llama2_server.card import ModelCard
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason
 from llama2_server.engine.text.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ _FINISH_REASONS = {
 class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServicer):
     """TextGenerationService. `Generate` gathers what `GenerateStream` sends: both take the same path.
 
-    `fingerprint` identifies the weights in the keys of the response cache.
+    `fingerprint` names everything that decides the text of a reply, also in the keys of the response cache.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         ledger: Ledger,
         queue: RequestQueue,
         engine: SupervisedEngine,
-        fingerprint: str,
+        fingerprint: Fingerprint,
     ) -> None:
         self._card = card
         self._authenticator = authenticator
         self._caches_responses = response_cache is not None
-        self._cached_model = f"{card.name} {fingerprint}"
+        self._fingerprint = fingerprint
         self._validator = RequestValidator(card, tokenizer)
         self._quota = quota
         self._queue = queue
@@ -97,7 +98,8 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
             key = None
             if self._caches_responses and not request.no_cache:
                 seeded = request.HasField("seed")
-                key = CacheKey.of(account.id, self._cached_model, prompt, params, seeded=seeded)
+                model = f"{self._card.name} {self._fingerprint.cache_identity}"
+                key = CacheKey.of(account.id, model, prompt, params, seeded=seeded)
         call.request = _span_attributes(params, streaming=streaming)
         reply_request = ReplyRequest(account.id, prompt, params, key, deadline)
         times = retry_times(self._queue, self._quota, account.id, reply_request.call_key)
@@ -117,6 +119,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
             seed=stats.seed,
             cached=stats.cached,
             request_id=CALL.get().request_id,
+            fingerprint=self._fingerprint.value,
             timings=pb.Timings(
                 queue_time=_duration(stats.queue_seconds),
                 time_to_first_token=_duration(stats.time_to_first_token_seconds),

@@ -45,6 +45,10 @@ class StepRunner(Protocol):
     def lookahead(self) -> int:
         """Number of steps that may be in progress while the tokens of an earlier step are read."""
 
+    @property
+    def kernel_choices(self) -> dict[str, str]:
+        """The choices that this start has made and that can change bits, for the fingerprint."""
+
     def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:
         """Start to append `chunk` of the sequence's prompt to its slot.
 
@@ -74,6 +78,7 @@ class HostStepRunner:
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self.kernel_choices: dict[str, str] = {}
 
     def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:
         """Prefill `chunk` and sample a token after the last chunk, as in `StepRunner.prefill`."""
@@ -109,6 +114,7 @@ class NativeStepRunner:
 
     def __init__(self, decoder: NativeDecoder) -> None:
         self._decoder = decoder
+        self.kernel_choices: dict[str, str] = {}
         self._samplers: dict[int, NativeSampler] = {}  # by slot
 
     def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:

@@ -37,7 +37,8 @@ class CacheKey:
 
     account_id: str
     model: str
-    """The card's name and the fingerprint of the weights, because a shared store outlives a change of either."""
+    """The card's name and the fingerprint: replicas with other weights or kernels share the store, and have other
+    texts for a seed."""
     prompt_ids: tuple[int, ...]
     raw: bool
     params: tuple[tuple[str, Value], ...]

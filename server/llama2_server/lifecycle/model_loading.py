@@ -18,13 +18,18 @@ from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.chat_template import check_chat_template
 from llama2_server.engine.checkpoint.config_cache import read_metadata
 from llama2_server.engine.checkpoint.formats import check_format
+from llama2_server.engine.checkpoint.layout import read_headers
 from llama2_server.engine.checkpoint.loader import fetch_checkpoint
 from llama2_server.engine.checkpoint.loader import load_model as load_weights
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.cuda.driver import has_nvidia_device, unusable_reason
 from llama2_server.engine.errors import WeightsError
+from llama2_server.engine.fingerprint.execution import checkpoint_inputs, depends_on_neighbors, execution_inputs
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
+from llama2_server.engine.fingerprint.weights import WeightFiles, add_weights
 from llama2_server.engine.model.interface import Model
+from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint, uses_demo_weights
@@ -46,8 +51,8 @@ class LoadedModel:
     tokenizer: Tokenizer
     model: Model
     eos_ids: frozenset[int]
-    fingerprint: str
-    """Identifies the weights."""
+    fingerprint: Fingerprint
+    """Names everything that decides the text of a reply."""
     step_runner: StepRunner | None = None
     """Runs the model's steps; None for the engine's default."""
 
@@ -79,6 +84,7 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
         config = replace(config, max_positions=settings.max_position_embeddings)
     if uses_demo_weights(settings):  # any card can try the service with it; its stories are shorter than its context
         config = replace(config, max_positions=max(config.max_positions, card.context_length_limit))
+    files = WeightFiles(entry.path for entry in read_headers(checkpoint).values())
     with LoadingProgress(on_terminal=sys.stderr.isatty()) as progress:
         model = load_weights(
             checkpoint,
@@ -98,7 +104,17 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     )
     name, kind = f"{card.name}, weights {settings.weights or 'demo'}", step_runner.kind
     logger.info("loaded %s on %s as %s in %.1f s; step: %s", name, model.device, model.dtype, seconds, kind)
-    return LoadedModel(tokenizer, model, metadata.eos_ids, model.weights.fingerprint(), step_runner)
+    inputs = {"card": card.text_digest} | checkpoint_inputs(checkpoint, metadata, tokenizer)
+    fingerprint = _fingerprint(inputs, model, step_runner)
+    add_weights(fingerprint, files, settings.data_directory / "weights.json", model.weights.quick_digest())
+    return LoadedModel(tokenizer, model, metadata.eos_ids, fingerprint, step_runner)
+
+
+def _fingerprint(inputs: dict[str, str], model: LlamaModel, step_runner: StepRunner) -> Fingerprint:
+    """Return the fingerprint without the digest of the weights."""
+    inputs = inputs | execution_inputs(model, step_runner)
+    quick_digest = model.weights.quick_digest()
+    return Fingerprint(inputs, quick_digest, depends_on_neighbors=depends_on_neighbors(model))
 
 
 async def load_in_thread(

@@ -7,10 +7,11 @@ import pytest
 import yaml
 from tests.support.service import ServiceMaker
 
-from llama2.v1 import model_pb2
+from llama2.v1 import model_pb2, text_generation_pb2
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys_file import new_key
 from llama2_server.card import ModelCard, load_card, parse_card
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind
 
 LISTED, OTHER, UNLISTED = "32118455", "50147400", "7"
@@ -121,3 +122,21 @@ def test_every_kind_of_step_has_a_value_in_the_contract() -> None:
     """A new kind cannot be forgotten: the names are equal, apart from the prefix and UNSPECIFIED."""
     kinds = {f"STEP_KIND_{kind.name}" for kind in StepKind}
     assert kinds | {"STEP_KIND_UNSPECIFIED"} == set(model_pb2.StepKind.keys())
+
+
+async def test_the_fingerprint_appears_when_the_weights_are_hashed(serve_scripted: ServiceMaker) -> None:
+    """A server serves without a fingerprint; later each reply and the card have it, with the inputs that it names."""
+    fingerprint = Fingerprint({"kernels": "scripted"}, "quick")
+    request = text_generation_pb2.GenerateRequest(prompt="a story")
+    async with serve_scripted("A story.", fingerprint=fingerprint) as service:
+        assert not (await service.text.Generate(request)).completion.HasField("fingerprint")
+        execution = (await service.models.GetModelCard(model_pb2.GetModelCardRequest())).execution
+        assert not execution.HasField("fingerprint")
+        assert {item.name: item.value for item in execution.fingerprint_inputs} == {"kernels": "scripted"}
+        fingerprint.set_weights("digest")
+        reply = await service.text.Generate(request)
+        parts = [part async for part in service.text.GenerateStream(request)]
+        execution = (await service.models.GetModelCard(model_pb2.GetModelCardRequest())).execution
+    expected = {fingerprint.value}
+    assert {reply.completion.fingerprint, parts[-1].completion.fingerprint, execution.fingerprint} == expected
+    assert {item.name: item.value for item in execution.fingerprint_inputs} == fingerprint.inputs

@@ -7,6 +7,7 @@ import grpc.aio
 import pytest
 from tests.integration.service.conftest import records
 from tests.support.accounts import AccountByHeader, as_account
+from tests.support.scripted_model import scripted_fingerprint
 from tests.support.servers.redis_server import running_redis
 from tests.support.service import Service, ServiceMaker, UnaryStream, disconnect, hold_slot, remaining_text
 
@@ -68,7 +69,10 @@ async def test_shared_cache_separates_weights(
     request, cached = pb.GenerateRequest(prompt="a story"), []
     with running_redis(tmp_path) as redis:
         for weights in ("old", "old", "new"):
-            async with serve_scripted(REPLY, card=caching_card, fingerprint=weights, redis_url=redis.url) as service:
+            fingerprint = scripted_fingerprint(weights)
+            async with serve_scripted(
+                REPLY, card=caching_card, fingerprint=fingerprint, redis_url=redis.url
+            ) as service:
                 cached.append((await service.text.Generate(request)).completion.cached)
     assert cached == [False, True, False]
 

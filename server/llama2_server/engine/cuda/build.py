@@ -43,6 +43,8 @@ def _build_cuda_step_runner(model: LlamaModel, cache_directory: Path | None) -> 
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory / "triton"))
     started_at = time.monotonic()
     # Imported late: these modules import Triton, which reads its environment on import and is missing without CUDA.
+    import triton
+
     from llama2_server.engine.cuda.autotune import autotune
     from llama2_server.engine.cuda.forward import CudaForward
     from llama2_server.engine.cuda.matmul import Matmul
@@ -52,7 +54,8 @@ def _build_cuda_step_runner(model: LlamaModel, cache_directory: Path | None) -> 
         variants = autotune(model, cache_directory / "matmul_variants.json" if cache_directory else None)
         forward = CudaForward(model, Matmul(model.config.rms_norm_eps, variants))
         error = verify_logits(model, forward)
-    step_runner = CudaStepRunner(model, forward)
+    choices = {"triton": triton.__version__, "matmul variants": str(sorted(variants.items()))}
+    step_runner = CudaStepRunner(model, forward, choices)
     graphs = step_runner.capture_graphs()
     seconds = time.monotonic() - started_at
     logger.info("captured %d CUDA graphs in %.1f s; relative error of the logits: %.4f", graphs, seconds, error)

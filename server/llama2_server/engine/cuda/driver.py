@@ -18,6 +18,11 @@ def has_nvidia_device(root: Path = Path("/")) -> bool:
     )
 
 
+def kernel_module(root: Path = Path("/")) -> str:
+    """Return the version line of NVIDIA's kernel module; empty without one, as in WSL."""
+    return _content(root / "proc/driver/nvidia/version").partition("\n")[0]
+
+
 def unusable_reason() -> str | None:
     """Return torch's reason why no CUDA device can be used, on one line; None if one can be used."""
     import torch  # this module is imported before torch

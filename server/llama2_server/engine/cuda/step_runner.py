@@ -63,7 +63,10 @@ class CudaStepRunner:
     kind = StepKind.CUDA_GRAPHS
     lookahead = 1
 
-    def __init__(self, model: LlamaModel, forward: ForwardFunction) -> None:
+    def __init__(
+        self, model: LlamaModel, forward: ForwardFunction, kernel_choices: dict[str, str] | None = None
+    ) -> None:
+        self.kernel_choices = kernel_choices or {}
         self._model = model
         self._forward = forward
         # One additional slot is for padding rows.

@@ -73,7 +73,7 @@ class LlamaModel:
             self._linear = _fp16_linear_cpu
         # On a CPU, attention over 16-bit keys is slower and less exact than attention over float32 copies of them.
         self._widen = self.device.type == "cpu" and self.dtype != torch.float32
-        self._threads = 1 if weights.parameters * self.dtype.itemsize < SMALL_MODEL_BYTES else CPU_THREADS
+        self.threads = 1 if weights.parameters * self.dtype.itemsize < SMALL_MODEL_BYTES else CPU_THREADS
         self.native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
         self.chunk_invariant = self.native is not None
         self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self.native else TORCH_CHUNK_TOKENS
@@ -85,13 +85,13 @@ class LlamaModel:
                 raise NativeUnavailable("--cpu-kernels is torch")
             if self.dtype != torch.float16:
                 raise NativeUnavailable(f"the native kernels support only torch.float16; --dtype is {self.dtype}")
-            native = NativeDecoder(self.config, self.weights, self.kv_cache, self.rotary, threads=self._threads)
+            native = NativeDecoder(self.config, self.weights, self.kv_cache, self.rotary, threads=self.threads)
         except NativeUnavailable as reason:
             if isinstance(self.weights.head, PackedMatrix):
                 raise EngineError(f"packed weights need the native kernels: {reason}") from reason
             logger.warning("running in torch, which is slower: %s", reason)
             return None
-        logger.info("running natively with %s, threads: %d", native.instructions, self._threads)
+        logger.info("running natively with %s, threads: %d", native.instructions, self.threads)
         return native
 
     @property
@@ -170,7 +170,7 @@ class LlamaModel:
     def _set_num_threads(self) -> None:
         """Set torch's number of threads for this model; torch keeps a separate number for each calling thread."""
         if self.device.type == "cpu":
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(self.threads)
 
     def _check(self, slot: int, start: int, end: int) -> None:
         if not (0 <= slot < self.slots and 0 <= start < end <= self.context_length):

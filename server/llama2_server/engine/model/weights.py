@@ -115,8 +115,8 @@ class LlamaWeights(Generic[M]):
         tables = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
         return [*tables, *(matrix for layer in self.layers for matrix in layer_matrices(layer))]
 
-    def fingerprint(self) -> str:
-        """Return a hash that identifies the weights: SHA-256 of the dtype and of the first values of each tensor.
+    def quick_digest(self) -> str:
+        """Return a quick hash that distinguishes weights: SHA-256 of the dtype and of the first values of each tensor.
 
         It does not depend on the bits per weight in memory.
         """

@@ -166,11 +166,11 @@ def test_a_model_too_large_for_the_gpu_is_rejected_before_it_is_read(
     assert "\n" not in str(rejection.value)
 
 
-def test_weights_have_a_fingerprint(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """The fingerprint is reproducible; another seed or another precision changes it."""
+def test_weights_have_a_quick_digest(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The digest is reproducible; another seed or another precision changes it."""
 
     def found(directory: Path, dtype: torch.dtype) -> str:
-        return load(directory, dtype=dtype).weights.fingerprint()
+        return load(directory, dtype=dtype).weights.quick_digest()
 
     directory = checkpoint(dtype=torch.float16)
     other = make_checkpoint(tmp_path, Shape(), seed=1)

@@ -69,10 +69,10 @@ def test_logits_have_the_same_bits(mixed: Path, instructions: str, threads: int)
         assert torch.equal(one[:16, :, :1], other[:16, :, :1])
 
 
-def test_the_fingerprint_does_not_depend_on_the_format(mixed: Path) -> None:
+def test_the_quick_digest_does_not_depend_on_the_format(mixed: Path) -> None:
     """Replies are the same, so cached responses stay valid."""
     packed, plain = load_both(mixed)
-    assert packed.weights.fingerprint() == plain.weights.fingerprint()
+    assert packed.weights.quick_digest() == plain.weights.quick_digest()
     assert packed.weights.parameters == plain.weights.parameters
 
 

@@ -1,0 +1,1 @@
+"""The fingerprint: it names everything that decides the text of a reply."""
