@@ -50,7 +50,7 @@ class Reply:
     seed: int
     cached: bool  # True: from the response cache, or shared with an identical request in progress
     request_id: str
-    fingerprint: str | None  # names everything else that decided the text; None if the server has none
+    fingerprint: str | None = None  # names everything else that decided the text; None if the server has none
     queue_time_seconds: float
     time_to_first_token_seconds: float
     total_time_seconds: float

@@ -49,6 +49,7 @@ COMPLETION = text_generation_pb2.Completion(
     seed=2**64 - 1,
     cached=False,
     request_id="6d1a4a7d1f3e4c0e9a3b5c7d9e1f2a3b",
+    fingerprint="f0" * 32,
     timings=text_generation_pb2.Timings(
         queue_time=Duration(nanos=250_000_000),
         time_to_first_token=Duration(nanos=500_000_000),

@@ -17,6 +17,7 @@ REPLY = Reply(
     seed=2**64 - 1,
     cached=False,
     request_id="6d1a4a7d1f3e4c0e9a3b5c7d9e1f2a3b",
+    fingerprint="f0" * 32,
     queue_time_seconds=0.25,
     time_to_first_token_seconds=0.5,
     total_time_seconds=2.0,
