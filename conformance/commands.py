@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -90,28 +90,32 @@ def client(command: tuple[str, ...], everything: bool, **options: Any) -> None:
     if everything == bool(command):
         raise click.UsageError("COMMAND: give either the command of an adapter or --all")
     known_failures = _read_known_failures(options["known_failures"])
+    results: list[CaseResult] = []
     try:
-        commands = dict(_built_adapters()) if everything else {command[0]: list(command)}
+        adapters = _built_adapters() if everything else [(command[0], list(command), known_failures)]
+        for name, parts, expected in adapters:
+            print(f"{name}:", file=sys.stderr, flush=True)
+            found = _run_adapter(parts, {**expected, **known_failures})
+            results += [replace(one, case=replace(one.case, name=f"{name}/{one.case.name}")) for one in found]
     except BuildError as error:
         raise click.ClickException(str(error)) from error
-    results: list[CaseResult] = []
-    for name, parts in commands.items():
-        print(f"{name}:", file=sys.stderr, flush=True)
-
-        def open_client(address: str, parts: list[str] = parts) -> AbstractAsyncContextManager[Adapter]:
-            return running_adapter(parts, address)
-
-        found = asyncio.run(run_client_cases(open_client, load_client_cases(), known_failures))
-        results += [replace(one, case=replace(one.case, name=f"{name}/{one.case.name}")) for one in found]
     _finish(results, options["json_report"], options["junit"])
 
 
-def _built_adapters() -> Iterator[tuple[str, list[str]]]:
+def _run_adapter(command: list[str], known_failures: Mapping[str, str]) -> list[CaseResult]:
+    def open_client(address: str) -> AbstractAsyncContextManager[Adapter]:
+        return running_adapter(command, address)
+
+    return asyncio.run(run_client_cases(open_client, load_client_cases(), known_failures))
+
+
+def _built_adapters() -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
     for entry in read_adapters():
         if entry.missing:
             print(f"{entry.name}: not run, because {', '.join(entry.missing)} is not installed", file=sys.stderr)
-        else:
-            yield entry.name, entry.build(Path(tempfile.mkdtemp(prefix="conformance-")))
+            continue
+        with tempfile.TemporaryDirectory(prefix="conformance-") as folder:
+            yield entry.name, entry.build(Path(folder)), entry.known_failures
 
 
 @main.command()

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class AdapterEntry:
     needs: tuple[str, ...]
     build_commands: tuple[str, ...]
     command: tuple[str, ...]
+    known_failures: Mapping[str, str]
 
     @property
     def missing(self) -> list[str]:
@@ -51,6 +53,12 @@ def read_adapters(path: Path = FILE) -> list[AdapterEntry]:
     """Return the adapters of a file."""
     document = tomllib.loads(path.read_text(encoding="utf-8"))
     return [
-        AdapterEntry(name, tuple(entry["needs"]), tuple(entry.get("build", ())), tuple(entry["command"]))
+        AdapterEntry(
+            name,
+            needs=tuple(entry["needs"]),
+            build_commands=tuple(entry.get("build", ())),
+            command=tuple(entry["command"]),
+            known_failures=entry.get("known_failures", {}),
+        )
         for name, entry in document.items()
     ]

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from google.protobuf.json_format import MessageToDict
 
+from conformance.client_runner.protocol import canonical, command_of
 from conformance.client_runner.scripted_server import ScriptedServer, running_scripted_server
 from conformance.server_runner.check import MISSING, matches
 from conformance.server_runner.run import CaseResult, outcome_of
@@ -95,7 +96,7 @@ async def _run(server: ScriptedServer, client: Client, case: pb.ClientCase) -> t
     try:
         for number, call in enumerate(case.calls, 1):
             async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
-                answer = await client.ask(_integers(MessageToDict(call.command)))
+                answer = canonical(await client.ask(command_of(call.command)))
             differences += [f"call {number}: {text}" for text in await _check(server, call, answer)]
     except TimeoutError:
         return [*differences, f"no answer within {ANSWER_TIMEOUT_SECONDS} seconds"], True
@@ -121,19 +122,6 @@ async def _check(server: ScriptedServer, call: pb.ClientCall, answer: Any) -> li
         except TimeoutError:
             differences.append("cancelled: the server was not told")
     return differences
-
-
-def _integers(value: Any) -> Any:
-    """Return a JSON value with whole numbers as integers: protobuf's Struct has only doubles."""
-    match value:
-        case float():
-            return int(value) if value.is_integer() else value
-        case list():
-            return [_integers(entry) for entry in value]
-        case dict():
-            return {key: _integers(entry) for key, entry in value.items()}
-        case _:
-            return value
 
 
 def _compare(kind: str, wanted: Any, document: Any) -> list[str]:

@@ -33,6 +33,12 @@ def command_blocks(readme: Path) -> list[list[str]]:
     return [block.splitlines() for block in re.findall(r"(?ms)^```sh\n(.*?)^```", readme.read_text())]
 
 
+def lines_of_code(program: Path) -> list[str]:
+    """Return the lines that are not blank, a comment or an import; gofmt writes each import on its own line."""
+    code = re.sub(r"(?ms)^import \(.*?^\)\n", "", program.read_text())
+    return [line for line in code.splitlines() if line.strip() and not re.match(r" *(//|#|import )", line.strip())]
+
+
 class Running(Protocol):
     """A program that reads lines and prints replies and errors."""
 

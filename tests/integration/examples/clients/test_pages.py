@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from tests.integration.examples.clients.client_program import CLIENTS, TOOLCHAINS, command_blocks
+from tests.integration.examples.clients.client_program import CLIENTS, TOOLCHAINS, command_blocks, lines_of_code
 from tests.support.repository import ROOT
 
 from llama2_client import channel
@@ -33,18 +33,12 @@ def test_sizes_and_packages(language: str) -> None:
     """A program has at most 60 lines of code, a README at most 25 lines, and CI installs the README's packages."""
     folder = CLIENTS / language
     (program,) = folder.glob("[Cc]hat.*")
-    assert len(_lines_of_code(program)) <= 60
+    assert len(lines_of_code(program)) <= 60
     assert len((folder / "README.md").read_text().splitlines()) <= 25
     (install,) = command_blocks(folder / "README.md")[0]
     ci = (ROOT / ".ci/run").read_text().replace("\\\n  ", "")
     assert re.search(rf"(?m)\bneed {re.escape(install.removeprefix('apt-get install '))}$", ci)
     assert f"({language}/README.md)" in PAGE
-
-
-def _lines_of_code(program: Path) -> list[str]:
-    """Return the lines that are not blank, a comment or an import; gofmt writes each import on its own line."""
-    code = re.sub(r"(?ms)^import \(.*?^\)\n", "", program.read_text())
-    return [line for line in code.splitlines() if line.strip() and not re.match(r" *(//|#|import )", line.strip())]
 
 
 @pytest.mark.parametrize("module", [status_pb2, error_details_pb2])
