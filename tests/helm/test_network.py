@@ -110,3 +110,18 @@ def test_each_pod_is_scraped_once(release: Rendered) -> None:
         assert endpoint["port"] in {port["name"] for port in selected[0]["spec"]["ports"]}
         assert endpoint["interval"] == release.values["serviceMonitor"]["interval"]
         assert selects(release.values["serviceMonitor"]["labels"], monitor)
+
+
+def test_a_pod_monitor_scrapes_the_server_only() -> None:
+    """The monitor selects the server's pods, and its targets get the label by which the queries select the release."""
+    release = rendered("image-volume")
+    monitor = release.one("PodMonitor")
+    assert selects(monitor["spec"]["selector"]["matchLabels"], release.pod)
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    (server,) = release.pod["spec"]["containers"]
+    assert endpoint["port"] in {port["name"] for port in server["ports"]}
+    assert endpoint["interval"] == "15s"
+    label, own = endpoint["relabelings"]
+    assert label["targetLabel"] == "service"
+    assert f'service="{label["replacement"]}"' in str(release.one("PrometheusRule"))
+    assert own == release.values["podMonitor"]["relabelings"][0]

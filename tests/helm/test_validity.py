@@ -14,6 +14,7 @@ KUBERNETES = ("1.30", "1.34", "1.37")
 # Kinds of other projects, for which Kubernetes has no schemas. Other tests check the required fields.
 CUSTOM = {
     "ServiceMonitor": "monitoring.coreos.com/v1",
+    "PodMonitor": "monitoring.coreos.com/v1",
     "PrometheusRule": "monitoring.coreos.com/v1",
     "ScaledObject": "keda.sh/v1alpha1",
 }
@@ -31,6 +32,8 @@ def test_helm_lint_passes(value_set: str) -> None:
 @pytest.mark.parametrize("kubernetes", KUBERNETES)
 def test_manifests_match_the_schemas_of_kubernetes(release: Rendered, kubernetes: str) -> None:
     """Every manifest is strictly valid in three versions of Kubernetes."""
+    if release.values["weights"]["image"]["reference"] and kubernetes == "1.30":
+        pytest.skip("image volumes need Kubernetes 1.31, and the chart refuses older ones")
     for manifest in release.manifests:
         if manifest["kind"] in CUSTOM:
             assert manifest["apiVersion"] == CUSTOM[manifest["kind"]]

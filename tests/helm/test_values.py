@@ -14,6 +14,7 @@ from tools.chart import CHART, SCHEMA, cards, values_schema
 from llama2_server.config.settings import Settings
 
 MINIMAL: Values = {"weights": {"existingClaim": "c"}, "allowUnauthenticated": True}
+CARD_WITHOUT_SLOTS = "model: {properties: [{property_id: context_length_limit, value: '10'}]}"
 STORES: Values = {"redis": {"secret": "r"}, "usage": {"secret": "l"}}
 
 
@@ -59,7 +60,7 @@ def rejection(values: Values) -> str:
         ({"demo": True, "extraEnv": [{"name": "LLAMA2_LISTEN", "value": "x"}]}, "at '/extraEnv/0/name': 'not' failed"),
         ({"demo": True, "alerts": {"errorRatio": 5}}, "at '/alerts/errorRatio': maximum: got 5, want 1"),
         # Template errors: the problem and its fix.
-        ({}, "weights: not set; set weights.hubId to download them, or weights.existingClaim"),
+        ({}, "weights: not set; set weights.hubId to download them, weights.existingClaim to"),
         (
             {"weights": {"existingClaim": "c"}},
             "apiKeys.secret: not set, so every client that can reach the port may call; set",
@@ -77,6 +78,18 @@ def rejection(values: Values) -> str:
         (MINIMAL | {"card": {"content": "a: ]"}}, "card: not valid YAML: "),
         (MINIMAL | {"card": {"content": "a: b"}}, "card: model.properties has no positive context_length_limit"),
         (MINIMAL | {"card": {"content": "model: x"}}, "card: model.properties has no positive context_length_limit"),
+        (
+            MINIMAL | {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}},
+            "podMonitor.enabled: serviceMonitor.enabled is also true, so Prometheus would scrape every pod",
+        ),
+        (
+            {"allowUnauthenticated": True, "weights": {"hubId": "a/b", "image": {"reference": "r"}}},
+            "weights.image.reference: weights.hubId or weights.existingClaim is also set; set only one place",
+        ),
+        (
+            MINIMAL | {"card": {"content": CARD_WITHOUT_SLOTS}},
+            "card: constellation_config has no positive max_concurrent_requests; check that the file is a model card",
+        ),
         (
             {"allowUnauthenticated": True, "weights": {"hubId": "a/b", "directory": "d"}},
             "weights.directory: the chart derives the directory from weights.hubId; leave it empty",
@@ -96,7 +109,7 @@ def rejection(values: Values) -> str:
         ),
         (
             MINIMAL | STORES | {"autoscaling": {"enabled": True}},
-            "serviceMonitor.enabled: autoscaling and alerts need scraped metrics; set it to true",
+            "serviceMonitor.enabled: autoscaling and alerts need scraped metrics; set it or podMonitor",
         ),
         ({"demo": True, "alerts": {"enabled": True}}, "serviceMonitor.enabled: autoscaling and alerts need scraped"),
         (

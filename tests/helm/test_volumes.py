@@ -131,3 +131,12 @@ def test_the_card_is_mounted_unchanged() -> None:
     assert rendered("mtls").by_template["card.yaml"][0]["data"] == {"card.yaml": shipped}
     assert card_of(rendered("own-card")).context_length_limit == 4096
     assert rendered("demo").by_template["card.yaml"] == []
+
+
+def test_weights_come_from_an_image() -> None:
+    """The image is mounted in place of a claim, and the server loads the directory in it."""
+    release = rendered("image-volume")
+    (volume,) = (volume for volume in release.pod["spec"]["volumes"] if volume["name"] == "weights")
+    assert volume["image"] == {"reference": "registry.example.com/llama-2-7b-chat-hf:1", "pullPolicy": "Always"}
+    assert environment_of(release.server)["LLAMA2_WEIGHTS"] == "/weights/weights"
+    assert not any("weights" in claim["metadata"]["name"] for claim in release.of("PersistentVolumeClaim"))

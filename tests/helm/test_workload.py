@@ -194,3 +194,17 @@ def test_an_unready_replica_does_not_block_a_node_drain(release: Rendered) -> No
     for budget in release.of("PodDisruptionBudget"):
         assert budget["spec"]["maxUnavailable"] == release.values["podDisruptionBudget"]["maxUnavailable"]
         assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_the_default_memory_is_that_of_the_model(slots: int) -> None:
+    """The weights of Llama-2-7B at 16 bits, the keys and values of every slot, and 1 GiB."""
+    card = (CHART / "files/cards/llama-2-7b-chat-fp16.yaml").read_text(encoding="utf-8")
+    card = card.replace("max_concurrent_requests: 1", f"max_concurrent_requests: {slots}")
+    release = render({"weights": {"existingClaim": "c"}, "allowUnauthenticated": True, "card": {"content": card}})
+    width, hidden, layers, vocabulary = 4096, 11008, 32, 32000
+    parameters = layers * (4 * width**2 + 3 * width * hidden + 2 * width) + 2 * vocabulary * width + width
+    key_values = slots * card_of(release).context_length_limit * 2 * layers * width
+    mebibytes = -(-(2 * (parameters + key_values) + 2**30) // 2**20)
+    memory = {kind: amounts["memory"] for kind, amounts in release.server["resources"].items()}
+    assert memory == {"requests": f"{mebibytes}Mi", "limits": f"{mebibytes}Mi"}

@@ -62,46 +62,12 @@ annotations: {{- toYaml $all | nindent 2 }}
 {{- end -}}
 {{- end -}}
 
-{{/* The card's text. */}}
-{{- define "llama2.card" -}}
-{{- if .Values.demo -}}
-{{- .Files.Get "files/cards/demo.yaml" -}}
-{{- else if .Values.card.content -}}
-{{- .Values.card.content -}}
-{{- else -}}
-{{- $text := .Files.Get (printf "files/cards/%s.yaml" .Values.card.name) -}}
-{{- if not $text -}}
-{{- $shipped := list -}}
-{{- range $path, $_ := .Files.Glob "files/cards/*.yaml" -}}{{- $shipped = append $shipped (base $path | trimSuffix ".yaml") -}}{{- end -}}
-{{- fail (printf "card.name: %q does not ship with the chart (available: %s); choose one of these or set a custom card with --set-file card.content=FILE" .Values.card.name (join ", " $shipped)) -}}
-{{- end -}}
-{{- $text -}}
-{{- end -}}
-{{- end -}}
-
-{{/* The card's context_length_limit: the maximum number of tokens of a prompt and its reply together. */}}
-{{- define "llama2.contextLength" -}}
-{{- $card := dict -}}
-{{- range regexSplit "(?m)^---[ \\t]*$" (include "llama2.card" .) -1 -}}
-{{- if and (not $card) (trim .) -}}{{- $card = fromYaml . -}}{{- end -}}
-{{- end -}}
-{{- if $card.Error -}}{{- fail (printf "card: not valid YAML: %s" $card.Error) -}}{{- end -}}
-{{- $found := 0 -}}
-{{- $model := get $card "model" -}}
-{{- if kindIs "map" $model -}}
-{{- range ($model.properties | default list) -}}
-{{- if eq (toString .property_id) "context_length_limit" -}}{{- $found = int .value -}}{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- if lt $found 1 -}}{{- fail "card: model.properties has no positive context_length_limit; check that the file is a model card" -}}{{- end -}}
-{{- $found -}}
-{{- end -}}
-
 {{/* Values derived from the card and the chart's values, for all templates. */}}
 {{- define "llama2.derived" -}}
 {{- $v := .Values -}}
 {{- $replicas := ternary $v.autoscaling.maxReplicas $v.replicas $v.autoscaling.enabled | int -}}
-{{- $maxGenerationSeconds := mulf (include "llama2.contextLength" . | int) $v.slowestTokenSeconds | ceil | int -}}
+{{- $limits := include "llama2.limits" . | fromYaml -}}
+{{- $maxGenerationSeconds := mulf $limits.contextLength $v.slowestTokenSeconds | ceil | int -}}
 {{- $hubDirectory := printf "%s%s" $v.weights.hubId (ternary (printf "@%s" $v.weights.revision) "" (not (empty $v.weights.revision))) | replace "/" "--" -}}
 {{- $workload := $v.workload | default (ternary "Deployment" "StatefulSet" (or $v.demo (eq $v.quotas "perReplica"))) -}}
 {{- $ownClaim := and (eq $workload "Deployment") (not $v.demo) (not $v.usage.secret) (eq $replicas 1) -}}
@@ -110,6 +76,9 @@ annotations: {{- toYaml $all | nindent 2 }}
 name: {{ include "llama2.name" . | quote }}
 workload: {{ $workload }}
 maxReplicas: {{ $replicas }}
+contextLength: {{ $limits.contextLength }}
+{{- /* Weights, keys and values of every slot, and 1 GiB for Python, its libraries and the requests. */}}
+memoryBytes: {{ add (int64 $v.weights.bytes) (mul $limits.slots $limits.contextLength (int64 $v.weights.keyValueBytesPerToken)) 1073741824 | quote }}
 {{- /* The device plugin's MIG resources share the taint of the whole GPU. */}}
 gpuTaint: {{ ternary "nvidia.com/gpu" $v.gpu.resource (hasPrefix "nvidia.com/mig-" $v.gpu.resource) | quote }}
 gpus: {{ ternary (ternary 0 1 $v.demo) ($v.gpu.count | int) (kindIs "invalid" $v.gpu.count) }}
@@ -127,79 +96,6 @@ connectsOut: {{ or (not (empty (cat $v.weights.hubId $v.redis.secret $v.usage.se
 testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test.apiKey.secret))) (or (not $v.tls.clientCaSecret) (not (empty $v.test.clientSecret))) }}
 {{- end -}}
 
-{{/* Checks that a schema cannot express. */}}
-{{- define "llama2.check" -}}
-{{- $v := .Values -}}
-{{- $d := include "llama2.derived" . | fromYaml -}}
-{{- if $v.demo -}}
-{{- if or $v.card.content $v.weights.hubId $v.weights.existingClaim -}}
-{{- fail "demo: the demo model has its own card and weights; leave card.content and weights.* empty, or set demo to false" -}}
-{{- end -}}
-{{- else -}}
-{{- if not (or $v.weights.hubId $v.weights.existingClaim) -}}
-{{- fail "weights: not set; set weights.hubId to download them, or weights.existingClaim to a volume that has them, or demo to true" -}}
-{{- end -}}
-{{- if not (or $v.apiKeys.secret $v.allowUnauthenticated) -}}
-{{- fail "apiKeys.secret: not set, so every client that can reach the port may call; set the Secret with the API keys file, or set allowUnauthenticated to true" -}}
-{{- end -}}
-{{- end -}}
-{{- if and $v.apiKeys.secret $v.allowUnauthenticated -}}
-{{- fail "allowUnauthenticated: apiKeys.secret is also set; set only one of them" -}}
-{{- end -}}
-{{- if and $v.weights.hubId $v.weights.directory -}}
-{{- fail "weights.directory: the chart derives the directory from weights.hubId; leave it empty" -}}
-{{- end -}}
-{{- if and $v.tls.clientCaSecret (not $v.tls.secret) -}}
-{{- fail "tls.clientCaSecret: mutual TLS also needs the server's certificate; set tls.secret" -}}
-{{- end -}}
-{{- if and $d.createWeightsClaim (gt (int $d.maxReplicas) 1) (hasPrefix "ReadWriteOnce" $v.weights.accessMode) -}}
-{{- fail (printf "weights.accessMode: %d replicas cannot share a %s volume; set ReadWriteMany and a weights.storageClass that supports it, or set weights.existingClaim" (int $d.maxReplicas) $v.weights.accessMode) -}}
-{{- end -}}
-{{- range $kind, $amounts := pick $v.resources "requests" "limits" -}}
-{{- range $name, $_ := $amounts -}}
-{{- if or (eq $name $v.gpu.resource) (hasPrefix "nvidia.com/" $name) (hasPrefix "amd.com/" $name) -}}
-{{- fail (printf "resources.%s: %s is set by gpu.count and gpu.resource, which also schedule the pod; remove it here" $kind $name) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- $names := list -}}
-{{- range $v.extraEnv -}}
-{{- if has .name $names -}}{{- fail (printf "extraEnv: %s is defined twice; remove one" .name) -}}{{- end -}}
-{{- $names = append $names .name -}}
-{{- end -}}
-{{- if and (not (kindIs "invalid" $v.podDisruptionBudget.minAvailable)) (not (kindIs "invalid" $v.podDisruptionBudget.maxUnavailable)) -}}
-{{- fail "podDisruptionBudget: minAvailable and maxUnavailable exclude each other; set maxUnavailable to null, or leave minAvailable empty" -}}
-{{- end -}}
-{{- if and $v.podDisruptionBudget.enabled (kindIs "invalid" $v.podDisruptionBudget.minAvailable) (kindIs "invalid" $v.podDisruptionBudget.maxUnavailable) -}}
-{{- fail "podDisruptionBudget: minAvailable and maxUnavailable are both empty; set one, or set enabled to false" -}}
-{{- end -}}
-{{- if and $v.usage.forwardClaims (not $v.usage.secret) -}}
-{{- fail "usage.forwardClaims: the usage of the claims goes to PostgreSQL; set usage.secret" -}}
-{{- end -}}
-{{- if and $v.data.existingClaim (gt (int $d.maxReplicas) 1) -}}
-{{- fail "data.existingClaim: several replicas cannot share one data volume; leave it empty and store usage in PostgreSQL (usage.secret)" -}}
-{{- end -}}
-{{- if and $v.autoscaling.enabled (lt (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
-{{- fail (printf "autoscaling.maxReplicas: %d is less than minReplicas (%d); raise it" (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas)) -}}
-{{- end -}}
-{{- if and (or $v.autoscaling.enabled $v.alerts.enabled) (not $v.serviceMonitor.enabled) -}}
-{{- fail "serviceMonitor.enabled: autoscaling and alerts need scraped metrics; set it to true" -}}
-{{- end -}}
-{{- if eq $d.workload "StatefulSet" -}}
-{{- if not (and (kindIs "invalid" $v.rollingUpdate.maxSurge) (kindIs "invalid" $v.rollingUpdate.maxUnavailable)) -}}
-{{- fail "rollingUpdate: a StatefulSet replaces its pods one by one; leave maxSurge and maxUnavailable empty, or set workload to Deployment" -}}
-{{- end -}}
-{{- $old := printf "%s-data" $d.name -}}
-{{- if and (not $v.data.existingClaim) (lookup "v1" "PersistentVolumeClaim" .Release.Namespace $old) -}}
-{{- fail (include "llama2.oldClaim" .) -}}
-{{- end -}}
-{{- end -}}
-{{- $rolling := include "llama2.rollingUpdate" . | fromYaml -}}
-{{- if and (eq (toString $rolling.maxSurge | trimSuffix "%") "0") (eq (toString $rolling.maxUnavailable | trimSuffix "%") "0") -}}
-{{- fail "rollingUpdate: no pod can be replaced if maxSurge and maxUnavailable are both 0; raise one" -}}
-{{- end -}}
-{{- end -}}
-
 {{/* A surge needs a spare GPU for its duration, so pods with a GPU are replaced one by one unless the values ask for a surge. */}}
 {{- define "llama2.rollingUpdate" -}}
 {{- $d := include "llama2.derived" . | fromYaml -}}
@@ -207,18 +103,6 @@ testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test
 {{- $gpu := gt (int $d.gpus) 0 -}}
 maxSurge: {{ ternary (ternary 0 1 $gpu) $v.maxSurge (kindIs "invalid" $v.maxSurge) }}
 maxUnavailable: {{ ternary (ternary 1 0 $gpu) $v.maxUnavailable (kindIs "invalid" $v.maxUnavailable) }}
-{{- end -}}
-
-{{/* The message if a Deployment of this release has left its data claim. */}}
-{{- define "llama2.oldClaim" -}}
-{{- $name := include "llama2.name" . -}}
-{{- $namespace := .Release.Namespace -}}
-{{- printf `data: the claim %s-data of a Deployment has the usage ledger, and a StatefulSet would not use it; do one of these:
-  - keep it, with one replica: --set data.existingClaim=%s-data
-  - store its records in PostgreSQL and delete it, before you upgrade again:
-      helm upgrade … --set workload=Deployment --set replicas=0 --set 'usage.forwardClaims={%s-data}' --set usage.secret=…
-      kubectl --namespace %s wait --for=condition=complete job --selector app.kubernetes.io/component=usage-forward
-      kubectl --namespace %s delete pvc %s-data` $name $name $name $namespace $namespace $name -}}
 {{- end -}}
 
 {{/* The spec of a claim for the data directory. */}}
@@ -302,8 +186,10 @@ resources: {requests: {storage: {{ .Values.data.size | quote }}}}
 requests: {cpu: "1", memory: 1Gi}
 limits: {memory: 2Gi}
 {{- else -}}
-requests: {cpu: "2", memory: 20Gi}
-limits: {memory: 20Gi}
+{{- $d := include "llama2.derived" . | fromYaml -}}
+{{- $memory := printf "%dMi" (divf (int64 $d.memoryBytes) 1048576 | ceil | int64) }}
+requests: {cpu: "2", memory: {{ $memory }}}
+limits: {memory: {{ $memory }}}
 {{- end -}}
 {{- end -}}
 
