@@ -21,7 +21,8 @@ from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
 from llama2_server.admission import quota
 from llama2_server.admission.accounts import AnonymousAuthenticator, Authenticator
 from llama2_server.api.health import HealthServicer
-from llama2_server.api.interceptor import CallInterceptor, Handler
+from llama2_server.api.interceptor import CallInterceptor
+from llama2_server.api.message_check import Handler
 from llama2_server.app import serving, start
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.config.settings import Settings
@@ -162,8 +163,10 @@ def deadlines(monkeypatch: pytest.MonkeyPatch) -> CallDeadlines:
     deadlines = CallDeadlines()
     wrap_handler = CallInterceptor._wrap_handler
 
-    def wrap_expiring(interceptor: CallInterceptor, method: str, behavior: Handler) -> Handler:
-        return deadlines.wrap(wrap_handler(interceptor, method, behavior))
+    def wrap_expiring(
+        interceptor: CallInterceptor, method: str, behavior: Handler, account_id: str | None = None
+    ) -> Handler:
+        return deadlines.wrap(wrap_handler(interceptor, method, behavior, account_id))
 
     monkeypatch.setattr(CallInterceptor, "_wrap_handler", wrap_expiring)
     return deadlines

@@ -27,6 +27,7 @@ from llama2_server.errors import (
     RequestTooLarge,
     ServiceError,
     ShuttingDown,
+    TooManyRequests,
     UnknownModel,
     Violation,
 )
@@ -44,6 +45,7 @@ ARGUMENTS: dict[type[ServiceError], tuple[Any, ...]] = {
     QueueFull: ("", 1.0),
     QueueWaitTooLong: ("", 1.0),
     ShuttingDown: ("",),
+    TooManyRequests: ("", 1.0),
     UnknownModel: ("@cf/meta/llama-2-7b-chat-fp16",),
 }
 HEAD = """\

@@ -6,7 +6,8 @@
     ├── PermissionDenied       PERMISSION_DENIED: the account is disabled
     ├── ResourceExhausted      RESOURCE_EXHAUSTED
     │   ├── QuotaExceeded        the account's quota is used up
-    │   └── QueueFull            the request queue is full, or its wait too long
+    │   ├── QueueFull            the request queue is full, or its wait too long
+    │   └── TooManyRequests      too many calls that generate nothing
     ├── Unavailable            UNAVAILABLE: the server is unreachable, loading or shutting down
     ├── DeadlineExceeded       DEADLINE_EXCEEDED: the call's deadline passed
     ├── InternalError          INTERNAL: the server failed
@@ -122,6 +123,13 @@ class QueueFull(ResourceExhausted):
     """
 
 
+class TooManyRequests(ResourceExhausted):
+    """Raised if the account makes too many calls that generate nothing, such as token counts or invalid requests.
+
+    Retry after `retry_after` seconds, and make fewer calls.
+    """
+
+
 class Unavailable(Llama2Error):
     """Raised if the server is unreachable, loading or shutting down, or if its engine or a store is unavailable.
 
@@ -196,6 +204,8 @@ def from_rpc_error(error: RpcStatus) -> Llama2Error:
     if kind is ResourceExhausted:
         if _detail(status, error_details_pb2.QuotaFailure) is not None:
             kind = QuotaExceeded
+        elif info is not None and info.reason == "TOO_MANY_REQUESTS":
+            kind = TooManyRequests
         elif retry is not None:
             kind = QueueFull
     return kind(

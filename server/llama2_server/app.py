@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.health import HealthServicer, ReadinessCollector
-from llama2_server.api.hosted.envelope import error_trailers
-from llama2_server.api.interceptor import CallInterceptor
-from llama2_server.api.server import HOSTED_ENDPOINT, METHODS, Servicers, add_port, health_port, make_server
+from llama2_server.api.server import METHODS, Servicers, add_port, health_port, make_interceptor, make_server
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.config.settings import Settings
 from llama2_server.engine.engine import Engine
@@ -129,9 +127,7 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     )
     model = (loaded.model, engine.step_kind, loaded.fingerprint)
     servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, *model)
-    interceptor = CallInterceptor(
-        service.telemetry, settings.max_message_bytes, authenticator, {HOSTED_ENDPOINT: error_trailers}
-    )
+    interceptor = make_interceptor(settings, service.telemetry, authenticator)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
     collectors = (queue, quota, ResponseCacheCollector(cache), ledger, ReadinessCollector(health))
     service.telemetry.metrics.register(card.name, loaded.model, engine.step_kind, METHODS, collectors)

@@ -9,7 +9,8 @@
     |-- ResourceExhausted          RESOURCE_EXHAUSTED
     |   |-- QuotaExceeded
     |   |-- QueueFull
-    |   `-- QueueWaitTooLong
+    |   |-- QueueWaitTooLong
+    |   `-- TooManyRequests
     |-- Unavailable                UNAVAILABLE
     |   |-- ShuttingDown
     |   |-- QuotaStoreUnavailable
@@ -87,22 +88,33 @@ class InvalidRequest(ServiceError):
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = "INVALID_REQUEST"
 
-    def __init__(self, violations: Sequence[Violation]) -> None:
+    def __init__(self, violations: Sequence[Violation], *, complete: bool = True) -> None:
+        """Set `complete` to False if validation stopped and the request can have further violations."""
         self.violations = tuple(violations)
+        self._complete = complete
         field, description = self.violations[0]
-        more = f" (and {len(self.violations) - 1} more)" if len(self.violations) > 1 else ""
+        others = f"{len(self.violations) - 1}" if complete else f"at least {len(self.violations)}"
+        more = "" if others == "0" else f" (and {others} more)"
         super().__init__(f"{field}: {description}{more}" if field else f"{description}{more}")
 
     def details(self) -> list[Message]:
-        """Return one BadRequest; its last entry counts the violations that do not fit into the trailers."""
+        """Return one BadRequest; its last entry counts the violations that it does not list."""
         bad_request = error_details_pb2.BadRequest()
-        for count, (field, description) in enumerate(self.violations):
+        for field, description in self.violations:
             if bad_request.ByteSize() + len(field) + len(description.encode()) > MAX_VIOLATIONS_BYTES:
-                rest = f"{len(self.violations) - count} more violations are not listed"
-                bad_request.field_violations.add(field="", description=rest)
                 break
             bad_request.field_violations.add(field=field, description=description)
+        if rest := self.unlisted(len(bad_request.field_violations)):
+            bad_request.field_violations.add(field="", description=rest)
         return [bad_request]
+
+    def unlisted(self, listed: int) -> str:
+        """Return a sentence about the violations that follow the first ones; empty if there are none."""
+        count = len(self.violations) - listed
+        if not self._complete:
+            number = f"at least {count + 1} more" if count else "further"
+            return f"{number} violations are not listed"
+        return f"{count} more violations are not listed" if count else ""
 
 
 class RequestTooLarge(InvalidRequest):
@@ -201,6 +213,12 @@ class QueueWaitTooLong(ResourceExhausted):
     reason = "QUEUE_WAIT_TOO_LONG"
     refunds_quota = True
     keeps_order = True
+
+
+class TooManyRequests(ResourceExhausted):
+    """Too many calls that generate nothing, by the account or by callers without a valid API key."""
+
+    reason = "TOO_MANY_REQUESTS"
 
 
 class Unavailable(ServiceError):

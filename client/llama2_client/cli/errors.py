@@ -34,6 +34,7 @@ _HEADLINES: tuple[tuple[type[errors.Llama2Error], str], ...] = (
     (errors.PermissionDenied, "not permitted: "),
     (errors.QueueFull, "the server is busy: "),
     (errors.QuotaExceeded, ""),
+    (errors.TooManyRequests, ""),
     (errors.ResourceExhausted, "a limit is reached: "),
     (errors.Unavailable, "the server is not available: "),
     (errors.InternalError, "the server failed: "),

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn, cast
@@ -11,27 +10,26 @@ import grpc
 import grpc.aio
 
 from llama2_server.admission.accounts import Authenticator
-from llama2_server.errors import InternalError, InvalidRequest, RequestTooLarge, ServiceError, Violation
+from llama2_server.admission.call_budget import CallBudget
+from llama2_server.api.message_check import Handler, accepted, safe_deserializer
+from llama2_server.errors import InternalError, InvalidRequest, ServiceError, Unauthenticated
 from llama2_server.telemetry.call import CALL, Call
 from llama2_server.telemetry.guard import run_guarded
 from llama2_server.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[Any, Any], Awaitable[Any]]
 ErrorTrailers = Callable[[ServiceError], list[tuple[str, str | bytes]]]
 """Returns further trailers of an error, in addition to its status."""
 StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
 API_PACKAGES = ("llama2.v1.", "llama2.hosted.v1.")
 METHODS_WITHOUT_KEY = frozenset({"llama2.v1.ModelService/GetModelCard"})
+FREE_METHODS = METHODS_WITHOUT_KEY | {
+    "llama2.v1.TextGenerationService/CountTokens",
+    "llama2.v1.AccountService/GetUsage",
+}
+"""Methods that generate nothing."""
 STATUS_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
-
-
-class _RejectedRequest:
-    """A placeholder for a message that is malformed or too large, until the wrapped handler raises its error."""
-
-    def __init__(self, error: InvalidRequest) -> None:
-        self.error = error
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -45,6 +43,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         telemetry: receives each call.
         max_message_bytes: the largest request message; a larger one is rejected with details.
         authenticator: finds the account of a call.
+        budget: limits the calls that generate nothing.
         error_trailers: by full service name, further trailers of the errors of its methods.
     """
 
@@ -53,9 +52,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         telemetry: Telemetry,
         max_message_bytes: int,
         authenticator: Authenticator,
+        budget: CallBudget,
         error_trailers: Mapping[str, ErrorTrailers] | None = None,
     ) -> None:
         self._authenticator = authenticator
+        self._budget = budget
         self._telemetry = telemetry
         self._max_message_bytes = max_message_bytes
         self._error_trailers = error_trailers or {}
@@ -76,9 +77,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = _text(handler_call_details.method).removeprefix("/")
         if handler.request_deserializer is None:
             return handler
-        if (error := self._key_error(method, handler_call_details.invocation_metadata)) is not None:
+        try:
+            account_id = self._admit(method, handler_call_details.invocation_metadata)
+        except ServiceError as error:
             return self._rejecting_handler(method, error, handler.response_serializer)
-        deserializer = _safe_deserializer(handler.request_deserializer, self._max_message_bytes)
+        deserializer = safe_deserializer(handler.request_deserializer, self._max_message_bytes)
         if handler.stream_stream is not None:
             wrapped: Any = self._wrap_stream(method, cast(StreamHandler, handler.stream_stream))
             return grpc.stream_stream_rpc_method_handler(wrapped, deserializer, handler.response_serializer)
@@ -90,17 +93,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             behavior = handler.unary_stream
         else:
             return handler
-        return make_handler(self._wrap_handler(method, behavior), deserializer, handler.response_serializer)
+        return make_handler(self._wrap_handler(method, behavior, account_id), deserializer, handler.response_serializer)
 
-    def _key_error(self, method: str, metadata: Any) -> ServiceError | None:
-        """Return the error of a call whose method needs an API key, if the call has no valid one."""
-        if not method.startswith(API_PACKAGES) or method in METHODS_WITHOUT_KEY:
+    def _admit(self, method: str, metadata: Any) -> str | None:
+        """Return the account of a call; None if its method needs no API key and it has no valid one.
+
+        Raises:
+            ServiceError: the method needs a valid API key, or there were too many calls that generate nothing.
+        """
+        if not method.startswith(API_PACKAGES):
             return None
         try:
-            self._authenticator.authenticate(metadata or ())
-        except ServiceError as error:
-            return error
-        return None
+            account_id = self._authenticator.authenticate(metadata or ()).id
+        except ServiceError:
+            self._budget.take_keyless()
+            if method in METHODS_WITHOUT_KEY:
+                return None
+            raise
+        self._budget.check(account_id)
+        if method in FREE_METHODS:
+            self._budget.spend(account_id)
+        return account_id
 
     def _rejecting_handler(
         self, method: str, error: ServiceError, serializer: Callable[[Any], bytes] | None
@@ -115,16 +128,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return grpc.stream_unary_rpc_method_handler(self._wrap_handler(method, reject), None, serializer)
 
-    def _wrap_handler(self, method: str, behavior: Handler) -> Handler:
+    def _wrap_handler(self, method: str, behavior: Handler, account_id: str | None = None) -> Handler:
         further = self._error_trailers.get(method.partition("/")[0], _no_trailers)
 
         async def handle(request: Any, grpc_context: Any) -> Any:
             context = _Context(grpc_context)
             with _tracked_call(self._telemetry, method, context) as call:
+                call.account_id = account_id
                 async with _errors_as_statuses(context, call, further):
-                    return await behavior(_accepted(request), context)
+                    with self._paying(method, account_id):
+                        return await behavior(accepted(request), context)
 
         return handle
+
+    @contextmanager
+    def _paying(self, method: str, account_id: str | None) -> Iterator[None]:
+        """Take a token from the account's bucket if the body rejects the request; a free method has taken one."""
+        try:
+            yield
+        except (InvalidRequest, Unauthenticated):
+            if account_id is not None and method not in FREE_METHODS:
+                self._budget.spend(account_id)
+            raise
 
     def _wrap_stream(self, method: str, behavior: StreamHandler) -> StreamHandler:
         further = self._error_trailers.get(method.partition("/")[0], _no_trailers)
@@ -133,41 +158,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             context = _Context(grpc_context)
             with _tracked_call(self._telemetry, method, context) as call:
                 async with _errors_as_statuses(context, call, further):
-                    accepted = (_accepted(request) async for request in requests)
-                    async for response in behavior(accepted, context):
+                    checked = (accepted(request) async for request in requests)
+                    async for response in behavior(checked, context):
                         yield response
 
         return handle_stream
-
-
-class MessageCheck(grpc.aio.ServerInterceptor):
-    """Rejects malformed messages on the health port, whose calls are neither counted nor logged."""
-
-    def __init__(self, max_message_bytes: int) -> None:
-        self._max_message_bytes = max_message_bytes
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Wrap a method of the health service; each of them takes one request and is a coroutine."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer is None:
-            return handler
-        deserializer = _safe_deserializer(handler.request_deserializer, self._max_message_bytes)
-        if handler.unary_unary is not None:
-            make, behavior = grpc.unary_unary_rpc_method_handler, cast(Handler, handler.unary_unary)
-        else:
-            make, behavior = grpc.unary_stream_rpc_method_handler, cast(Handler, handler.unary_stream)
-
-        async def handle(request: Any, context: Any) -> Any:
-            if isinstance(request, _RejectedRequest):
-                message, trailers = request.error.to_status(uuid.uuid4().hex)
-                await context.abort(request.error.code, message, tuple(trailers))
-            return await behavior(request, context)
-
-        return make(handle, deserializer, handler.response_serializer)
 
 
 class _Context:
@@ -236,31 +231,6 @@ async def _errors_as_statuses(context: _Context, call: Call, further: ErrorTrail
         # The log has the place and not the exception's message, which may quote the request.
         logger.error("request %s failed", call.request_id, exc_info=error)  # noqa: TRY400
         await _abort(context, InternalError(), call, further)
-
-
-def _safe_deserializer(deserializer: Callable[[bytes], Any], max_bytes: int) -> Callable[[bytes], Any]:
-    """Return a deserializer that never raises, because gRPC would answer with UNKNOWN and the exception's text.
-
-    `data` is the uncompressed message.
-    """
-
-    def deserialize(data: bytes) -> Any:
-        if len(data) > max_bytes:
-            return _RejectedRequest(RequestTooLarge(len(data), max_bytes))
-        try:
-            return deserializer(data)
-        except Exception:  # protobuf's DecodeError, and other exceptions of its runtimes
-            description = "the request is not a valid protobuf message of this method"
-            return _RejectedRequest(InvalidRequest([Violation("", description)]))
-
-    return deserialize
-
-
-def _accepted(request: Any) -> Any:
-    """Return the request; raises the error of a rejected one."""
-    if isinstance(request, _RejectedRequest):
-        raise request.error
-    return request
 
 
 async def _abort(context: _Context, error: ServiceError, call: Call, further: ErrorTrailers) -> NoReturn:

@@ -22,11 +22,14 @@ from llama2.v1 import (
     text_generation_pb2_grpc,
 )
 from llama2_server.admission.accounts import Authenticator
+from llama2_server.admission.call_budget import CallBudget
 from llama2_server.admission.quota import Quota
 from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer
 from llama2_server.api.hosted.endpoint import HostedEndpointServicer
-from llama2_server.api.interceptor import CallInterceptor, MessageCheck
+from llama2_server.api.hosted.envelope import error_trailers
+from llama2_server.api.interceptor import CallInterceptor
+from llama2_server.api.message_check import MessageCheck
 from llama2_server.api.model_service import Execution, ModelServicer
 from llama2_server.api.reflection import REFLECTION_SERVICES, ReflectionServicer, described_files
 from llama2_server.api.text_generation import TextGenerationServicer
@@ -36,6 +39,7 @@ from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind
+from llama2_server.telemetry.telemetry import Telemetry
 from llama2_server.usage.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -131,6 +135,13 @@ def connection_options(settings: Settings, *, streams: int, message_bytes: int) 
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval_seconds)),
         ("grpc.server_handshake_timeout_ms", _milliseconds(settings.handshake_timeout_seconds)),
     ]
+
+
+def make_interceptor(settings: Settings, telemetry: Telemetry, authenticator: Authenticator) -> CallInterceptor:
+    """Return the interceptor of the services' port."""
+    budget = CallBudget(settings.max_free_calls_per_minute, settings.max_keyless_calls_per_minute)
+    trailers = {HOSTED_ENDPOINT: error_trailers}
+    return CallInterceptor(telemetry, settings.max_message_bytes, authenticator, budget, trailers)
 
 
 def make_server(

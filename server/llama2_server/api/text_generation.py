@@ -1,10 +1,12 @@
 """One request from start to end: account, validation, reply, completion."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from decimal import Decimal
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -13,7 +15,7 @@ from llama2.v1 import text_generation_pb2_grpc
 from llama2_server.admission.accounts import Authenticator
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
-from llama2_server.api.validation import RequestValidator
+from llama2_server.api.validation.request_validator import RequestValidator
 from llama2_server.card import ModelCard
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.sampling import GenerationParams
@@ -28,6 +30,8 @@ from llama2_server.telemetry.call import CALL, Attribute
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import decimal_text, neurons
 
+AnyRequestT = TypeVar("AnyRequestT", pb.GenerateRequest, pb.CountTokensRequest)
+T = TypeVar("T")
 _FINISH_REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
     FinishReason.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
@@ -58,6 +62,8 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         self._caches_responses = response_cache is not None
         self._fingerprint = fingerprint
         self._validator = RequestValidator(card, tokenizer)
+        # One thread: several would only compete with the event loop for the interpreter.
+        self._validation_thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
         self._quota = quota
         self._queue = queue
         self._replies = ReplySource(tokenizer, quota, response_cache, ledger, queue, engine, card.name)
@@ -80,12 +86,13 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """Return the input tokens of a request, and the output tokens that fit."""
         CALL.get().account_id = self._authenticator.authenticate(context.invocation_metadata()).id
-        input_tokens, max_output_tokens = self._validator.validate_count_tokens(request)
+        input_tokens, max_output_tokens = await self._validate(request, self._validator.validate_count_tokens)
         return pb.CountTokensResponse(input_tokens=input_tokens, max_output_tokens=max_output_tokens)
 
     async def close(self) -> None:
         """Wait until every record is written and every complete reply is stored; call it after the last request."""
         await self._replies.close()
+        self._validation_thread.shutdown(wait=False)
 
     @asynccontextmanager
     async def serve(self, request: pb.GenerateRequest, context: Any, *, streaming: bool) -> AsyncIterator[Reply]:
@@ -94,7 +101,8 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         account = self._authenticator.authenticate(context.invocation_metadata())
         call.account_id = account.id
         with call.phase("validation"):
-            prompt, params = self._validator.validate_generate(request, streaming=streaming)
+            validate = partial(self._validator.validate_generate, streaming=streaming)
+            prompt, params = await self._validate(request, validate)
             key = None
             if self._caches_responses and not request.no_cache:
                 seeded = request.HasField("seed")
@@ -105,6 +113,13 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         times = retry_times(self._queue, self._quota, account.id, reply_request.call_key)
         async with times, self._replies.reply(call, reply_request) as reply:
             yield reply
+
+    async def _validate(self, request: AnyRequestT, validate: Callable[[AnyRequestT], T]) -> T:
+        """Validate the request; a costly one in another thread, so that the event loop serves other calls."""
+        if not self._validator.is_costly(request):
+            return validate(request)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._validation_thread, validate, request)
 
     def _completion(self, stats: ReplyStats) -> pb.Completion:
         price = Decimal(0) if stats.cached else neurons(stats.tokens, self._card.neuron_costs)

@@ -132,6 +132,12 @@ class Settings(BaseSettings):
     allow_unauthenticated: Annotated[bool, Group.ACCOUNTS] = False
     """Access without API keys on an address other than loopback.
     Every client that reaches the address can send requests."""
+    max_free_calls_per_minute: Annotated[PositiveInt, Group.ACCOUNTS] = 600
+    """Maximum calls per minute and account that generate nothing.
+    They are CountTokens, GetUsage, GetModelCard and invalid requests. Each replica counts them by itself."""
+    max_keyless_calls_per_minute: Annotated[PositiveInt, Group.ACCOUNTS] = 600
+    """Maximum calls per minute without a valid API key, of all clients.
+    Further ones get RESOURCE_EXHAUSTED. Calls with a valid key, health and reflection are not counted."""
     redis_url: Annotated[SecretStr | None, Group.ACCOUNTS] = None
     """Redis for quotas and cached responses that all replicas share.
     The format is redis://[:PASSWORD@]HOST[:PORT][/DB]."""

@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2
 from tests.support.service import ServiceMaker, details, generate
 
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_server.api.validation.card_schema import MAX_VIOLATIONS
 from llama2_server.engine.engine import Engine
 
 REPLY = "Once upon a time, a fox 🦊 lived by the sea."
@@ -31,11 +32,14 @@ async def test_many_violations_fit_the_trailers(serve_scripted: ServiceMaker) ->
     """A long list of violations is cut to the size of the trailers, and ends with the number of the others."""
     async with serve_scripted() as service:
         with pytest.raises(grpc.aio.AioRpcError) as rejected:
-            await service.text.Generate(pb.GenerateRequest(messages=[pb.ChatMessage()] * 1000))
+            await service.text.Generate(
+                pb.GenerateRequest(messages=[pb.ChatMessage(role="user", content="[INST]")] * 100)
+            )
         bad_request = details(rejected.value)["BadRequest"]
         assert isinstance(bad_request, error_details_pb2.BadRequest)
         listed = bad_request.field_violations
-        assert listed[-1].description == f"{2000 - len(listed) + 1} more violations are not listed"
+        others = MAX_VIOLATIONS + 1 - (len(listed) - 1)
+        assert listed[-1].description == f"at least {others} more violations are not listed"
 
 
 async def test_count_tokens_rejects_invalid_requests(serve_scripted: ServiceMaker) -> None:

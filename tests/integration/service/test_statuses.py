@@ -78,7 +78,7 @@ async def unknown_model(setup: Setup) -> grpc.aio.AioRpcError:
 
 
 async def many_violations(setup: Setup) -> grpc.aio.AioRpcError:
-    messages = [pb.ChatMessage(content=f"[INST] {SECRET}") for _ in range(500)]
+    messages = [pb.ChatMessage(content=f"[INST] {SECRET}") for _ in range(100)]
     async with setup.serve() as service:
         return await error_of(service.text.Generate(pb.GenerateRequest(messages=messages)))
 
@@ -137,6 +137,12 @@ async def queue_wait_too_long(setup: Setup) -> grpc.aio.AioRpcError:
         await service.wait_until_queued(1)
         setup.clock.advance(60)
         return await queued
+
+
+async def too_many_requests(setup: Setup) -> grpc.aio.AioRpcError:
+    async with setup.serve(max_free_calls_per_minute=1) as service:
+        await service.text.CountTokens(pb.CountTokensRequest(prompt="Hi"))
+        return await error_of(service.text.CountTokens(pb.CountTokensRequest(prompt="Hi")))
 
 
 async def shutting_down(setup: Setup) -> grpc.aio.AioRpcError:
@@ -218,6 +224,7 @@ CASES = [
     ),
     Case(queue_full, CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", RETRY, client_errors.QueueFull),
     Case(queue_wait_too_long, CODE.RESOURCE_EXHAUSTED, "QUEUE_WAIT_TOO_LONG", RETRY, client_errors.QueueFull),
+    Case(too_many_requests, CODE.RESOURCE_EXHAUSTED, "TOO_MANY_REQUESTS", RETRY, client_errors.TooManyRequests),
     Case(shutting_down, CODE.UNAVAILABLE, "SHUTTING_DOWN", RETRY, client_errors.Unavailable),
     Case(quota_store_unavailable, CODE.UNAVAILABLE, "QUOTA_STORE_UNAVAILABLE", RETRY, client_errors.Unavailable),
     Case(usage_not_recorded, CODE.UNAVAILABLE, "USAGE_UNAVAILABLE", RETRY, client_errors.Unavailable),

@@ -3,7 +3,7 @@
 import pytest
 from tests.unit.api.requests import CARD
 
-from llama2_server.api.validation import RequestValidator
+from llama2_server.api.validation.request_validator import RequestValidator
 from llama2_server.card import ModelCard
 from llama2_server.engine.text.tokenizer import Tokenizer
 

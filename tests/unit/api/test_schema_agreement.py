@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.api.requests import CARD
 
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.api.validation import RequestValidator
+from llama2_server.api.validation.request_validator import RequestValidator
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.errors import InvalidRequest
 

@@ -4,7 +4,7 @@ import pytest
 from tests.unit.api.requests import assistant, user
 
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.api.validation import RequestValidator
+from llama2_server.api.validation.request_validator import RequestValidator
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.errors import InvalidRequest, Violation
 
@@ -50,8 +50,9 @@ def violations(validator: RequestValidator, request: pb.GenerateRequest, streami
             "the context has 60 for prompt and",
         ),
         (pb.GenerateRequest(prompt="word " * 800), "prompt", "has at least"),
-        # One violation in total: validating as many messages as fit into a request would take half a minute.
-        (pb.GenerateRequest(messages=[pb.ChatMessage()] * 61), "messages", "has at least 61 tokens"),
+        # One violation in total: the messages themselves are not validated.
+        (pb.GenerateRequest(messages=[pb.ChatMessage()] * 61), "messages", "has 61 messages with at least 270 tokens"),
+        (pb.GenerateRequest(prompt="a", stop=["a"] * 300_000), "stop", "at most 4 entries, got 300000"),
     ],
 )
 def test_violation_names_field_and_rule(

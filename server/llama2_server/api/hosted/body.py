@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import jsonschema
 from google.protobuf.json_format import ParseDict, ParseError
 
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.api.validation import schema_violations
+from llama2_server.api.validation.card_schema import CardSchema
+from llama2_server.api.validation.request_validator import check
+from llama2_server.api.validation.rules import MAX_STOPS
 from llama2_server.card import ModelCard
 from llama2_server.errors import InvalidRequest, Violation
 
@@ -27,9 +28,9 @@ class BodyParser:
     """Converts a JSON body into a GenerateRequest; it checks the schema and the types, RequestValidator the rest."""
 
     def __init__(self, card: ModelCard) -> None:
-        self._schema = jsonschema.Draft202012Validator(json.loads(card.input_schema))
-        # A message takes at least one token; the schema would report each of hundreds of thousands of wrong messages.
-        self._max_messages = card.context_length_limit
+        self._schema = CardSchema(card.input_schema)
+        # A message takes at least one token.
+        self._max_entries = {"messages": card.context_length_limit, "stop": MAX_STOPS}
 
     def parse(self, data: bytes) -> pb.GenerateRequest:
         """Return the request; unknown fields are ignored, and null means unset.
@@ -38,16 +39,19 @@ class BodyParser:
             InvalidRequest: the body is not a JSON object, or has each violation of the schema and of the types.
         """
         fields = {name: value for name, value in _json_object(data).items() if name in FIELDS and value is not None}
-        messages = fields.get("messages")
-        if isinstance(messages, list) and len(messages) > self._max_messages:
-            description = f"must have at most {self._max_messages} entries, got {len(messages)}"
-            raise InvalidRequest([Violation("messages", description)])
-        if violations := list(dict.fromkeys(schema_violations(self._schema.iter_errors(fields)))):
-            raise InvalidRequest(violations)
+        check(self._count_violations(fields))
+        check(self._schema.violations(fields))
         try:
             return _request(fields)
         except (ParseError, ValueError):
             raise InvalidRequest([*_type_violations(fields)] or [Violation("", "the body is not valid")]) from None
+
+    def _count_violations(self, fields: dict[str, Any]) -> Iterator[Violation]:
+        """Yield the fields with too many entries, whose cost would grow with their number."""
+        for name, limit in self._max_entries.items():
+            value = fields.get(name)
+            if isinstance(value, list) and len(value) > limit:
+                yield Violation(name, f"must have at most {limit} entries, got {len(value)}")
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -97,11 +97,13 @@ def _messages(error: ServiceError) -> Iterator[str]:
     if not isinstance(error, InvalidRequest):
         yield str(error)
         return
-    size = 0
+    size, listed = 0, len(error.violations)
     for count, (field, description) in enumerate(error.violations):
         message = f"{field}: {description}" if field else description
         size += len(json.dumps(message)) + len('{"code": 3003, "message": }, ')
         if count and size > MAX_ERRORS_BYTES:
-            yield f"{len(error.violations) - count} more violations are not listed"
-            return
+            listed = count
+            break
         yield message
+    if rest := error.unlisted(listed):
+        yield rest

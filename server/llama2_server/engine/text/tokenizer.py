@@ -50,11 +50,12 @@ class Tokenizer:
         """Return `<s>` and the ids of the unchanged text."""
         return [self.bos_id, *self._model.encode(text)]
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], *, max_tokens: int | None = None) -> list[int]:
         """Return the ids of a conversation that ends with a user's message, in Llama-2's chat template.
 
         Each turn is encoded separately between `<s>` and `</s>`, as in Meta's `Llama.chat_completion`
-        (github.com/meta-llama/llama, llama/generation.py). A literal `<s>` in a message stays text.
+        (github.com/meta-llama/llama, llama/generation.py). A literal `<s>` in a message stays text. Encoding stops
+        after the turn with which the conversation has more than `max_tokens`.
 
         Raises:
             ValueError: the roles are not an optional system message, then user and assistant in alternation, with a
@@ -63,6 +64,8 @@ class Tokenizer:
         ids: list[int] = []
         for text, ended in self.chat_turns(messages):
             ids += [*self.encode_raw(text), *([self.eos_id] if ended else [])]
+            if max_tokens is not None and len(ids) > max_tokens:
+                break
         return ids
 
     def chat_turns(self, messages: Sequence[ChatMessage]) -> Iterator[tuple[str, bool]]:

@@ -1,0 +1,1 @@
+"""Validation of requests: the card's schema, then the rules that a schema cannot express."""
