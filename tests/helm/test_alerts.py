@@ -45,6 +45,8 @@ FIRES = [
     Case("Llama2UsageRecordsPending", {"llama2_usage_pending_records": "0+5000x60"}, 30),
     Case("Llama2UsageRecordsRejected", {"llama2_usage_rejected_records": "0x5 1x60"}, 10),
     Case("Llama2QuotaStoreUnavailable", {"llama2_quota_store_up": "0x60"}, 10),
+    Case("Llama2UsageDiskFull", {"llama2_usage_disk_writable": "1x5 0x60"}, 10),
+    Case("Llama2UsageStoreUnavailable", {"llama2_usage_store_up": "0x60"}, 10),
 ]  # fmt: skip
 DOES_NOT_FIRE = [
     Case("Llama2NotServing", {"llama2_ready": "1x60"}, 30),
@@ -66,6 +68,8 @@ DOES_NOT_FIRE = [
     Case("Llama2UsageRecordsPending", {"llama2_usage_pending_records": "24000x60"}, 30),
     Case("Llama2UsageRecordsRejected", {"llama2_usage_rejected_records": "0x60"}, 30),
     Case("Llama2QuotaStoreUnavailable", {"llama2_quota_store_up": "1x60"}, 30),
+    Case("Llama2UsageDiskFull", {"llama2_usage_disk_writable": "1x60"}, 30),
+    Case("Llama2UsageStoreUnavailable", {"llama2_usage_store_up": "0x3 1x60"}, 10),  # for three minutes only
 ]  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
     command = [PROMTOOL, "check", "rules", "--lint-fatal", str(rules)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "9 rules found" in done.stdout
+    assert "11 rules found" in done.stdout
 
 
 @pytest.mark.parametrize("case", FIRES, ids=str)

@@ -203,11 +203,11 @@ def test_alerts_are_described_and_use_the_thresholds() -> None:
     assert rules["Llama2ReplicaNotReady"]["for"] == "20m"  # startupSeconds plus five minutes
 
 
-def test_the_redis_alert_requires_redis() -> None:
-    """Without Redis, the chart has no alert about it."""
+def test_the_alerts_about_a_store_require_it() -> None:
+    """Without Redis or PostgreSQL, the chart has no alert about it."""
     values = values_of("demo") | {"alerts": {"enabled": True}, "serviceMonitor": {"enabled": True}}
     names = {rule["alert"] for rule in rules_of(render(values).one("PrometheusRule"))}
-    assert "Llama2QuotaStoreUnavailable" not in names
     assert {rule["alert"] for rule in rules_of(rendered("everything-on").one("PrometheusRule"))} - names == {
-        "Llama2QuotaStoreUnavailable"
+        "Llama2QuotaStoreUnavailable",
+        "Llama2UsageStoreUnavailable",
     }
