@@ -1,0 +1,89 @@
+"""Servers that are forks of one process with all imports: real processes that start in a fraction of a second."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Self
+
+from tests.support.processes import command, environment
+
+
+class Forks:
+    """The process that forks servers; `running` starts it."""
+
+    def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
+        self._process = process
+        self._pipe = folder / "stdout"
+        self.log = folder / "server.log"
+        """The log of all servers."""
+        os.mkfifo(self._pipe)
+
+    @classmethod
+    @contextmanager
+    def running(cls, folder: Path) -> Iterator[Self]:
+        """Run it for the body; then kill the servers that still run."""
+        line = [*command(module="tests.support.programs.forking_process")]
+        variables = environment(GRPC_VERBOSITY="NONE")
+        pipe = subprocess.PIPE
+        with subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, env=variables) as process:
+            yield cls(process, folder)
+            # The end of its input ends it.
+
+    def start(self, data_directory: Path, *flags: str, commit_seconds: float = 0) -> "ForkedServer":
+        """Start a server on a free port, and return when it serves.
+
+        Args:
+            data_directory: its data directory.
+            flags: further flags.
+            commit_seconds: time by which each commit of the usage database is delayed.
+        """
+        arguments = ["--listen", "127.0.0.1:0", "--data-directory", str(data_directory), *flags]
+        paths = {"stdout": str(self._pipe), "stderr": str(self.log)}
+        pid = self._answer({"flags": arguments, "commit_seconds": commit_seconds, **paths})
+        output = self._pipe.open()
+        serving = re.match(r"SERVING on (\S+)\.", output.readline())
+        if serving is None:
+            output.close()
+            raise AssertionError(self.log.read_text())
+        return ForkedServer(self, pid, serving[1], output)
+
+    def wait(self, pid: int) -> int:
+        """Wait for the end of a server, and return its exit code."""
+        return self._answer({"wait": pid})
+
+    def _answer(self, request: dict[str, object]) -> int:
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+
+@dataclass(frozen=True)
+class ForkedServer:
+    """A server process."""
+
+    forks: Forks
+    pid: int
+    address: str
+    output: IO[str]
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Wait for its end, and return its exit code."""
+        with self.output:
+            self.output.read()  # a closed pipe would fail a server that still writes
+        return self.forks.wait(self.pid)
+
+    def stop(self) -> int:
+        """Send SIGTERM, wait for its end, and return its exit code."""
+        os.kill(self.pid, signal.SIGTERM)
+        return self.wait()
