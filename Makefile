@@ -12,13 +12,16 @@ SOURCES := server client tests tools benchmarks examples conformance hatch_build
 PROTOS := $(wildcard protos/llama2/*/*.proto protos/llama2/*/*/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
-.PHONY: run quick test check format proto docs lock conformance conformance-full bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test chaos soak audit check format proto docs lock conformance conformance-full bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
 	@echo "make quick       run the unit tests, in under a minute (PYTEST_ARGS='-k quota' for a part)"
 	@echo "make check       check format, lint, types, import rules, names, English, references, contract and container files"
 	@echo "make test        run all checks, then all tests"
+	@echo "make chaos       kill and flood real servers, stop their stores, fill their disk; check the promises (docs/reliability.md)"
+	@echo "make soak        mixed traffic for 20 minutes; check that memory, files and threads do not grow"
+	@echo "make audit       write the SBOMs of the container's packages, and look for known vulnerabilities"
 	@echo "make format      format the code and the contract"
 	@echo "make proto       generate the Python stubs"
 	@echo "make docs        generate the references of the API, settings and metrics, and the chart's copies of settings"
@@ -39,6 +42,16 @@ quick: $(VENV)/.dev
 
 test: check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Without gRPC's own lines about the connections that the scenes break.
+chaos: $(VENV)/.dev
+	GRPC_VERBOSITY=NONE GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m tests.reliability.chaos $(ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.reliability.soak $(ARGS)
+
+audit: $(VENV)/.dev
+	$(BIN)/python -m tools.audit $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check $(SOURCES)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,9 @@ class Forks:
 
     def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
         self._process = process
-        self._pipe = folder / "stdout"
+        self._folder = folder
         self.log = folder / "server.log"
         """The log of all servers."""
-        os.mkfifo(self._pipe)
 
     @classmethod
     @contextmanager
@@ -43,10 +43,14 @@ class Forks:
             flags: further flags.
             commit_seconds: time by which each commit of the usage database is delayed.
         """
-        arguments = ["--listen", "127.0.0.1:0", "--data-directory", str(data_directory), *flags]
-        paths = {"stdout": str(self._pipe), "stderr": str(self.log)}
+        arguments = ["--listen", "127.0.0.1:0", "--data-directory", str(data_directory)]
+        arguments += ["--log-level", "warning", *flags]
+        pipe = self._folder / f"stdout-{uuid.uuid4().hex}"
+        os.mkfifo(pipe)
+        paths = {"stdout": str(pipe), "stderr": str(self.log)}
         pid = self._answer({"flags": arguments, "commit_seconds": commit_seconds, **paths})
-        output = self._pipe.open()
+        output = pipe.open()
+        pipe.unlink()
         serving = re.match(r"SERVING on (\S+)\.", output.readline())
         if serving is None:
             output.close()

@@ -34,7 +34,7 @@ class Http2Peer:
         try:
             peer.http2.initiate_connection()
             if with_call:
-                peer._send_call_headers(address)
+                peer.send_call_headers(address)
             # A gRPC server enforces a limit only after the peer has received it.
             await peer.flush()
             await peer.event(h2.events.RemoteSettingsChanged)
@@ -50,13 +50,18 @@ class Http2Peer:
         with suppress(OSError):
             await self._writer.drain()
 
+    def send_bytes(self, data: bytes) -> None:
+        """Send bytes that may violate the protocol, after all pending data."""
+        self._writer.write(self.http2.data_to_send() + data)
+
     async def start_call(self, address: str, *metadata: tuple[str, str], service: str = "", method: str = "") -> int:
         """Send the headers of a call without its request, and return the number of its stream."""
-        stream = self._send_call_headers(address, *metadata, service=service, method=method)
+        stream = self.send_call_headers(address, *metadata, service=service, method=method)
         await self.flush()
         return stream
 
-    def _send_call_headers(self, address: str, *metadata: tuple[str, str], service: str = "", method: str = "") -> int:
+    def send_call_headers(self, address: str, *metadata: tuple[str, str], service: str = "", method: str = "") -> int:
+        """Add the headers of a call to the pending data, and return the number of its stream."""
         stream = self.http2.get_next_available_stream_id()
         path = f"/{service or 'llama2.v1.TextGenerationService'}/{method or 'CountTokens'}"
         headers = [

@@ -99,14 +99,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def mounted_disk(disk: Path) -> Iterator[Path]:
-    """Mount a disk of 4 MB for the body of the `with`."""
+def mounted_disk(disk: Path, megabytes: int = 4) -> Iterator[Path]:
+    """Mount a disk of this size for the body of the `with`."""
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("NOT TESTED WITH A FULL DISK: only root can mount one")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def fill(path: Path) -> None:

@@ -1,11 +1,16 @@
-"""What clients were told, and the check of the usage records against it."""
+"""The client side of a scene, and the check of the usage records against it."""
 
 import contextlib
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from tests.support.service import details
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.usage.local import statements
@@ -33,23 +38,29 @@ class Tokens:
 
 @dataclass
 class History:
-    """What clients saw of the calls of one scene."""
+    """The calls of one scene, as their clients saw them."""
 
     completed: dict[str, Tokens] = field(default_factory=dict)
     """By request id, what the last message of a complete reply stated."""
     begun: int = 0
     """Calls that received text, but no last message."""
-    codes: dict[str, int] = field(default_factory=dict)
-    """Failed calls by status code."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Failed calls by code and reason, such as UNAVAILABLE QUOTA_STORE_UNAVAILABLE; without details, by code."""
 
     def complete(self, completion: pb.Completion) -> None:
         """Add the last message of a reply."""
         assert completion.request_id not in self.completed
         self.completed[completion.request_id] = Tokens.told(completion)
 
-    def fail(self, code: str, *, begun: bool) -> None:
-        """Add a failed call."""
-        self.codes[code] = self.codes.get(code, 0) + 1
+    def fail(self, error: grpc.aio.AioRpcError, *, begun: bool) -> None:
+        """Add a failed call; a retry time is part of each rejection that a client may repeat."""
+        failure = error.code().name
+        if "grpc-status-details-bin" in dict(error.trailing_metadata()):
+            found: Any = details(error)
+            failure += f" {found['ErrorInfo'].reason}"
+            if failure.startswith(("UNAVAILABLE", "RESOURCE_EXHAUSTED")) and "RetryInfo" not in found:
+                failure += " without RetryInfo"
+        self.failures[failure] += 1
         self.begun += begun
 
     def broken_promises(self, records: dict[str, Tokens]) -> Iterator[str]:

@@ -2,16 +2,14 @@
 
 import asyncio
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc.aio
-from tests.reliability.chaos.history import History
+from tests.reliability.chaos.history import History, interrupted, read_records
+from tests.reliability.chaos.scene import Scene
+from tests.reliability.chaos.traffic import call
 from tests.support.forks import ForkedServer, Forks
 from tests.support.processes import card_file
-
-from llama2.v1 import text_generation_pb2 as pb
-from llama2.v1 import text_generation_pb2_grpc
 
 SLOTS = 4
 CALLS = 6
@@ -23,27 +21,6 @@ UNLIMITED = {"default": 1_000_000, "accounts": {}}
 def fast_card(folder: Path) -> Path:
     """Return a card for many short replies: several slots, no response cache, and no limit of requests."""
     return card_file(folder, max_concurrent_requests=SLOTS, infer_response_cache=None, max_requests_per_min=UNLIMITED)
-
-
-async def call(address: str, seed: int, history: History, on_complete: Callable[[], None]) -> None:
-    """Call the server once, and add to the history what the client sees."""
-    draw = random.Random(seed)
-    request = pb.GenerateRequest(prompt=f"Tell me story {seed}.", max_tokens=draw.randrange(1, 40), seed=seed)
-    begun = False
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
-        try:
-            if draw.random() < 0.3:
-                history.complete((await stub.Generate(request)).completion)
-                on_complete()
-                return
-            async for message in stub.GenerateStream(request):
-                begun = True
-                if message.HasField("completion"):
-                    history.complete(message.completion)
-                    on_complete()
-        except grpc.aio.AioRpcError as error:
-            history.fail(error.code().name, begun=begun)
 
 
 async def kill_at_completion(server: ForkedServer, draw: random.Random, history: History) -> None:
@@ -59,8 +36,9 @@ async def kill_at_completion(server: ForkedServer, draw: random.Random, history:
             killed = True
 
     seeds = [draw.randrange(2**32) for _ in range(CALLS)]
-    await asyncio.gather(*(call(server.address, seed, history, on_complete) for seed in seeds))
-    assert killed, f"only {len(history.completed)} replies were complete: {history.codes}; see {server.forks.log}"
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        await asyncio.gather(*(call(channel, random.Random(seed), history, on_complete) for seed in seeds))
+    assert killed, f"calls failed before a kill: {history.failures}; see {server.forks.log}"
     assert await asyncio.to_thread(server.wait) == -9
 
 
@@ -78,3 +56,14 @@ async def kill_servers(forks: Forks, data_directory: Path, card: Path, *, kills:
     last = await asyncio.to_thread(forks.start, data_directory, *flags)
     assert await asyncio.to_thread(last.stop) == 0
     return history
+
+
+async def play_kills(scene: Scene, kills: int) -> None:
+    """SIGKILL at completion: each record has the tokens that the client was told."""
+    data = scene.folder / "data"
+    seed = scene.draw.randrange(2**32)
+    history = await kill_servers(scene.forks, data, fast_card(scene.folder), kills=kills, seed=seed)
+    scene.check_records(data, history)
+    scene.check_statuses(history, "UNAVAILABLE")  # the connections of the killed servers
+    cut = interrupted(read_records(data).values())
+    scene.figures.append(f"{kills} kills, {len(history.completed)} complete replies, {cut} interrupted requests")

@@ -2,13 +2,15 @@
 
 import os
 import pwd
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,33 @@ class PostgresCluster:
     def stop(self) -> None:
         """Stop the server at once, like a crash."""
         self._run("pg_ctl", "stop", "--wait", "--mode=immediate", "-D", "data")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all processes of the server."""
+        for pid in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """Kill all processes of the server, and wait for their end; `start` then recovers the data."""
+        ends = [os.pidfd_open(pid) for pid in self._processes()]
+        self.signal(signal.SIGKILL)
+        for end in ends:
+            select.select([end], [], [])
+            os.close(end)
+        # A killed process keeps its number until its parent reads the exit code, which would prevent the next start.
+        (self._directory / "data" / "postmaster.pid").unlink()
+
+    def _processes(self) -> list[int]:
+        """Return the first process of the server and its children."""
+        first = int((self._directory / "data" / "postmaster.pid").read_text().splitlines()[0])
+        found = [first]
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # a process that has ended
+                # The parent is the second field after the name in parentheses.
+                if int(path.read_text().rpartition(")")[2].split()[1]) == first:
+                    found.append(int(path.parent.name))
+        return found
 
     def new_database(self) -> str:
         """Create an empty database, and return its URL."""
