@@ -31,7 +31,7 @@ from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.generation import response_cache, supervised_engine
 from llama2_server.lifecycle import probe
 from llama2_server.lifecycle.model_loading import LoadedModel
-from llama2_server.lifecycle.preflight import StartupInputs, create_usage_store, read_certificates
+from llama2_server.lifecycle.preflight import StartupInputs, create_usage_store, read_certificates, read_receipt_keys
 from llama2_server.telemetry.telemetry import Telemetry
 
 
@@ -94,7 +94,8 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
             {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 30, **settings}
         )
         authenticator = accounts or AnonymousAuthenticator()
-        inputs = StartupInputs(card, authenticator, read_certificates(options), create_usage_store(options))
+        certificates, receipt_keys = read_certificates(options), read_receipt_keys(options)
+        inputs = StartupInputs(card, authenticator, certificates, receipt_keys, create_usage_store(options))
         async with running_service(options, inputs, loaded, model, telemetry) as service:
             yield service
 

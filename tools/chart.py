@@ -27,6 +27,8 @@ CHART_SETTINGS = {
     "usage_url",
     "listen",
     "metrics_listen",
+    "receipt_key",
+    "receipt_public_keys",
     "redis_url",
     "tls_certificate",
     "tls_client_ca",

@@ -111,7 +111,7 @@ class StreamProgress:
             raise InternalError("the server ended the stream without a completion")
         if self._expected:
             raise self._differs()
-        self.reply = Reply.from_proto(self.text, self._completion)
+        self.reply = Reply.from_proto(self.text, self._completion, self.request)
         if self.on_complete is not None:
             self.on_complete(self.reply)
 

@@ -58,10 +58,17 @@ class Reply:
     completion: text_generation_pb2.Completion = field(
         default_factory=text_generation_pb2.Completion, repr=False, compare=False
     )
+    # The request as it was sent; a receipt covers it.
+    request: text_generation_pb2.GenerateRequest | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def from_proto(cls, text: str, completion: text_generation_pb2.Completion) -> Reply:
-        """Build a reply from its text and the server's completion message."""
+    def from_proto(
+        cls,
+        text: str,
+        completion: text_generation_pb2.Completion,
+        request: text_generation_pb2.GenerateRequest | None = None,
+    ) -> Reply:
+        """Build a reply from its text, the server's completion message and the request as it was sent."""
         usage, timings = completion.usage, completion.timings
         return cls(
             text=text,
@@ -78,6 +85,7 @@ class Reply:
             time_to_first_token_seconds=_seconds(timings.time_to_first_token),
             total_time_seconds=_seconds(timings.total_time),
             completion=completion,
+            request=request,
         )
 
 

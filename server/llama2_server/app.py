@@ -122,10 +122,11 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     card, authenticator, loaded = service.inputs.card, service.inputs.authenticator, service.loaded
     health, queue, engine = service.health, service.queue, service.engine
     quota, ledger, cache = service.quota, service.ledger, service.response_cache
+    proof = (loaded.fingerprint, service.inputs.receipt_keys)
     text_generation = TextGenerationServicer(
-        card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, loaded.fingerprint
+        card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, *proof
     )
-    model = (loaded.model, engine.step_kind, loaded.fingerprint)
+    model = (loaded.model, engine.step_kind, *proof)
     servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, *model)
     interceptor = make_interceptor(settings, service.telemetry, authenticator)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)

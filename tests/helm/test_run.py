@@ -8,14 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from click.testing import CliRunner
 from tests.helm.chart import Manifest, Rendered, Values, environment_of, render, rendered
 from tests.support.processes import command, environment
 
+from llama2.v1 import model_pb2, model_pb2_grpc
+from llama2_client import SyncClient
+from llama2_client.receipts import receipt_document, verify_receipt
 from llama2_server.admission.keys_file import new_key
 from llama2_server.cli.main import program
 from llama2_server.config.settings import Settings
+from llama2_server.receipts.keys import public_file, write_new_key
 
 WITH_KEYS: Values = {"demo": True, "apiKeys": {"secret": "keys"}, "test": {"apiKey": {"secret": "key"}}}
 
@@ -73,6 +78,25 @@ def test_with_api_keys_the_test_needs_a_key(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         done = helm_test(release.test_pods[0], port, {"key": "l2_wrong"})
         assert done.returncode == 5
+
+
+def test_the_mounted_secret_signs_receipts(tmp_path: Path) -> None:
+    """The Secret has the key and earlier public keys; the server signs with the first and lists them all."""
+    secret, old = tmp_path / "secret", tmp_path / "old.key"
+    secret.mkdir()
+    write_new_key(secret / "receipts.key")
+    write_new_key(old)
+    public_file(old).rename(secret / "old.pub")
+    release = render({"demo": True, "receipts": {"secret": "receipts"}})
+    (tmp_path / "data").mkdir()
+    mounted = {"/etc/llama2/receipts": secret, "/etc/llama2/receipts/receipts.key": secret / "receipts.key"}
+    with container_of(release, {"/data": tmp_path / "data", **mounted}) as port:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            card = model_pb2_grpc.ModelServiceStub(channel).GetModelCard(model_pb2.GetModelCardRequest())
+        with SyncClient(f"127.0.0.1:{port}") as client:
+            document = receipt_document(client.generate("a story", max_tokens=2))
+    assert len(card.receipt_keys) == 2
+    verify_receipt(document, [card.receipt_keys[0].public_key])
 
 
 def test_the_init_container_downloads_the_served_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

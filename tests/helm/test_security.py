@@ -56,12 +56,11 @@ def secrets_in(node: Any) -> set[str]:
 def test_secrets_come_from_the_values(release: Rendered) -> None:
     """The chart creates no Secret, and refers only to the Secrets in the values."""
     values = release.values
-    named = {values[section]["secret"] for section in ("apiKeys", "redis", "usage", "tls")}
+    sections = ("apiKeys", "receipts", "redis", "usage", "tls")
+    named = {values[section]["secret"] for section in sections}
     named |= {values["tls"]["clientCaSecret"], values["weights"]["hubToken"]["secret"], values["test"]["clientSecret"]}
     named |= {values["test"]["apiKey"]["secret"], values["test"]["caSecret"]}
     assert secrets_in(release.manifests) <= named - {""}
     assert not release.of("Secret")
-    server = {values[section]["secret"] for section in ("apiKeys", "redis", "usage", "tls")} | {
-        values["tls"]["clientCaSecret"]
-    }
+    server = {values[section]["secret"] for section in sections} | {values["tls"]["clientCaSecret"]}
     assert server - {""} <= secrets_in(release.pod)

@@ -128,7 +128,7 @@ class Client:
         request = build_request(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
         generate = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).Generate
         response = await self._unary(generate, request, timeout)
-        return Reply.from_proto(response.response, response.completion)
+        return Reply.from_proto(response.response, response.completion, request)
 
     def stream(
         self,

@@ -1,4 +1,4 @@
-"""The `llama2` command and its subcommands: generate, chat, card, tokens, usage, health, completion."""
+"""The `llama2` command and its subcommands: generate, chat, card, tokens, usage, verify, health, completion."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 from llama2_client.cli.connection import ClientCertificate, ServerConnection
 from llama2_client.cli.options import input_options, json_option, read_conversation, read_input, sampling_options
 from llama2_client.cli.usage_errors import CommandGroup, error_message, print_error_line
+from llama2_client.cli.verify import verify
 
 # gRPC is imported when a call starts, because the import is slow and `llama2 --help` does not need it.
 if TYPE_CHECKING:
@@ -130,6 +131,12 @@ def cli(
 @input_options
 @sampling_options
 @click.option("--no-stream", is_flag=True, help="Print the whole reply at its end instead of streaming it.")
+@click.option(
+    "--save-receipt",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write request, text and receipt to FILE, for `llama2 verify`.",
+)
 @json_option
 @click.pass_obj
 def generate(
@@ -139,6 +146,7 @@ def generate(
     messages: TextIO | None,
     raw: bool | None,
     no_stream: bool,
+    save_receipt: Path | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -151,6 +159,8 @@ def generate(
     "response". An error is {"error": STATUS} on standard error, with a google.rpc.Status.
     """
     prompt, conversation = read_input(text, messages)
+    if save_receipt is not None and not save_receipt.parent.is_dir():  # before the reply is paid for
+        raise click.UsageError(f"--save-receipt: directory {save_receipt.parent} does not exist; create it")
 
     async def call(client: Client) -> None:
         from llama2_client.cli import output
@@ -161,6 +171,9 @@ def generate(
         else:
             stream = client.stream(prompt, messages=conversation, raw=raw, **sampling)
             await output.print_stream(stream, as_json=as_json)
+            reply = stream.reply
+        if save_receipt is not None:
+            output.write_receipt(reply, save_receipt)
 
     connection.run(call, as_json=as_json)
 
@@ -285,6 +298,9 @@ def completion(shell: str) -> None:
     script = get_completion_class(shell)
     if script is not None:
         click.echo(script(cli, {}, PROGRAM, COMPLETION_VARIABLE).source())
+
+
+cli.add_command(verify)
 
 
 def main() -> None:

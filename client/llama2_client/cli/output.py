@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import click
 from google.protobuf.json_format import MessageToDict
@@ -13,6 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from llama2.v1 import account_pb2, model_pb2, text_generation_pb2
 from llama2_client.aio.reply_stream import ReplyStream
+from llama2_client.cli.usage_errors import print_error_line
 from llama2_client.reply import HealthStatus, Reply, TokenCount
 
 HEALTH_EXIT_CODES: Mapping[HealthStatus, int] = {
@@ -47,6 +49,18 @@ def print_reply(reply: Reply, *, as_json: bool) -> None:
     else:
         click.echo(reply.text)
         print_statistics(reply)
+
+
+def write_receipt(reply: Reply, file: Path) -> None:
+    """Write the document of a reply's receipt; exit with an error after the reply if that is not possible."""
+    from llama2_client.receipts import ReceiptError, receipt_document  # most calls need no receipt
+
+    try:
+        file.write_text(receipt_document(reply), encoding="utf-8")
+    except (ReceiptError, OSError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        print_error_line(f"--save-receipt: {file}: {reason}")
+        raise click.exceptions.Exit(1) from error
 
 
 def print_statistics(reply: Reply) -> None:

@@ -131,7 +131,7 @@ class SyncClient:
         request = build_request(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
         generate = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).Generate
         response = self._unary(generate, request, timeout)
-        return Reply.from_proto(response.response, response.completion)
+        return Reply.from_proto(response.response, response.completion, request)
 
     def stream(
         self,

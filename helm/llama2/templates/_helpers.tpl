@@ -155,6 +155,10 @@ resources: {requests: {storage: {{ .Values.data.size | quote }}}}
 {{- if $d.weights -}}{{- $_ := set $env "WEIGHTS" $d.weights -}}{{- end -}}
 {{- if $d.unauthenticated -}}{{- $_ := set $env "ALLOW_UNAUTHENTICATED" "true" -}}{{- end -}}
 {{- if $v.apiKeys.secret -}}{{- $_ := set $env "API_KEYS_FILE" (printf "/etc/llama2/keys/%s" $v.apiKeys.key) -}}{{- end -}}
+{{- if $v.receipts.secret -}}
+{{- $_ := set $env "RECEIPT_KEY" (printf "/etc/llama2/receipts/%s" $v.receipts.key) -}}
+{{- $_ := set $env "RECEIPT_PUBLIC_KEYS" "/etc/llama2/receipts" -}}
+{{- end -}}
 {{- if $v.tls.secret -}}
 {{- $_ := set $env "TLS_CERTIFICATE" "/etc/llama2/tls/tls.crt" -}}
 {{- $_ := set $env "TLS_KEY" "/etc/llama2/tls/tls.key" -}}

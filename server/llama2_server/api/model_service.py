@@ -11,6 +11,7 @@ from llama2_server.card import SAMPLING_RANGES, ModelCard, Property
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind
 from llama2_server.errors import AccountDisabled, Unauthenticated
+from llama2_server.receipts.keys import ReceiptKeys
 from llama2_server.telemetry.call import CALL
 from llama2_server.usage.pricing import decimal_text
 
@@ -30,6 +31,7 @@ class Execution(NamedTuple):
     """The precision of the weights, such as "float16"."""
     step: StepKind
     fingerprint: Fingerprint
+    receipt_keys: ReceiptKeys | None
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -46,7 +48,9 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.GetModelCardResponse:
         """Return the card, with the quota of the calling account if the call identifies one."""
         execution = _execution_message(self._execution)
-        response = model_pb2.GetModelCardResponse(model_card=self._card_message, execution=execution)
+        response = model_pb2.GetModelCardResponse(
+            model_card=self._card_message, execution=execution, receipt_keys=_receipt_keys(self._execution.receipt_keys)
+        )
         try:
             account = self._authenticator.authenticate(context.invocation_metadata())
         except (Unauthenticated, AccountDisabled):
@@ -65,6 +69,11 @@ def _execution_message(execution: Execution) -> model_pb2.Execution:
         fingerprint=execution.fingerprint.value,
         fingerprint_inputs=[model_pb2.FingerprintInput(name=name, value=value) for name, value in inputs],
     )
+
+
+def _receipt_keys(keys: ReceiptKeys | None) -> list[model_pb2.ReceiptKey]:
+    listed = () if keys is None else keys.listed
+    return [model_pb2.ReceiptKey(key_id=key.key_id, public_key=key.raw) for key in listed]
 
 
 def _card_message(card: ModelCard) -> model_pb2.ModelCard:

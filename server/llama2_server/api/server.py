@@ -39,6 +39,7 @@ from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind
+from llama2_server.receipts.keys import ReceiptKeys
 from llama2_server.telemetry.telemetry import Telemetry
 from llama2_server.usage.ledger import Ledger
 
@@ -100,9 +101,12 @@ class Servicers(NamedTuple):
         model: TorchProperties,
         step: StepKind,
         fingerprint: Fingerprint,
+        receipt_keys: ReceiptKeys | None,
     ) -> "Servicers":
         """Return all servicers, which share the one of text generation."""
-        execution = Execution(str(model.device), str(model.dtype).removeprefix("torch."), step, fingerprint)
+        execution = Execution(
+            str(model.device), str(model.dtype).removeprefix("torch."), step, fingerprint, receipt_keys
+        )
         return cls(
             text_generation,
             ModelServicer(card, authenticator, quota, execution),

@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
@@ -26,6 +28,8 @@ from llama2_server.generation.reply import Reply, ReplyStats
 from llama2_server.generation.reply_source import ReplyRequest, ReplySource
 from llama2_server.generation.response_cache import CacheKey, ResponseCache
 from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.receipts.keys import ReceiptKeys
+from llama2_server.receipts.receipt import Statement, sign
 from llama2_server.telemetry.call import CALL, Attribute
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import decimal_text, neurons
@@ -37,6 +41,10 @@ _FINISH_REASONS = {
     FinishReason.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
     FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
 }
+
+
+# Fields that change how a reply is sent, but not the reply.
+UNSIGNED_FIELDS = frozenset(("idempotency_key", "resume_after_characters", "stream", "no_cache"))
 
 
 class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServicer):
@@ -56,11 +64,13 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         queue: RequestQueue,
         engine: SupervisedEngine,
         fingerprint: Fingerprint,
+        receipt_keys: ReceiptKeys | None,
     ) -> None:
         self._card = card
         self._authenticator = authenticator
         self._caches_responses = response_cache is not None
         self._fingerprint = fingerprint
+        self._receipt_keys = receipt_keys
         self._validator = RequestValidator(card, tokenizer)
         # One thread: several would only compete with the event loop for the interpreter.
         self._validation_thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
@@ -72,7 +82,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         """Return the whole reply in one message."""
         async with self.serve(request, context, streaming=False) as reply:
             text = "".join([delta async for delta in reply.deltas()])
-            return pb.GenerateResponse(response=text, completion=self._completion(reply.stats()))
+            return pb.GenerateResponse(response=text, completion=self._completion(request, reply.stats()))
 
     async def GenerateStream(  # type: ignore[override]  # writes to its context instead of yielding
         self, request: pb.GenerateRequest, context: Any
@@ -81,7 +91,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         async with self.serve(request, context, streaming=True) as reply:
             async for delta in reply.deltas():
                 await context.write(pb.GenerateStreamResponse(response=delta))
-            await context.write(pb.GenerateStreamResponse(completion=self._completion(reply.stats())))
+            await context.write(pb.GenerateStreamResponse(completion=self._completion(request, reply.stats())))
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """Return the input tokens of a request, and the output tokens that fit."""
@@ -121,9 +131,9 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._validation_thread, validate, request)
 
-    def _completion(self, stats: ReplyStats) -> pb.Completion:
+    def _completion(self, request: pb.GenerateRequest, stats: ReplyStats) -> pb.Completion:
         price = Decimal(0) if stats.cached else neurons(stats.tokens, self._card.neuron_costs)
-        return pb.Completion(
+        completion = pb.Completion(
             finish_reason=_FINISH_REASONS[stats.finish_reason],
             usage=pb.Usage(
                 input_tokens=stats.tokens.input_tokens,
@@ -141,6 +151,27 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
                 total_time=_duration(stats.total_seconds),
             ),
         )
+        if self._receipt_keys is not None:
+            receipt = sign(self._receipt_keys, _statement(request, completion, stats.text))
+            completion.receipt.CopyFrom(pb.Receipt(**receipt._asdict()))
+        return completion
+
+
+def _statement(request: pb.GenerateRequest, completion: pb.Completion, text: str) -> Statement:
+    """Return what a receipt states about a reply of this call."""
+    fields = MessageToDict(request, preserving_proto_field_name=True)
+    return Statement(
+        request={name: value for name, value in fields.items() if name not in UNSIGNED_FIELDS},
+        text=text,
+        seed=completion.seed,
+        fingerprint=completion.fingerprint or None,
+        input_tokens=completion.usage.input_tokens,
+        output_tokens=completion.usage.output_tokens,
+        neurons=completion.usage.neurons,
+        account_id=CALL.get().account_id or "",
+        request_id=completion.request_id,
+        time=datetime.now(UTC),
+    )
 
 
 def _deadline(context: Any) -> float | None:

@@ -9,6 +9,7 @@ from llama2_server.cli.commands import HELP_FLAGS, CommandGroup, error_message
 from llama2_server.cli.exit import EXIT_INTERRUPTED, exit_with_error
 from llama2_server.cli.keys import keys
 from llama2_server.cli.options import write_settings
+from llama2_server.cli.receipts import receipts
 from llama2_server.cli.serve import serve
 from llama2_server.cli.settings import settings
 from llama2_server.cli.usage.report import usage
@@ -63,7 +64,7 @@ def program() -> None:
     """
 
 
-for command in (serve, settings, keys, usage, weights):
+for command in (serve, settings, keys, receipts, usage, weights):
     program.add_command(command)
 
 

@@ -23,6 +23,7 @@ _METAVARS: Mapping[str, str] = {
     "_url": "URL",
     "_endpoint": "URL",
     "_directory": "DIRECTORY",
+    "_public_keys": "DIRECTORY",
     "listen": "HOST:PORT",
     "card": "CARD",
     "weights": "CHECKPOINT",

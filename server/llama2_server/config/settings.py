@@ -34,6 +34,7 @@ class Group(StrEnum):
     ACCOUNTS = "Accounts and quotas"
     USAGE = "Usage records"
     CACHE = "Response cache"
+    RECEIPTS = "Receipts"
     TELEMETRY = "Telemetry"
     QUEUE = "Queue and timeouts"
     CONNECTIONS = "Connection limits"
@@ -159,6 +160,13 @@ class Settings(BaseSettings):
     response_cache_max_entry_bytes: Annotated[PositiveInt, Group.CACHE] = 256 * 1024
     """Maximum size of a response that is cached in Redis, in bytes."""
 
+    receipt_key: Annotated[Path | None, Group.RECEIPTS] = None
+    """Private key that signs receipts; none by default.
+    `llama2-server receipts keygen` makes it. All replicas share one key."""
+    receipt_public_keys: Annotated[Path | None, Group.RECEIPTS] = None
+    """Directory of earlier public keys (*.pub).
+    GetModelCard lists them, so that old receipts stay valid. The public key of --receipt-key is listed in any case."""
+
     metrics_listen: Annotated[str | None, Group.TELEMETRY, AfterValidator(_host_and_port)] = None
     """Address of the Prometheus metrics, HTTP; no metrics by default. Prometheus scrapes the path /metrics."""
     otlp_endpoint: Annotated[str | None, Group.TELEMETRY] = None
@@ -226,6 +234,8 @@ class Settings(BaseSettings):
         if (self.tls_certificate is None) != (self.tls_key is None):
             missing = "--tls-key" if self.tls_key is None else "--tls-certificate"
             raise ValueError(f"{missing}: missing; TLS needs both --tls-certificate and --tls-key")
+        if self.receipt_public_keys is not None and self.receipt_key is None:
+            raise ValueError("--receipt-public-keys: needs --receipt-key, which signs the receipts")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("--tls-client-ca: mutual TLS also needs --tls-certificate and --tls-key")
         if self.max_connection_age_grace_seconds <= self.queue_timeout_seconds:

@@ -12,10 +12,12 @@ from llama2_server.usage.pricing import TokenUsage
 
 @dataclass(frozen=True, slots=True)
 class ReplyStats:
-    """Finish reason, tokens and times of a reply; times are seconds since the call started."""
+    """Finish reason, tokens, text and times of a reply; times are seconds since the call started."""
 
     finish_reason: FinishReason
     tokens: TokenUsage
+    text: str
+    """The whole text."""
     seed: int
     cached: bool
     """Whether the reply was computed for another call; its tokens are then free."""
@@ -63,6 +65,7 @@ class GeneratedReply:
         return ReplyStats(
             generation.finish_reason,
             generation.tokens,
+            generation.text,
             generation.params.seed,
             cached=self._shared,
             queue_seconds=max(0.0, generation.admitted_at - max(self._started_at, generation.queued_at)),
@@ -90,7 +93,8 @@ class CachedReply:
         """Return the statistics of the cached reply, with times of zero."""
         entry = self._entry
         tokens = TokenUsage(entry.input_tokens, entry.output_tokens)
-        return ReplyStats(FinishReason[entry.finish_reason], tokens, entry.seed, True, 0.0, 0.0, 0.0)
+        finish_reason = FinishReason[entry.finish_reason]
+        return ReplyStats(finish_reason, tokens, entry.text, entry.seed, True, 0.0, 0.0, 0.0)
 
 
 class RecordedReply:

@@ -15,6 +15,7 @@ from llama2_server.lifecycle.checks.checkpoint import check_checkpoint
 from llama2_server.lifecycle.checks.data_directory import check_data_directory
 from llama2_server.lifecycle.checks.ports import HeldPorts
 from llama2_server.lifecycle.checks.stores import check_stores
+from llama2_server.receipts.keys import ReceiptKeys, read_keys
 from llama2_server.telemetry.telemetry import check_endpoint
 from llama2_server.usage.store import Store
 
@@ -31,6 +32,8 @@ class StartupInputs:
     authenticator: Authenticator
     certificates: RotatingCertificates | None
     """The server's certificate; None for plaintext."""
+    receipt_keys: ReceiptKeys | None = None
+    """The keys of receipts; None: the service makes no receipts."""
     usage_store: Store | None = None
     """The store that `--usage-url` names, not connected; None: the data directory has the ledger."""
     ports: HeldPorts = field(default_factory=HeldPorts)
@@ -57,6 +60,7 @@ def check(settings: Settings) -> StartupInputs:
     card = attempt(lambda: load_card(settings.card))
     authenticator = attempt(lambda: _authenticator(settings))
     certificates = attempt(lambda: read_certificates(settings))
+    receipt_keys = attempt(lambda: read_receipt_keys(settings))
     attempt(lambda: check_endpoint(settings.otlp_endpoint))
     ports = attempt(lambda: HeldPorts.of(settings))
     attempt(lambda: check_data_directory(settings))
@@ -65,7 +69,16 @@ def check(settings: Settings) -> StartupInputs:
     attempt(lambda: check_stores(settings))
     if errors or card is None or authenticator is None or ports is None:
         raise ConfigurationError("\n".join(errors))
-    return StartupInputs(card, authenticator, certificates, create_usage_store(settings), ports)
+    return StartupInputs(card, authenticator, certificates, receipt_keys, create_usage_store(settings), ports)
+
+
+def read_receipt_keys(settings: Settings) -> ReceiptKeys | None:
+    """Read the keys of receipts that the settings name; None if they name none.
+
+    Raises:
+        ConfigurationError: a file cannot be used.
+    """
+    return None if settings.receipt_key is None else read_keys(settings.receipt_key, settings.receipt_public_keys)
 
 
 def create_usage_store(settings: Settings) -> Store | None:

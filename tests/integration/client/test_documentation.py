@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import inspect
 import re
 import sys
 import tomllib
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple
@@ -20,14 +22,17 @@ from google.rpc import error_details_pb2
 from tests.integration.client.cli.command import environment
 from tests.integration.client.cli.test_completion import BASH
 from tests.support.certificates import Authority
+from tests.support.receipt_vectors import KEYS, STATEMENT
 from tests.support.repository import ROOT
 from tests.support.scripted_server import ScriptedServer
 
 import llama2_client
+from llama2.v1 import text_generation_pb2
 from llama2_client import Client, GenerationOptions, Llama2Error
 from llama2_client.cli.chat_commands import HELP
 from llama2_client.cli.main import cli
 from llama2_server.errors import ServiceError
+from llama2_server.receipts.receipt import sign
 
 PAGE = ROOT / "docs" / "python-client.md"
 ADDRESS = "localhost:50051"
@@ -98,6 +103,12 @@ def script(server: ScriptedServer, section: str) -> None:
         retry = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=1))
         server.script_error(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", error_details_pb2.QuotaFailure(), retry)
         server.script_reply("Once upon a time.")
+    if section == "Receipts":
+        request = {"prompt": "Tell me a story about a fox."}
+        receipt = sign(KEYS, replace(STATEMENT, request=request, text="A fox."))
+        completion = text_generation_pb2.Completion(receipt=text_generation_pb2.Receipt(**receipt._asdict()))
+        server.script_reply("A fox.", completion=completion)
+        Path("receipts.key.pub").write_bytes(base64.b64encode(KEYS.public.raw))
 
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=names(SNIPPETS))
@@ -121,6 +132,8 @@ async def test_snippet_runs(
         assert capsys.readouterr().out == "top_p must be in (0, 1], got 1.5\n"
     if block.section == "Retries":
         assert capsys.readouterr().out == "Once upon a time.\n"
+    if block.section == "Receipts":
+        assert capsys.readouterr().out == f"{STATEMENT.time.replace(microsecond=0)} 42 7.7112\n"
 
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=names(PROGRAMS))

@@ -74,7 +74,7 @@ def test_descriptions_are_sentences() -> None:
 def test_help_lists_the_commands() -> None:
     """`--help` lists the commands in the order of their importance."""
     commands = sections_of(output("--help"))["Commands"]
-    assert [line.split()[0] for line in commands] == ["serve", "settings", "keys", "usage", "weights"]
+    assert [line.split()[0] for line in commands] == ["serve", "settings", "keys", "receipts", "usage", "weights"]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "tls_certificate": ("/one", "/two"),
     "tls_key": ("/one", "/two"),
     "tls_client_ca": ("/one", "/two"),
+    "receipt_key": ("/one", "/two"),
+    "receipt_public_keys": ("/one", "/two"),
     "health_listen": ("127.0.0.1:11", "127.0.0.1:12"),
     "metrics_listen": ("127.0.0.1:21", "127.0.0.1:22"),
     "otlp_endpoint": ("http://one:4317", "http://two:4317"),
@@ -69,6 +71,7 @@ NEEDS: Mapping[str, list[str]] = {
     "card": ["--weights", "somewhere"],
     "tls_certificate": ["--tls-key", "key.pem"],
     "tls_key": ["--tls-certificate", "certificate.pem"],
+    "receipt_public_keys": ["--receipt-key", "receipts.key"],
     "tls_client_ca": ["--tls-key", "key.pem", "--tls-certificate", "certificate.pem"],
 }
 

@@ -40,7 +40,8 @@ def rows(page: Path) -> list[list[str]]:
 
 def test_results_and_events() -> None:
     """A result and an event are one ASCII line of JSON each, also for characters at which some clients split lines."""
-    text, stats = "é\u2028\x85\n", ReplyStats(FinishReason.MAX_TOKENS, TokenUsage(8, 6), 1, False, 0, 0, 0)
+    text = "é\u2028\x85\n"
+    stats = ReplyStats(FinishReason.MAX_TOKENS, TokenUsage(8, 6), text, 1, False, 0, 0, 0)
     usage = {"prompt_tokens": 8, "completion_tokens": 6, "total_tokens": 14}
     body = envelope.result_body(text, stats)
     assert json.loads(body) == {

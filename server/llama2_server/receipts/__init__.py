@@ -1,0 +1,1 @@
+"""Receipts: signed statements of what this service replied to a request."""
