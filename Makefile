@@ -27,7 +27,7 @@ help:
 	@echo "make docs        generate the references of the API, settings and metrics, and the chart's copies of settings"
 	@echo "make lock        resolve the container's lock files"
 	@echo "make conformance run the conformance kit: this server, all clients, wrong servers and clients (conformance/README.md)"
-	@echo "make conformance-full  the same, and every case against every wrong server and client"
+	@echo "make conformance-full  the same, every case against every wrong server and client, and a million bodies"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model (under an hour on two cores)"
@@ -88,6 +88,7 @@ conformance: $(VENV)/.dev
 
 conformance-full: conformance
 	$(BIN)/python -m conformance mutants --full
+	$(BIN)/python -m conformance equivalence --bodies 1000000
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -131,6 +131,21 @@ def mutants(full: bool) -> None:
 
 
 @main.command()
+@click.option("--bodies", default=20_000, show_default=True, help="Number of JSON bodies.")
+@click.option("--seed", default=1, show_default=True, help="Selects the bodies.")
+@click.option(
+    "--json-share", default=20, show_default=True, help="One of this number of bodies also goes through Envoy."
+)
+def equivalence(bodies: int, seed: int, json_share: int) -> None:
+    """Compare the card's JSON Schema with this repository's server on generated bodies."""
+    from conformance.equivalence.command import compare  # its server needs torch
+
+    problems = asyncio.run(compare(bodies, seed, json_share, print))
+    print("\n".join(problems) or "the differences are the exceptions of text_generation.proto")
+    sys.exit(1 if problems else 0)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkpoint(folder: Path) -> None:
     """Write the made checkpoint, its card and API keys into FOLDER, for another server."""
