@@ -7,7 +7,6 @@ outweigh.
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,32 +23,40 @@ SCALE = WIDTH**0.5
 """The only non-zero element of a normalized hidden state."""
 CERTAIN = 40.0
 """Output weight of a certain successor: a logit of 640, or 128 at the highest temperature."""
-COPIED = ("generation_config.json", "tokenizer.model", "tokenizer_config.json")
-
-
-def demo_folder() -> Path:
-    """Return the folder of the demo model, whose tokenizer the checkpoint uses.
-
-    Raises:
-        FileNotFoundError: the server is not installed.
-    """
-    found = find_spec("llama2_server")  # the package is located and not imported
-    if found is None or found.origin is None:
-        raise FileNotFoundError("llama2_server: is not installed; run `make run` or install the extra [server]")
-    return Path(found.origin).parent / "demo"
+TOKENIZER = Path(__file__).with_name("tokenizer")
+"""A SentencePiece tokenizer of 2,560 pieces with Llama-2's settings. The cases count its tokens."""
+CONFIGURATION: dict[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "dtype": "float16",
+    "eos_token_id": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": WIDTH,
+    "initializer_range": 0.02,
+    "intermediate_size": FEED_FORWARD_WIDTH,
+    "max_position_embeddings": CONTEXT_LENGTH,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": WIDTH // 64,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": WIDTH // 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+}
 
 
 def make_checkpoint(folder: Path) -> None:
     """Write the checkpoint into a folder, which is created."""
-    demo = demo_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model"))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER / "tokenizer.model"))
     save_file(_tensors(tokenizer), folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((demo / "config.json").read_text())
-    config |= {"num_hidden_layers": 1, "tie_word_embeddings": False, "max_position_embeddings": CONTEXT_LENGTH}
+    config = CONFIGURATION | {"vocab_size": tokenizer.vocab_size()}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    for name in COPIED:
-        shutil.copy(demo / name, folder / name)
+    for path in TOKENIZER.iterdir():
+        shutil.copy(path, folder / path.name)
 
 
 def _tensors(tokenizer: sentencepiece.SentencePieceProcessor) -> dict[str, NDArray[np.float16]]:

@@ -1,7 +1,7 @@
 """The texts of the made checkpoint: each token has one successor, or two with fixed logits.
 
-The names are tokens of the demo tokenizer, where `▁` is a leading space. The successor depends only on the last token,
-so each token occurs at most once in all texts. A token without a successor ends the sequence.
+The names are tokens of the tokenizer in `tokenizer/`, where `▁` is a leading space. The successor depends only on the
+last token, so each token occurs at most once in all texts. A token without a successor ends the sequence.
 """
 
 from dataclasses import dataclass

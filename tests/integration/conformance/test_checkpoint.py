@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.service import script
-from conformance.service.checkpoint import make_checkpoint
+from conformance.service.checkpoint import TOKENIZER, make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,12 @@ def test_transformers_says_the_scripted_texts(checkpoint: Path) -> None:
         for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 5.0, "top_k": 0}):
             output = model.generate(**inputs, max_new_tokens=24, **sampling)[0, inputs["input_ids"].shape[1] :]
             assert tokenizer.convert_ids_to_tokens(output)[: len(pieces)] == pieces
+
+
+def test_the_tokenizer_belongs_to_the_kit(checkpoint: Path) -> None:
+    """The cases count tokens, so the kit has its own tokenizer, which does not change with the demo model."""
+    assert (checkpoint / "tokenizer.model").read_bytes() == (TOKENIZER / "tokenizer.model").read_bytes()
+    assert TOKENIZER.is_relative_to(Path(script.__file__).parent)
 
 
 def test_a_token_has_one_successor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from conformance.equivalence.command import ENOUGH_BODIES, compare
 from conformance.equivalence.fields import WRONG_VALUE
 from conformance.equivalence.oracle import ACCEPTED, REJECTED, Oracle
 from conformance.equivalence.run import Tally
-from conformance.service.checkpoint import demo_folder
+from conformance.service.checkpoint import TOKENIZER
 from conformance.service.launch import CARD, envoy_path
 
 PROTO = Path(__file__).parents[3] / "protos/llama2/v1/text_generation.proto"
@@ -27,7 +27,7 @@ async def test_the_differences_are_the_listed_exceptions() -> None:
 @pytest.mark.parametrize("rule", ["_max_tokens_exceptions", "_role_exceptions", "_field_exceptions"])
 def test_an_unlisted_difference_is_found(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule of the service that the list of exceptions lacks is a difference without an explanation."""
-    judge = Oracle(CARD, demo_folder() / "tokenizer.model")
+    judge = Oracle(CARD, TOKENIZER / "tokenizer.model")
     bodies = [make_body(1, number) for number in range(400)]
     decisions = [judge.judge(body).accepted for body in bodies]
     monkeypatch.setattr(oracle, rule, lambda _: iter(()))
@@ -47,7 +47,7 @@ def test_bodies_are_the_same_in_every_run() -> None:
 
 def test_bodies_lie_on_both_sides_of_schema_and_service() -> None:
     """Bodies are accepted by both, rejected by both, and accepted by only one of them."""
-    judge = Oracle(CARD, demo_folder() / "tokenizer.model")
+    judge = Oracle(CARD, TOKENIZER / "tokenizer.model")
     judgments = [judge.judge(make_body(1, number)) for number in range(2000)]
     counts = Counter((judgment.schema, judgment.accepted) for judgment in judgments)
     assert min(counts[schema, accepted] for schema in (True, False) for accepted in (True, False)) > 50
