@@ -100,15 +100,25 @@ class HealthStatus(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCount:
-    """The input tokens of a request and the largest possible `max_tokens`: 0 if the input does not fit the context."""
+    """The input tokens of a request, and what a call would cost and wait now."""
 
     input_tokens: int
-    max_output_tokens: int
+    max_output_tokens: int  # the largest possible `max_tokens`; 0 if the input does not fit the context
+    max_neurons: Decimal | None = None  # the highest price of a call; None if the input does not fit the context
+    requests_left: int | None = None  # calls that the quota allows now; None if the quota store does not answer
+    estimated_queue_time_seconds: float | None = None  # 0 if a slot is free; None if the server is shutting down
 
     @classmethod
     def from_proto(cls, response: text_generation_pb2.CountTokensResponse) -> TokenCount:
-        """Return the counts of a protobuf message."""
-        return cls(input_tokens=response.input_tokens, max_output_tokens=response.max_output_tokens)
+        """Return the counts of a protobuf message; a value that the server did not send is None."""
+        queue_time = _seconds(response.estimated_queue_time) if response.HasField("estimated_queue_time") else None
+        return cls(
+            input_tokens=response.input_tokens,
+            max_output_tokens=response.max_output_tokens,
+            max_neurons=Decimal(response.max_neurons) if response.max_neurons else None,
+            requests_left=response.requests_left if response.HasField("requests_left") else None,
+            estimated_queue_time_seconds=queue_time,
+        )
 
 
 def _seconds(duration: Duration) -> float:

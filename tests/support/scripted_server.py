@@ -185,7 +185,13 @@ class ScriptedServer(
         """Count every prompt as 20 tokens, unless the script ends with an error."""
         async for _ in self._play(request, context):
             pass
-        return text_generation_pb2.CountTokensResponse(input_tokens=20, max_output_tokens=2500)
+        return text_generation_pb2.CountTokensResponse(
+            input_tokens=20,
+            max_output_tokens=2500,
+            max_neurons="101.3472",
+            requests_left=3,
+            estimated_queue_time=Duration(seconds=4, nanos=500_000_000),
+        )
 
     async def GetModelCard(
         self, request: model_pb2.GetModelCardRequest, context: Context

@@ -226,18 +226,29 @@ def card(connection: ServerConnection, as_json: bool) -> None:
 
 @cli.command(short_help="Count the input tokens of TEXT.")
 @input_options
+@click.option("--max-tokens", type=int, metavar="N", help="Number of output tokens of the price; the card's default.")
 @json_option
 @click.pass_obj
 def tokens(
-    connection: ServerConnection, /, text: str | None, messages: TextIO | None, raw: bool | None, as_json: bool
+    connection: ServerConnection,
+    /,
+    text: str | None,
+    messages: TextIO | None,
+    raw: bool | None,
+    max_tokens: int | None,
+    as_json: bool,
 ) -> None:
-    """Count the input tokens of TEXT, or of standard input if TEXT is missing or "-", without generating a reply."""
+    """Count the input tokens of TEXT, or of standard input if TEXT is missing or "-", without generating a reply.
+
+    Also shows the highest price of a reply, the rest of the quota, and the estimated time in the queue.
+    """
     prompt, conversation = read_input(text, messages)
 
     async def call(client: Client) -> None:
         from llama2_client.cli import output
 
-        output.print_count(await client.count_tokens(prompt, messages=conversation, raw=raw), as_json=as_json)
+        count = await client.count_tokens(prompt, messages=conversation, raw=raw, max_tokens=max_tokens)
+        output.print_count(count, as_json=as_json)
 
     connection.run(call, as_json=as_json)
 

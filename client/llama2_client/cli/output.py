@@ -71,12 +71,33 @@ def print_statistics(reply: Reply) -> None:
 def print_count(count: TokenCount, *, as_json: bool) -> None:
     """Print the number of input tokens and the largest possible number of output tokens."""
     if as_json:
-        counts = (count.input_tokens, count.max_output_tokens)
-        _print_json(text_generation_pb2.CountTokensResponse(input_tokens=counts[0], max_output_tokens=counts[1]))
+        _print_json(_count_message(count))
     elif count.max_output_tokens > 0:
         click.echo(f"{count.input_tokens} input tokens; at most {count.max_output_tokens} output tokens")
+        if forecast := list(_forecast(count)):
+            print_note(" · ".join(forecast))
     else:
         click.echo(f"{count.input_tokens} input tokens; too many for the model's context")
+
+
+def _count_message(count: TokenCount) -> text_generation_pb2.CountTokensResponse:
+    message = text_generation_pb2.CountTokensResponse(
+        input_tokens=count.input_tokens, max_output_tokens=count.max_output_tokens, requests_left=count.requests_left
+    )
+    if count.max_neurons is not None:
+        message.max_neurons = str(count.max_neurons)
+    if count.estimated_queue_time_seconds is not None:
+        message.estimated_queue_time.FromNanoseconds(round(count.estimated_queue_time_seconds * 1e9))
+    return message
+
+
+def _forecast(count: TokenCount) -> Iterator[str]:
+    if count.max_neurons is not None:
+        yield f"at most {count.max_neurons} neurons"
+    if count.requests_left is not None:
+        yield f"{count.requests_left} requests left in this minute"
+    if count.estimated_queue_time_seconds is not None:
+        yield f"queue about {count.estimated_queue_time_seconds:.0f} s"
 
 
 def print_health(status: HealthStatus, *, as_json: bool) -> None:

@@ -170,10 +170,12 @@ class SyncClient:
         *,
         messages: Iterable[Message | Mapping[str, str]] | None = None,
         raw: bool | None = None,
+        max_tokens: int | None = None,
         timeout: float | None = None,
     ) -> TokenCount:
-        """Count the input tokens of a request without generating a reply."""
-        request = build_request(text_generation_pb2.CountTokensRequest(), prompt, messages, raw, {})
+        """Count the input tokens of a request, with the price of `max_tokens` output tokens, and generate nothing."""
+        options: GenerationOptions = {"max_tokens": max_tokens}
+        request = build_request(text_generation_pb2.CountTokensRequest(), prompt, messages, raw, options)
         count_tokens = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).CountTokens
         return TokenCount.from_proto(self._unary(count_tokens, request, timeout))
 

@@ -176,6 +176,11 @@ class RequestQueue(Collector):
         if self._closed:
             raise _shutting_down()
 
+    @property
+    def closed(self) -> bool:
+        """Whether new requests are rejected, because the server is shutting down."""
+        return self._closed
+
     def estimated_wait_seconds(self, account_id: str) -> float:
         """Return how long a new request of this account would wait; 0 before the first measurement."""
         order = self._waiting.next_order(account_id)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -23,6 +23,7 @@ from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason
 from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.errors import QuotaStoreUnavailable
 from llama2_server.generation.rejection import retry_times
 from llama2_server.generation.reply import Reply, ReplyStats
 from llama2_server.generation.reply_source import ReplyRequest, ReplySource
@@ -32,7 +33,7 @@ from llama2_server.receipts.keys import ReceiptKeys
 from llama2_server.receipts.receipt import Statement, sign
 from llama2_server.telemetry.call import CALL, Attribute
 from llama2_server.usage.ledger import Ledger
-from llama2_server.usage.pricing import decimal_text, neurons
+from llama2_server.usage.pricing import TokenUsage, decimal_text, neurons
 
 AnyRequestT = TypeVar("AnyRequestT", pb.GenerateRequest, pb.CountTokensRequest)
 T = TypeVar("T")
@@ -94,10 +95,19 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
             await context.write(pb.GenerateStreamResponse(completion=self._completion(request, reply.stats())))
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
-        """Return the input tokens of a request, and the output tokens that fit."""
-        CALL.get().account_id = self._authenticator.authenticate(context.invocation_metadata()).id
-        input_tokens, max_output_tokens = await self._validate(request, self._validator.validate_count_tokens)
-        return pb.CountTokensResponse(input_tokens=input_tokens, max_output_tokens=max_output_tokens)
+        """Return the input tokens of a request, the output tokens that fit, and what a call would meet now."""
+        account_id = self._authenticator.authenticate(context.invocation_metadata()).id
+        CALL.get().account_id = account_id
+        counts = await self._validate(request, self._validator.validate_count_tokens)
+        response = pb.CountTokensResponse(input_tokens=counts.input_tokens, max_output_tokens=counts.max_output_tokens)
+        if counts.max_output_tokens:
+            tokens = TokenUsage(counts.input_tokens, counts.priced_output_tokens)
+            response.max_neurons = decimal_text(neurons(tokens, self._card.neuron_costs))
+        with suppress(QuotaStoreUnavailable):
+            response.requests_left = (await self._quota.status(account_id)).remaining
+        if not self._queue.closed:
+            response.estimated_queue_time.CopyFrom(_duration(self._queue.estimated_wait_seconds(account_id)))
+        return response
 
     async def close(self) -> None:
         """Wait until every record is written and every complete reply is stored; call it after the last request."""

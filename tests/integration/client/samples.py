@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 from llama2.v1 import text_generation_pb2
-from llama2_client import FinishReason, GenerationOptions, Reply
+from llama2_client import FinishReason, GenerationOptions, Reply, TokenCount
 
 REPLY = Reply(
     text="Hello world",
@@ -21,6 +21,14 @@ REPLY = Reply(
     queue_time_seconds=0.25,
     time_to_first_token_seconds=0.5,
     total_time_seconds=2.0,
+)
+
+TOKEN_COUNT = TokenCount(
+    input_tokens=20,
+    max_output_tokens=2500,
+    max_neurons=Decimal("101.3472"),
+    requests_left=3,
+    estimated_queue_time_seconds=4.5,
 )
 
 EVERY_OPTION = GenerationOptions(

@@ -22,7 +22,7 @@ from google.rpc import error_details_pb2
 from tests.integration.client.cli.command import environment
 from tests.integration.client.cli.test_completion import BASH
 from tests.support.certificates import Authority
-from tests.support.receipt_vectors import KEYS, STATEMENT
+from tests.support.receipts.vectors import KEYS, STATEMENT
 from tests.support.repository import ROOT
 from tests.support.scripted_server import ScriptedServer
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from datetime import date
 
 import pytest
+from tests.integration.client.samples import TOKEN_COUNT
 from tests.support.scripted_server import CARD, USAGE, ScriptedServer
 
 from llama2.v1 import account_pb2, text_generation_pb2
-from llama2_client import Client, HealthStatus, Message, TokenCount
+from llama2_client import Client, HealthStatus, Message
 
 
-async def test_count_tokens_returns_both_counts(client: Client, server: ScriptedServer) -> None:
-    """The result has the input tokens and the largest possible output; only given fields are sent."""
-    assert await client.count_tokens("Hi", raw=True) == TokenCount(input_tokens=20, max_output_tokens=2500)
+async def test_count_tokens_returns_counts_and_forecast(client: Client, server: ScriptedServer) -> None:
+    """The result has the counts, the price, the quota and the queue time; only given fields are sent."""
+    assert await client.count_tokens("Hi", raw=True, max_tokens=256) == TOKEN_COUNT
     await client.count_tokens(messages=[Message("user", "Hi")])
     assert server.requests == [
-        text_generation_pb2.CountTokensRequest(prompt="Hi", raw=True),
+        text_generation_pb2.CountTokensRequest(prompt="Hi", raw=True, max_tokens=256),
         text_generation_pb2.CountTokensRequest(messages=[text_generation_pb2.ChatMessage(role="user", content="Hi")]),
     ]
 

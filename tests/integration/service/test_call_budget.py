@@ -14,7 +14,7 @@ from llama2.v1 import account_pb2, account_pb2_grpc, model_pb2
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys_file import new_key
-from llama2_server.api.validation.request_validator import RequestValidator
+from llama2_server.api.validation.request_validator import RequestTokens, RequestValidator
 
 Metadata = tuple[tuple[str, str], ...]
 VALID = pb.GenerateRequest(prompt="Hi", max_tokens=1)
@@ -113,7 +113,7 @@ async def test_long_conversations_are_validated_in_another_thread(
     threads: list[str] = []
     validate = RequestValidator.validate_count_tokens
 
-    def recorded(validator: RequestValidator, request: pb.CountTokensRequest) -> tuple[int, int]:
+    def recorded(validator: RequestValidator, request: pb.CountTokensRequest) -> RequestTokens:
         threads.append(threading.current_thread().name)
         return validate(validator, request)
 

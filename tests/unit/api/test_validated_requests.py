@@ -1,5 +1,7 @@
 """The prompts, parameters and token counts that validation returns."""
 
+from collections.abc import Callable
+
 import pytest
 from tests.unit.api.requests import user
 
@@ -77,15 +79,32 @@ def test_raw_text_is_not_changed(validator: RequestValidator, demo_tokenizer: To
 def test_count_tokens_agrees_with_generate(validator: RequestValidator, demo_tokenizer: Tokenizer) -> None:
     """CountTokens returns the number of tokens of Generate's prompt, and the largest max_tokens that fits."""
     prompt, _ = validator.validate_generate(pb.GenerateRequest(prompt="Hello there"), streaming=False)
-    input_tokens, max_output_tokens = validator.validate_count_tokens(pb.CountTokensRequest(prompt="Hello there"))
-    assert (input_tokens, max_output_tokens) == (len(prompt.token_ids), min(40, 60 - len(prompt.token_ids)))
+    counts = validator.validate_count_tokens(pb.CountTokensRequest(prompt="Hello there"))
+    assert counts[:2] == (len(prompt.token_ids), min(40, 60 - len(prompt.token_ids)))
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 40, 0, 41, 50, -1, 10**6])
+@pytest.mark.parametrize("prompt", ["Hello there", "many words " * 8])
+def test_the_priced_tokens_are_those_of_generate(validator: RequestValidator, prompt: str, max_tokens: int) -> None:
+    """CountTokens prices the `max_tokens` that Generate would use, and rejects what Generate rejects, in its words."""
+    generate = pb.GenerateRequest(prompt=prompt, max_tokens=max_tokens)
+    count = pb.CountTokensRequest(prompt=prompt, max_tokens=max_tokens)
+
+    def outcome(validate: Callable[[], int]) -> object:
+        try:
+            return validate()
+        except InvalidRequest as error:
+            return error.violations
+
+    expected = outcome(lambda: validator.validate_generate(generate, streaming=False)[1].max_tokens)
+    assert outcome(lambda: validator.validate_count_tokens(count).priced_output_tokens) == expected
 
 
 def test_count_tokens_counts_prompts_beyond_the_context(validator: RequestValidator) -> None:
     """A prompt that does not fit is counted, and no output tokens fit."""
-    input_tokens, max_output_tokens = validator.validate_count_tokens(pb.CountTokensRequest(prompt="many words " * 30))
-    assert input_tokens > 60
-    assert max_output_tokens == 0
+    counts = validator.validate_count_tokens(pb.CountTokensRequest(prompt="many words " * 30, max_tokens=40))
+    assert counts.input_tokens > 60
+    assert counts[1:] == (0, 0)
 
 
 def test_count_tokens_rejects_extremely_long_prompts(validator: RequestValidator) -> None:

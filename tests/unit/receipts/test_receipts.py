@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from tests.support.receipt_vectors import KEYS, OTHER_KEYS, REQUESTS, STATEMENT, VECTORS, document_with, signed, text
+from tests.support.receipts.vectors import KEYS, OTHER_KEYS, REQUESTS, STATEMENT, VECTORS, document_with, signed, text
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client.receipts import ReceiptError, verify_receipt

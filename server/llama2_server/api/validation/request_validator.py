@@ -7,13 +7,19 @@ The order keeps a rejected request cheap: bounds on counts, then schema and rule
 import secrets
 from collections.abc import Iterable
 from itertools import chain, islice
+from typing import NamedTuple
 
 from google.protobuf.json_format import MessageToDict
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.api.validation.bounds import Bounds, prompt_field
 from llama2_server.api.validation.card_schema import MAX_VIOLATIONS, CardSchema
-from llama2_server.api.validation.rules import AnyRequest, input_violations, parameter_violations
+from llama2_server.api.validation.rules import (
+    AnyRequest,
+    input_violations,
+    max_tokens_violations,
+    parameter_violations,
+)
 from llama2_server.card import SAMPLING_RANGES, ModelCard
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.text.tokenizer import ChatMessage, Tokenizer
@@ -22,6 +28,16 @@ from llama2_server.generation.prompt import Prompt
 
 CHEAP_MESSAGES = 50
 CHEAP_CHARACTERS = 8192
+
+
+class RequestTokens(NamedTuple):
+    """The tokens of a request without a reply."""
+
+    input_tokens: int
+    max_output_tokens: int
+    """The largest `max_tokens` that fits; 0 if the prompt does not fit."""
+    priced_output_tokens: int
+    """The output tokens of the most expensive reply to this request; 0 if the prompt does not fit."""
 
 
 class RequestValidator:
@@ -47,17 +63,22 @@ class RequestValidator:
             raise InvalidRequest(violations)
         return prompt, self._params(request, len(prompt.token_ids))
 
-    def validate_count_tokens(self, request: pb.CountTokensRequest) -> tuple[int, int]:
-        """Return the number of input tokens, and the largest `max_tokens` that fits; 0 if the prompt does not fit.
+    def validate_count_tokens(self, request: pb.CountTokensRequest) -> RequestTokens:
+        """Count the input tokens and the possible output tokens of a request.
 
         Raises:
             InvalidRequest: as `validate_generate`. A prompt that exceeds the context is counted, unless its size alone
                 shows that it cannot fit.
         """
-        self._check_input(request)
+        self._check_input(request, max_tokens_violations(request, self._card.sequence_length_limit))
         input_tokens = len(self._encode(request).token_ids)
         room = self._card.context_length_limit - input_tokens
-        return input_tokens, max(0, min(room, self._card.sequence_length_limit))
+        if room < 1:
+            return RequestTokens(input_tokens, 0, 0)
+        if violations := self._token_violations(request, input_tokens):
+            raise InvalidRequest(violations)
+        largest = min(room, self._card.sequence_length_limit)
+        return RequestTokens(input_tokens, largest, self._max_tokens(request, room))
 
     def is_costly(self, request: AnyRequest) -> bool:
         """Return whether validation takes so long that it belongs in another thread."""
@@ -89,7 +110,7 @@ class RequestValidator:
         system = [ChatMessage("system", system_prompt)] if system_prompt is not None else []
         return [*system, ChatMessage("user", request.prompt)]
 
-    def _token_violations(self, request: pb.GenerateRequest, input_tokens: int) -> list[Violation]:
+    def _token_violations(self, request: AnyRequest, input_tokens: int) -> list[Violation]:
         limit = self._card.context_length_limit
         room = limit - input_tokens
         if room < 1:
@@ -100,14 +121,19 @@ class RequestValidator:
             return [Violation("max_tokens", f"must be at most {room}, got {request.max_tokens}: {reason}")]
         return []
 
+    def _max_tokens(self, request: AnyRequest, room: int) -> int:
+        """Return the request's `max_tokens`, or the card's default as far as it fits."""
+        if request.HasField("max_tokens"):
+            return request.max_tokens
+        return min(self._card.default_max_tokens, self._card.sequence_length_limit, room)
+
     def _params(self, request: pb.GenerateRequest, input_tokens: int) -> GenerationParams:
         room = self._card.context_length_limit - input_tokens
-        default_max_tokens = min(self._card.default_max_tokens, self._card.sequence_length_limit, room)
         sources = {
             name: request if request.HasField(name) else self._card.generation_config for name in SAMPLING_RANGES
         }
         return GenerationParams(
-            max_tokens=request.max_tokens if request.HasField("max_tokens") else default_max_tokens,
+            max_tokens=self._max_tokens(request, room),
             seed=request.seed if request.HasField("seed") else secrets.randbits(64),
             stop=tuple(request.stop),
             **{name: getattr(source, name) for name, source in sources.items()},

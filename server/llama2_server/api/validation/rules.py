@@ -41,14 +41,19 @@ def parameter_violations(request: pb.GenerateRequest, max_tokens_limit: int, *, 
     if request.HasField("stream") and request.stream != streaming:
         method = "GenerateStream" if request.stream else "Generate"
         yield Violation("stream", f"is {str(request.stream).lower()}; call {method} instead, or leave it unset")
-    if request.HasField("max_tokens") and not 1 <= request.max_tokens <= max_tokens_limit:
-        yield Violation("max_tokens", f"must be in [1, {max_tokens_limit}], got {request.max_tokens}")
+    yield from max_tokens_violations(request, max_tokens_limit)
     for name, allowed in SAMPLING_RANGES.items():
         if request.HasField(name) and getattr(request, name) not in allowed:
             yield Violation(name, f"must be {allowed}, got {getattr(request, name):g}")
     for index, stop in enumerate(request.stop[:MAX_STOPS]):
         if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
             yield Violation(f"stop[{index}]", f"must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(stop)}")
+
+
+def max_tokens_violations(request: AnyRequest, limit: int) -> Iterator[Violation]:
+    """Yield the violation of a `max_tokens` that no prompt allows."""
+    if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limit:
+        yield Violation("max_tokens", f"must be in [1, {limit}], got {request.max_tokens}")
 
 
 def _has_control_tag(text: str) -> bool:

@@ -50,14 +50,21 @@ async def test_card_is_readable(server: ScriptedServer) -> None:
 
 
 async def test_tokens_prints_both_counts(server: ScriptedServer) -> None:
-    """`tokens` prints the input tokens and the largest possible output, as text or as JSON."""
+    """`tokens` prints the counts and the forecast of a call, as text or as JSON."""
     plain, as_json = await asyncio.gather(
         run(server.address, "tokens", "Hi"),
-        run(server.address, "tokens", "-", "--raw", "--json", stdin=b"Hi"),
+        run(server.address, "tokens", "-", "--raw", "--json", "--max-tokens", "9", stdin=b"Hi"),
     )
     assert plain.out == "20 input tokens; at most 2500 output tokens\n"
-    assert json.loads(as_json.out) == {"input_tokens": 20, "max_output_tokens": 2500}
-    assert text_generation_pb2.CountTokensRequest(prompt="Hi", raw=True) in server.requests
+    assert "at most 101.3472 neurons · 3 requests left in this minute · queue about 4 s" in plain.err
+    assert json.loads(as_json.out) == {
+        "input_tokens": 20,
+        "max_output_tokens": 2500,
+        "max_neurons": "101.3472",
+        "requests_left": 3,
+        "estimated_queue_time": "4.500s",
+    }
+    assert text_generation_pb2.CountTokensRequest(prompt="Hi", raw=True, max_tokens=9) in server.requests
 
 
 async def test_health_sets_the_exit_code(server: ScriptedServer) -> None:

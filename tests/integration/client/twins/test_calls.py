@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtobufMessage
 from google.rpc import error_details_pb2
-from tests.integration.client.samples import EVERY_OPTION, EVERY_OPTION_REQUEST, REPLY
+from tests.integration.client.samples import EVERY_OPTION, EVERY_OPTION_REQUEST, REPLY, TOKEN_COUNT
 from tests.integration.client.twins.twin import Twin
 from tests.support.scripted_server import CARD, USAGE, ScriptedServer
 
@@ -25,7 +25,6 @@ from llama2_client import (
     Llama2Error,
     Message,
     SyncClient,
-    TokenCount,
 )
 
 RETRY = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=11, nanos=500_000_000))
@@ -45,7 +44,7 @@ async def test_every_call_returns_its_result(twin: Twin, server: ScriptedServer)
     deltas: list[str] = []
     assert await twin.read(deltas, "Hi", raw=True) == REPLY
     assert deltas == ["Hello", " world"]
-    assert await twin.call("count_tokens", "Hi") == TokenCount(input_tokens=20, max_output_tokens=2500)
+    assert await twin.call("count_tokens", "Hi") == TOKEN_COUNT
     assert await twin.call("model_card") == CARD
     assert await twin.call("usage", since=date(2026, 11, 2)) == USAGE
     assert await twin.call("health") is HealthStatus.SERVING

@@ -1,6 +1,6 @@
 """The test vectors of receipts, for every language.
 
-    python -m tests.support.receipt_vectors      # write them again, only if the format is meant to change
+    python -m tests.support.receipts.vectors      # write them again, only if the format is meant to change
 
 The keys follow from fixed numbers, and Ed25519 signatures are deterministic: a server always makes these bytes.
 """
