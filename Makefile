@@ -12,7 +12,7 @@ SOURCES := server client tests tools benchmarks examples conformance hatch_build
 PROTOS := $(wildcard protos/llama2/*/*.proto protos/llama2/*/*/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
-.PHONY: run quick test chaos soak audit check format proto docs lock conformance conformance-full bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test chaos soak determinism audit check format proto docs lock conformance conformance-full bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -20,6 +20,7 @@ help:
 	@echo "make check       check format, lint, types, import rules, names, English, references, contract and container files"
 	@echo "make test        run all checks, then all tests"
 	@echo "make chaos       kill and flood real servers, stop their stores, fill their disk; check the promises (docs/reliability.md)"
+	@echo "make determinism compare 100,000 texts of equal and of different fingerprints (docs/exactly-once.md)"
 	@echo "make soak        mixed traffic for 20 minutes; check that memory, files and threads do not grow"
 	@echo "make audit       write the SBOMs of the container's packages, and look for known vulnerabilities"
 	@echo "make format      format the code and the contract"
@@ -46,6 +47,9 @@ test: check
 # Without gRPC's own lines about the connections that the scenes break.
 chaos: $(VENV)/.dev
 	GRPC_VERBOSITY=NONE GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m tests.reliability.chaos $(ARGS)
+
+determinism: $(VENV)/.dev
+	$(BIN)/python -m tests.reliability.determinism $(ARGS)
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.reliability.soak $(ARGS)
