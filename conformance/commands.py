@@ -140,9 +140,26 @@ def equivalence(bodies: int, seed: int, json_share: int) -> None:
     """Compare the card's JSON Schema with this repository's server on generated bodies."""
     from conformance.equivalence.command import compare  # its server needs torch
 
-    problems = asyncio.run(compare(bodies, seed, json_share, print))
+    problems = asyncio.run(compare(bodies, seed, json_share, lambda line: print(line, flush=True)))
     print("\n".join(problems) or "the differences are the exceptions of text_generation.proto")
     sys.exit(1 if problems else 0)
+
+
+@main.command()
+@click.argument("name", type=click.Choice(["transformers", "llama.cpp"]))
+@report_options
+def peers(name: str, **options: Any) -> None:
+    """Run the text cases against another program that serves the made checkpoint."""
+    from conformance.peers.run import run_peer  # the checkpoint needs numpy and SentencePiece
+
+    try:
+        results = asyncio.run(run_peer(name))
+    except ImportError as error:
+        raise click.ClickException(f"{name}: {error}; install its packages (conformance/README.md)") from error
+    for result in results:
+        for difference in result.differences:
+            print(f"{result.case.name}: {difference}", file=sys.stderr)
+    _finish(results, options["json_report"], options["junit"])
 
 
 @main.command()

@@ -17,9 +17,13 @@ from conformance.server_runner.target import Target
 from llama2.v1 import text_generation_pb2 as pb
 
 SERVICE = "/llama2.v1.TextGenerationService"
-CALLS_AT_ONCE = 16
+CALLS_AT_ONCE = 6
 MAX_PROBLEMS = 20
 DEADLINE_SECONDS = 60
+ATTEMPTS = 20
+RETRY_SECONDS = 1.0
+TRANSIENT = {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
+TRANSIENT_HTTP = {429, 503, 504}
 
 
 @dataclass(slots=True)
@@ -39,7 +43,7 @@ class Tally:
         read = as_envoy_reads(body) if route == "JSON" else body
         judgment = oracle.judge(read)
         if decision != judgment.accepted:
-            why = ", ".join(sorted(judgment.exceptions)) or f"the schema says {judgment.schema}"
+            why = ", ".join(sorted(judgment.exceptions)) or f"the schema returns {judgment.schema}"
             return f"want {judgment.accepted} ({why}), got {decision}"
         self.bodies[route, judgment.accepted] += 1
         if read != body:
@@ -89,7 +93,7 @@ async def run_equivalence(
             body = make_body(seed, number)
             routes = ["gRPC", "JSON"] if number % json_share == 0 and target.http is not None else ["gRPC"]
             for route in routes:
-                decision = await (calls.grpc(body) if route == "gRPC" else calls.json(body))
+                decision = await calls.decide(route, body)
                 if problem := tally.compare(route, body, decision, oracle):
                     text = json.dumps(body)
                     tally.problems.append(f"{route}: body {number} of seed {seed}: {problem}: {text[:200]}")
@@ -97,6 +101,10 @@ async def run_equivalence(
 
     await asyncio.gather(*(work(numbers) for _ in range(CALLS_AT_ONCE)))
     return tally
+
+
+class _OverloadedError(Exception):
+    """The server or the gateway has no time for the call."""
 
 
 class _Calls:
@@ -111,7 +119,17 @@ class _Calls:
             for stream in (False, True)
         }
 
-    async def grpc(self, body: Any) -> bool | str:
+    async def decide(self, route: str, body: Any) -> bool | str:
+        """Return the decision; a server without time repeats its answer later."""
+        for _ in range(ATTEMPTS):
+            try:
+                return await (self._grpc(body) if route == "gRPC" else self._json(body))
+            except _OverloadedError as error:
+                last = str(error)
+                await asyncio.sleep(RETRY_SECONDS)
+        return last
+
+    async def _grpc(self, body: Any) -> bool | str:
         """Parse the body as protobuf's JSON, and call the method that `stream` selects."""
         try:
             request = Parse(json.dumps(body), pb.GenerateRequest(), ignore_unknown_fields=True)
@@ -122,15 +140,20 @@ class _Calls:
             async for _ in method(request.SerializeToString(), metadata=self._metadata, timeout=DEADLINE_SECONDS):
                 pass
         except grpc.aio.AioRpcError as error:
-            return False if error.code() == grpc.StatusCode.INVALID_ARGUMENT else f"{error.code()}: {error.details()}"
+            code = error.code().name
+            if code in TRANSIENT:
+                raise _OverloadedError(f"{code}: {error.details()}") from error
+            return False if code == "INVALID_ARGUMENT" else f"{code}: {error.details()}"
         return True
 
-    async def json(self, body: Any) -> bool | str:
+    async def _json(self, body: Any) -> bool | str:
         """Post the body to the gateway."""
         if self._http is None:
             return "no gateway"
         headers = {"content-type": "application/json", **dict(self._metadata)}
         reply = await self._http.post("/v1/generate", content=json.dumps(body), headers=headers)
+        if reply.status_code in TRANSIENT_HTTP:
+            raise _OverloadedError(f"{reply.status_code}: {reply.text[:200]}")
         if reply.status_code not in {200, 400}:
             return f"{reply.status_code}: {reply.text[:200]}"
         return reply.status_code == 200

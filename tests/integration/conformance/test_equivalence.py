@@ -34,7 +34,7 @@ def test_an_unlisted_difference_is_found(rule: str, monkeypatch: pytest.MonkeyPa
     tally = Tally()
     found = [tally.compare("gRPC", *pair, judge) for pair in zip(bodies, decisions, strict=True)]
     problems = [problem for problem in found if problem is not None]
-    assert "want True (the schema says True), got False" in problems
+    assert "want True (the schema returns True), got False" in problems
     assert all(problem.startswith("want True (") and problem.endswith("got False") for problem in problems)
 
 
