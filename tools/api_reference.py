@@ -20,6 +20,7 @@ from google.protobuf.descriptor_pb2 import (
 from google.rpc import status_pb2
 
 from llama2_server.errors import (
+    IdempotencyKeyReused,
     InvalidRequest,
     QueueFull,
     QueueWaitTooLong,
@@ -46,6 +47,7 @@ ARGUMENTS: dict[type[ServiceError], tuple[Any, ...]] = {
     QueueWaitTooLong: ("", 1.0),
     ShuttingDown: ("",),
     TooManyRequests: ("", 1.0),
+    IdempotencyKeyReused: ("prompt",),
     UnknownModel: ("@cf/meta/llama-2-7b-chat-fp16",),
 }
 HEAD = """\

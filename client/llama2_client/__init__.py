@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llama2_client.errors import (
         ConnectionProblem,
         DeadlineExceeded,
+        FailedPrecondition,
         InternalError,
         InvalidRequest,
         Llama2Error,
@@ -47,6 +48,7 @@ __all__ = [
     "Client",
     "ConnectionProblem",
     "DeadlineExceeded",
+    "FailedPrecondition",
     "FinishReason",
     "GenerationOptions",
     "HealthStatus",

@@ -10,6 +10,7 @@
     │   └── TooManyRequests      too many calls that generate nothing
     ├── Unavailable            UNAVAILABLE: the server is unreachable, loading or shutting down
     ├── DeadlineExceeded       DEADLINE_EXCEEDED: the call's deadline passed
+    ├── FailedPrecondition     FAILED_PRECONDITION: a broken stream cannot be continued
     ├── InternalError          INTERNAL: the server failed
     └── Unimplemented          UNIMPLEMENTED: the server does not have the method
 
@@ -145,6 +146,15 @@ class DeadlineExceeded(Llama2Error):
     default_code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+class FailedPrecondition(Llama2Error):
+    """Raised if a stream that broke off cannot be continued: its key has expired, or the model has changed.
+
+    Send the request again; it is a new call.
+    """
+
+    default_code = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class InternalError(Llama2Error):
     """Raised if the server fails or ends a stream without a completion.
 
@@ -172,6 +182,7 @@ _BY_CODE: dict[grpc.StatusCode, type[Llama2Error]] = {
         ResourceExhausted,
         Unavailable,
         DeadlineExceeded,
+        FailedPrecondition,
         InternalError,
         Unimplemented,
     )

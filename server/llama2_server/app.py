@@ -15,6 +15,7 @@ from llama2_server.config.settings import Settings
 from llama2_server.engine.engine import Engine
 from llama2_server.generation.response_cache import ResponseCache, ResponseCacheCollector
 from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.idempotency.keyed_replies import IdempotencyOptions
 from llama2_server.lifecycle.banner import print_banner
 from llama2_server.lifecycle.drain import drain
 from llama2_server.lifecycle.model_loading import Load, LoadedModel, load_in_thread, load_model
@@ -123,8 +124,9 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     health, queue, engine = service.health, service.queue, service.engine
     quota, ledger, cache = service.quota, service.ledger, service.response_cache
     proof = (loaded.fingerprint, service.inputs.receipt_keys)
+    options = IdempotencyOptions.of(settings)
     text_generation = TextGenerationServicer(
-        card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, *proof
+        card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, *proof, options
     )
     model = (loaded.model, engine.step_kind, *proof)
     servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, *model)

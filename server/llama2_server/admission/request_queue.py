@@ -49,7 +49,8 @@ class RequestQueue(Collector):
         self.retry_times = RetryTimes()
         """The times at which rejected calls are told to return."""
         self._waits = WaitEstimate(slots, self._waiting, self.retry_times)
-        self._closed = False
+        self.on_contention: Callable[[], None] = lambda: None  # a request may have to wait, or the queue closes
+        self.closed = False
         self._grant_retry: asyncio.TimerHandle | None = None
 
     @property
@@ -89,6 +90,8 @@ class RequestQueue(Collector):
             ShuttingDown: the server is shutting down.
         """
         self.check_open()
+        if self._occupied() >= self._slots:
+            self.on_contention()
         returning = self.retry_times.claim(call_key, _now())
         displaces = not self._has_space(returning=returning is not None)
         if displaces and not self._waiting.may_displace(account_id, counts_displacing=True):
@@ -163,7 +166,8 @@ class RequestQueue(Collector):
 
     def close(self) -> None:
         """Reject queued and new requests with ShuttingDown; requests that hold a slot finish."""
-        self._closed = True
+        self.closed = True
+        self.on_contention()
         for reservation in self._waiting.clear():
             reservation.reject(_shutting_down())
 
@@ -173,13 +177,8 @@ class RequestQueue(Collector):
         Raises:
             ShuttingDown: the server is shutting down.
         """
-        if self._closed:
+        if self.closed:
             raise _shutting_down()
-
-    @property
-    def closed(self) -> bool:
-        """Whether new requests are rejected, because the server is shutting down."""
-        return self._closed
 
     def estimated_wait_seconds(self, account_id: str) -> float:
         """Return how long a new request of this account would wait; 0 before the first measurement."""

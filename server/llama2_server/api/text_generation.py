@@ -3,25 +3,20 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
-from decimal import Decimal
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
-
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.json_format import MessageToDict
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
 from llama2_server.admission.accounts import Authenticator
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
+from llama2_server.api.completion import Completions, compared_fields, duration
 from llama2_server.api.validation.request_validator import RequestValidator
 from llama2_server.card import ModelCard
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import FinishReason
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.errors import QuotaStoreUnavailable
 from llama2_server.generation.rejection import retry_times
@@ -29,23 +24,15 @@ from llama2_server.generation.reply import Reply, ReplyStats
 from llama2_server.generation.reply_source import ReplyRequest, ReplySource
 from llama2_server.generation.response_cache import CacheKey, ResponseCache
 from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.idempotency.keyed_replies import IdempotencyOptions, KeyedReplies
+from llama2_server.idempotency.request import KeyedRequest, key_digest
 from llama2_server.receipts.keys import ReceiptKeys
-from llama2_server.receipts.receipt import Statement, sign
-from llama2_server.telemetry.call import CALL, Attribute
+from llama2_server.telemetry.call import CALL, Attribute, Call
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import TokenUsage, decimal_text, neurons
 
 AnyRequestT = TypeVar("AnyRequestT", pb.GenerateRequest, pb.CountTokensRequest)
 T = TypeVar("T")
-_FINISH_REASONS = {
-    FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
-    FinishReason.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
-    FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
-}
-
-
-# Fields that change how a reply is sent, but not the reply.
-UNSIGNED_FIELDS = frozenset(("idempotency_key", "resume_after_characters", "stream", "no_cache"))
 
 
 class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServicer):
@@ -66,24 +53,28 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         engine: SupervisedEngine,
         fingerprint: Fingerprint,
         receipt_keys: ReceiptKeys | None,
+        idempotency: IdempotencyOptions,
     ) -> None:
         self._card = card
         self._authenticator = authenticator
         self._caches_responses = response_cache is not None
         self._fingerprint = fingerprint
-        self._receipt_keys = receipt_keys
+        self._completions = Completions(card, fingerprint, receipt_keys)
         self._validator = RequestValidator(card, tokenizer)
         # One thread: several would only compete with the event loop for the interpreter.
         self._validation_thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
         self._quota = quota
         self._queue = queue
         self._replies = ReplySource(tokenizer, quota, response_cache, ledger, queue, engine, card.name)
+        self._keyed = KeyedReplies(
+            self._replies, ledger, quota, queue, card.name, lambda: fingerprint.value, idempotency
+        )
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Return the whole reply in one message."""
         async with self.serve(request, context, streaming=False) as reply:
             text = "".join([delta async for delta in reply.deltas()])
-            return pb.GenerateResponse(response=text, completion=self._completion(request, reply.stats()))
+            return pb.GenerateResponse(response=text, completion=self._completions.of(request, reply))
 
     async def GenerateStream(  # type: ignore[override]  # writes to its context instead of yielding
         self, request: pb.GenerateRequest, context: Any
@@ -92,7 +83,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         async with self.serve(request, context, streaming=True) as reply:
             async for delta in reply.deltas():
                 await context.write(pb.GenerateStreamResponse(response=delta))
-            await context.write(pb.GenerateStreamResponse(completion=self._completion(request, reply.stats())))
+            await context.write(pb.GenerateStreamResponse(completion=self._completions.of(request, reply)))
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """Return the input tokens of a request, the output tokens that fit, and what a call would meet now."""
@@ -106,11 +97,12 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         with suppress(QuotaStoreUnavailable):
             response.requests_left = (await self._quota.status(account_id)).remaining
         if not self._queue.closed:
-            response.estimated_queue_time.CopyFrom(_duration(self._queue.estimated_wait_seconds(account_id)))
+            response.estimated_queue_time.CopyFrom(duration(self._queue.estimated_wait_seconds(account_id)))
         return response
 
     async def close(self) -> None:
         """Wait until every record is written and every complete reply is stored; call it after the last request."""
+        await self._keyed.close()
         await self._replies.close()
         self._validation_thread.shutdown(wait=False)
 
@@ -124,14 +116,14 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
             validate = partial(self._validator.validate_generate, streaming=streaming)
             prompt, params = await self._validate(request, validate)
             key = None
-            if self._caches_responses and not request.no_cache:
+            if self._caches_responses and (request.idempotency_key or not request.no_cache):
                 seeded = request.HasField("seed")
                 model = f"{self._card.name} {self._fingerprint.cache_identity}"
                 key = CacheKey.of(account.id, model, prompt, params, seeded=seeded)
         call.request = _span_attributes(params, streaming=streaming)
-        reply_request = ReplyRequest(account.id, prompt, params, key, deadline)
+        reply_request = ReplyRequest(account.id, prompt, params, None if request.no_cache else key, deadline)
         times = retry_times(self._queue, self._quota, account.id, reply_request.call_key)
-        async with times, self._replies.reply(call, reply_request) as reply:
+        async with times, self._source(call, request, reply_request, key) as reply:
             yield reply
 
     async def _validate(self, request: AnyRequestT, validate: Callable[[AnyRequestT], T]) -> T:
@@ -141,47 +133,19 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._validation_thread, validate, request)
 
-    def _completion(self, request: pb.GenerateRequest, stats: ReplyStats) -> pb.Completion:
-        price = Decimal(0) if stats.cached else neurons(stats.tokens, self._card.neuron_costs)
-        completion = pb.Completion(
-            finish_reason=_FINISH_REASONS[stats.finish_reason],
-            usage=pb.Usage(
-                input_tokens=stats.tokens.input_tokens,
-                output_tokens=stats.tokens.output_tokens,
-                neurons=decimal_text(price),
-                reused_input_tokens=stats.reused_input_tokens,
-            ),
-            seed=stats.seed,
-            cached=stats.cached,
-            request_id=CALL.get().request_id,
-            fingerprint=self._fingerprint.value,
-            timings=pb.Timings(
-                queue_time=_duration(stats.queue_seconds),
-                time_to_first_token=_duration(stats.time_to_first_token_seconds),
-                total_time=_duration(stats.total_seconds),
-            ),
-        )
-        if self._receipt_keys is not None:
-            receipt = sign(self._receipt_keys, _statement(request, completion, stats.text))
-            completion.receipt.CopyFrom(pb.Receipt(**receipt._asdict()))
-        return completion
+    def _source(
+        self, call: Call, request: pb.GenerateRequest, reply_request: ReplyRequest, cache_key: CacheKey | None
+    ) -> AbstractAsyncContextManager[Reply]:
+        """Return the source of the reply; `cache_key` also of a request that does not use the response cache."""
+        if not request.HasField("idempotency_key"):
+            return self._replies.reply(call, reply_request)
 
+        def describe(request_id: str, stats: ReplyStats) -> bytes:
+            return self._completions.describe(request, request_id, stats).SerializeToString()
 
-def _statement(request: pb.GenerateRequest, completion: pb.Completion, text: str) -> Statement:
-    """Return what a receipt states about a reply of this call."""
-    fields = MessageToDict(request, preserving_proto_field_name=True)
-    return Statement(
-        request={name: value for name, value in fields.items() if name not in UNSIGNED_FIELDS},
-        text=text,
-        seed=completion.seed,
-        fingerprint=completion.fingerprint or None,
-        input_tokens=completion.usage.input_tokens,
-        output_tokens=completion.usage.output_tokens,
-        neurons=completion.usage.neurons,
-        account_id=CALL.get().account_id or "",
-        request_id=completion.request_id,
-        time=datetime.now(UTC),
-    )
+        digest = key_digest(self._card.name, reply_request.account_id, request.idempotency_key)
+        fields, resume_after = compared_fields(request), request.resume_after_characters
+        return self._keyed.reply(call, KeyedRequest(reply_request, digest, fields, cache_key, resume_after, describe))
 
 
 def _deadline(context: Any) -> float | None:
@@ -201,9 +165,3 @@ def _span_attributes(params: GenerationParams, *, streaming: bool) -> dict[str, 
         "gen_ai.request.frequency_penalty": params.frequency_penalty,
         "gen_ai.request.presence_penalty": params.presence_penalty,
     }
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

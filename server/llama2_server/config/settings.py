@@ -35,6 +35,7 @@ class Group(StrEnum):
     USAGE = "Usage records"
     CACHE = "Response cache"
     RECEIPTS = "Receipts"
+    IDEMPOTENCY = "Idempotency"
     TELEMETRY = "Telemetry"
     QUEUE = "Queue and timeouts"
     CONNECTIONS = "Connection limits"
@@ -166,6 +167,12 @@ class Settings(BaseSettings):
     receipt_public_keys: Annotated[Path | None, Group.RECEIPTS] = None
     """Directory of earlier public keys (*.pub).
     GetModelCard lists them, so that old receipts stay valid. The public key of --receipt-key is listed in any case."""
+    idempotency_retention_seconds: Annotated[PositiveFloat, Group.IDEMPOTENCY] = 24 * 3600.0
+    """Time for which an idempotency key is stored, in seconds. Then it names a new call."""
+    resume_window_seconds: Annotated[NonNegativeFloat, Group.IDEMPOTENCY] = 30.0
+    """Time for which a broken stream continues, in seconds.
+    Only streams with an idempotency key continue, as long as no other request waits for a slot. Then a client that
+    comes back misses nothing and waits for nothing."""
 
     metrics_listen: Annotated[str | None, Group.TELEMETRY, AfterValidator(_host_and_port)] = None
     """Address of the Prometheus metrics, HTTP; no metrics by default. Prometheus scrapes the path /metrics."""

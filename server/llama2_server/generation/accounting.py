@@ -2,37 +2,71 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Protocol
 
+from llama2_server.admission.quota import Quota
 from llama2_server.errors import ServiceError
 from llama2_server.generation.coalescing import Subscription
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.reply import ReplyStats
+from llama2_server.generation.text_stream import OnProgress
 from llama2_server.telemetry.call import Call, GenerationTimes, RecordedUsage
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage
+
+Source = Subscription[Generation] | ReplyStats
+"""Where a reply comes from: a generation, or the response cache."""
+
+
+class Recorded(Protocol):
+    """A request that has a usage record."""
+
+    async def complete(self) -> None:
+        """Wait until the record of a complete reply is durable; only then send the last message."""
+
+
+class Accounting(Protocol):
+    """What a call costs: quota and a usage record."""
+
+    def charge(self, account_id: str) -> AbstractAsyncContextManager[None]:
+        """Consume one request of the quota for the body, as `Quota.charge`."""
+
+    def record(self, call: Call, account_id: str, source: Source) -> AbstractAsyncContextManager[Recorded]:
+        """Record the request, run the body, and write the record with the body's outcome."""
+
+    def on_progress(self, call: Call) -> OnProgress:
+        """Return the function that takes the tokens of the call's generation, on the engine's thread."""
 
 
 class UsageRecorder:
     """Writes one record per recorded request; `close` waits for the last records."""
 
-    def __init__(self, ledger: Ledger, model: str) -> None:
+    def __init__(self, ledger: Ledger, quota: Quota, model: str) -> None:
         self._ledger = ledger
+        self._quota = quota
         self._model = model
         self._pending: set[asyncio.Task[None]] = set()
 
+    def charge(self, account_id: str) -> AbstractAsyncContextManager[None]:
+        """Consume one request of the quota for the body, as `Quota.charge`."""
+        return self._quota.charge(account_id)
+
+    def on_progress(self, call: Call) -> OnProgress:
+        """Return the function that stores the tokens of the call's generation."""
+        return partial(self._ledger.progress, call.request_id)
+
     @asynccontextmanager
-    async def record(
-        self, call: Call, account_id: str, subscription: Subscription[Generation] | None = None
-    ) -> AsyncIterator["RecordedRequest"]:
+    async def record(self, call: Call, account_id: str, source: Source) -> AsyncIterator["RecordedRequest"]:
         """Admit a request to the ledger, run the body, and write the record with the body's outcome.
 
-        With a subscription, the reply comes from its generation, and only the request that started it is billed.
+        Only the request that started a generation is billed.
 
         Raises:
             UsageUnavailable: usage cannot be recorded, so the request is rejected.
         """
-        request = RecordedRequest(self, call, subscription)
+        request = RecordedRequest(self, call, source)
         status = "OK"
         call.mark_admitted()
         try:
@@ -97,22 +131,16 @@ class UsageRecorder:
 class RecordedRequest:
     """A request that has a usage record."""
 
-    def __init__(self, recorder: UsageRecorder, call: Call, subscription: Subscription[Generation] | None) -> None:
+    def __init__(self, recorder: UsageRecorder, call: Call, source: Source) -> None:
         self._recorder = recorder
         self._call = call
-        self._cached: ReplyStats | None = None
-        self._generation = None if subscription is None else subscription.generation
-        self._shared = subscription is not None and subscription.shared
+        self._source = source
         self._finished = False
-
-    def set_cached(self, stats: ReplyStats) -> None:
-        """Record that the reply comes from the response cache."""
-        self._cached = stats
 
     async def complete(self) -> None:
         """Write the record of a complete reply, and wait until it is durable; only then send the last message."""
-        if self._generation is not None and not self._shared:
-            await self._generation.wait()
+        if isinstance(self._source, Subscription) and not self._source.shared:
+            await self._source.generation.wait()
         self.finish("OK")
         await self._recorder.commit()
 
@@ -121,17 +149,15 @@ class RecordedRequest:
         if self._finished:
             return
         self._finished = True
-        if self._cached is not None:
-            finish_reason = self._cached.finish_reason.name if status == "OK" else None
-            self._recorder.write(self._call, status, self._cached.tokens, finish_reason=finish_reason, cached=True)
-        elif self._generation is None:
-            self._recorder.write(self._call, status, ZERO_TOKENS)
-        elif self._shared:
-            self._finish_shared(self._generation, status)
-        elif self._generation.done:
-            self._recorder.write_generation(self._call, status, self._generation)
+        if isinstance(self._source, ReplyStats):
+            finish_reason = self._source.finish_reason.name if status == "OK" else None
+            self._recorder.write(self._call, status, self._source.tokens, finish_reason=finish_reason, cached=True)
+        elif self._source.shared:
+            self._finish_shared(self._source.generation, status)
+        elif self._source.generation.done:
+            self._recorder.write_generation(self._call, status, self._source.generation)
         else:
-            self._recorder.write_when_done(self._call, status, self._generation)
+            self._recorder.write_when_done(self._call, status, self._source.generation)
 
     def _finish_shared(self, generation: Generation, status: str) -> None:
         self._recorder.write(

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,10 @@ class SharedGeneration(Protocol):
     @property
     def failed(self) -> bool:
         """Whether it was rejected, failed or was cancelled."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether it continues without a reader; other requests then do not share it."""
 
     async def wait(self) -> None:
         """Wait until it is complete or failed."""
@@ -43,12 +47,21 @@ class Subscription(Generic[T]):
     generation: T
     shared: bool
     """Whether another request started it; this one then computes nothing."""
+    readers: "Readers"
+
+
+@dataclass(slots=True)
+class Readers:
+    """How many requests read a generation."""
+
+    now: int = 0
+    ever: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Shared(Generic[T]):
     generation: T
-    readers: int = 0
+    readers: Readers = field(default_factory=Readers)
 
 
 class Coalescer(Generic[Key, T]):
@@ -75,7 +88,7 @@ class Coalescer(Generic[Key, T]):
         else:
             entry, shared = self._get_or_start(key, start)
         with self._reading(key, entry):
-            yield Subscription(entry.generation, shared)
+            yield Subscription(entry.generation, shared, entry.readers)
 
     @contextmanager
     def join(self, key: Key | None) -> Iterator[Subscription[T] | None]:
@@ -85,7 +98,7 @@ class Coalescer(Generic[Key, T]):
             yield None
             return
         with self._reading(key, entry):
-            yield Subscription(entry.generation, shared=True)
+            yield Subscription(entry.generation, True, entry.readers)
 
     async def close(self) -> None:
         """Wait for running `on_complete` calls; generations still in progress are not reported."""
@@ -98,18 +111,19 @@ class Coalescer(Generic[Key, T]):
     @contextmanager
     def _reading(self, key: Key | None, entry: _Shared[T]) -> Iterator[None]:
         """Count a reader for the body; the last one cancels a generation in progress."""
-        entry.readers += 1
+        entry.readers.now += 1
+        entry.readers.ever += 1
         try:
             yield
         finally:
-            entry.readers -= 1
-            if entry.readers == 0 and not _has_ended(entry):
+            entry.readers.now -= 1
+            if entry.readers.now == 0 and not _has_ended(entry):
                 self._remove(key, entry)  # first, so that no request subscribes to a cancelled generation
                 entry.generation.cancel()
 
     def _usable(self, key: Key | None) -> _Shared[T] | None:
         entry = None if key is None else self._by_key.get(key)
-        return None if entry is None or entry.generation.failed else entry
+        return None if entry is None or entry.generation.failed or entry.generation.unread else entry
 
     def _get_or_start(self, key: Key, start: Callable[[], T]) -> tuple[_Shared[T], bool]:
         entry = self._usable(key)

@@ -40,6 +40,8 @@ class Generation:
         """The computed tokens, however the generation ends."""
         self.reused_input_tokens = 0
         """Input tokens reused from the KV cache."""
+        self.unread = False
+        """Whether it continues without a reader, until one returns; other requests then do not share it."""
         self.queued_at = 0.0
         self.admitted_at = 0.0
         self._prompt = prompt
@@ -67,6 +69,13 @@ class Generation:
     def done(self) -> bool:
         """Whether the generation has ended, however it ended; its slot is free then."""
         return self._task is None or self._task.done()
+
+    @property
+    def computed_tokens(self) -> TokenUsage:
+        """The tokens computed so far; the exact count is known at the end."""
+        if self._sequence is None:
+            return self.tokens
+        return TokenUsage(self._sequence.input_tokens, len(self._sequence.output_ids))
 
     @property
     def text(self) -> str:
@@ -157,9 +166,7 @@ class Generation:
                 result = await engine.result(self._sequence, self._finished)
             self._set_result(result, stopped=self._text.stopped)
         except ServiceError as error:
-            if self._sequence is not None:
-                # The tokens computed so far are billed; the exact count is unknown.
-                self.tokens = TokenUsage(self._sequence.input_tokens, len(self._sequence.output_ids))
+            self.tokens = self.computed_tokens  # they are billed
             self._error = error
         except asyncio.CancelledError:
             self._error = ShuttingDown("the call was cancelled")

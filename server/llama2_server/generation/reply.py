@@ -101,15 +101,16 @@ class RecordedReply:
     """A reply whose usage record is durable before its deltas end, and so before the last message of the call."""
 
     def __init__(self, reply: Reply, complete: Callable[[], Awaitable[None]]) -> None:
-        self._reply = reply
+        self.reply = reply
+        """The reply without its record."""
         self._complete = complete
 
     async def deltas(self) -> AsyncIterator[str]:
         """Yield the text, then wait for the record."""
-        async for delta in self._reply.deltas():
+        async for delta in self.reply.deltas():
             yield delta
         await self._complete()
 
     def stats(self) -> ReplyStats:
         """Return the statistics."""
-        return self._reply.stats()
+        return self.reply.stats()

@@ -7,20 +7,20 @@ rejected request leaves no record, and costs no quota: what it consumed is given
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import Reservation
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.generation.accounting import RecordedRequest, UsageRecorder
+from llama2_server.generation.accounting import Accounting, Recorded, Source, UsageRecorder
 from llama2_server.generation.coalescing import Coalescer, Subscription
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.prompt import Prompt
-from llama2_server.generation.reply import CachedReply, GeneratedReply, RecordedReply, Reply
+from llama2_server.generation.reply import CachedReply, GeneratedReply, RecordedReply
 from llama2_server.generation.response_cache import CacheEntry, CacheKey, ResponseCache
 from llama2_server.generation.supervised_engine import SupervisedEngine
+from llama2_server.generation.text_stream import OnProgress
 from llama2_server.telemetry.call import Call
 from llama2_server.usage.ledger import Ledger
 
@@ -36,6 +36,8 @@ class ReplyRequest:
     """Identifies equal requests; None neither reads a cached or running reply nor stores one."""
     deadline: float | None
     """The call's deadline by the event loop's clock, or None."""
+    outlives_call: bool = False
+    """Whether the generation can continue after the call's deadline."""
 
     @property
     def call_key(self) -> int:
@@ -58,50 +60,53 @@ class ReplySource:
     ) -> None:
         """`model` is the name in the usage records."""
         self._tokenizer = tokenizer
-        self._quota = quota
         self._response_cache = response_cache
         self._ledger = ledger
         self._queue = queue
         self._engine = engine
-        self._usage = UsageRecorder(ledger, model)
+        self._usage = UsageRecorder(ledger, quota, model)
         self._coalescer: Coalescer[CacheKey, Generation] = Coalescer(self._store_response)
 
     @asynccontextmanager
-    async def reply(self, call: Call, request: ReplyRequest) -> AsyncIterator[Reply]:
+    async def reply(
+        self, call: Call, request: ReplyRequest, accounting: Accounting | None = None
+    ) -> AsyncIterator[RecordedReply]:
         """Admit the request and yield its reply. After the body, a generation without other readers is cancelled.
+
+        Without `accounting`, the call costs one request of the quota, and gets its own usage record.
 
         Raises:
             ServiceError: the request was rejected, or an error of the body.
         """
         self._queue.check_open()
         self._ledger.check_capacity()
-        if (cached := await self._cached_reply(request.cache_key)) is not None:
-            async with self._admitted(call, request) as recorded:
-                recorded.set_cached(cached.stats())
+        accounting = accounting or self._usage
+        if (cached := await self.cached_reply(request.cache_key)) is not None:
+            async with _admitted(accounting, call, request, cached.stats()) as recorded:
                 self._count_hit()
                 yield RecordedReply(cached, recorded.complete)
             return
         with self._coalescer.join(request.cache_key) as running:
             if running is not None:
-                async with self._admitted(call, request, running) as recorded:
+                async with _admitted(accounting, call, request, running) as recorded:
                     yield _generated_reply(call, recorded, running)
                 return
         # Nothing awaits between the look for a running generation and the reservation.
         reservation = self._queue.reserve(request.account_id, request.deadline, request.call_key)
         with ExitStack() as reserved:
             reserved.callback(self._queue.release, reservation)
-            async with self._quota.charge(request.account_id):
+            async with accounting.charge(request.account_id):
 
                 def start() -> Generation:
                     self._queue.confirm(reservation)
-                    generation = self._start(call, request, reservation)
+                    generation = self._start(accounting.on_progress(call), request, reservation)
                     reserved.pop_all()  # the generation's task releases it
                     return generation
 
                 with self._coalescer.subscribe(request.cache_key, start) as subscription:
                     if subscription.shared:  # an equal request was faster while this one consumed its quota
                         self._queue.release(reservation)
-                    async with self._usage.record(call, request.account_id, subscription) as recorded:
+                    async with accounting.record(call, request.account_id, subscription) as recorded:
                         yield _generated_reply(call, recorded, subscription)
 
     async def close(self) -> None:
@@ -109,26 +114,15 @@ class ReplySource:
         await self._usage.close()
         await self._coalescer.close()
 
-    @asynccontextmanager
-    async def _admitted(
-        self, call: Call, request: ReplyRequest, running: Subscription[Generation] | None = None
-    ) -> AsyncIterator[RecordedRequest]:
-        """Consume quota and open the usage record, for a request that needs no slot."""
-        async with (
-            self._quota.charge(request.account_id),
-            self._usage.record(call, request.account_id, running) as recorded,
-        ):
-            yield recorded
-
-    def _start(self, call: Call, request: ReplyRequest, reservation: Reservation) -> Generation:
-        on_progress = partial(self._ledger.progress, call.request_id)
+    def _start(self, on_progress: OnProgress, request: ReplyRequest, reservation: Reservation) -> Generation:
         generation = Generation(request.prompt, request.params, self._tokenizer, on_progress)
         # Later requests can share a generation with a key, and may wait for it longer than this one.
-        deadline = request.deadline if request.cache_key is None else None
+        deadline = request.deadline if request.cache_key is None and not request.outlives_call else None
         generation.start(self._queue, reservation, self._engine, request.account_id, deadline)
         return generation
 
-    async def _cached_reply(self, key: CacheKey | None) -> CachedReply | None:
+    async def cached_reply(self, key: CacheKey | None) -> CachedReply | None:
+        """Return the reply of an equal request from the response cache, or None."""
         if self._response_cache is None or key is None:
             return None
         entry = await self._response_cache.get(key)
@@ -139,13 +133,25 @@ class ReplySource:
             self._response_cache.hits += 1
 
     async def _store_response(self, key: CacheKey, generation: Generation) -> None:
-        if self._response_cache is not None and generation.finish_reason is not None:
+        if self._response_cache is not None and generation.finish_reason is not None and not generation.unread:
             tokens, seed = generation.tokens, generation.params.seed
             finish_reason = generation.finish_reason.name
             entry = CacheEntry(generation.text, finish_reason, tokens.input_tokens, tokens.output_tokens, seed)
             await self._response_cache.put(key, entry)
 
 
-def _generated_reply(call: Call, recorded: RecordedRequest, subscription: Subscription[Generation]) -> RecordedReply:
+@asynccontextmanager
+async def _admitted(
+    accounting: Accounting, call: Call, request: ReplyRequest, source: Source
+) -> AsyncIterator[Recorded]:
+    """Consume quota and open the usage record, for a request that needs no slot."""
+    async with (
+        accounting.charge(request.account_id),
+        accounting.record(call, request.account_id, source) as recorded,
+    ):
+        yield recorded
+
+
+def _generated_reply(call: Call, recorded: Recorded, subscription: Subscription[Generation]) -> RecordedReply:
     reply = GeneratedReply(subscription.generation, shared=subscription.shared, started_at=call.started_at)
     return RecordedReply(reply, recorded.complete)

@@ -19,6 +19,7 @@ from llama2_server.usage.store import Store
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 1.0
+KEY_PURGE_SECONDS = 60.0
 
 
 @asynccontextmanager
@@ -64,10 +65,14 @@ async def open_quota(settings: Settings, card: ModelCard) -> AsyncIterator[Quota
 
 @asynccontextmanager
 async def watch_stores(quota: Quota, ledger: Ledger, health: HealthServicer) -> AsyncIterator[None]:
-    """Probe the stores and the local disk each second during the body, and report them to the health service."""
+    """Probe the stores and the local disk each second during the body, and report them to the health service.
+
+    Expired idempotency keys are deleted each minute.
+    """
     async with (
         background_task(_watch(quota.probe_store, lambda: health.set_store(QUOTA_STORE, quota.store_up))),
         background_task(_watch(ledger.probe_store, lambda: health.set_store(USAGE_STORE, ledger.store_up))),
+        background_task(_purge_keys(ledger)),
         background_task(_watch(ledger.probe_disk, lambda: health.set_disk_writable(ledger.disk_writable))),
     ):
         yield
@@ -81,6 +86,12 @@ async def _watch(probe: Callable[[], Awaitable[None]], report: Callable[[], None
             logger.exception("a probe of a store failed")
         report()
         await asyncio.sleep(PROBE_SECONDS)
+
+
+async def _purge_keys(ledger: Ledger) -> NoReturn:
+    while True:
+        await ledger.keys.purge()
+        await asyncio.sleep(KEY_PURGE_SECONDS)
 
 
 @asynccontextmanager

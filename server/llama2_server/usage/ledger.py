@@ -24,9 +24,10 @@ from prometheus_client.registry import Collector
 from llama2_server.errors import UsageUnavailable
 from llama2_server.usage.errors import LedgerError, StoreUnavailable
 from llama2_server.usage.forwarder import Forwarder
+from llama2_server.usage.keys.key_ledger import KeyLedger
 from llama2_server.usage.local import statements
 from llama2_server.usage.local.local_ledger import LocalLedger
-from llama2_server.usage.local.writer import DatabaseUnavailable, Writer
+from llama2_server.usage.local.writer import Change, DatabaseUnavailable, Writer
 from llama2_server.usage.pricing import TokenUsage
 from llama2_server.usage.records import DailyUsage, RunningRequest, UsageRecord
 from llama2_server.usage.schema import NEURON_DECIMALS
@@ -43,6 +44,20 @@ _NOT_RECORDED = "usage cannot be recorded now; retry"
 _NOT_READ = "usage cannot be read now; retry"
 
 
+def _nothing(connection: sqlite3.Connection) -> None:
+    """Change nothing."""
+
+
+def _both(change: Change, also: Change) -> Change:
+    """Return a change that makes both changes."""
+
+    def make(connection: sqlite3.Connection) -> None:
+        change(connection)
+        also(connection)
+
+    return make
+
+
 class Ledger(Collector):
     """The usage ledger of one server: `open` creates it, and `close` closes it. Use it on one event loop."""
 
@@ -57,6 +72,8 @@ class Ledger(Collector):
         self._local = local
         self._writer = Writer(local.database)
         self._forwarder = None if store is None else Forwarder(store, self._writer)
+        self.keys = KeyLedger(self._writer, local.instance, now)
+        """The idempotency keys of requests."""
         self._neuron_costs = neuron_costs
         self._max_pending_records = max_pending_records
         self._now = now
@@ -155,8 +172,11 @@ class Ledger(Collector):
         if not self._writer.writable or self.pending + len(self._running) >= self._max_pending_records:
             raise UsageUnavailable(_NOT_RECORDED)
 
-    async def admit(self, request_id: str, account_id: str, model: str) -> None:
+    async def admit(self, request_id: str, account_id: str, model: str, also: Change = _nothing) -> None:
         """Admit a request: after the return it has exactly one record. The caller must call `finish`, also if it fails.
+
+        A finished request can be admitted again, and continues its record. `also` changes the database in the same
+        transaction.
 
         Raises:
             UsageUnavailable: the disk or the store has not accepted records for long, so the request has no record.
@@ -165,7 +185,7 @@ class Ledger(Collector):
         request = RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs)
         self._running[request_id] = request
         try:
-            await self._writer.run(lambda connection: self._admit(connection, request))
+            await self._writer.run(_both(lambda connection: self._admit(connection, request), also))
         except DatabaseUnavailable as error:
             self._running.pop(request_id, None)
             raise UsageUnavailable(_NOT_RECORDED) from error
@@ -184,21 +204,34 @@ class Ledger(Collector):
         request.tokens, now = tokens, self._now()
         self._writer.submit(lambda connection: statements.progress(connection, request_id, tokens, now))
 
-    def finish(self, request_id: str, outcome: str, tokens: TokenUsage, *, cached: bool = False) -> UsageRecord | None:
+    def finish(
+        self,
+        request_id: str,
+        outcome: str,
+        tokens: TokenUsage,
+        *,
+        cached: bool = False,
+        also: Change = _nothing,
+    ) -> UsageRecord | None:
         """Write the record of a finished request; never fail, and never wait. `commit` waits.
 
         Call it once, on the event loop. A second call changes nothing and returns None, like a call for a request that
-        `admit` rejected.
+        `admit` rejected. `also` changes the database in the same transaction.
         """
         request = self._running.pop(request_id, None)
         if request is None:
             return None
         record = request.finish(outcome, tokens, self._now(), cached=cached)
         self._uncommitted[request_id] = record
-        self._writer.keep(lambda connection: statements.finish(connection, record)).add_done_callback(
-            lambda _: self._on_commit(request_id)
-        )
+        committed = self._writer.keep(_both(lambda connection: statements.finish(connection, record), also))
+        committed.add_done_callback(lambda _: self._on_commit(request_id))
         return record
+
+    def withdraw(self, request_id: str, also: Change = _nothing) -> None:
+        """End a request that was rejected after all, without a record of this attempt."""
+        if self._running.pop(request_id, None) is not None:
+            withdraw = _both(lambda connection: statements.withdraw(connection, request_id), also)
+            self._writer.submit(withdraw, keep=True)
 
     async def commit(self) -> None:
         """Wait until the records of all finished requests are durable, or wait in memory because the disk is full."""

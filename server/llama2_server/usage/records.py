@@ -9,6 +9,8 @@ from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage, neurons
 
 INTERRUPTED = "INTERRUPTED"
 """Outcome of a request whose server was killed."""
+COMPLETE = ("END_OF_SEQUENCE", "STOP_SEQUENCE", "MAX_TOKENS")
+"""Outcomes of complete replies: their finish reasons."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,23 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Column, Date, DateTime, Dialect, Index, MetaData, Table, Text, TypeDecorator
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Date,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+)
 
-from llama2_server.usage.records import INTERRUPTED, DailyUsage, UsageRecord
+from llama2_server.usage.records import COMPLETE, INTERRUPTED, DailyUsage, UsageRecord
 
 NEURON_DECIMALS = 9
 
@@ -79,6 +93,24 @@ usage_daily_totals = Table(
     *(Column(total, BigInteger, nullable=False) for total in TOTALS),
 )
 
+idempotency_keys = Table(
+    "idempotency_keys",
+    METADATA,
+    Column("digest", Text, primary_key=True),
+    Column("request_id", Text, nullable=False),
+    Column("instance", Text, nullable=False),  # the lock of the server that claimed the key
+    Column("state", Integer, nullable=False),
+    Column("seed", Text, nullable=False),
+    Column("fingerprint", Text, nullable=True),
+    Column("salt", Text, nullable=False),
+    Column("field_digests", Text, nullable=False),  # JSON
+    Column("expires_at", UtcDateTime, nullable=False),
+    Column("cached", Boolean, nullable=False),
+    Column("computations", Integer, nullable=False),
+    Column("completion", LargeBinary, nullable=False),
+    Index("ix_idempotency_keys_expires_at", "expires_at"),
+)
+
 LOCAL_METADATA = MetaData()
 """Tables that only a local database has."""
 
@@ -103,18 +135,21 @@ rejected_records = Table(
 )
 
 # An upsert is monotonic: of two outcomes of one request, the complete one, and then the later one, is kept, and numbers
-# never fall. Each column is a maximum, so any order of any upserts, also repeated ones, has the same result.
-_OUTCOME = ("outcome <> '" + INTERRUPTED + "'", "ended_at", "outcome", "served_from_cache")
+# never fall. Each column is a maximum, so any order of any upserts, also repeated ones, has the same result. A request
+# with an idempotency key can have several attempts; only one of them needs a complete reply.
+_RANK = f"CASE WHEN {{row}}.outcome IN {COMPLETE} THEN 2 WHEN {{row}}.outcome <> '{INTERRUPTED}' THEN 1 ELSE 0 END"
+_OUTCOME = (_RANK, "{row}.ended_at", "{row}.outcome", "{row}.served_from_cache")
 _NUMBERS = ("input_tokens", "output_tokens", "nanoneurons")
 _IS_NEWER = "({}) > ({})".format(
-    ", ".join(f"excluded.{column}" for column in _OUTCOME), ", ".join(f"old.{column}" for column in _OUTCOME)
+    ", ".join(value.format(row="excluded") for value in _OUTCOME),
+    ", ".join(value.format(row="old") for value in _OUTCOME),
 )
 
 
 def _upsert() -> str:
     columns = [column.name for column in usage_records.c]
     is_greater = {number: f"excluded.{number} > old.{number}" for number in _NUMBERS}
-    conditions = dict.fromkeys(_OUTCOME[1:], _IS_NEWER) | is_greater
+    conditions = dict.fromkeys(("ended_at", "outcome", "served_from_cache"), _IS_NEWER) | is_greater
     changes = (
         f"{name} = CASE WHEN {is_new} THEN excluded.{name} ELSE old.{name} END" for name, is_new in conditions.items()
     )

@@ -15,6 +15,7 @@ class ScriptedGeneration:
 
     def __init__(self, queue: RequestQueue, error: ServiceError | None = None) -> None:
         self.words: list[str] = []
+        self.unread = False
         self.cancel_calls = 0
         self.cancelled_at: float | None = None
         self._error = error

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from llama2_server.errors import (
     AccountDisabled,
     DeadlineExceeded,
+    FailedPrecondition,
     InternalError,
     InvalidRequest,
     QuotaExceeded,
@@ -49,6 +50,7 @@ HTTP_ERRORS: dict[type[ServiceError], HttpError] = {
     QuotaExceeded: HttpError(429, 3036),
     ResourceExhausted: HttpError(429, 3040),
     DeadlineExceeded: HttpError(408, 3007),
+    FailedPrecondition: HttpError(409, 409),
     Unavailable: HttpError(503, 503),
     InternalError: HttpError(500, 500),
 }

@@ -14,6 +14,7 @@ AnyRequest = pb.GenerateRequest | pb.CountTokensRequest
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
+MAX_KEY_CHARACTERS = 128
 ROLES = ("system", "user", "assistant")
 _NO_TAGS = f"must not contain the chat template's control tags ({', '.join(CONTROL_TAGS)}) unless raw is true"
 
@@ -45,6 +46,7 @@ def parameter_violations(request: pb.GenerateRequest, max_tokens_limit: int, *, 
     for name, allowed in SAMPLING_RANGES.items():
         if request.HasField(name) and getattr(request, name) not in allowed:
             yield Violation(name, f"must be {allowed}, got {getattr(request, name):g}")
+    yield from _idempotency_violations(request, streaming=streaming)
     for index, stop in enumerate(request.stop[:MAX_STOPS]):
         if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
             yield Violation(f"stop[{index}]", f"must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(stop)}")
@@ -54,6 +56,20 @@ def max_tokens_violations(request: AnyRequest, limit: int) -> Iterator[Violation
     """Yield the violation of a `max_tokens` that no prompt allows."""
     if request.HasField("max_tokens") and not 1 <= request.max_tokens <= limit:
         yield Violation("max_tokens", f"must be in [1, {limit}], got {request.max_tokens}")
+
+
+def _idempotency_violations(request: pb.GenerateRequest, *, streaming: bool) -> Iterator[Violation]:
+    key = request.idempotency_key
+    if request.HasField("idempotency_key") and not (1 <= len(key) <= MAX_KEY_CHARACTERS and key.isprintable()):
+        yield Violation("idempotency_key", f"must have 1 to {MAX_KEY_CHARACTERS} printable characters")
+    if not request.HasField("resume_after_characters"):
+        return
+    if request.resume_after_characters < 0:
+        yield Violation("resume_after_characters", f"must be at least 0, got {request.resume_after_characters}")
+    if not streaming:
+        yield Violation("resume_after_characters", "is only for streams; call GenerateStream, or leave it unset")
+    if not request.HasField("idempotency_key"):
+        yield Violation("resume_after_characters", "needs the idempotency_key of the stream that it continues")
 
 
 def _has_control_tag(text: str) -> bool:

@@ -83,6 +83,8 @@ def check_directory(data_directory: Path) -> None:
 def _recover(database: Database, directory: Path, own: InstanceLock) -> None:
     ended = {lock.instance: lock for lock in InstanceLock.acquire_ended(directory)}
     with database.transaction() as connection:
+        for instance in ended:
+            statements.release_claims(connection, instance)
         # A server without a lock file has ended, too: its directory was copied, or the file was deleted.
         running = statements.running_instances(connection) - {own.instance}
         for instance in sorted(running):

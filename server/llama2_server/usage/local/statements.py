@@ -39,11 +39,11 @@ def _time(text: str) -> datetime:
 
 
 def admit(connection: sqlite3.Connection, request: RunningRequest, instance: str) -> None:
-    """Insert a running request of a server."""
+    """Insert a running request of a server; a request with an idempotency key can run again, on another server."""
     costs = json.dumps({metric: str(cost) for metric, cost in request.neuron_costs.items()})
     started_at = _text(request.started_at)
     connection.execute(
-        f"INSERT INTO running_requests (instance, {_RUNNING}) VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?)",  # noqa: S608 - constants
+        f"INSERT OR REPLACE INTO running_requests (instance, {_RUNNING}) VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?)",  # noqa: S608 - constants
         (instance, request.request_id, request.account_id, request.model, started_at, started_at, costs),
     )
 
@@ -58,8 +58,13 @@ def progress(connection: sqlite3.Connection, request_id: str, tokens: TokenUsage
 
 def finish(connection: sqlite3.Connection, record: UsageRecord) -> None:
     """Replace a running request by its record."""
-    connection.execute("DELETE FROM running_requests WHERE request_id = ?", (record.request_id,))
+    withdraw(connection, record.request_id)
     upsert(connection, record)
+
+
+def withdraw(connection: sqlite3.Connection, request_id: str) -> None:
+    """Delete a running request without a record."""
+    connection.execute("DELETE FROM running_requests WHERE request_id = ?", (request_id,))
 
 
 def upsert(connection: sqlite3.Connection, record: UsageRecord) -> None:
@@ -84,6 +89,11 @@ def interrupt(connection: sqlite3.Connection, instance: str) -> int:
         tokens = TokenUsage(inputs, outputs)
         finish(connection, request.finish(INTERRUPTED, tokens, _time(updated_at), cached=False))
     return len(rows)
+
+
+def release_claims(connection: sqlite3.Connection, instance: str) -> None:
+    """Delete the idempotency keys that an ended server has claimed, and for which it has not admitted a request."""
+    connection.execute("DELETE FROM idempotency_keys WHERE instance = ? AND state = 0", (instance,))
 
 
 def totals(

@@ -1,0 +1,1 @@
+"""Idempotency keys: which request used a key, and what its reply cost."""
