@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc.aio
 from tests.integration.service.conftest import caching_card as caching_card  # noqa: PLC0414 - a fixture
-from tests.support.service import Service, UnaryStream
+from tests.support.service import Service, UnaryStream, until
 
 from llama2.v1 import text_generation_pb2 as pb
 
@@ -37,6 +37,12 @@ async def start_stream(service: Service, request: pb.GenerateRequest, deltas: in
         text += (await call.read()).response
     await service.wait_until_in_step()
     return call, text
+
+
+async def wait_until_stopped(service: Service) -> None:
+    """Let the gated model take steps until no sequence runs."""
+    service.model.open_gate()
+    await until(lambda: service.metrics.registry.get_sample_value("llama2_requests_running") == 0)
 
 
 def without_timings(completion: pb.Completion) -> pb.Completion:

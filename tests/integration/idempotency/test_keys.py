@@ -12,6 +12,7 @@ from tests.integration.idempotency.conftest import (
     read_stream,
     start_stream,
     stored_keys,
+    wait_until_stopped,
     without_timings,
 )
 from tests.integration.service.conftest import limited, records
@@ -131,7 +132,7 @@ async def test_rejected_calls_bind_no_key(serve_scripted: ServiceMaker, demo_car
         full = await failure(service.text.Generate(keyed(prompt="one")))
         assert details(full)["ErrorInfo"].reason == "QUEUE_FULL"  # type: ignore[attr-defined]
         await disconnect(service, holder)
-        service.model.open_gate()
+        await wait_until_stopped(service)
         assert (await service.text.Generate(keyed(prompt="two"))).response == REPLY
         used_up = await failure(service.text.Generate(keyed("other")))
         assert details(used_up)["ErrorInfo"].reason == "QUOTA_EXCEEDED"  # type: ignore[attr-defined]

@@ -5,10 +5,18 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.integration.idempotency.conftest import REPLY, failure, keyed, read_stream, start_stream, stored_keys
+from tests.integration.idempotency.conftest import (
+    REPLY,
+    failure,
+    keyed,
+    read_stream,
+    start_stream,
+    stored_keys,
+    wait_until_stopped,
+)
 from tests.integration.service.conftest import limited, records
 from tests.support.scripted_model import scripted_fingerprint
-from tests.support.service import Service, ServiceMaker, details, disconnect, generate, until
+from tests.support.service import ServiceMaker, details, disconnect, generate
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard
@@ -124,12 +132,6 @@ async def test_window_ends(serve_scripted: ServiceMaker, tmp_path: Path) -> None
         assert text + rest == REPLY
         assert service.model.prefills == 2
     assert len(list(records(tmp_path))) == 1
-
-
-async def wait_until_stopped(service: Service) -> None:
-    """Let the gated model take steps until no sequence runs."""
-    service.model.open_gate()
-    await until(lambda: service.metrics.registry.get_sample_value("llama2_requests_running") == 0)
 
 
 async def test_reply_that_completes_unread_is_billed_if_a_client_returns(
