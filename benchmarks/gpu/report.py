@@ -113,6 +113,8 @@ def report(results: Results) -> str:
     ]
     if "profile" in results:
         lines += ["", *_profile_table(results["profile"])]
+    for part, text in results.get("failures", {}).items():
+        lines += ["", f"{part} failed: {text.strip().splitlines()[-1]}"]
     return "\n".join(lines)
 
 
