@@ -12,6 +12,7 @@ from llama2_server.usage.pricing import TokenUsage
 GENERATION = SimpleNamespace(
     finish_reason=FinishReason.MAX_TOKENS,
     tokens=TokenUsage(3, 5),
+    text="Once upon a time",
     params=GenerationParams(max_tokens=5),
     reused_input_tokens=0,
     queued_at=12.0,
