@@ -47,7 +47,7 @@ ACCEPTED = (NULL, QUOTED, UNSET_MESSAGES)
 
 @dataclass(frozen=True, slots=True)
 class Judgment:
-    """What the schema and the service must decide, and the exceptions that apply if they differ."""
+    """The decisions of the schema and of the service, and the exceptions that apply if they differ."""
 
     schema: bool
     accepted: bool
@@ -107,18 +107,19 @@ class Oracle:
         # Tokens are counted only if the bytes do not show that they fit.
         return bool(
             wanted + min(at_most, self._context_length_limit) > self._context_length_limit
-            and wanted + self._tokens(body) > self._context_length_limit
+            and wanted + self.input_tokens(body) > self._context_length_limit
         )
 
-    def _tokens(self, body: dict[str, Any]) -> int:
+    def input_tokens(self, body: dict[str, Any]) -> int:
         """Return the number of input tokens by Llama-2's chat template; 0 if it cannot express the body."""
         if body.get("raw"):
             return 1 + self._encoded(body.get("prompt", ""))
-        turns = [(one["role"], one["content"].strip()) for one in body.get("messages", ())]
-        turns = turns or [("user", body["prompt"].strip())]
+        turns = [(one["role"], one["content"]) for one in body.get("messages", ())] or [("user", body["prompt"])]
         if turns[0][0] == "system":
+            # The template strips the system text and the first user's text as one.
             system = f"<<SYS>>\n{turns[0][1]}\n<</SYS>>\n\n"
             turns = [(role, system + text if number == 0 else text) for number, (role, text) in enumerate(turns[1:])]
+        turns = [(role, text.strip()) for role, text in turns]
         if not turns or len(turns) % 2 == 0:
             return 0
         pairs = zip(turns[0::2], turns[1::2], strict=False)

@@ -13,6 +13,8 @@ from conformance.equivalence.run import Tally
 from conformance.service.checkpoint import TOKENIZER
 from conformance.service.launch import CARD, envoy_path
 
+from llama2_server.engine.text.tokenizer import ChatMessage, Tokenizer
+
 PROTO = Path(__file__).parents[3] / "protos/llama2/v1/text_generation.proto"
 
 
@@ -36,6 +38,16 @@ def test_an_unlisted_difference_is_found(rule: str, monkeypatch: pytest.MonkeyPa
     problems = [problem for problem in found if problem is not None]
     assert "want True (the schema returns True), got False" in problems
     assert all(problem.startswith("want True (") and problem.endswith("got False") for problem in problems)
+
+
+@pytest.mark.parametrize("system", ["hundred", " hundred \n", ""])
+@pytest.mark.parametrize("first", ["two", " two ", ""])
+def test_the_oracle_counts_tokens_by_the_template(system: str, first: str) -> None:
+    """The kit's count equals the server's, also for white space around a system text and the first user's text."""
+    messages = [("system", system), ("user", first), ("assistant", " one "), ("user", " three ")]
+    body = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    ids = Tokenizer(TOKENIZER / "tokenizer.model").encode_chat([ChatMessage(*message) for message in messages])
+    assert Oracle(CARD, TOKENIZER / "tokenizer.model").input_tokens(body) == len(ids)
 
 
 def test_bodies_are_the_same_in_every_run() -> None:
