@@ -5,8 +5,8 @@ gRPC retries calls that fail before their first message; see `channel.service_co
 
 from __future__ import annotations
 
-import secrets
 import time
+import uuid
 from collections.abc import Callable
 
 from llama2.v1 import text_generation_pb2
@@ -44,18 +44,23 @@ class Attempts:
         return wait
 
 
+def with_key(settings: ClientSettings, request: text_generation_pb2.GenerateRequest) -> None:
+    """Give the request an idempotency key if the settings say so: repeated calls then are one call, and cost once."""
+    if settings.resume:
+        request.idempotency_key = uuid.uuid4().hex
+
+
 class StreamProgress:
     """The text of a streamed reply so far, and the continuation of the reply by another call.
 
-    Equal requests with equal seeds get equal replies. To continue a stream that broke off, the client therefore sends
-    the same request again, skips the text that it already has, and raises the error if the text differs.
+    A request with an idempotency key can be sent again: the server then sends the text after the characters that the
+    client has.
     """
 
     def __init__(
         self, settings: ClientSettings, request: text_generation_pb2.GenerateRequest, timeout: float | None
     ) -> None:
-        if settings.resume and not request.HasField("seed"):
-            request.seed = secrets.randbits(64)
+        with_key(settings, request)
         self.request = request
         self.closed = False
         self.on_complete: Callable[[Reply], None] | None = None
@@ -64,8 +69,7 @@ class StreamProgress:
         self._resumptions = settings.max_attempts - 1 if settings.resume else 0
         self._texts: list[str] = []
         self._completion: text_generation_pb2.Completion | None = None
-        self._expected = ""  # text of the broken stream that the current call has not repeated yet
-        self._interruption: Llama2Error | None = None  # the error that broke the stream
+        self._interrupted = False
 
     @property
     def text(self) -> str:
@@ -77,28 +81,19 @@ class StreamProgress:
         """Whether the call waits for a connection: a server that broke a stream may take longer to restart than
         gRPC's retries last. Without a deadline, the wait could be endless.
         """
-        return self._interruption is not None and self._attempts.remaining() is not None
+        return self._interrupted and self._attempts.remaining() is not None
 
     def remaining(self) -> float | None:
         """Return the seconds until the deadline; None for no deadline."""
         return self._attempts.remaining()
 
     def accept(self, message: text_generation_pb2.GenerateStreamResponse) -> str:
-        """Return the new text of a message.
-
-        Raises:
-            Llama2Error: the error that broke the stream, if the repeated reply differs from the text so far.
-        """
+        """Return the text of a message."""
         if message.HasField("completion"):
             self._completion = message.completion
-        size = min(len(self._expected), len(message.response))
-        repeated, new = message.response[:size], message.response[size:]
-        if not self._expected.startswith(repeated):
-            raise self._differs()
-        self._expected = self._expected[size:]
-        if new:
-            self._texts.append(new)
-        return new
+        if message.response:
+            self._texts.append(message.response)
+        return message.response
 
     def finish(self) -> None:
         """Store the reply at the end of the stream.
@@ -109,9 +104,7 @@ class StreamProgress:
         self.closed = True
         if self._completion is None:
             raise InternalError("the server ended the stream without a completion")
-        if self._expected:
-            raise self._differs()
-        self.reply = Reply.from_proto(self.text, self._completion, self.request)
+        self.reply = Reply.from_proto(self.text, self._completion)
         if self.on_complete is not None:
             self.on_complete(self.reply)
 
@@ -119,16 +112,11 @@ class StreamProgress:
         """Return the seconds to wait before the call is sent again; None to raise the error."""
         if isinstance(error, Unavailable) and self._resumptions and self._texts:
             self._resumptions -= 1
-            self._interruption = error
-            self._expected = self.text
-            self._completion = None
+            self._interrupted = True
+            self.request.resume_after_characters = len(self.text)
             return self._wait_within_deadline(error)
         return self._attempts.delay(error)
 
     def _wait_within_deadline(self, error: Llama2Error) -> float | None:
         wait, remaining = error.retry_after or 0.0, self._attempts.remaining()
         return wait if remaining is None or wait < remaining else None
-
-    def _differs(self) -> Llama2Error:
-        cause = "" if self._interruption is None else f": {self._interruption.message}"
-        return Unavailable(f"the stream broke off, and the repeated reply differs from its text{cause}")

@@ -23,7 +23,7 @@ from llama2_client.aio.calls import check_health, translate, unary
 from llama2_client.aio.channels import Channels
 from llama2_client.aio.chat import Chat
 from llama2_client.aio.reply_stream import ReplyStream, StreamCall
-from llama2_client.attempts import StreamProgress
+from llama2_client.attempts import StreamProgress, with_key
 from llama2_client.channel import MAX_ATTEMPTS
 from llama2_client.reply import HealthStatus, Message, Reply, TokenCount
 from llama2_client.request import GenerationOptions, build_request, usage_request
@@ -56,7 +56,8 @@ class Client:
         max_attempts: how often gRPC attempts a call that ends with UNAVAILABLE before its first message, from 1 to 5.
         quota_wait: the longest time in seconds that a call waits for a used-up quota, within its deadline; 0 raises
             QuotaExceeded immediately.
-        resume: True continues a stream that breaks off. The repeated call costs quota and neurons like the first one.
+        resume: True continues a stream that breaks off: calls have an idempotency key, so that a repeated call costs
+            nothing.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Client:
         """
         timeout = options.pop("timeout", None)
         request = build_request(text_generation_pb2.GenerateRequest(), prompt, messages, raw, options)
+        with_key(self._settings, request)
         generate = text_generation_pb2_grpc.TextGenerationServiceStub(self._channel).Generate
         response = await self._unary(generate, request, timeout)
         return Reply.from_proto(response.response, response.completion, request)

@@ -89,7 +89,9 @@ EXIT_INTERRUPTED = 130
     help="Longest time to wait for a used-up quota, within --timeout.",
 )
 @click.option(
-    "--resume", is_flag=True, help="Continue a reply whose connection breaks. The repeated call costs as much again."
+    "--resume",
+    is_flag=True,
+    help="Continue a reply whose connection breaks, at no extra cost, as long as the server allows.",
 )
 @click.version_option(package_name="llama2-grpc", prog_name="llama2", message="%(prog)s %(version)s")
 @click.pass_context

@@ -13,7 +13,7 @@ from tests.integration.client.twins.twin import Twin
 from tests.support.scripted_server import ScriptedServer
 
 from llama2.v1 import text_generation_pb2
-from llama2_client import Client, QueueFull, QuotaExceeded, SyncClient, Unavailable
+from llama2_client import Client, FailedPrecondition, QueueFull, QuotaExceeded, SyncClient, Unavailable
 
 Kind = type[Client] | type[SyncClient]
 
@@ -94,34 +94,38 @@ async def test_a_full_queue_is_not_waited_for(kind: Kind, server: ScriptedServer
 
 
 async def test_a_broken_stream_continues(resuming: Twin, server: ScriptedServer) -> None:
-    """The same request with the same seed is sent again, and no text is yielded twice, however it is divided."""
+    """The same request with the same key asks for the rest by code points, and no text is yielded twice."""
     server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hel",))
-    server.script_error(grpc.StatusCode.UNAVAILABLE, after=("H", "ell", "o"))
-    server.script_reply("Hello w", "orld")
+    server.script_error(grpc.StatusCode.UNAVAILABLE, after=("l", "o🦊"))
+    server.script_reply(" w", "orld")
     deltas: list[str] = []
-    assert await resuming.read(deltas, "Hi") == REPLY
-    assert deltas == ["Hel", "l", "o", " w", "orld"]
-    first, *others = server.requests
+    await resuming.read(deltas, "Hi")
+    assert deltas == ["Hel", "l", "o🦊", " w", "orld"]
+    requests = [request for request in server.requests if isinstance(request, text_generation_pb2.GenerateRequest)]
+    assert len(requests[0].idempotency_key) == 32
+    assert [request.resume_after_characters for request in requests] == [0, 3, 6]
+    for request in requests:
+        request.ClearField("resume_after_characters")
+    assert requests[1:] == [requests[0]] * 2
+
+
+async def test_calls_have_different_keys(resuming: Twin, server: ScriptedServer) -> None:
+    """Each call of the program has its own key; a given seed is kept, and no seed is chosen."""
+    await resuming.call("generate", "Hi", seed=7)
+    await resuming.call("generate", "Hi")
+    first, second = server.requests
     assert isinstance(first, text_generation_pb2.GenerateRequest)
-    assert first.HasField("seed")
-    assert others == [first, first]
+    assert isinstance(second, text_generation_pb2.GenerateRequest)
+    assert (first.seed, second.HasField("seed")) == (7, False)
+    assert first.idempotency_key != second.idempotency_key
 
 
-async def test_a_given_seed_is_kept(resuming: Twin, server: ScriptedServer) -> None:
-    """A request with a seed is repeated with it."""
+async def test_another_model_is_an_error(resuming: Twin, server: ScriptedServer) -> None:
+    """If the server cannot compute the rest, the stream fails instead of mixing texts."""
     server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hello",))
-    server.script_reply("Hello", " world")
-    await resuming.read([], "Hi", seed=7)
-    assert server.requests == [text_generation_pb2.GenerateRequest(prompt="Hi", seed=7)] * 2
-
-
-@pytest.mark.parametrize("repeated", [("Help",), ("Hel",)])
-async def test_another_text_is_an_error(resuming: Twin, server: ScriptedServer, repeated: tuple[str, ...]) -> None:
-    """If the repeated reply differs from the text so far or is shorter, the stream fails instead of mixing texts."""
-    server.script_error(grpc.StatusCode.UNAVAILABLE, "the connection broke", after=("Hello",))
-    server.script_reply(*repeated)
+    server.script_error(grpc.StatusCode.FAILED_PRECONDITION, "another model")
     deltas: list[str] = []
-    with pytest.raises(Unavailable, match="the repeated reply differs from its text: the connection broke"):
+    with pytest.raises(FailedPrecondition, match="another model"):
         await resuming.read(deltas, "Hi")
     assert deltas == ["Hello"]
 
@@ -135,7 +139,7 @@ async def test_a_stream_is_resumed_a_limited_number_of_times(resuming: Twin, ser
 
 
 async def test_by_default_a_broken_stream_is_an_error(twin: Twin, server: ScriptedServer) -> None:
-    """Without `resume`, a stream that breaks off is not repeated, and the client chooses no seed."""
+    """Without `resume`, a stream that breaks off is not repeated, and the client sends no key."""
     server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hello",))
     with pytest.raises(Unavailable):
         await twin.read([], "Hi")
