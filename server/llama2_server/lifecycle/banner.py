@@ -5,21 +5,28 @@ import sys
 from pathlib import Path
 
 from llama2_server.config.settings import Settings
+from llama2_server.lifecycle.checks.checkpoint import uses_demo_weights
 
 PROMPT = "Tell me a story about a fox who lives by the sea."
 METHOD = "llama2.v1.TextGenerationService/GenerateStream"
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEMO = (
+    "This is a demo: a very small model that only tells short stories. Start the server with\n"
+    "--card llama-2-7b-chat-fp16 --weights DIRECTORY to serve Llama 2."
+)
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # compared, not bound
 
 
 def print_banner(address: str, settings: Settings) -> None:
-    """Print the address, and commands that call the service with these settings.
+    """Print the address, commands that call the service with these settings, and whether the model is the demo.
 
     The words in capitals are placeholders: KEY is an API key, CA.pem has the certificate authority of the server,
     CLIENT.pem and CLIENT.key are the client's certificate, and HOST is a name in the server's certificate.
     """
     commands = "\n".join(f"  {command}" for command in _commands(_reachable(address, settings), settings))
     print(f"SERVING on {address}. Press Ctrl-C to stop. In another terminal, try:\n\n{commands}\n", flush=True)
+    if uses_demo_weights(settings):
+        print(f"{DEMO}\n", flush=True)
 
 
 def _reachable(address: str, settings: Settings) -> str:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from llama2_server.config.settings import Settings
-from llama2_server.lifecycle.banner import print_banner
+from llama2_server.lifecycle.banner import DEMO, print_banner
 
 TLS = {"tls_certificate": "tls.crt", "tls_key": "tls.key"}
 
@@ -26,7 +26,8 @@ def test_a_client_can_reach_the_address(
 ) -> None:
     """No client connects to 0.0.0.0 or [::]. The default address needs no flag."""
     print_banner(address, Settings.model_validate(settings))
-    first, _, *commands = capsys.readouterr().out.rstrip().splitlines()
+    start = capsys.readouterr().out.removesuffix(f"{DEMO}\n\n")
+    first, _, *commands = start.rstrip().splitlines()
     assert first == f"SERVING on {address}. Press Ctrl-C to stop. In another terminal, try:"
     assert f" {used} llama2.v1" in commands.pop()
     for command in commands:
@@ -36,4 +37,17 @@ def test_a_client_can_reach_the_address(
 def test_there_is_no_grpcurl_command_without_reflection(capsys: pytest.CaptureFixture[str]) -> None:
     """It would need the protos."""
     print_banner("127.0.0.1:50051", Settings.model_validate({"reflection": False}))
-    assert re.findall(r"\b(generate|chat|grpcurl)\b", capsys.readouterr().out) == ["generate", "chat"]
+    commands = capsys.readouterr().out.removesuffix(f"{DEMO}\n\n")
+    assert re.findall(r"\b(generate|chat|grpcurl)\b", commands) == ["generate", "chat"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_demo"),
+    [({}, True), ({"card": "llama-2-7b-chat-fp16", "weights": "demo"}, True), ({"weights": "/llama"}, False)],
+)
+def test_the_start_message_says_that_the_model_is_a_demo(
+    settings: dict[str, object], is_demo: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names the flags for the real model."""
+    print_banner("127.0.0.1:50051", Settings.model_validate(settings))
+    assert capsys.readouterr().out.endswith(f"{DEMO}\n\n") is is_demo
