@@ -36,6 +36,7 @@ EXPECTED: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     (r"/Generate$", 0, ('"response"', '"finishReason"')),
     (r"/GetUsage$", 0, ('"account": "42"', '"maxRequestsPerMin": 5')),
     (r"/GetModelCard$", 0, ("@demo/storyteller",)),
+    (r"/GetModelCard \| grep", 0, ('"fingerprintInputs"', '"kernels"', '"value": "native"')),
 )
 
 
