@@ -22,6 +22,8 @@ from conformance.service.launch import running_envoy, running_service
 KILLS = Path(__file__).parent / "kills.json"
 REGISTERED = (errors, flow, http, replies, requests, services)  # their imports fill MUTANTS
 MAX_KILLS = 15
+FLAGS = ("--max-free-calls-per-minute", str(10**9))
+"""One server serves the invalid requests of all mutants."""
 
 
 def read_kills() -> dict[str, list[str]]:
@@ -44,7 +46,7 @@ class Workbench:
         """Start the server and the proxies."""
         stack = AsyncExitStack()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        service = await stack.enter_async_context(running_service(folder))
+        service = await stack.enter_async_context(running_service(folder, *FLAGS))
         keys = Keys.read(service.keys_file, None)
         proxy = Proxy(service.address, keys.roles)
         address = await stack.enter_async_context(running_proxy(proxy))
