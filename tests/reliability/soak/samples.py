@@ -49,7 +49,7 @@ def after_warm_up(samples: list[Sample]) -> list[Sample]:
 
 
 def drift(requests: list[int], values: list[float]) -> float:
-    """Return the slope of the line through the points, per 10,000 requests."""
+    """Return the slope of the values by least squares, per 10,000 requests."""
     slope, _ = np.polyfit(np.array(requests, dtype=float), np.array(values, dtype=float), 1)
     return float(slope) * REQUESTS_OF_DRIFT
 

@@ -1,0 +1,54 @@
+"""Mutate modules of the server, and report the share of the mutants that their tests find: `make mutants`.
+
+The sample is fixed: a change of one function leaves the mutants of the others in it. The command exits with 1 if the
+tests find less than the goal.
+"""
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tools.mutants.mutations import Mutant, mutants
+from tools.mutants.runner import ROOT, copied_repository, tests_pass
+from tools.mutants.suites import TESTS, files_of, modules, package_of
+
+SAMPLE = 300
+GOAL_PERCENT = 90
+
+
+def main() -> int:
+    """Test the mutants of the command line, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="make mutants ARGS=…", description="Share of mutants that tests find.")
+    parser.add_argument("--first", type=int, default=SAMPLE, help=f"only the first of the {SAMPLE} mutants")
+    parser.add_argument("--package", choices=sorted(TESTS), help="only the mutants of one package")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants that are tested at the same time")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants", help="folder of the survivors' list")
+    options = parser.parse_args()
+    found = sorted((one for path in modules(ROOT) for one in mutants(ROOT, path)), key=lambda mutant: mutant.order)
+    chosen = [one for one in found[:SAMPLE] if options.package in (None, package_of(one.path))][: options.first]
+    for package in sorted({package_of(one.path) for one in chosen}):
+        with copied_repository() as copy:
+            if not tests_pass(copy, files_of(package)):
+                sys.exit(f"{package}: its tests fail without a mutant; run them first")
+    with ThreadPoolExecutor(options.jobs) as workers:
+        survivors = [one for one, survived in zip(chosen, workers.map(survives, chosen), strict=True) if survived]
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "survivors.txt"
+    path.write_text("".join(f"{line}\n" for line in sorted(map(str, survivors))), encoding="utf-8")
+    percent = 100 * (len(chosen) - len(survivors)) / max(1, len(chosen))
+    print(f"{percent:.0f}% of {len(chosen)} mutants were found, the goal is {GOAL_PERCENT}%; survivors: {path}")
+    return 0 if percent >= GOAL_PERCENT else 1
+
+
+def survives(mutant: Mutant) -> bool:
+    """Return whether the tests of its package pass with the mutant, and print it."""
+    with copied_repository() as copy:
+        (copy / mutant.path).write_text(mutant.source, encoding="utf-8")
+        survived = tests_pass(copy, files_of(package_of(mutant.path)))
+    print(f"{'SURVIVED' if survived else 'found':<9} {mutant}", flush=True)
+    return survived
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Run the tests of a package on a copy of the repository, in a new process that already has the libraries."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+TEST_SECONDS = 60
+"""Time limit of one test; a mutant that makes a test hang is found."""
+SUITE_SECONDS = 1800
+LIBRARIES = [
+    "grpc.aio",
+    "hypothesis",
+    "jsonschema",
+    "pytest",
+    "sqlalchemy",
+    "torch",
+    "transformers.models.llama",
+    "yaml",
+]
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(LIBRARIES)
+
+
+@contextmanager
+def copied_repository() -> Iterator[Path]:
+    """Copy the sources and tests for the body."""
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "__pycache__", "node_modules")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        shutil.copytree(ROOT, name, ignore=ignored, symlinks=True, dirs_exist_ok=True)
+        yield Path(name)
+
+
+def tests_pass(copy: Path, tests: list[str]) -> bool:
+    """Run tests in a copy of the repository until the first one fails."""
+    process = _PROCESSES.Process(target=_run_tests, args=(copy, tests))
+    process.start()
+    process.join(SUITE_SECONDS)
+    passed = process.exitcode == 0
+    if process.pid is not None:
+        # A mutant can leave server processes behind, which are in the group of its tests.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return passed
+
+
+def _run_tests(copy: Path, tests: list[str]) -> None:
+    """Run the tests in this process, and exit with pytest's code."""
+    os.setsid()
+    silence = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(silence, descriptor)
+    os.chdir(copy)
+    # The installed packages lead to the repository; these folders come before them, also in processes of tests.
+    folders = [str(copy / name) for name in (".", "server", "client", "protos")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(folders), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.path[:0] = folders
+    code = pytest.main(["-x", "-q", f"--timeout={TEST_SECONDS}", *tests])
+    os._exit(int(code))
