@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import grpc.aio
+import hypothesis
 import pytest
 from tests.support.certificates import Authority
 from tests.support.deadlines import CallDeadlines, LoopClock
@@ -38,9 +39,13 @@ from llama2_server.telemetry.telemetry import Telemetry
 def pytest_configure() -> None:
     """Restore the handlers of SIGINT and SIGHUP, and without a GPU let Triton's interpreter run the kernels.
 
+    Property tests have no deadline, because a busy machine would miss it.
+
     Shells start background jobs with SIGINT ignored, `nohup` ignores SIGHUP, and programs of tests inherit that. Triton
     reads its variable during its import, which torch causes in some test modules: no single folder can set it in time.
     """
+    hypothesis.settings.register_profile("without-deadline", deadline=None)
+    hypothesis.settings.load_profile("without-deadline")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not Path("/dev/nvidiactl").exists():
