@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools.mutants.mutations import Mutant, mutants
-from tools.mutants.runner import ROOT, copied_repository, tests_pass
+from tools.mutants.runner import ROOT, copied_repository, passes
 from tools.mutants.suites import TESTS, files_of, modules, package_of
 
 SAMPLE = 300
@@ -29,7 +29,7 @@ def main() -> int:
     chosen = [one for one in found[:SAMPLE] if options.package in (None, package_of(one.path))][: options.first]
     for package in sorted({package_of(one.path) for one in chosen}):
         with copied_repository() as copy:
-            if not tests_pass(copy, files_of(package)):
+            if not passes(copy, files_of(package)):
                 sys.exit(f"{package}: its tests fail without a mutant; run them first")
     with ThreadPoolExecutor(options.jobs) as workers:
         survivors = [one for one, survived in zip(chosen, workers.map(survives, chosen), strict=True) if survived]
@@ -45,7 +45,7 @@ def survives(mutant: Mutant) -> bool:
     """Return whether the tests of its package pass with the mutant, and print it."""
     with copied_repository() as copy:
         (copy / mutant.path).write_text(mutant.source, encoding="utf-8")
-        survived = tests_pass(copy, files_of(package_of(mutant.path)))
+        survived = passes(copy, files_of(package_of(mutant.path)))
     print(f"{'SURVIVED' if survived else 'found':<9} {mutant}", flush=True)
     return survived
 

@@ -1,10 +1,12 @@
 """The mutations of `make mutants`, its sample, and the tests that it runs."""
 
 import ast
+import shutil
 from pathlib import Path
 
 from tests.support.repository import ROOT
 from tools.mutants.mutations import mutants
+from tools.mutants.runner import passes
 from tools.mutants.suites import TESTS, files_of, modules, package_of
 
 MODULE = '''
@@ -59,3 +61,13 @@ def test_each_module_has_tests() -> None:
     assert packages == TESTS.keys()
     assert [test for package in TESTS for test in files_of(package) if not (ROOT / test).exists()] == []
     assert not any("cuda" in path.parts for path in modules(ROOT))
+
+
+def test_tests_run_on_the_copy(tmp_path: Path) -> None:
+    """With the repository's settings of pytest, a copy passes whose tests pass, and fails after a change."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    test = tmp_path / "test_one.py"
+    test.write_text("def test_one():\n    assert True\n")
+    assert passes(tmp_path, ["test_one.py"])
+    test.write_text("def test_one():\n    assert False\n")
+    assert not passes(tmp_path, ["test_one.py"])
