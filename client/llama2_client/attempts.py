@@ -104,7 +104,7 @@ class StreamProgress:
         self.closed = True
         if self._completion is None:
             raise InternalError("the server ended the stream without a completion")
-        self.reply = Reply.from_proto(self.text, self._completion)
+        self.reply = Reply.from_proto(self.text, self._completion, self.request)
         if self.on_complete is not None:
             self.on_complete(self.reply)
 
