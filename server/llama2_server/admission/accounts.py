@@ -114,6 +114,8 @@ class ApiKeyAuthenticator:
             logger.info("read %d API keys from %s", len(self._table), self._path)
         except (KeysFileError, OSError) as error:
             logger.error("API keys reload failed; keeping the previous keys: %s", error)  # noqa: TRY400  # a traceback would add nothing
+        except Exception:  # the next change of the file must be read, too
+            logger.exception("API keys reload failed; keeping the previous keys")
 
 
 _UNKNOWN_KEY = KeyRecord(salt="0" * 32, digest="0" * 64, account="unknown", enabled=False).model_dump_json()

@@ -58,7 +58,7 @@ class Readiness:
             self._changed.clear()
             wait_seconds = self._probe_at - _now()
             if wait_seconds <= 0 and (idle() or not self._last_succeeded):
-                self._record_probe(await probe())
+                self._record_probe(await _attempt(probe))
                 continue
             # A client's generation sets `_changed`; a cancelled one does not, so this also polls.
             with contextlib.suppress(TimeoutError):
@@ -72,6 +72,15 @@ class Readiness:
         self._failed_probes += 1
         self._probe_at = _now() + self._retry_seconds
         self._retry_seconds = min(2 * self._retry_seconds, self._interval_seconds)
+
+
+async def _attempt(probe: Callable[[], Awaitable[bool]]) -> bool:
+    """Return whether a probe succeeds; one that raises has failed, and the next one follows."""
+    try:
+        return await probe()
+    except Exception:
+        logger.exception("a probe raised an exception")
+        return False
 
 
 def _now() -> float:

@@ -1,12 +1,15 @@
 """Helpers for startup and shutdown: background tasks, threads, cancellation and signals."""
 
 import asyncio
+import logging
 import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 EXIT_SIGNAL = 128
 """Exit code of a process that a signal ends, without the signal's number."""
@@ -22,14 +25,19 @@ class StartupCancelled(Exception):
 
 @asynccontextmanager
 async def background_task(work: Awaitable[Result]) -> AsyncIterator["asyncio.Future[Result]"]:
-    """Run the work during the body, and cancel it afterwards."""
+    """Run the work during the body, and cancel it afterwards; its exception is logged and changes nothing else."""
     task = asyncio.ensure_future(work)
+    task.add_done_callback(_log_exception)
     try:
         yield task
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
+
+
+def _log_exception(task: "asyncio.Future[Any]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a background task failed", exc_info=error)
 
 
 async def cancel_on(exit_code: "asyncio.Future[int]", work: Awaitable[Result]) -> Result:

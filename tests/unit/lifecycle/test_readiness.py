@@ -61,3 +61,25 @@ def test_three_failed_probes_in_a_row_end_the_process(succeeds: int | None) -> N
     run_virtual(main())
     assert probes == pytest.approx([1, 2, 4][:succeeds])
     assert states == [False] if succeeds is None else [False, True]
+
+
+def test_a_probe_that_raises_has_failed() -> None:
+    """Its exception does not end the probing: the next probe makes the server SERVING again."""
+    probes: list[float] = []
+    states: list[bool] = []
+
+    async def main() -> None:
+        async def probe() -> bool:
+            probes.append(asyncio.get_running_loop().time())
+            if len(probes) < 3:
+                raise RuntimeError("broken")
+            return True
+
+        readiness = Readiness(states.append, interval_seconds=60)
+        running = asyncio.create_task(readiness.run(probe, idle=lambda: True))
+        await asyncio.sleep(100)
+        assert not running.done()
+        running.cancel()
+
+    run_virtual(main())
+    assert states == [False, True]
