@@ -74,6 +74,11 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
+    def ended(self) -> bool:
+        """Whether the thread has ended, after `close` or by an error."""
+        return not self._thread.is_alive()
+
+    @property
     def step_started_at(self) -> float | None:
         """Start of the current step in `time.monotonic` seconds; None between steps."""
         return self._step_started_at

@@ -8,6 +8,9 @@ import pytest
 from tests.support.virtual_time import run_virtual
 
 from llama2_server.engine.engine import Engine
+from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.sequence import Sequence, SequenceListener, SequenceResult
+from llama2_server.errors import EngineUnavailable
 from llama2_server.generation import supervised_engine
 from llama2_server.generation.supervised_engine import SupervisedEngine
 
@@ -27,5 +30,20 @@ def test_slow_generation_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None
         assert not supervised.failed
         await failing  # the last step does not end
         assert clock() == engine.step_started_at + 0.5
+
+    run_virtual(main())
+
+
+def test_result_of_an_engine_whose_thread_died() -> None:
+    """Without anything that watches the engine, as in the warm-up, a result that cannot come is an error."""
+
+    async def main() -> None:
+        engine = SimpleNamespace(alive=False, ended=True, step_started_at=None)
+        supervised = SupervisedEngine(cast(Engine, engine), engine_step_timeout_seconds=60)
+        sequence = Sequence([1], GenerationParams(max_tokens=1), cast(SequenceListener, None))
+        finished: asyncio.Future[SequenceResult] = asyncio.get_running_loop().create_future()
+        with pytest.raises(EngineUnavailable):
+            await supervised.result(sequence, finished)
+        assert supervised.failed
 
     run_virtual(main())
