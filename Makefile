@@ -12,7 +12,7 @@ SOURCES := server client tests tools benchmarks examples conformance hatch_build
 PROTOS := $(wildcard protos/llama2/*/*.proto protos/llama2/*/*/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
-.PHONY: run quick test chaos soak determinism audit mutants check format proto docs lock conformance conformance-full bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test chaos soak determinism audit mutants check format proto docs lock conformance conformance-full simulation bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -30,6 +30,7 @@ help:
 	@echo "make lock        resolve the container's lock files"
 	@echo "make conformance run the conformance kit: this server, all clients, wrong servers and clients (conformance/README.md)"
 	@echo "make conformance-full  the same, every case against every wrong server and client, and a million bodies"
+	@echo "make simulation  simulate a million requests with faults, and check them (ARGS='--seed 7' for a part)"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model (under an hour on two cores)"
@@ -97,6 +98,9 @@ conformance: $(VENV)/.dev
 conformance-full: conformance
 	$(BIN)/python -m conformance mutants --full
 	$(BIN)/python -m conformance equivalence --bodies 1000000
+
+simulation: $(VENV)/.dev
+	$(BIN)/python -m tests.reliability.simulation $(or $(ARGS),--requests 1000000)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,138 @@
+"""A history by call, by request and by process, and the faults that explain what happened."""
+
+import math
+from collections import defaultdict
+from decimal import Decimal
+
+from tests.reliability.simulation.history import Event, History
+
+ENGINE_FAULTS = frozenset(
+    {
+        "the device for good",
+        "the device",
+        "a lost KV slot",
+        "a hanging step",
+        "acquiring the KV slot",
+        "submitting",
+        "returning the KV slot",
+        "SIGTERM",
+        "reserving",
+        "confirming",
+        "decoding a token",
+        "the last text",
+        "the result",
+        "the stop matcher",
+        "reporting progress",
+    }
+)
+DISK_FAULTS = frozenset({"a full disk", "a replaced database", "a deleted database", "the checkpoint"})
+UNAVAILABLE_CAUSES = {
+    "USAGE_UNAVAILABLE": DISK_FAULTS | {"a faulty admission", "the usage store"},
+    "QUOTA_STORE_UNAVAILABLE": frozenset({"the quota store", "a slow quota store"}),
+    "ENGINE_UNAVAILABLE": ENGINE_FAULTS,
+    "SHUTTING_DOWN": ENGINE_FAULTS,
+}
+HEALTH_CAUSES = {
+    "serving": ENGINE_FAULTS | DISK_FAULTS,
+    "quota-store": frozenset({"the quota store", "a slow quota store"}),
+    "usage-store": frozenset({"the usage store", "replies of the usage store", "a poison record"}),
+}
+
+
+class Facts:
+    """A history by call, by request id and by process."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.shape = next(history.of("shape"))
+        self.calls = {event["call"]: event for event in history.of("call")}
+        self.ends: dict[int, Event] = {}
+        self.twice_ended: list[int] = []
+        for event in history.of("end"):
+            if event["call"] in self.ends:
+                self.twice_ended.append(event["call"])
+            self.ends[event["call"]] = event
+        self.arrivals = {event["id"]: event for event in history.of("arrive")}
+        self.records: dict[str, list[Event]] = defaultdict(list)
+        for event in history.of("record"):
+            self.records[event["id"]].append(event)
+        self.faults_by_process: list[tuple[str, str, float, float]] = []
+        started: dict[int, Event] = {}
+        for event in history.of("fault", "fault end"):
+            if event["event"] == "fault":
+                started[event["number"]] = event
+            else:
+                first = started[event["number"]]
+                self.faults_by_process.append((first["fault"], first["process"], first["at"], event["at"]))
+        self.raised_at: dict[str, list[float]] = defaultdict(list)
+        for event in history.of("raised"):
+            self.raised_at[event["process"]].append(event["at"])
+        self.started: dict[str, float] = {}
+        for event in history.of("start"):
+            self.started.setdefault(event["process"], event["at"])
+        self.ended: dict[str, float] = {}
+        for event in history.of("end of process", "kill", "exit"):
+            self.ended.setdefault(event["process"], event["at"])
+        self.disturbed: dict[str, list[float]] = defaultdict(list)
+        for event in history.of("raised", "fault", "fault end", "start", "exit", "kill", "end of process"):
+            self.disturbed[event.get("process", "")].append(event["at"])
+
+    def price(self, reply: Event) -> Decimal:
+        """Return the neurons of the tokens of a reply or a record; cached ones are free."""
+        costs = self.shape["costs"]
+        inputs, outputs = reply["usage"]
+        price = inputs * Decimal(costs["input_tokens"]) + outputs * Decimal(costs["output_tokens"])
+        return Decimal(0) if reply["cached"] else price
+
+    def lasts(self, faults: frozenset[str], since: float, until: float) -> bool:
+        """Return whether one of the faults is in progress at some time in between."""
+        return any(name in faults and start <= until and since <= end for name, _, start, end in self.faults_by_process)
+
+    def absent(self, process: str, since: float, until: float) -> bool:
+        """Return whether the process has not started or ends at some time in between."""
+        return since < self.started.get(process, math.inf) or self.ended.get(process, math.inf) <= until
+
+    def raised(self, process: str, since: float, until: float) -> bool:
+        """Return whether a fault was injected into the process in this time."""
+        return any(since <= at <= until for at in self.raised_at[process])
+
+    def long_holds(self) -> dict[str, list[float]]:
+        """Return by process the ends of all generations that took more than twice the mean."""
+        started: dict[tuple[str, int], float] = {}
+        holds: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for event in self.history.of("grant", "release"):
+            key = (event["process"], event["number"])
+            if event["event"] == "grant":
+                started[key] = event["at"]
+            elif key in started:
+                holds[event["process"]].append((event["at"], event["at"] - started.pop(key)))
+        means = {process: sum(seconds for _, seconds in ends) / len(ends) for process, ends in holds.items()}
+        return defaultdict(
+            list, {one: [at for at, seconds in ends if seconds > 2 * means[one]] for one, ends in holds.items()}
+        )
+
+
+def promises(facts: Facts) -> tuple[int, int]:
+    """Count the calls that returned in time, and the ones of them that were rejected for the same reason.
+
+    Nothing is promised after a displacement, a generation over twice the mean or a fault, with a short queue, and by
+    one replica for the quota that others use, too.
+    """
+    returned = broken = 0
+    long_holds = facts.long_holds()
+    for number, call in facts.calls.items():
+        first, end = facts.ends.get(call.get("retry_of") or 0), facts.ends[number]
+        if first is None or first["code"] != "RESOURCE_EXHAUSTED" or first.get("displaced") or call["kind"] != "obeys":
+            continue
+        told = facts.calls[first["call"]]
+        quota = first["reason"] == "QUOTA_EXCEEDED"
+        if told["process"] != call["process"] or (
+            facts.shape["shared"]["quota"] if quota else facts.shape["queue"] < 16
+        ):
+            continue
+        disturbed = [*facts.disturbed[call["process"]], *facts.disturbed[""], *long_holds[call["process"]]]
+        if any(told["at"] - 10 <= at <= end["at"] for at in disturbed):
+            continue
+        returned += 1
+        broken += end.get("reason") == first["reason"]
+    return returned, broken

@@ -1,0 +1,164 @@
+"""Run one simulation: start the replicas, send the requests, inject the faults, and let everything come to rest."""
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from tests.reliability.simulation.clients import Traffic
+from tests.reliability.simulation.faults import Faults
+from tests.reliability.simulation.history import History
+from tests.reliability.simulation.observer import observe
+from tests.reliability.simulation.planted import Plant
+from tests.reliability.simulation.replica import Replica
+from tests.reliability.simulation.world import Shape, World, simulated
+from tests.support.simulated.threads import SimulationLoop
+
+from llama2_server.usage.local import statements
+from llama2_server.usage.local.local_ledger import file_of
+from llama2_server.usage.records import UsageRecord
+
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - a disk syncs slowly
+SETTLE_SECONDS = 60.0
+
+
+def simulate(
+    seed: int,
+    requests: int,
+    faults: frozenset[str] | None = None,
+    plant: Plant | None = None,
+    shape: Shape | None = None,
+) -> History:
+    """Return the history of one simulation, which the seed determines.
+
+    Args:
+        seed: determines configuration, clients, faults and their order.
+        requests: number of calls.
+        faults: the names of the possible faults; None for all.
+        plant: changes the server, so that the model must find an error.
+        shape: the configuration; None for the one of the seed.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simulation-", dir=MEMORY)))
+        runner = stack.enter_context(asyncio.Runner(loop_factory=SimulationLoop))
+        loop = runner.get_loop()
+        assert isinstance(loop, SimulationLoop)
+        world = World(seed, folder, shape)
+        stack.callback(world.close)
+        patch = stack.enter_context(simulated(world, loop))
+        if plant is not None:
+            plant(patch)
+        injected = Faults(world, patch, faults)
+        observe(patch, world.history)
+        runner.run(_simulate(world, injected, requests))
+        return world.history
+
+
+async def _simulate(world: World, faults: Faults, requests: int) -> None:
+    shape, history = world.shape, world.history
+    limits = {f"a{index}": world.limit(f"a{index}") for index in range(shape.accounts)}
+    costs = {name: str(cost) for name, cost in world.card.neuron_costs.items()}
+    sizes = {"slots": shape.slots, "queue": shape.settings["max_queue_size"]}
+    shared = {"quota": shape.shares_quota, "usage": shape.forwards}
+    history.add("shape", seed=world.seed, limits=limits, costs=costs, shared=shared, **sizes)
+    replicas = world.replicas = [Replica(world, name) for name in ("left", "right")]
+    for replica in replicas:
+        await replica.start()
+    injecting = asyncio.create_task(faults.run(replicas))
+    traffic = Traffic(world, replicas, requests)
+    try:
+        await traffic.run()
+    finally:
+        injecting.cancel()
+        await asyncio.wait([injecting])
+    faults.end_all()
+    for _ in range(2):  # a step that hangs ends its process later
+        for replica in replicas:
+            await faults.restart_if_ended(replica)
+        await asyncio.sleep(SETTLE_SECONDS)
+    history.add("rest")
+    _add_states(history, replicas)
+    for replica in replicas:
+        await replica.stop()
+    _add_records(world, replicas)
+
+
+def _add_states(history: History, replicas: list[Replica]) -> None:
+    """Add what is left in the processes when no call runs."""
+    for replica in replicas:
+        process = replica.process
+        if process is None or process.service is None:
+            continue
+        service = process.service
+        engine = service.engine._engine
+        history.add(
+            "state",
+            process=process.name,
+            running=service.queue.running,
+            waiting=service.queue.waiting,
+            pending=service.ledger.pending,
+            admitted=len(service.ledger._running),
+            serving=service.health.serving,
+            stores=dict(service.health._stores),
+            kv_slots=len(engine._prefix_cache._free) + len(engine._running),  # a probe may run
+            violations=process.steps.violations,
+            metrics=counters(service.telemetry.metrics.registry),
+        )
+
+
+def counters(registry: CollectorRegistry) -> dict[str, float]:
+    """Return the counters that the records and the calls determine."""
+    values: Counter[str] = Counter()
+    for family in registry.collect():
+        for sample in family.samples:
+            if sample.name in ("llama2_tokens_total", "llama2_neurons_total", "llama2_requests_total"):
+                values[sample.labels.get("type", sample.name)] += sample.value  # type: ignore[assignment]
+    return dict(values)
+
+
+def _add_records(world: World, replicas: list[Replica]) -> None:
+    """Add all records of all databases, and the totals that differ from their records."""
+    for replica in replicas:
+        with contextlib.closing(sqlite3.connect(file_of(replica.directory))) as connection:
+            add_database(world.history, replica.name, connection)
+    if world.usage is not None:
+        add_database(world.history, "store", world.usage.connection)
+
+
+def add_database(history: History, name: str, connection: sqlite3.Connection) -> None:
+    for record in _all_records(connection):
+        history.add(
+            "record",
+            database=name,
+            id=record.request_id,
+            account=record.account_id,
+            usage=[record.input_tokens, record.output_tokens],
+            neurons=str(record.neurons),
+            cached=record.cached,
+            outcome=record.outcome,
+        )
+    running = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'running_requests'").fetchone()[0]
+    if running:
+        running = connection.execute("SELECT count(*) FROM running_requests").fetchone()[0]
+    history.add("database", database=name, wrong_totals=len(statements.wrong_totals(connection)[0]), running=running)
+
+
+def _all_records(connection: sqlite3.Connection) -> list[UsageRecord]:
+    return statements._records(connection, "1", ())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Log nothing: thousands of injected faults would."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
