@@ -74,7 +74,7 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
-    def ended(self) -> bool:
+    def stopped(self) -> bool:
         """Whether the thread has ended, after `close` or by an error."""
         return not self._thread.is_alive()
 

@@ -89,7 +89,7 @@ class SupervisedEngine:
         try:
             while missing < MISSING_POLLS and not finished.done() and not self.failed:
                 await asyncio.wait((finished, failed), timeout=RESULT_POLL_SECONDS, return_when=FIRST_COMPLETED)
-                missing = missing + 1 if sequence.ended or self._engine.ended else 0
+                missing = missing + 1 if sequence.ended or self._engine.stopped else 0
         finally:
             failed.cancel()
         if self.failed and not finished.done():
@@ -98,7 +98,7 @@ class SupervisedEngine:
 
     def _checked_result(self, sequence: Sequence, finished: "asyncio.Future[SequenceResult]") -> SequenceResult:
         """Return the result; without the slot of its sequence the engine has failed, because no request gets it."""
-        if not finished.done() and self._engine.ended:
+        if not finished.done() and self._engine.stopped:
             self.fail("the engine thread died")
         elif sequence.holds_slot:
             self.fail("the engine did not release a KV cache slot")

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from llama2_server.admission.fair_queue import FairQueue
 from llama2_server.admission.quota import _LocalWindows
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api import interceptor
@@ -53,11 +52,6 @@ async def _commit_nothing(self: Ledger) -> None:
 async def _delete_first(self: Forwarder, batch: Any) -> None:
     await self._writer.run(lambda connection: statements.delete_forwarded(connection, batch))
     await self._store.upsert(batch)
-
-
-def _arrival_order(self: FairQueue, account_id: str, ahead: int = 0) -> tuple[int, int]:
-    self._arrivals += 1
-    return 1, self._arrivals
 
 
 def _grant_one(self: RequestQueue) -> None:
@@ -116,13 +110,6 @@ PLANTED = {
     "one request more than the quota": Planted("quota_is_never_exceeded", _allow_one_more, per_minute=5),
     "retry times that are too early": Planted(
         "retry_times_are_kept", _always(RequestQueue, "add_retry_time", _return_at_once)
-    ),
-    "accounts in the order of their arrival": Planted(
-        "accounts_share_the_slots",
-        _always(FairQueue, "next_order", _arrival_order),
-        accounts=2,
-        max_queue_size=64,
-        requests=2000,
     ),
     "a reader that is not notified": Planted("every_call_ends", _replace(Generation, "_notify", lambda self: None)),
     "the text of an exception": Planted("statuses_are_true", _always(interceptor, "_errors_as_statuses", _no_statuses)),

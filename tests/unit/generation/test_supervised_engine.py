@@ -38,7 +38,7 @@ def test_result_of_an_engine_whose_thread_died() -> None:
     """Without anything that watches the engine, as in the warm-up, a result that cannot come is an error."""
 
     async def main() -> None:
-        engine = SimpleNamespace(alive=False, ended=True, step_started_at=None)
+        engine = SimpleNamespace(alive=False, stopped=True, step_started_at=None)
         supervised = SupervisedEngine(cast(Engine, engine), engine_step_timeout_seconds=60)
         sequence = Sequence([1], GenerationParams(max_tokens=1), cast(SequenceListener, None))
         finished: asyncio.Future[SequenceResult] = asyncio.get_running_loop().create_future()
