@@ -51,8 +51,12 @@ def unavailability_has_a_cause(facts: Facts) -> Iterator[str]:
         if causes is None:
             if not facts.absent(call["process"], call["at"] - CAUSE_SECONDS, end["at"] + 1):
                 yield f"call {number} found no server at {call['at']:.1f}"
-        elif not facts.lasts(causes, call["at"] - CAUSE_SECONDS, end["at"] + 1):
+        elif not facts.lasts(causes, call["at"] - _cause_seconds(causes), end["at"] + 1):
             yield f"call {number} ended with {end['reason']} without a cause at {end['at']:.1f}"
+
+
+def _cause_seconds(causes: frozenset[str]) -> float:
+    return ENGINE_SECONDS if causes is ENGINE_FAULTS else CAUSE_SECONDS
 
 
 def statuses_are_true(facts: Facts) -> Iterator[str]:
