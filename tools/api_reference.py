@@ -20,6 +20,7 @@ from google.protobuf.descriptor_pb2 import (
 from google.rpc import status_pb2
 
 from llama2_server.errors import (
+    BudgetExhausted,
     IdempotencyKeyReused,
     InvalidRequest,
     QueueFull,
@@ -43,6 +44,7 @@ ARGUMENTS: dict[type[ServiceError], tuple[Any, ...]] = {
     InvalidRequest: ([Violation("prompt", "is required")],),
     RequestTooLarge: (2, 1),
     QuotaExceeded: ("42", 5, 1.0),
+    BudgetExhausted: ("42", "", 1.0),
     QueueFull: ("", 1.0),
     QueueWaitTooLong: ("", 1.0),
     ShuttingDown: ("",),

@@ -19,6 +19,7 @@ from llama2_server.card import RequestsPerMinute
 from llama2_server.generation.response_cache import ResponseCacheCollector
 from llama2_server.telemetry.metrics import Metrics
 from llama2_server.usage.ledger import Ledger
+from llama2_server.usage.metrics import LedgerCollector
 
 PAGE = Path(__file__).parent.parent / "docs/telemetry.md"
 BEGIN = "<!-- metrics: made by `python -m tools.metrics_reference` -->\n"
@@ -54,7 +55,7 @@ async def _metrics() -> list[Metric]:
             Quota(RequestsPerMinute(default=1)),
             ResponseCacheCollector(None),
             ReadinessCollector(HealthServicer(())),
-            ledger,
+            LedgerCollector(ledger),
         )
         # A metric with labels shows them only if it has a series.
         metrics.register("", _NoModel(), "", ["some.Service/Method"], collectors)

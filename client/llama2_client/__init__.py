@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llama2_client.aio.client import Client
     from llama2_client.aio.reply_stream import ReplyStream
     from llama2_client.errors import (
+        BudgetExhausted,
         ConnectionProblem,
         DeadlineExceeded,
         FailedPrecondition,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from llama2_client.sync.reply_stream import SyncReplyStream
 
 __all__ = [
+    "BudgetExhausted",
     "Chat",
     "Client",
     "ConnectionProblem",

@@ -6,6 +6,7 @@
     ├── PermissionDenied       PERMISSION_DENIED: the account is disabled
     ├── ResourceExhausted      RESOURCE_EXHAUSTED
     │   ├── QuotaExceeded        the account's quota is used up
+    │   ├── BudgetExhausted      the request does not fit into the account's budget for the month
     │   ├── QueueFull            the request queue is full, or its wait too long
     │   └── TooManyRequests      too many calls that generate nothing
     ├── Unavailable            UNAVAILABLE: the server is unreachable, loading or shutting down
@@ -117,6 +118,13 @@ class QuotaExceeded(ResourceExhausted):
     """Raised if the account has used up its requests per minute. Retry after exactly `retry_after` seconds."""
 
 
+class BudgetExhausted(ResourceExhausted):
+    """Raised if the highest price of the request does not fit into the account's neuron budget for the month.
+
+    Lower `max_tokens`, or retry after `retry_after` seconds: the next month starts then, in UTC.
+    """
+
+
 class QueueFull(ResourceExhausted):
     """Raised if the request queue is full, or if the wait would exceed the deadline or the queue's limit.
 
@@ -214,7 +222,7 @@ def from_rpc_error(error: RpcStatus) -> Llama2Error:
     kind = _BY_CODE.get(error.code(), Llama2Error)
     if kind is ResourceExhausted:
         if _detail(status, error_details_pb2.QuotaFailure) is not None:
-            kind = QuotaExceeded
+            kind = BudgetExhausted if info is not None and info.reason == "BUDGET_EXHAUSTED" else QuotaExceeded
         elif info is not None and info.reason == "TOO_MANY_REQUESTS":
             kind = TooManyRequests
         elif retry is not None:

@@ -29,6 +29,7 @@ from llama2_server.telemetry.guard import guarded
 from llama2_server.telemetry.logging import on_loop_exception
 from llama2_server.telemetry.telemetry import Telemetry, open_telemetry
 from llama2_server.usage.ledger import Ledger
+from llama2_server.usage.metrics import LedgerCollector
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,8 @@ async def start(
             telemetry = await stack.enter_async_context(opening)
         inputs.ports.release("--health-listen")
         health = (await stack.enter_async_context(health_port(settings))).servicer
-        ledger = await stack.enter_async_context(open_ledger(settings, inputs.card, inputs.usage_store))
-        quota = await stack.enter_async_context(open_quota(settings, inputs.card))
+        ledger = await stack.enter_async_context(open_ledger(settings, inputs))
+        quota = await stack.enter_async_context(open_quota(settings, inputs))
         await stack.enter_async_context(watch_stores(quota, ledger, health))
         response_cache = await stack.enter_async_context(open_response_cache(settings, inputs.card))
         loaded = await load_in_thread(load, settings, inputs.card, exit_code)
@@ -132,7 +133,7 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, *model)
     interceptor = make_interceptor(settings, service.telemetry, authenticator)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
-    collectors = (queue, quota, ResponseCacheCollector(cache), ledger, ReadinessCollector(health))
+    collectors = (queue, quota, ResponseCacheCollector(cache), LedgerCollector(ledger), ReadinessCollector(health))
     service.telemetry.metrics.register(card.name, loaded.model, engine.step_kind, METHODS, collectors)
     await warm_up_unless_cancelled(engine, loaded, settings, card, exit_code)
     try:

@@ -9,6 +9,7 @@
     |-- AccountDisabled            PERMISSION_DENIED
     |-- ResourceExhausted          RESOURCE_EXHAUSTED
     |   |-- QuotaExceeded
+    |   |-- BudgetExhausted
     |   |-- QueueFull
     |   |-- QueueWaitTooLong
     |   `-- TooManyRequests
@@ -39,6 +40,8 @@ from google.rpc import error_details_pb2, status_pb2
 ERROR_DOMAIN = "llama2.v1"
 # gRPC peers accept 8 KB of metadata by default; a status in base64 and the message stay under half of it.
 MAX_VIOLATIONS_BYTES = 1800
+# No call sleeps for longer. The clients also read the pushback as a 32-bit number of milliseconds, which is 24 days.
+MAX_PUSHBACK_SECONDS = 3600.0
 
 
 class Violation(NamedTuple):
@@ -66,8 +69,8 @@ class ServiceError(Exception):
     ) -> tuple[str, list[tuple[str, str | bytes]]]:
         """Return the status message and the trailing metadata of this error.
 
-        `remaining_seconds` is the time until the call's deadline; None without one. If the wait exceeds it, the
-        pushback is -1 (do not retry): gRPC clients sleep for the pushback before they return the error, and would
+        `remaining_seconds` is the time until the call's deadline; None without one. If the wait exceeds it, or an hour,
+        the pushback is -1 (do not retry): gRPC clients sleep for the pushback before they return the error, and would
         return DEADLINE_EXCEEDED without details in its place.
         """
         status = status_pb2.Status(code=self.code.value[0], message=str(self))
@@ -79,7 +82,8 @@ class ServiceError(Exception):
             milliseconds = max(1, math.ceil(self.retry_after_seconds * 1000))
             delay = Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
             status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-            in_time = remaining_seconds is None or milliseconds <= remaining_seconds * 1000
+            limit_seconds = MAX_PUSHBACK_SECONDS if remaining_seconds is None else remaining_seconds
+            in_time = milliseconds <= min(limit_seconds, MAX_PUSHBACK_SECONDS) * 1000
             trailers.append(("grpc-retry-pushback-ms", str(milliseconds if in_time else -1)))
         status.details.add().Pack(error_details_pb2.RequestInfo(request_id=request_id))
         trailers.append(("grpc-status-details-bin", status.SerializeToString()))
@@ -193,6 +197,11 @@ class ResourceExhausted(ServiceError):
         return error
 
 
+def _quota_failure(account_id: str, description: str) -> error_details_pb2.QuotaFailure:
+    violation = error_details_pb2.QuotaFailure.Violation(subject=f"account:{account_id}", description=description)
+    return error_details_pb2.QuotaFailure(violations=[violation])
+
+
 class QuotaExceeded(ResourceExhausted):
     """The account has used up its requests per minute."""
 
@@ -205,9 +214,22 @@ class QuotaExceeded(ResourceExhausted):
 
     def details(self) -> list[Message]:
         """Return one QuotaFailure that names the account."""
-        subject = f"account:{self._account_id}"
-        violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=str(self))
-        return [error_details_pb2.QuotaFailure(violations=[violation])]
+        return [_quota_failure(self._account_id, str(self))]
+
+
+class BudgetExhausted(ResourceExhausted):
+    """The highest price of the request does not fit into the account's neuron budget for the month."""
+
+    reason = "BUDGET_EXHAUSTED"
+    refunds_quota = True
+
+    def __init__(self, account_id: str, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message, retry_after_seconds)
+        self._account_id = account_id
+
+    def details(self) -> list[Message]:
+        """Return one QuotaFailure that names the account."""
+        return [_quota_failure(self._account_id, str(self))]
 
 
 class QueueFull(ResourceExhausted):

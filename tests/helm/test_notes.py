@@ -10,7 +10,7 @@ from tests.helm.test_run import container_of
 from tests.support.certificates import Authority
 from tests.support.processes import environment
 
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 
 KEYS: Values = {"apiKeys": {"secret": "keys"}, "test": {"apiKey": {"secret": "key"}}}
 TLS: Values = {"tls": {"secret": "server-tls"}}

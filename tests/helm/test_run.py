@@ -17,7 +17,7 @@ from tests.support.processes import command, environment
 from llama2.v1 import model_pb2, model_pb2_grpc
 from llama2_client import SyncClient
 from llama2_client.receipts import receipt_document, verify_receipt
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.cli.main import program
 from llama2_server.config.settings import Settings
 from llama2_server.receipts.keys import public_file, write_new_key

@@ -9,7 +9,7 @@ from tests.support.http2_peer import Http2Peer
 from tests.support.service import ServiceMaker, until
 
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 
 # Numbers of gRPC's status codes.
 INVALID_ARGUMENT, PERMISSION_DENIED, UNAUTHENTICATED = "3", "7", "16"

@@ -22,7 +22,7 @@ from tests.support.servers.redis_server import running_redis
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 
 ACCOUNTS = ("alpha", "beta", "gamma", "delta", "32118455")
 QUOTA = 20  # less than the clients request

@@ -33,7 +33,7 @@ CARD = model_pb2.ModelCard(
     description="Full precision (fp16) generative text model with 7 billion parameters.",
     task=model_pb2.ModelTask(id="c329a1f9-323d-4e91-b2aa-582dd4188d34", name="Text Generation"),
     limits=model_pb2.Limits(context_length_limit=3072, sequence_length_limit=2500, max_concurrent_requests=1),
-    quota=model_pb2.Quota(max_requests_per_min=5, account_max_requests_per_min=60),
+    quota=model_pb2.Quota(max_requests_per_min=5, account_max_requests_per_min=60, account_neurons_per_month="1000"),
     prices=[
         model_pb2.Price(metric="input_tokens", neuron_cost="0.3672"),
         model_pb2.Price(metric="output_tokens", neuron_cost="0.3672"),
@@ -66,6 +66,12 @@ USAGE = account_pb2.GetUsageResponse(
         ),
         account_pb2.DailyUsage(date="2026-11-23", model=CARD.name, requests=1, cached_tokens=33, neurons="0"),
     ],
+    budget=account_pb2.BudgetState(
+        neurons_per_month="1000",
+        neurons_spent="12.1176",
+        neurons_reserved="93.3",
+        resets_in=Duration(seconds=6 * 86_400 + 1),
+    ),
 )
 
 

@@ -137,11 +137,13 @@ async def generate(service: Service, prompt: str, max_tokens: int) -> pb.Generat
     return reply
 
 
-async def hold_slot(service: Service, prompt: str = "hold") -> UnaryStream:
+async def hold_slot(
+    service: Service, prompt: str = "hold", *, metadata: tuple[tuple[str, str], ...] = (), **options: Any
+) -> UnaryStream:
     """Return a call that holds the only slot: its first token is read, and the model is in its second step."""
     service.model.gate()
     service.model.allow(1)
-    call: UnaryStream = service.text.GenerateStream(pb.GenerateRequest(prompt=prompt))
+    call: UnaryStream = service.text.GenerateStream(pb.GenerateRequest(prompt=prompt, **options), metadata=metadata)
     await call.read()
     await service.wait_until_in_step()
     return call

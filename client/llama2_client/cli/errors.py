@@ -35,6 +35,7 @@ _HEADLINES: tuple[tuple[type[errors.Llama2Error], str], ...] = (
     (errors.QueueFull, "the server is busy: "),
     (errors.QuotaExceeded, ""),
     (errors.TooManyRequests, ""),
+    (errors.BudgetExhausted, ""),
     (errors.ResourceExhausted, "a limit is reached: "),
     (errors.Unavailable, "the server is not available: "),
     (errors.InternalError, "the server failed: "),
@@ -104,6 +105,8 @@ def _remedies(error: errors.Llama2Error) -> Iterator[str]:
             yield "check --address and the server's version"
         case errors.InternalError() if error.request_id is not None:
             yield f"find the cause in the server's log under request id {error.request_id}"
+        case errors.BudgetExhausted():
+            yield "see `llama2 usage`"
         case errors.QuotaExceeded() if seconds is not None:
             yield f"retry in {seconds} s, or wait with --quota-wait {seconds}"
         case _ if seconds is not None:

@@ -17,6 +17,7 @@ from llama2_client.aio.reply_stream import ReplyStream
 from llama2_client.cli.usage_errors import print_error_line
 from llama2_client.reply import HealthStatus, Reply, TokenCount
 
+SECONDS_PER_DAY = 86_400
 HEALTH_EXIT_CODES: Mapping[HealthStatus, int] = {
     HealthStatus.SERVING: 0,
     HealthStatus.SERVICE_UNKNOWN: 2,
@@ -132,6 +133,8 @@ def print_usage(usage: account_pb2.GetUsageResponse, *, as_json: bool) -> None:
     remaining = f"{quota.requests_left} of {quota.max_requests_per_min} requests per minute left"
     resets_in = math.ceil(quota.resets_in.seconds + quota.resets_in.nanos / 1e9)
     click.echo(f"account {usage.account}: {remaining}" + (f"; full again in {resets_in} s" if resets_in else ""))
+    if usage.HasField("budget"):
+        click.echo(_budget(usage.budget))
     if not usage.days:
         click.echo("no usage on these days")
         return
@@ -164,6 +167,12 @@ def _statistics(reply: Reply) -> Iterator[str]:
         yield f"{(reply.output_tokens - 1) / decode_seconds:.1f} tokens/s"
 
 
+def _budget(budget: account_pb2.BudgetState) -> str:
+    days = math.ceil(budget.resets_in.seconds / SECONDS_PER_DAY)
+    spent = f"{budget.neurons_spent} of {budget.neurons_per_month} neurons of this month spent"
+    return f"budget: {spent}, {budget.neurons_reserved} reserved; the next month starts in {days} days"
+
+
 def _usage_row(day: account_pb2.DailyUsage) -> tuple[str, ...]:
     counts = (day.requests, day.input_tokens, day.output_tokens, day.cached_tokens)
     return (day.date, day.model, *(f"{count:,}" for count in counts), day.neurons)
@@ -178,6 +187,8 @@ def _card_rows(card: model_pb2.ModelCard) -> Iterator[tuple[str, str]]:
     yield "context", f"{limits.context_length_limit} tokens, at most {limits.sequence_length_limit} of them generated"
     yield "concurrent requests", f"{limits.max_concurrent_requests}; more requests wait in the queue"
     yield "quota", _quota(card.quota)
+    if card.quota.HasField("account_neurons_per_month"):
+        yield "budget", f"{card.quota.account_neurons_per_month} neurons per month for this account"
     for price in card.prices:
         yield f"price of {price.metric}", f"{price.neuron_cost} neurons each"
     for field in defaults.DESCRIPTOR.fields:

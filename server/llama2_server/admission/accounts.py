@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from llama2_server.admission import keys_file
-from llama2_server.admission.keys_file import KeyRecord, KeysFileError
+from llama2_server.admission.keys import keys_file
+from llama2_server.admission.keys.account_limits import NO_LIMITS, AccountLimits
+from llama2_server.admission.keys.keys_file import KeyRecord, KeysFileError
 from llama2_server.errors import AccountDisabled, Unauthenticated
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ class Authenticator(Protocol):
             AccountDisabled: the key is valid and its account is disabled.
         """
 
+    def limits(self, account_id: str) -> AccountLimits:
+        """Return the current limits of an account."""
+
     async def watch(self) -> None:
         """Apply changes of the accounts while the server runs, until cancelled."""
 
@@ -61,6 +65,10 @@ class AnonymousAuthenticator:
     def authenticate(self, metadata: Metadata) -> Account:
         """Return the anonymous account; a key is ignored."""
         return ANONYMOUS
+
+    def limits(self, account_id: str) -> AccountLimits:
+        """Return no limits: only a keys file has some."""
+        return NO_LIMITS
 
     async def watch(self) -> None:
         """Return at once: nothing changes."""
@@ -85,8 +93,8 @@ class ApiKeyAuthenticator:
         if scheme.lower() != "bearer" or match is None:
             raise Unauthenticated
         # An unknown id takes the same time as a known one: one record, one digest and one comparison.
-        record = KeyRecord.model_validate_json(self._table.get(match[1], _UNKNOWN_KEY))
-        known = match[1] in self._table
+        record = KeyRecord.model_validate_json(self._table.keys.get(match[1], _UNKNOWN_KEY))
+        known = match[1] in self._table.keys
         if not hmac.compare_digest(keys_file.digest(record.salt, match[0]), record.digest) or not known:
             raise Unauthenticated
         if record.expired(datetime.now(UTC).date()):
@@ -94,6 +102,10 @@ class ApiKeyAuthenticator:
         if not record.enabled:
             raise AccountDisabled
         return Account(record.account, record.name)
+
+    def limits(self, account_id: str) -> AccountLimits:
+        """Return the limits of the account in the file."""
+        return self._table.limits(account_id)
 
     async def watch(self) -> NoReturn:
         """Read the file in a child process when it changes; log a file that cannot be used, and keep the keys.
@@ -111,7 +123,7 @@ class ApiKeyAuthenticator:
         self._stamp = stamp
         try:
             self._table = await keys_file.read_in_child(self._path)
-            logger.info("read %d API keys from %s", len(self._table), self._path)
+            logger.info("read %d API keys from %s", len(self._table.keys), self._path)
         except (KeysFileError, OSError) as error:
             logger.error("API keys reload failed; keeping the previous keys: %s", error)  # noqa: TRY400  # a traceback would add nothing
         except Exception:  # the next change of the file must be read, too

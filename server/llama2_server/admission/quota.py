@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from llama2_server.admission.keys.account_limits import NO_LIMITS, LimitsOf
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import QuotaExceeded, QuotaStoreUnavailable, ServiceError
 from llama2_server.redis_client import RedisClient, RedisUnavailable
@@ -97,6 +98,7 @@ class Quota(Collector):
 
     Args:
         limits: the card's limits.
+        limits_of: the limits in the keys file, which precede the card's.
         redis_url: the Redis that counts for all replicas; None counts in this process.
         fallback: while Redis is unavailable, `reject` every request, or apply the limits per replica (`local`).
         model: part of the keys in Redis, because services of different models may share one.
@@ -115,8 +117,10 @@ class Quota(Collector):
         fallback: Literal["reject", "local"] = "reject",
         model: str = "",
         window_seconds: float = 60.0,
+        limits_of: LimitsOf = lambda account_id: NO_LIMITS,
     ) -> None:
         self._limits = limits
+        self._limits_of = limits_of
         self._fallback = fallback
         self._window_seconds = window_seconds
         window = round(window_seconds * 1e6)
@@ -143,8 +147,9 @@ class Quota(Collector):
         yield CounterMetricFamily("llama2_quota_store_errors", errors, self.store_errors)
 
     def limit(self, account_id: str) -> int:
-        """Return the account's requests per minute: the card's value for it, otherwise the default."""
-        return self._limits.accounts.get(account_id, self._limits.default)
+        """Return the account's requests per minute: of the keys file, otherwise of the card, otherwise the default."""
+        own = self._limits_of(account_id).requests_per_minute
+        return own if own is not None else self._limits.accounts.get(account_id, self._limits.default)
 
     @asynccontextmanager
     async def charge(self, account_id: str) -> AsyncIterator[None]:

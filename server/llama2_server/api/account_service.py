@@ -11,6 +11,7 @@ from llama2_server.admission.accounts import Authenticator
 from llama2_server.admission.quota import Quota
 from llama2_server.errors import InvalidRequest, Violation
 from llama2_server.telemetry.call import CALL
+from llama2_server.usage.budgets.budget import BudgetState
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import decimal_text
 from llama2_server.usage.records import DailyUsage
@@ -28,18 +29,24 @@ class AccountServicer(account_pb2_grpc.AccountServiceServicer):
         self._ledger = ledger
 
     async def GetUsage(self, request: account_pb2.GetUsageRequest, context: Any) -> account_pb2.GetUsageResponse:
-        """Return the account's usage by day and model, and the state of its quota."""
+        """Return the account's usage by day and model, and the state of its quota and its budget."""
         account = self._authenticator.authenticate(context.invocation_metadata())
         CALL.get().account_id = account.id
         since, until = _days(request)
         status = await self._quota.status(account.id)
-        resets_in = Duration()
-        resets_in.FromNanoseconds(round(status.resets_in_seconds * 1e9))
         quota = account_pb2.QuotaState(
-            max_requests_per_min=status.limit, requests_left=status.remaining, resets_in=resets_in
+            max_requests_per_min=status.limit,
+            requests_left=status.remaining,
+            resets_in=_duration(status.resets_in_seconds),
         )
         days = await self._ledger.totals(account.id, since, until)
-        return account_pb2.GetUsageResponse(account=account.id, quota=quota, days=map(_day_message, days))
+        budget = await self._ledger.budget(account.id)
+        return account_pb2.GetUsageResponse(
+            account=account.id,
+            quota=quota,
+            days=map(_day_message, days),
+            budget=None if budget is None else _budget_message(budget),
+        )
 
 
 def _days(request: account_pb2.GetUsageRequest) -> tuple[date, date]:
@@ -67,6 +74,21 @@ def _days(request: account_pb2.GetUsageRequest) -> tuple[date, date]:
     if violations:
         raise InvalidRequest(violations)
     return since, until
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def _budget_message(budget: BudgetState) -> account_pb2.BudgetState:
+    return account_pb2.BudgetState(
+        neurons_per_month=decimal_text(budget.neurons_per_month),
+        neurons_spent=decimal_text(budget.use.spent),
+        neurons_reserved=decimal_text(budget.use.reserved),
+        resets_in=_duration(budget.resets_in_seconds),
+    )
 
 
 def _day_message(usage: DailyUsage) -> account_pb2.DailyUsage:

@@ -46,7 +46,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     async def GetModelCard(
         self, request: model_pb2.GetModelCardRequest, context: Any
     ) -> model_pb2.GetModelCardResponse:
-        """Return the card, with the quota of the calling account if the call identifies one."""
+        """Return the card, with the limits of the calling account if the call identifies one."""
         execution = _execution_message(self._execution)
         response = model_pb2.GetModelCardResponse(
             model_card=self._card_message, execution=execution, receipt_keys=_receipt_keys(self._execution.receipt_keys)
@@ -57,6 +57,9 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
             return response
         CALL.get().account_id = account.id
         response.model_card.quota.account_max_requests_per_min = self._quota.limit(account.id)
+        budget = self._authenticator.limits(account.id).neurons_per_month
+        if budget is not None:
+            response.model_card.quota.account_neurons_per_month = decimal_text(budget)
         return response
 
 

@@ -33,6 +33,9 @@ class Accounting(Protocol):
     def charge(self, account_id: str) -> AbstractAsyncContextManager[None]:
         """Consume one request of the quota for the body, as `Quota.charge`."""
 
+    def reserve(self, call: Call, account_id: str, most: TokenUsage) -> AbstractAsyncContextManager[None]:
+        """Reserve the price of the most tokens that the call can compute for the body, as `Ledger.reserved`."""
+
     def record(self, call: Call, account_id: str, source: Source) -> AbstractAsyncContextManager[Recorded]:
         """Record the request, run the body, and write the record with the body's outcome."""
 
@@ -52,6 +55,10 @@ class UsageRecorder:
     def charge(self, account_id: str) -> AbstractAsyncContextManager[None]:
         """Consume one request of the quota for the body, as `Quota.charge`."""
         return self._quota.charge(account_id)
+
+    def reserve(self, call: Call, account_id: str, most: TokenUsage) -> AbstractAsyncContextManager[None]:
+        """Reserve the price of the most tokens that the call can compute for the body, as `Ledger.reserved`."""
+        return self._ledger.reserved(call.request_id, account_id, self._model, most)
 
     def on_progress(self, call: Call) -> OnProgress:
         """Return the function that stores the tokens of the call's generation."""

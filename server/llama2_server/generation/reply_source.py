@@ -1,7 +1,7 @@
 """The source of a valid request's reply: the response cache, a running generation, or a new one.
 
-Only a new generation needs the queue. A request passes the queue, then the quota, and then gets its usage record. So a
-rejected request leaves no record, and costs no quota: what it consumed is given back.
+Only a new generation needs the queue. A request passes the queue, then the quota, then its account's budget, and gets
+its usage record. So a rejected request leaves no record, and costs no quota: what it consumed is given back.
 """
 
 from collections.abc import AsyncIterator
@@ -23,6 +23,7 @@ from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.generation.text_stream import OnProgress
 from llama2_server.telemetry.call import Call
 from llama2_server.usage.ledger import Ledger
+from llama2_server.usage.pricing import TokenUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ class ReplyRequest:
     """The call's deadline by the event loop's clock, or None."""
     outlives_call: bool = False
     """Whether the generation can continue after the call's deadline."""
+
+    @property
+    def most_tokens(self) -> TokenUsage:
+        """The most tokens that a new generation computes; they have the highest price."""
+        return TokenUsage(len(self.prompt.token_ids), self.params.max_tokens)
 
     @property
     def call_key(self) -> int:
@@ -95,7 +101,9 @@ class ReplySource:
         reservation = self._queue.reserve(request.account_id, request.deadline, request.call_key)
         with ExitStack() as reserved:
             reserved.callback(self._queue.release, reservation)
-            async with accounting.charge(request.account_id):
+            # An account without a budget awaits nothing in `reserve`.
+            reserve = accounting.reserve(call, request.account_id, request.most_tokens)
+            async with accounting.charge(request.account_id), reserve:
 
                 def start() -> Generation:
                     self._queue.confirm(reservation)

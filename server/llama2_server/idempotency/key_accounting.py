@@ -58,6 +58,17 @@ class KeyAccounting:
         """Consume one request of the quota for the body, unless the key has done so."""
         return self._quota.charge(account_id) if self._is_new or self._is_paid else nullcontext()
 
+    def reserve(self, call: Call, account_id: str, most: TokenUsage) -> AbstractAsyncContextManager[None]:
+        """Reserve the price of the computation for the body, unless it is free."""
+        key = self.record_of_key
+        if not self._is_paid and key.state is KeyState.COMPLETE:
+            return nullcontext()
+        # A reservation needs an id without a record. A record that continues has one, so that call's own id is used.
+        request_id = key.request_id if self._is_new else call.request_id
+        if self._is_paid and key.state is KeyState.COMPLETE:
+            request_id = f"{key.request_id}-{key.computations}"
+        return self._ledger.reserved(request_id, account_id, self._model, most)
+
     def on_progress(self, call: Call) -> OnProgress:
         """Return the function that stores the tokens of the generation, as long as it has a reader."""
 

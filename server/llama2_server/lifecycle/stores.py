@@ -12,9 +12,9 @@ from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.generation.response_cache import MemoryResponseCache, RedisResponseCache, ResponseCache
+from llama2_server.lifecycle.preflight import StartupInputs
 from llama2_server.lifecycle.tasks import background_task
 from llama2_server.usage.ledger import Ledger
-from llama2_server.usage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +23,18 @@ KEY_PURGE_SECONDS = 60.0
 
 
 @asynccontextmanager
-async def open_ledger(settings: Settings, card: ModelCard, store: Store | None) -> AsyncIterator[Ledger]:
-    """Open the usage ledger in the data directory, which forwards to this store, and close it after the body.
+async def open_ledger(settings: Settings, inputs: StartupInputs) -> AsyncIterator[Ledger]:
+    """Open the usage ledger in the data directory, which forwards to the usage store, and close it after the body.
 
     Raises:
         ConfigurationError: the ledger cannot be opened with this configuration.
     """
     ledger = await Ledger.open(
         data_directory=settings.data_directory,
-        neuron_costs=card.neuron_costs,
-        store=store,
+        neuron_costs=inputs.card.neuron_costs,
+        store=inputs.usage_store,
         max_pending_records=settings.usage_max_pending_records,
+        budget_of=lambda account_id: inputs.authenticator.limits(account_id).neurons_per_month,
     )
     try:
         yield ledger
@@ -42,7 +43,7 @@ async def open_ledger(settings: Settings, card: ModelCard, store: Store | None) 
 
 
 @asynccontextmanager
-async def open_quota(settings: Settings, card: ModelCard) -> AsyncIterator[Quota]:
+async def open_quota(settings: Settings, inputs: StartupInputs) -> AsyncIterator[Quota]:
     """Open the quotas, in memory or in Redis, and close them after the body.
 
     Raises:
@@ -50,10 +51,11 @@ async def open_quota(settings: Settings, card: ModelCard) -> AsyncIterator[Quota
     """
     try:
         quota = Quota(
-            card.constellation_config.max_requests_per_min,
+            inputs.card.constellation_config.max_requests_per_min,
             redis_url=settings.redis_url.get_secret_value() if settings.redis_url else None,
             fallback=settings.quota_fallback,
-            model=card.name,
+            model=inputs.card.name,
+            limits_of=inputs.authenticator.limits,
         )
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"--redis-url: {error}") from error

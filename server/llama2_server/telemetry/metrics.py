@@ -24,7 +24,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from llama2_server.errors import QueueFull, QueueWaitTooLong, QuotaExceeded
+from llama2_server.errors import BudgetExhausted, QueueFull, QueueWaitTooLong, QuotaExceeded
 from llama2_server.telemetry.call import Call, RecordedUsage
 
 UNKNOWN_METHOD = "unknown"
@@ -68,6 +68,11 @@ class Metrics:
         )
         self._quota_rejections = Counter(
             "llama2_quota_rejections", "Calls rejected because their account's quota was used up.", registry=registry
+        )
+        self._budget_rejections = Counter(
+            "llama2_budget_rejections",
+            "Calls rejected because their price did not fit into their account's budget.",
+            registry=registry,
         )
         self._queue_rejections = Counter(
             "llama2_queue_rejections",
@@ -133,6 +138,8 @@ class Metrics:
         self._request_seconds.labels(call.method).observe(call.finished_at - call.started_at)
         if isinstance(call.error, QuotaExceeded):
             self._quota_rejections.inc()
+        if isinstance(call.error, BudgetExhausted):
+            self._budget_rejections.inc()
         if isinstance(call.error, QueueFull | QueueWaitTooLong):
             self._queue_rejections.inc()
 

@@ -13,6 +13,8 @@ class StoreUnavailable(Exception):
     def __init__(self, reason: str, *, temporary: bool, sqlstate: str = "") -> None:
         super().__init__(reason)
         self.temporary = temporary
+        self.uncertain = False
+        """Whether the operation may have taken effect in spite of the error; only `Store.reserve` sets it."""
         self.sqlstate = sqlstate
         """PostgreSQL's code of the error; empty for an error without one."""
 

@@ -7,16 +7,17 @@ accepted another one, it is marked as rejected, and no longer delays later recor
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import date, datetime
+from typing import TypeVar
 
+from llama2_server.usage.budgets.budget import BudgetUse, Month, Reservation
 from llama2_server.usage.errors import LedgerError, StoreUnavailable
 from llama2_server.usage.local import statements
 from llama2_server.usage.local.statements import Waiting
 from llama2_server.usage.local.writer import DatabaseUnavailable, Writer
 from llama2_server.usage.records import DailyUsage, UsageRecord, sum_by_day
-from llama2_server.usage.store import Store
-from llama2_server.usage.store_state import StoreState
+from llama2_server.usage.store import Store, StoreState
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ FIRST_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 1.0
 MAX_RETRIES = 20  # failed records per batch
 PROBE_TIMEOUT_SECONDS = 2.0
+
+Result = TypeVar("Result")
 
 
 class Forwarder:
@@ -47,6 +50,11 @@ class Forwarder:
         self._round_ended = asyncio.Condition()
         self._forwarding = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether the store answered the last operation."""
+        return self.state.up
 
     @property
     def waiting(self) -> int:
@@ -136,12 +144,36 @@ class Forwarder:
         ]
         return sum_by_day([*totals, *local])
 
+    async def reserve(self, reservation: Reservation) -> BudgetUse | None:
+        """Reserve in a budget; see `Store.reserve`. Raises LedgerError if the store cannot be migrated."""
+        return await self._answer(self._store.reserve(reservation))
+
+    async def release(self, request_id: str) -> None:
+        """Delete a reservation; raises as `reserve`."""
+        await self._answer(self._store.release(request_id))
+
+    async def budget_use(self, account_id: str, month: Month) -> BudgetUse:
+        """Return what an account has spent and reserved; raises as `reserve`."""
+        return await self._answer(self._store.budget_use(account_id, month))
+
     async def close(self) -> None:
         """End the task, and close all connections to the store."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._store.close()
+
+    async def _answer(self, operation: Coroutine[None, None, Result]) -> Result:
+        """Return the store's answer to an operation; a failure shows in `state`."""
+        try:
+            await self._migrate()
+            return await operation
+        except (StoreUnavailable, LedgerError) as error:
+            if not (isinstance(error, StoreUnavailable) and error.is_of_the_data):
+                self.state.record_failure(error)
+            raise
+        finally:
+            operation.close()
 
     async def _run(self) -> None:
         retry_seconds = FIRST_RETRY_SECONDS

@@ -11,17 +11,16 @@ the path of the calls, and deletes them locally.
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Self
-
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from typing import Self, TypeVar
 
 from llama2_server.errors import UsageUnavailable
+from llama2_server.usage.budgets.budget import BudgetOf, BudgetState, BudgetUse
+from llama2_server.usage.budgets.budgets import Budgets
 from llama2_server.usage.errors import LedgerError, StoreUnavailable
 from llama2_server.usage.forwarder import Forwarder
 from llama2_server.usage.keys.key_ledger import KeyLedger
@@ -30,10 +29,12 @@ from llama2_server.usage.local.local_ledger import LocalLedger
 from llama2_server.usage.local.writer import Change, DatabaseUnavailable, Writer
 from llama2_server.usage.pricing import TokenUsage
 from llama2_server.usage.records import DailyUsage, RunningRequest, UsageRecord
-from llama2_server.usage.schema import NEURON_DECIMALS
+from llama2_server.usage.schema import check_prices
 from llama2_server.usage.store import Store
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 MAX_PENDING_RECORDS = 100_000
 PROGRESS_TOKENS = 16
@@ -58,7 +59,7 @@ def _both(change: Change, also: Change) -> Change:
     return make
 
 
-class Ledger(Collector):
+class Ledger:
     """The usage ledger of one server: `open` creates it, and `close` closes it. Use it on one event loop."""
 
     def __init__(
@@ -68,6 +69,7 @@ class Ledger(Collector):
         neuron_costs: Mapping[str, Decimal],
         max_pending_records: int,
         now: Callable[[], datetime],
+        budget_of: BudgetOf,
     ) -> None:
         self._local = local
         self._writer = Writer(local.database)
@@ -75,6 +77,7 @@ class Ledger(Collector):
         self.keys = KeyLedger(self._writer, local.instance, now)
         """The idempotency keys of requests."""
         self._neuron_costs = neuron_costs
+        self._budgets = Budgets(budget_of, neuron_costs, now, self._writer.read, self._forwarder)
         self._max_pending_records = max_pending_records
         self._now = now
         self._running: dict[str, RunningRequest] = {}
@@ -91,6 +94,7 @@ class Ledger(Collector):
         store: Store | None = None,
         max_pending_records: int = MAX_PENDING_RECORDS,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        budget_of: BudgetOf = lambda account_id: None,
     ) -> Self:
         """Open the local database, and mark the running requests of killed servers as INTERRUPTED.
 
@@ -99,9 +103,9 @@ class Ledger(Collector):
         Raises:
             LedgerError: the store, the prices or the directory cannot be used.
         """
-        _check_prices(neuron_costs)
+        check_prices(neuron_costs)
         local = await asyncio.to_thread(LocalLedger.open, data_directory)
-        ledger = cls(local, store, neuron_costs, max_pending_records, now)
+        ledger = cls(local, store, neuron_costs, max_pending_records, now, budget_of)
         try:
             if ledger._forwarder is not None:
                 await ledger._forwarder.start()
@@ -131,28 +135,17 @@ class Ledger(Collector):
         return self._writer.writable
 
     @property
+    def database_bytes(self) -> int:
+        """Size of the local database on disk."""
+        return self._writer.size
+
+    @property
     def lag_seconds(self) -> float:
         """Time since the request of the oldest pending record finished; 0 without pending records."""
         oldest = None if self._forwarder is None else self._forwarder.oldest_finished_at
         if oldest is None:
             oldest = next((record.finished_at for record in list(self._uncommitted.values())), None)
         return 0.0 if oldest is None else max(0.0, (self._now() - oldest).total_seconds())
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the ledger's metrics, on the scrape thread."""
-        for name, documentation, value in (
-            (
-                "lag_seconds",
-                "Age of the oldest usage record that is not in its final store yet, or 0.",
-                self.lag_seconds,
-            ),
-            ("pending_records", "Number of usage records that are not in their final store yet.", self.pending),
-            ("rejected_records", "Number of usage records that the usage store rejected.", self.rejected),
-            ("database_bytes", "Size of the usage database on the local disk, in bytes.", self._writer.size),
-            ("store_up", "1 if the usage store answered the last operation, else 0.", self.store_up),
-            ("disk_writable", "1 if the usage database on the local disk accepts records, else 0.", self.disk_writable),
-        ):
-            yield GaugeMetricFamily(f"llama2_usage_{name}", documentation, value)
 
     async def probe_store(self) -> None:
         """Read from the store, so that `store_up` is current without requests."""
@@ -172,6 +165,21 @@ class Ledger(Collector):
         if not self._writer.writable or self.pending + len(self._running) >= self._max_pending_records:
             raise UsageUnavailable(_NOT_RECORDED)
 
+    def reserved(
+        self, request_id: str, account_id: str, model: str, most: TokenUsage
+    ) -> AbstractAsyncContextManager[None]:
+        """Reserve the price of the most tokens that a request can compute in its account's budget, if it has one.
+
+        The body calls `admit` and `finish`. If it does not call `admit`, the request leaves neither a record nor a
+        reservation. An account without a budget awaits nothing.
+
+        Raises:
+            BudgetExhausted: the price does not fit into the budget.
+            UsageUnavailable: the request cannot be recorded, or the usage store does not answer.
+        """
+        request = RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs)
+        return self._budgets.reserved(request, most, self)
+
     async def admit(self, request_id: str, account_id: str, model: str, also: Change = _nothing) -> None:
         """Admit a request: after the return it has exactly one record. The caller must call `finish`, also if it fails.
 
@@ -181,14 +189,46 @@ class Ledger(Collector):
         Raises:
             UsageUnavailable: the disk or the store has not accepted records for long, so the request has no record.
         """
+        if (reserved := self._running.get(request_id)) is not None:
+            reserved.admitted = True
+            await self._run(also)
+            return
+        request = RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs, admitted=True)
+        await self.start(request, also=also)
+
+    async def start(
+        self,
+        request: RunningRequest,
+        reserve: Callable[[sqlite3.Connection], BudgetUse | None] = lambda _: None,
+        also: Change = _nothing,
+    ) -> BudgetUse | None:
+        """Commit a running request, unless `reserve` returns an exceeded budget in the same transaction; return it.
+
+        Raises:
+            UsageUnavailable: it cannot be stored.
+        """
         self.check_capacity()
-        request = RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs)
-        self._running[request_id] = request
+        self._running[request.request_id] = request
         try:
-            await self._writer.run(_both(lambda connection: self._admit(connection, request), also))
-        except DatabaseUnavailable as error:
-            self._running.pop(request_id, None)
-            raise UsageUnavailable(_NOT_RECORDED) from error
+            exceeded = await self._run(lambda connection: self._insert(connection, request, reserve, also))
+        except UsageUnavailable:
+            self._running.pop(request.request_id, None)
+            raise
+        if exceeded is not None:
+            self._running.pop(request.request_id, None)
+        return exceeded
+
+    async def budget(self, account_id: str) -> BudgetState | None:
+        """Return the state of the account's budget in this month; None without a budget.
+
+        Raises:
+            UsageUnavailable: the store does not answer, or the disk cannot be read.
+        """
+        try:
+            return await self._budgets.state(account_id)
+        except (StoreUnavailable, LedgerError, DatabaseUnavailable) as error:
+            logger.warning("a budget cannot be read: %s", error)
+            raise UsageUnavailable(_NOT_READ) from error
 
     def progress(self, request_id: str, tokens: TokenUsage) -> None:
         """Report the tokens computed so far; call it for every token, from any thread, because most calls are cheap.
@@ -229,7 +269,8 @@ class Ledger(Collector):
 
     def withdraw(self, request_id: str, also: Change = _nothing) -> None:
         """End a request that was rejected after all, without a record of this attempt."""
-        if self._running.pop(request_id, None) is not None:
+        if (request := self._running.pop(request_id, None)) is not None:
+            request.admitted = False  # `reserved` ends a reservation in the store
             withdraw = _both(lambda connection: statements.withdraw(connection, request_id), also)
             self._writer.submit(withdraw, keep=True)
 
@@ -283,19 +324,29 @@ class Ledger(Collector):
         await self._writer.close()
         self._local.release()
 
-    def _admit(self, connection: sqlite3.Connection, request: RunningRequest) -> None:
+    async def _run(self, change: Callable[[sqlite3.Connection], Result]) -> Result:
+        try:
+            return await self._writer.run(change)
+        except DatabaseUnavailable as error:
+            raise UsageUnavailable(_NOT_RECORDED) from error
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        request: RunningRequest,
+        reserve: Callable[[sqlite3.Connection], BudgetUse | None],
+        also: Change,
+    ) -> BudgetUse | None:
         if not self._local.database.in_place:
             raise DatabaseUnavailable("another file has replaced the usage database")
-        statements.admit(connection, request, self._local.instance)
+        exceeded = reserve(connection)
+        if exceeded is None:
+            statements.admit(connection, request, self._local.instance)
+            also(connection)
+        return exceeded
 
     def _on_commit(self, request_id: str) -> None:
         self._uncommitted.pop(request_id, None)
         self._committed.set()
         if self._forwarder is not None:
             self._forwarder.notify()
-
-
-def _check_prices(neuron_costs: Mapping[str, Decimal]) -> None:
-    for metric, cost in neuron_costs.items():
-        if cost.scaleb(NEURON_DECIMALS) % 1:
-            raise LedgerError(f"neuron_cost of {metric}: {cost} has more than {NEURON_DECIMALS} decimals; round it")

@@ -39,6 +39,10 @@ class RunningRequest:
     started_at: datetime
     neuron_costs: Mapping[str, Decimal]
     tokens: TokenUsage = ZERO_TOKENS
+    admitted: bool = False
+    """Whether the request gets a record; before, it is only reserved."""
+    reserved_in_store: bool = False
+    """Whether the usage store may have a reservation in the account's budget."""
 
     def finish(self, outcome: str, tokens: TokenUsage, finished_at: datetime, *, cached: bool) -> UsageRecord:
         """Return the request's usage record."""

@@ -1,5 +1,6 @@
 """The tables of the usage database and the statements on them, the same in SQLite and PostgreSQL."""
 
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
@@ -20,9 +21,21 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
+from llama2_server.usage.errors import LedgerError
 from llama2_server.usage.records import COMPLETE, INTERRUPTED, DailyUsage, UsageRecord
 
 NEURON_DECIMALS = 9
+
+
+def check_prices(neuron_costs: Mapping[str, Decimal]) -> None:
+    """Check that the database can store the prices exactly.
+
+    Raises:
+        LedgerError: a price has too many decimals.
+    """
+    for metric, cost in neuron_costs.items():
+        if cost.scaleb(NEURON_DECIMALS) % 1:
+            raise LedgerError(f"neuron_cost of {metric}: {cost} has more than {NEURON_DECIMALS} decimals; round it")
 
 
 class NeuronAmount(TypeDecorator[Decimal]):
@@ -109,6 +122,16 @@ idempotency_keys = Table(
     Column("computations", Integer, nullable=False),
     Column("completion", LargeBinary, nullable=False),
     Index("ix_idempotency_keys_expires_at", "expires_at"),
+)
+# A reservation counts until its request has a record.
+budget_reservations = Table(
+    "budget_reservations",
+    METADATA,
+    Column("request_id", Text, primary_key=True),
+    Column("account", Text, nullable=False),
+    Column("day", Date, nullable=False),  # of the request's start, in UTC
+    Column("nanoneurons", BigInteger, nullable=False),
+    Index("ix_budget_reservations_account_day", "account", "day"),
 )
 
 LOCAL_METADATA = MetaData()

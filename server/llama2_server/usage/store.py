@@ -1,6 +1,7 @@
 """The usage store: the usage records of all servers in PostgreSQL, through SQLAlchemy's asyncio engine."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import date
@@ -11,6 +12,8 @@ from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from llama2_server.usage.budgets import statements as budgets
+from llama2_server.usage.budgets.budget import BudgetUse, Month, Reservation
 from llama2_server.usage.database import STATEMENT_SECONDS, create_engine
 from llama2_server.usage.errors import LedgerError, StoreUnavailable
 from llama2_server.usage.migrations import upgrade
@@ -25,7 +28,10 @@ from llama2_server.usage.schema import (
     usage_records,
 )
 
+logger = logging.getLogger(__name__)
+
 OPERATION_SECONDS = STATEMENT_SECONDS + 5
+RESERVATION_SECONDS = 5.0  # a call waits for it
 # Migrations of one event loop wait for each other here, because their lock in a transaction would block the loop.
 _migration_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -64,6 +70,38 @@ class Store:
         )
         async with self._connection() as connection, connection.begin():
             await connection.execute(sa.text(UPSERT), ordered)
+            # A record has ended its reservation; only the space is freed here.
+            await connection.execute(sa.text(budgets.DELETE), [{"request_id": record.request_id} for record in records])
+
+    async def reserve(self, reservation: Reservation) -> BudgetUse | None:
+        """Reserve in the account's budget; return what is spent and reserved if it does not fit, otherwise None.
+
+        If the operation fails after it may have taken effect, the error is `uncertain`.
+        """
+        inserted = False
+        lock = {"namespace": budgets.LOCK_NAMESPACE, "account": reservation.account_id}
+        try:
+            async with self._connection(RESERVATION_SECONDS) as connection, connection.begin():
+                await connection.execute(sa.text(budgets.LOCK_ACCOUNT), lock)
+                use = await _budget_use(connection, reservation.account_id, reservation.month)
+                if not reservation.fits(use):
+                    return use
+                inserted = True
+                await connection.execute(sa.text(budgets.INSERT), budgets.insert_parameters(reservation))
+        except StoreUnavailable as error:
+            error.uncertain = inserted
+            raise
+        return None
+
+    async def release(self, request_id: str) -> None:
+        """Delete a reservation, if it exists."""
+        async with self._connection(RESERVATION_SECONDS) as connection, connection.begin():
+            await connection.execute(sa.text(budgets.DELETE), {"request_id": request_id})
+
+    async def budget_use(self, account_id: str, month: Month) -> BudgetUse:
+        """Return what the account has spent and reserved in a month."""
+        async with self._connection(RESERVATION_SECONDS) as connection:
+            return await _budget_use(connection, account_id, month)
 
     async def connect(self) -> None:
         """Connect, to find out whether the database accepts this server; its schema may be missing."""
@@ -104,10 +142,10 @@ class Store:
         await self._engine.dispose()
 
     @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+    async def _connection(self, timeout_seconds: float = OPERATION_SECONDS) -> AsyncIterator[AsyncConnection]:
         """Connect for one operation, and translate exceptions of the drivers to StoreUnavailable."""
         try:
-            async with asyncio.timeout(OPERATION_SECONDS), self._engine.connect() as connection:
+            async with asyncio.timeout(timeout_seconds), self._engine.connect() as connection:
                 yield connection
         except CommandError:
             raise
@@ -117,6 +155,32 @@ class Store:
             raise StoreUnavailable(
                 _reason(cause), temporary=_is_temporary(cause, sqlstate), sqlstate=sqlstate
             ) from error
+
+
+async def _budget_use(connection: AsyncConnection, account_id: str, month: Month) -> BudgetUse:
+    result = await connection.execute(sa.text(budgets.SELECT_USE), budgets.use_parameters(account_id, month))
+    return budgets.use_of(tuple(result.one()))
+
+
+class StoreState:
+    """The outcome of the last operation on the store; each change is logged once."""
+
+    def __init__(self) -> None:
+        self.up = True
+        """Whether the last operation succeeded."""
+
+    def record_failure(self, error: Exception) -> None:
+        """Record that an operation failed."""
+        if self.up:
+            reason = str(error) or type(error).__name__
+            logger.warning("the usage store is unavailable, records wait on this server's disk: %s", reason)
+        self.up = False
+
+    def record_success(self) -> None:
+        """Record that an operation succeeded."""
+        if not self.up:
+            logger.warning("the usage store is available again")
+        self.up = True
 
 
 def _alembic_lock() -> asyncio.Lock:

@@ -15,7 +15,7 @@ import trustme
 from tests.support.processes import environment, server
 from tests.support.repository import ROOT
 
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 
 BIN = Path(sys.executable).parent
 MODES = ("plain", "key", "tls", "mtls")

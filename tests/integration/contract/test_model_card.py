@@ -9,7 +9,7 @@ from tests.support.service import ServiceMaker
 
 from llama2.v1 import model_pb2, text_generation_pb2
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.card import ModelCard, load_card, parse_card
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind

@@ -8,7 +8,7 @@ from tests.integration.examples.envoy_responses import details, violations
 from tests.support.service import with_config
 
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.card import ModelCard, RequestsPerMinute
 
 

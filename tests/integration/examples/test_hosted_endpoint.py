@@ -17,7 +17,7 @@ from tests.support.servers.envoy_server import running_envoy
 from tests.support.service import with_config
 
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 
 CARD = load_card("llama-2-7b-chat-fp16")

@@ -13,7 +13,7 @@ from tests.support.service import Service, ServiceMaker, details, health_stub
 from llama2.v1 import account_pb2, account_pb2_grpc, model_pb2
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.api.validation.request_validator import RequestTokens, RequestValidator
 
 Metadata = tuple[tuple[str, str], ...]

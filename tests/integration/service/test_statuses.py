@@ -18,7 +18,7 @@ from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client import errors as client_errors
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.errors import ServiceError
 
@@ -124,6 +124,14 @@ async def quota_used_up(setup: Setup) -> grpc.aio.AioRpcError:
         return await error_of(service.text.Generate(REQUEST))
 
 
+async def budget_exhausted(setup: Setup) -> grpc.aio.AioRpcError:
+    key, line = new_key("42")
+    keys = setup.tmp_path / "keys.yaml"
+    keys.write_text(f"keys:\n  {line}\naccounts:\n  '42': {{neurons_per_month: 0}}\n")
+    async with setup.serve(accounts=ApiKeyAuthenticator(keys)) as service:
+        return await error_of(service.text.Generate(REQUEST, metadata=(("authorization", f"Bearer {key}"),)))
+
+
 async def queue_full(setup: Setup) -> grpc.aio.AioRpcError:
     async with setup.serve(max_queue_size=0) as service:
         await hold_slot(service)
@@ -221,6 +229,13 @@ CASES = [
         "QUOTA_EXCEEDED",
         {"QuotaFailure", "RetryInfo"},
         client_errors.QuotaExceeded,
+    ),
+    Case(
+        budget_exhausted,
+        CODE.RESOURCE_EXHAUSTED,
+        "BUDGET_EXHAUSTED",
+        {"QuotaFailure", "RetryInfo"},
+        client_errors.BudgetExhausted,
     ),
     Case(queue_full, CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", RETRY, client_errors.QueueFull),
     Case(queue_wait_too_long, CODE.RESOURCE_EXHAUSTED, "QUEUE_WAIT_TOO_LONG", RETRY, client_errors.QueueFull),

@@ -17,7 +17,7 @@ from tests.support.service import Service, ServiceMaker, disconnect, with_config
 from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.generation.generation import Generation

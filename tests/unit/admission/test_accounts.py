@@ -16,14 +16,16 @@ from tests.support.service import ServiceMaker, until
 
 from llama2.v1 import model_pb2
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.admission import accounts, keys_file
+from llama2_server.admission import accounts
 from llama2_server.admission.accounts import (
     ANONYMOUS,
     Account,
     AnonymousAuthenticator,
     ApiKeyAuthenticator,
 )
-from llama2_server.admission.keys_file import KeysFileError, new_key
+from llama2_server.admission.keys import keys_file
+from llama2_server.admission.keys.keys_file import KeysFileError, new_key
+from llama2_server.admission.keys.lines import parse_lines
 from llama2_server.errors import AccountDisabled, Unauthenticated
 
 
@@ -211,14 +213,14 @@ def test_lines_of_keys_new_are_read_as_yaml_does(indent: str) -> None:
     fast = 0
     for entry in entries:
         text = f"# comment\nkeys:\n{indent}{entry}\n\n"
-        parsed = keys_file.parse_lines(text)
+        parsed = parse_lines(text)
         assert parsed in (None, yaml.safe_load(text))
         fast += parsed is not None
     assert fast > len(entries) / 4
     last_days = [None, date(2027, 1, 31)]
     common = [new_key(f"account-{index}", "Jane Doe", last_days[index % 2])[1] for index in range(500)]
     text = "keys:\n" + "".join(f"{indent}{entry}\n" for entry in common)
-    assert keys_file.parse_lines(text) == yaml.safe_load(text)
+    assert parse_lines(text) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_lines_of_keys_new_are_read_as_yaml_does(indent: str) -> None:
 )
 def test_other_files_are_left_to_yaml(text: str) -> None:
     """A file with anything but lines of `keys new` is not read line by line."""
-    assert keys_file.parse_lines(text.format(new_key("a")[1], new_key("b")[1])) is None
+    assert parse_lines(text.format(new_key("a")[1], new_key("b")[1])) is None
 
 
 @pytest.mark.parametrize(

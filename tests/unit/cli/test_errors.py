@@ -15,7 +15,7 @@ SECRET_URL = f"redis://:{SECRET}@cache"
         (["version"], "version: no such command; did you mean --version?"),
         (["keys", "nw"], "nw: no such command; did you mean new?"),
         (["weights", "zzz"], "zzz: no such command; see llama2-server weights --help"),
-        (["keys"], "keys: missing command; choose new or list or revoke or rotate"),
+        (["keys"], "keys: missing command; choose new or list or limit or revoke or rotate"),
         ([SECRET_URL], "no such command; see llama2-server --help"),
         (
             ["--reflection", "settings"],

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.cli.runner import error, invoke, output
 
-from llama2_server.admission import keys_editor
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key, parse
+from llama2_server.admission.keys import keys_editor
+from llama2_server.admission.keys.keys_file import new_key, parse
 from llama2_server.errors import Unauthenticated
 
 
@@ -147,11 +147,11 @@ def test_edits_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
 
     def add(number: int) -> None:
         entry = parse(file, f"keys:\n  {new_key(str(number))[1]}\n")
-        keys_editor.edit(file, dict(entry))
+        keys_editor.edit(file, entry.keys)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(32)))
-    assert sorted(record.account for record in keys_editor.read_records(file).values()) == sorted(map(str, range(32)))
+    assert sorted(record.account for record in keys_editor.read_file(file).keys.values()) == sorted(map(str, range(32)))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,11 +191,11 @@ def test_edits_agree_with_yaml(accounts: list[str], removed: int) -> None:
         file = Path(directory) / "keys.yaml"
         records = {}
         for account in ["first", *accounts]:
-            (key_id, record) = next(iter(parse(file, f"keys:\n  {new_key(account, account)[1]}\n").items()))
+            (key_id, record) = next(iter(parse(file, f"keys:\n  {new_key(account, account)[1]}\n").keys.items()))
             keys_editor.edit(file, {key_id: record})
             records[key_id] = record
         for key_id in list(records)[1 : 1 + removed]:
             keys_editor.edit(file, {key_id: None})
             del records[key_id]
-        assert keys_editor.read_records(file) == records
+        assert keys_editor.read_file(file).keys == records
         assert set(yaml.safe_load(file.read_text())["keys"]) == set(records)

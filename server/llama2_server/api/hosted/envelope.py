@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from llama2_server.errors import (
     AccountDisabled,
+    BudgetExhausted,
     DeadlineExceeded,
     FailedPrecondition,
     InternalError,
@@ -48,6 +49,7 @@ HTTP_ERRORS: dict[type[ServiceError], HttpError] = {
     Unauthenticated: HttpError(401, 10000),
     AccountDisabled: HttpError(403, 3023),
     QuotaExceeded: HttpError(429, 3036),
+    BudgetExhausted: HttpError(429, 3036),
     ResourceExhausted: HttpError(429, 3040),
     DeadlineExceeded: HttpError(408, 3007),
     FailedPrecondition: HttpError(409, 409),

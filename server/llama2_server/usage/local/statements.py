@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
+from llama2_server.usage.budgets.statements import DELETE as DELETE_RESERVATION
 from llama2_server.usage.pricing import TokenUsage
 from llama2_server.usage.records import INTERRUPTED, DailyUsage, RunningRequest, UsageRecord
 from llama2_server.usage.schema import (
@@ -63,8 +64,9 @@ def finish(connection: sqlite3.Connection, record: UsageRecord) -> None:
 
 
 def withdraw(connection: sqlite3.Connection, request_id: str) -> None:
-    """Delete a running request without a record."""
+    """Delete a running request without a record, and its reservation in a budget."""
     connection.execute("DELETE FROM running_requests WHERE request_id = ?", (request_id,))
+    connection.execute(DELETE_RESERVATION, {"request_id": request_id})
 
 
 def upsert(connection: sqlite3.Connection, record: UsageRecord) -> None:

@@ -145,7 +145,7 @@ async def test_a_saved_conversation_continues(server: ScriptedServer, tmp_path: 
 
 
 async def test_usage_shows_the_conversation_and_the_account(server: ScriptedServer) -> None:
-    """/usage prints the tokens and neurons of the completed turns, the quota and today's usage."""
+    """/usage prints the tokens and neurons of the completed turns, the quota, the budget and today's usage."""
     async with conversation(server) as terminal:
         for _ in range(2):
             terminal.type("Hi\n")
@@ -154,6 +154,7 @@ async def test_usage_shows_the_conversation_and_the_account(server: ScriptedServ
         terminal.type("/usage\n")
         await terminal.until("This conversation: 2 completed turns, 40 in, 26 out, 24.2352 neurons.")
         await terminal.until("account 42: 3 of 5 requests per minute left; full again in 60 s")
+        await terminal.until("budget: 12.1176 of 1000 neurons of this month spent, 93.3 reserved")
         await terminal.until("> ")
     request = server.requests[2]
     assert isinstance(request, account_pb2.GetUsageRequest)

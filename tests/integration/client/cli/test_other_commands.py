@@ -13,7 +13,7 @@ from llama2.v1 import account_pb2, text_generation_pb2
 
 
 async def test_usage_is_a_table(server: ScriptedServer) -> None:
-    """The table has one line per day and model, below the rest of the quota; --json has all fields.
+    """The table has one line per day and model, below the rest of the quota and the budget; --json has all fields.
 
     A day that is not a date is a usage error.
     """
@@ -25,6 +25,7 @@ async def test_usage_is_a_table(server: ScriptedServer) -> None:
     )
     assert table.out.splitlines() == [
         "account 42: 3 of 5 requests per minute left; full again in 60 s",
+        "budget: 12.1176 of 1000 neurons of this month spent, 93.3 reserved; the next month starts in 7 days",
         "date        model                          requests  input tokens  output tokens  cached tokens  neurons",
         "2026-11-22  @cf/meta/llama-2-7b-chat-fp16     1,234            20             13              0  12.1176",
         "2026-11-23  @cf/meta/llama-2-7b-chat-fp16         1             0              0             33        0",
@@ -41,6 +42,7 @@ async def test_card_is_readable(server: ScriptedServer) -> None:
         "@cf/meta/llama-2-7b-chat-fp16",
         "3072 tokens",
         "60 requests per minute for this account, 5 ",
+        "1000 neurons per month for this account",
         "0.3672 neurons",
     ):
         assert words in summary.out

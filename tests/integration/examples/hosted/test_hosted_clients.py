@@ -12,7 +12,7 @@ from tests.integration.examples.hosted.environments import install
 from tests.support.service import Service, with_config
 
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.api.server import HOSTED_ENDPOINT
 from llama2_server.card import RequestsPerMinute, load_card
 

@@ -7,11 +7,11 @@ the event loop. The child is this module as a program: it prints one line per ke
 import asyncio
 import hashlib
 import hmac
-import re
 import secrets
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,8 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llama2_server.admission.keys.account_limits import NO_LIMITS, AccountLimits
+from llama2_server.admission.keys.lines import parse_lines
 from llama2_server.configuration_error import ConfigurationError
 
 EXIT_INVALID = 2
@@ -31,6 +33,12 @@ class KeysFileError(ConfigurationError):
     """The keys file cannot be used; the one-line message names the file and the entry."""
 
 
+# Databases and logs cannot hold control characters.
+AccountId = Annotated[
+    str, Field(coerce_numbers_to_str=True, min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")
+]
+
+
 class KeyRecord(BaseModel):
     """The entry of one key in the file."""
 
@@ -38,10 +46,7 @@ class KeyRecord(BaseModel):
 
     salt: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    # Databases and logs cannot hold control characters.
-    account: Annotated[
-        str, Field(coerce_numbers_to_str=True, min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")
-    ]
+    account: AccountId
     name: str = ""
     enabled: bool = True
     expires: date | None = None
@@ -52,14 +57,28 @@ class KeyRecord(BaseModel):
         return self.expires is not None and today > self.expires
 
 
-class _KeysFile(BaseModel):
+class KeysFile(BaseModel):
+    """The content of the file."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     keys: dict[Annotated[str, Field(pattern="^[0-9a-f]{12}$")], KeyRecord]
+    accounts: dict[AccountId, AccountLimits] = Field(default_factory=dict)
 
 
-KeyTable = Mapping[str, str]
-"""The record of each key id as JSON: text costs the garbage collector nothing."""
+@dataclass(frozen=True, slots=True)
+class KeyTable:
+    """The content of the file in the form in which a server keeps it."""
+
+    keys: Mapping[str, str]
+    """The record of each key id as JSON: text costs the garbage collector nothing."""
+    accounts: Mapping[str, str] = field(default_factory=dict)
+    """The limits of each account that has some, as JSON."""
+
+    def limits(self, account_id: str) -> AccountLimits:
+        """Return the limits of an account."""
+        limits = self.accounts.get(account_id)
+        return NO_LIMITS if limits is None else AccountLimits.model_validate_json(limits)
 
 
 def read(path: Path) -> KeyTable:
@@ -73,22 +92,24 @@ def read(path: Path) -> KeyTable:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise KeysFileError(f"--api-keys-file: cannot read {path}: {reason}; {CREATE_WITH}") from error
-    return {key_id: record.model_dump_json() for key_id, record in parse(path, text).items()}
+    content = parse(path, text)
+    return KeyTable(_as_json(content.keys), _as_json(content.accounts))
 
 
-def parse(path: Path, text: str) -> dict[str, KeyRecord]:
-    """Return the records in the text of a keys file, by key id.
+def parse(path: Path, text: str) -> KeysFile:
+    """Return the content of the text of a keys file.
 
     Raises:
         KeysFileError: the text is not a valid keys file; the message names `path`.
     """
     try:
         document = parse_lines(text) or yaml.safe_load(text)  # the loader in C crashes on deeply nested text
-        return _KeysFile.model_validate(document).keys
+        return KeysFile.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "keys"
-        raise KeysFileError(f"--api-keys-file: {path}: {key}: {first['msg']}; {CREATE_WITH}") from error
+        fix = "llama2-server keys limit writes valid entries" if key.startswith("accounts") else CREATE_WITH
+        raise KeysFileError(f"--api-keys-file: {path}: {key}: {first['msg']}; {fix}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise KeysFileError(f"--api-keys-file: cannot read {path}: not YAML text; {CREATE_WITH}") from error
 
@@ -105,11 +126,12 @@ async def read_in_child(path: Path) -> KeyTable:
     try:
         if child.stdout is None or child.stderr is None:
             raise RuntimeError("the child has no pipes")
-        table: dict[str, str] = {}
+        keys: dict[str, str] = {}
+        accounts: dict[str, str] = {}
         async for line in child.stdout:
-            key_id, _, record = line.decode().rstrip("\n").partition(" ")
-            table[key_id] = record
-            if len(table) % LINES_PER_TURN == 0:
+            kind, name, value = line.decode().rstrip("\n").split("\t", 2)
+            (keys if kind == "key" else accounts)[name] = value
+            if (len(keys) + len(accounts)) % LINES_PER_TURN == 0:
                 await asyncio.sleep(0)
         message = (await child.stderr.read()).decode(errors="replace").strip()
         if await child.wait() != 0:
@@ -118,7 +140,7 @@ async def read_in_child(path: Path) -> KeyTable:
     finally:
         if child.returncode is None:
             child.kill()
-    return table
+    return KeyTable(keys, accounts)
 
 
 def new_key(account: str, name: str = "", expires: date | None = None) -> tuple[str, str]:
@@ -142,45 +164,8 @@ def digest(salt: str, key: str) -> str:
     return hmac.new(bytes.fromhex(salt), key.encode(), hashlib.sha256).hexdigest()
 
 
-# An entry as `llama2-server keys new` prints it. A plain scalar that YAML could read as another type does not match.
-_HEX = r"(?:'([0-9a-f]{%d})'|(?=[0-9]*[a-f]|0[0-9]*[89])(?!0b[01]+\b)([0-9a-f]{%d}))"
-_TEXT = r"(?:'([^'\n]*)'|(?!(?i:true|false|yes|no|on|off|null|y|n)\b)([A-Za-z](?:[A-Za-z0-9 _.@/-]*[A-Za-z0-9_.@/-])?))"
-_LINE = re.compile(
-    rf"( +){_HEX % (12, 12)}: \{{account: {_TEXT}, name: {_TEXT}, enabled: (true|false), "
-    rf"(?:expires: ([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}), )?salt: {_HEX % (32, 32)}, digest: {_HEX % (64, 64)}\}}"
-)
-
-
-def parse_lines(text: str) -> dict[str, object] | None:
-    """Parse a file of nothing but lines that `keys new` prints, much faster than YAML does; None for another."""
-    first, *lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")] or [""]
-    if first != "keys:" or not lines:
-        return None
-    keys: dict[str, dict[str, object]] = {}
-    indents = set()
-    for line in lines:
-        match = _LINE.fullmatch(line)
-        if match is None:
-            return None
-        indent, quoted_id, plain_id, *groups = match.groups()
-        expires = groups.pop(5)
-        # Each other value has a quoted form and a plain one.
-        account, name, enabled, salt, key_digest = (text for text in groups if text is not None)
-        key_id = quoted_id or plain_id
-        indents.add(indent)
-        keys[key_id] = {
-            "account": account,
-            "name": name,
-            "enabled": enabled == "true",
-            "salt": salt,
-            "digest": key_digest,
-        }
-        if expires is not None:
-            try:
-                keys[key_id]["expires"] = date.fromisoformat(expires)
-            except ValueError:
-                return None
-    return {"keys": keys} if len(indents) == 1 else None
+def _as_json(entries: Mapping[str, BaseModel]) -> dict[str, str]:
+    return {name: value.model_dump_json() for name, value in entries.items()}
 
 
 def _main(path: Path) -> None:
@@ -189,7 +174,9 @@ def _main(path: Path) -> None:
     except KeysFileError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(EXIT_INVALID)
-    sys.stdout.writelines(f"{key_id} {record}\n" for key_id, record in table.items())
+    # Neither key ids, account ids nor JSON contain tabs.
+    for kind, entries in (("key", table.keys), ("account", table.accounts)):
+        sys.stdout.writelines(f"{kind}\t{name}\t{value}\n" for name, value in entries.items())
 
 
 if __name__ == "__main__":

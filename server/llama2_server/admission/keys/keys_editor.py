@@ -6,21 +6,29 @@ The rest of the text, comments included, stays as it is. Readers see the old fil
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
-from llama2_server.admission.keys_file import KeyRecord, KeysFileError, entry, parse, parse_lines
+from llama2_server.admission.keys import account_limits
+from llama2_server.admission.keys.account_limits import AccountLimits
+from llama2_server.admission.keys.keys_file import KeyRecord, KeysFile, KeysFileError, entry, parse
+from llama2_server.admission.keys.lines import parse_lines
 
 DEFAULT_INDENT = "  "
 NEW_FILE_MODE = 0o600
 
+Value = TypeVar("Value")
+_Entries = Mapping[str, str | None]
+"""The new line of each changed entry, without indentation; None removes it."""
 
-def read_records(path: Path) -> dict[str, KeyRecord]:
-    """Return the records of the file by key id.
+
+def read_file(path: Path) -> KeysFile:
+    """Return the content of the file.
 
     Raises:
         KeysFileError: the file cannot be used.
@@ -28,61 +36,89 @@ def read_records(path: Path) -> dict[str, KeyRecord]:
     return parse(path, _read(path))
 
 
-def edit(path: Path, changes: dict[str, KeyRecord | None]) -> None:
-    """Add, replace or remove (None) the entries of some key ids; a missing file is created with mode 0600.
+def edit(
+    path: Path,
+    changes: Mapping[str, KeyRecord | None],
+    limits: Mapping[str, AccountLimits | None] | None = None,
+) -> None:
+    """Add, replace or remove (None) the entries of some key ids, and the limits of some accounts.
+
+    A missing file is created with mode 0600.
 
     Raises:
         KeysFileError: the file is not valid, has another form than one block of entries, lacks an entry to remove, or
             cannot be written. The file is unchanged.
     """
+    limits = limits or {}
     with _locked(path.parent):
         exists = path.exists()
         text = _read(path) if exists else "keys:\n"
-        before = parse(path, text) if exists else {}
-        after = {key_id: record for key_id, record in {**before, **changes}.items() if record is not None}
-        if not after:
+        before = parse(path, text) if exists else KeysFile(keys={})
+        after = KeysFile(keys=_merged(before.keys, changes), accounts=_merged(before.accounts, limits))
+        if not after.keys:
             raise KeysFileError(
                 f"--api-keys-file: {path}: the last key cannot be removed, because a server needs one; "
                 "add another key first, or stop the servers and delete the file"
             )
-        edited = _apply(path, text, changes)
+        keys = {name: None if one is None else entry(name, one) for name, one in changes.items()}
+        accounts = {name: None if one is None else account_limits.entry(name, one) for name, one in limits.items()}
+        edited = _apply(path, _apply(path, text, "keys", keys), "accounts", accounts)
         if parse(path, edited) != after:
             raise KeysFileError(f"--api-keys-file: {path}: cannot be edited in its form; edit it by hand")
         _replace(path, edited)
 
 
-def _apply(path: Path, text: str, changes: dict[str, KeyRecord | None]) -> str:
+def _merged(before: Mapping[str, Value], changes: Mapping[str, Value | None]) -> dict[str, Value]:
+    return {name: value for name, value in {**before, **changes}.items() if value is not None}
+
+
+def _apply(path: Path, text: str, section: str, changes: _Entries) -> str:
+    """Return the text with the changes of the entries of a section, which is created if it is missing."""
     lines = text.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n"
-    spans = _spans(path, text)
+    spans = _spans(path, text, section)
     first = next(iter(spans.values()), None)
     indent = DEFAULT_INDENT if first is None else lines[first[0]][: _indentation(lines[first[0]])]
-    end = 1 + (max(last for _, last in spans.values()) if spans else _line_of_keys(path, lines))
-    added = [(key_id, record) for key_id, record in changes.items() if record is not None and key_id not in spans]
-    lines[end:end] = [f"{indent}{entry(key_id, record)}\n" for key_id, record in added]
-    for key_id, (start, last) in sorted(spans.items(), key=lambda item: item[1], reverse=True):
-        if key_id in changes:
-            record = changes[key_id]
-            lines[start : last + 1] = [] if record is None else [f"{indent}{entry(key_id, record)}\n"]
+    added = [f"{indent}{line}\n" for name, line in changes.items() if line is not None and name not in spans]
+    if added:
+        if not spans and section != "keys" and _line_of(lines, section) is None:
+            lines.append(f"{section}:\n")
+        end = 1 + (max(last for _, last in spans.values()) if spans else _require_line_of(path, lines, section))
+        lines[end:end] = added
+    for name, (start, last) in sorted(spans.items(), key=lambda item: item[1], reverse=True):
+        if name in changes:
+            line = changes[name]
+            lines[start : last + 1] = [] if line is None else [f"{indent}{line}\n"]
+    if spans.keys() == {name for name in spans if changes.get(name, "") is None} and section != "keys" and not added:
+        lines = [line for line in lines if line.split("#")[0].rstrip() != f"{section}:"]  # YAML reads it as null
     return "".join(lines)
 
 
-def _spans(path: Path, text: str) -> dict[str, tuple[int, int]]:
-    """Return the first and the last line of each entry, counted from 0."""
-    if parse_lines(text) is not None:  # one line per entry
-        return {
-            line.strip().partition(":")[0].strip("'"): (number, number)
-            for number, line in enumerate(text.splitlines())
-            if line.startswith(" ") and not line.lstrip().startswith("#") and line.strip()
-        }
+def _spans(path: Path, text: str, section: str) -> dict[str, tuple[int, int]]:
+    """Return the first and the last line of each entry of a section, counted from 0."""
+    if section == "keys" and parse_lines(text) is not None:  # one line per entry; faster than YAML
+        return _spans_of_lines(text)
     root = yaml.compose(text, yaml.SafeLoader)
-    keys = next((value for key, value in root.value if key.value == "keys"), None) if root is not None else None
-    if keys is None or not isinstance(keys, yaml.MappingNode):
+    node = next((value for key, value in root.value if key.value == section), None) if root is not None else None
+    if node is None or not isinstance(node, yaml.MappingNode):
         return {}
-    if keys.flow_style and keys.value:
-        raise KeysFileError(f"--api-keys-file: {path}: `keys` is in braces; put each entry on its own line")
-    return {key.value: (key.start_mark.line, _last_line(value)) for key, value in keys.value}
+    if node.flow_style and node.value:
+        raise KeysFileError(f"--api-keys-file: {path}: `{section}` is in braces; put each entry on its own line")
+    return {key.value: (key.start_mark.line, _last_line(value)) for key, value in node.value}
+
+
+def _spans_of_lines(text: str) -> dict[str, tuple[int, int]]:
+    spans: dict[str, tuple[int, int]] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines()):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if not line.startswith(" "):
+            section = line
+        elif section == "keys:":
+            spans[line.strip().partition(":")[0].strip("'")] = (number, number)
+    return spans
 
 
 def _last_line(node: yaml.Node) -> int:
@@ -93,11 +129,15 @@ def _last_line(node: yaml.Node) -> int:
     return node.end_mark.line if node.end_mark.column > 0 else node.end_mark.line - 1
 
 
-def _line_of_keys(path: Path, lines: list[str]) -> int:
-    for number, line in enumerate(lines):
-        if line.split("#")[0].rstrip() == "keys:":
-            return number
-    raise KeysFileError(f"--api-keys-file: {path}: has no line `keys:`; add it")
+def _line_of(lines: list[str], section: str) -> int | None:
+    return next((number for number, line in enumerate(lines) if line.split("#")[0].rstrip() == f"{section}:"), None)
+
+
+def _require_line_of(path: Path, lines: list[str], section: str) -> int:
+    number = _line_of(lines, section)
+    if number is None:
+        raise KeysFileError(f"--api-keys-file: {path}: has no line `{section}:`; add it")
+    return number
 
 
 def _indentation(line: str) -> int:

@@ -1,0 +1,1 @@
+"""The API keys file: keys, and the limits of their accounts."""
