@@ -20,7 +20,7 @@ from llama2_client import errors as client_errors
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.card import ModelCard, RequestsPerMinute
-from llama2_server.errors import ServiceError
+from llama2_server.errors import MAX_PUSHBACK_SECONDS, ServiceError
 
 SECRET = "swordfish"  # noqa: S105
 REQUEST = pb.GenerateRequest(prompt=f"Tell {SECRET} a story")
@@ -283,6 +283,9 @@ async def test_error(
     assert bool(exception.violations) is ("BadRequest" in case.details)
     pushback = dict(error.trailing_metadata()).get("grpc-retry-pushback-ms")
     if "RetryInfo" in case.details:
-        assert exception.retry_after == int(str(pushback)) / 1000 > 0
+        assert exception.retry_after is not None
+        assert exception.retry_after > 0
+        waits = round(exception.retry_after * 1000)
+        assert int(str(pushback)) == (waits if waits <= MAX_PUSHBACK_SECONDS * 1000 else -1)
     else:
         assert (exception.retry_after, pushback) == (None, None)
