@@ -18,7 +18,7 @@ from tests.reliability.chaos.traffic import traffic
 from tests.support.http2_peer import Http2Peer
 from tests.support.service import health_stub
 
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 
 FLOOD_SECONDS = 4.0
 CONNECTIONS = 4

@@ -20,7 +20,7 @@ from tests.reliability.soak.traffic import UNEXPECTED, Client
 from tests.support.processes import card_file, server
 from tests.support.repository import ROOT
 
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 
 CLIENTS = 8
 ACCOUNTS = 4
