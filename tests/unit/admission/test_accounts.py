@@ -25,7 +25,7 @@ from llama2_server.admission.accounts import (
 )
 from llama2_server.admission.keys import keys_file
 from llama2_server.admission.keys.keys_file import KeysFileError, new_key
-from llama2_server.admission.keys.lines import parse_lines
+from llama2_server.admission.keys.line_format import parse_lines
 from llama2_server.errors import AccountDisabled, Unauthenticated
 
 

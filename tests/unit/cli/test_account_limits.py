@@ -14,7 +14,7 @@ from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys import account_limits, keys_editor
 from llama2_server.admission.keys.account_limits import AccountLimits
 from llama2_server.admission.keys.keys_file import new_key, parse
-from llama2_server.admission.keys.lines import parse_lines
+from llama2_server.admission.keys.line_format import parse_lines
 
 LIMITS = st.builds(
     AccountLimits,

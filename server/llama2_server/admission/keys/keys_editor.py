@@ -17,7 +17,7 @@ import yaml
 from llama2_server.admission.keys import account_limits
 from llama2_server.admission.keys.account_limits import AccountLimits
 from llama2_server.admission.keys.keys_file import KeyRecord, KeysFile, KeysFileError, entry, parse
-from llama2_server.admission.keys.lines import parse_lines
+from llama2_server.admission.keys.line_format import parse_lines
 
 DEFAULT_INDENT = "  "
 NEW_FILE_MODE = 0o600

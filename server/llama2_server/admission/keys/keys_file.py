@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llama2_server.admission.keys.account_limits import NO_LIMITS, AccountLimits
-from llama2_server.admission.keys.lines import parse_lines
+from llama2_server.admission.keys.line_format import parse_lines
 from llama2_server.configuration_error import ConfigurationError
 
 EXIT_INVALID = 2
