@@ -37,10 +37,13 @@ def serve(**flags: Any) -> None:
     # These imports are slow, and torch takes seconds, so errors that need neither are reported first.
     from llama2_server.lifecycle import preflight
     from llama2_server.telemetry import logging as logs
+    from llama2_server.telemetry.startup_log import STARTUP_LOG
 
     logs.configure(resolved.settings.log_level, resolved.settings.log_format)
+    STARTUP_LOG.start("checking the settings")
     with resolved.naming_sources():
         inputs = preflight.check(resolved.settings)
+        STARTUP_LOG.step("importing torch")
         from llama2_server import app
         from llama2_server.lifecycle.supervision import EXIT_ENGINE_FAILED
 

@@ -34,6 +34,7 @@ from llama2_server.engine.step_runner import StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint, uses_demo_weights
 from llama2_server.lifecycle.tasks import cancel_on, run_in_thread
+from llama2_server.telemetry.startup_log import STARTUP_LOG
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ async def load_in_thread(
         ConfigurationError: the model cannot be loaded.
         StartupCancelled: `exit_code` was set first; the thread continues until the process exits.
     """
+    STARTUP_LOG.step("loading the model")
     return await cancel_on(exit_code, run_in_thread("loading", lambda: load(settings, card)))
 
 
@@ -158,6 +160,7 @@ class LoadingProgress:
             if self._bar is None:
                 self._bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, leave=False)
             self._bar.update(done - self._bar.n)
+            STARTUP_LOG.touch()
             return
         percent = 100 * done // max(total, 1)
         now = time.monotonic()

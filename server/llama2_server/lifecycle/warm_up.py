@@ -11,6 +11,7 @@ from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.lifecycle.model_loading import LoadedModel
 from llama2_server.lifecycle.probe import probe
 from llama2_server.lifecycle.tasks import StartupCancelled, cancel_on
+from llama2_server.telemetry.startup_log import STARTUP_LOG
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +48,20 @@ async def warm_up_unless_cancelled(
     card: ModelCard,
     exit_code: "asyncio.Future[int]",
 ) -> None:
-    """Warm up; if `exit_code` is set first, close the engine.
+    """Warm up, the last step of the start; if `exit_code` is set first, close the engine.
 
     Raises:
         ConfigurationError: the model cannot generate.
         StartupCancelled: `exit_code` was set first.
     """
+    STARTUP_LOG.step("warming up")
     try:
         await cancel_on(exit_code, warm_up(engine, loaded, settings, card))
     except StartupCancelled:
         await engine.close(0)  # no client waits for the step in progress
         raise
+    finally:
+        STARTUP_LOG.finish()
 
 
 def warn_if_timeouts_too_short(settings: Settings, card: ModelCard, speed: Speed, prefill_chunk_tokens: int) -> None:
