@@ -96,7 +96,12 @@ def serve_scripted(demo_card: ModelCard, demo_tokenizer: Tokenizer, tmp_path: Pa
         fingerprint = fingerprint or scripted_fingerprint("scripted")
         loaded = LoadedModel(demo_tokenizer, model, frozenset({demo_tokenizer.eos_id}), fingerprint)
         options = Settings.model_validate(
-            {"listen": "127.0.0.1:0", "data_directory": tmp_path, "shutdown_grace_seconds": 30, **settings}
+            {
+                "listen": "127.0.0.1:0",
+                "data_directory": tmp_path,
+                "shutdown_grace_seconds": 30,
+                **settings,
+            }
         )
         authenticator = accounts or AnonymousAuthenticator()
         certificates, receipt_keys = read_certificates(options), read_receipt_keys(options)

@@ -109,7 +109,7 @@ class PermissionDenied(Llama2Error):
 
 
 class ResourceExhausted(Llama2Error):
-    """Raised itself if the request exceeds a limit of gRPC, such as 4 MiB per message. Send a smaller request."""
+    """Raised itself if the request exceeds a limit of gRPC, such as 1.1 MiB per message. Send a smaller request."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 

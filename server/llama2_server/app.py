@@ -131,7 +131,7 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     )
     model = (loaded.model, engine.step_kind, *proof)
     servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, *model)
-    interceptor = make_interceptor(settings, service.telemetry, authenticator)
+    interceptor = make_interceptor(settings, service.telemetry, authenticator, card, loaded.tokenizer)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
     collectors = (queue, quota, ResponseCacheCollector(cache), LedgerCollector(ledger), ReadinessCollector(health))
     service.telemetry.metrics.register(card.name, loaded.model, engine.step_kind, METHODS, collectors)

@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from tests.support.http2_peer import Http2Peer, wait_until_closed
 from tests.support.repository import ROOT
-from tests.support.service import ServiceMaker, details
+from tests.support.service import ServiceMaker, details, generate
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.api.server import GRPC_MESSAGE_BYTES, connection_options
@@ -115,9 +115,37 @@ async def test_max_concurrent_streams(serve_scripted: ServiceMaker) -> None:
 
 
 async def test_default_of_max_concurrent_streams(serve_scripted: ServiceMaker) -> None:
-    """All calls that the service can admit fit into one connection, for example of a proxy."""
-    async with serve_scripted(max_queue_size=300) as service, Http2Peer.connected(service.address) as peer:
-        assert peer.setting(h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS) == 300 + 1 + 100
+    """All calls that the service can admit fit into one connection, for example of a proxy; at least 100 do."""
+    for queue_size, streams in ((64, 100), (300, 301)):
+        async with (
+            serve_scripted(max_queue_size=queue_size) as service,
+            Http2Peer.connected(service.address) as peer,
+        ):
+            assert peer.setting(h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS) == streams
+
+
+async def test_all_calls_of_a_full_queue_come_from_one_channel(serve_scripted: ServiceMaker) -> None:
+    """A client with one channel can fill the slots and the queue, and each of its calls is served."""
+    async with serve_scripted() as service:
+        service.model.gate()
+        running = asyncio.create_task(generate(service, "first", 1))
+        await service.wait_until_in_step()
+        calls = [asyncio.create_task(generate(service, f"call {index}", 1)) for index in range(64)]
+        await service.wait_until_queued(64)
+        service.model.open_gate()
+        assert all(reply.completion.usage.output_tokens for reply in await asyncio.gather(running, *calls))
+
+
+async def test_default_of_max_message_bytes(serve_scripted: ServiceMaker) -> None:
+    """The longest text that fits into the card's context is accepted; twice as much is rejected with details."""
+    async with serve_scripted() as service:
+        text = " once upon a time there was" * 140  # 3,780 characters
+        messages = [pb.ChatMessage(role="assistant" if index % 2 else "user", content=text) for index in range(3)]
+        fits = pb.CountTokensRequest(messages=messages)
+        assert (await service.text.CountTokens(fits)).input_tokens > 1000
+        with pytest.raises(grpc.aio.AioRpcError) as rejected:
+            await service.text.CountTokens(pb.CountTokensRequest(messages=messages * 5))
+        assert details(rejected.value)["ErrorInfo"].reason == "REQUEST_TOO_LARGE"  # type: ignore[attr-defined]
 
 
 def test_infinite_times_are_the_largest_of_grpc() -> None:

@@ -11,6 +11,7 @@ import grpc.aio
 
 from llama2_server.admission.accounts import Authenticator
 from llama2_server.admission.call_budget import CallBudget
+from llama2_server.api.keyless_calls import KeylessCalls
 from llama2_server.api.message_check import Handler, accepted, safe_deserializer
 from llama2_server.errors import InternalError, InvalidRequest, ServiceError, Unauthenticated
 from llama2_server.telemetry.call import CALL, Call
@@ -29,6 +30,10 @@ FREE_METHODS = METHODS_WITHOUT_KEY | {
     "llama2.v1.AccountService/GetUsage",
 }
 """Methods that generate nothing."""
+_WITH_REQUEST_STREAM: dict[Any, Any] = {
+    grpc.unary_unary_rpc_method_handler: grpc.stream_unary_rpc_method_handler,
+    grpc.unary_stream_rpc_method_handler: grpc.stream_stream_rpc_method_handler,
+}
 STATUS_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
 
 
@@ -44,6 +49,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         max_message_bytes: the largest request message; a larger one is rejected with details.
         authenticator: finds the account of a call.
         budget: limits the calls that generate nothing.
+        keyless: limits the open calls without a valid API key.
         error_trailers: by full service name, further trailers of the errors of its methods.
     """
 
@@ -53,12 +59,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         max_message_bytes: int,
         authenticator: Authenticator,
         budget: CallBudget,
+        keyless: KeylessCalls,
         error_trailers: Mapping[str, ErrorTrailers] | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._budget = budget
+        self._keyless = keyless
         self._telemetry = telemetry
-        self._max_message_bytes = max_message_bytes
+        self.max_message_bytes = max_message_bytes
         self._error_trailers = error_trailers or {}
         self.calls = 0
         """Number of calls that have arrived."""
@@ -81,9 +89,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             account_id = self._admit(method, handler_call_details.invocation_metadata)
         except ServiceError as error:
             return self._rejecting_handler(method, error, handler.response_serializer)
-        deserializer = safe_deserializer(handler.request_deserializer, self._max_message_bytes)
+        deserializer = safe_deserializer(handler.request_deserializer, self.max_message_bytes)
         if handler.stream_stream is not None:
-            wrapped: Any = self._wrap_stream(method, cast(StreamHandler, handler.stream_stream))
+            stream = cast(StreamHandler, handler.stream_stream)
+            wrapped: Any = self._wrap_stream(method, stream if account_id else self._counted(stream))
             return grpc.stream_stream_rpc_method_handler(wrapped, deserializer, handler.response_serializer)
         if handler.unary_unary is not None:
             make_handler = grpc.unary_unary_rpc_method_handler
@@ -93,7 +102,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             behavior = handler.unary_stream
         else:
             return handler
+        if account_id is None:
+            behavior = self._keyless.reading(behavior)
+            make_handler = _WITH_REQUEST_STREAM[make_handler]
         return make_handler(self._wrap_handler(method, behavior, account_id), deserializer, handler.response_serializer)
+
+    def _counted(self, behavior: StreamHandler) -> StreamHandler:
+        """Return a stream handler that counts as a call without a valid key."""
+
+        async def handle_stream(requests: Any, context: Any) -> AsyncIterator[Any]:
+            self._keyless.open(context)
+            async for response in behavior(requests, context):
+                yield response
+
+        return handle_stream
 
     def _admit(self, method: str, metadata: Any) -> str | None:
         """Return the account of a call; None if its method needs no API key and it has no valid one.
@@ -101,11 +123,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         Raises:
             ServiceError: the method needs a valid API key, or there were too many calls that generate nothing.
         """
-        if not method.startswith(API_PACKAGES):
+        metadata = metadata or ()
+        if not method.startswith(API_PACKAGES) and not any(key == "authorization" for key, _ in metadata):
             return None
         try:
-            account_id = self._authenticator.authenticate(metadata or ()).id
+            account_id = self._authenticator.authenticate(metadata).id
         except ServiceError:
+            if not method.startswith(API_PACKAGES):
+                return None
             self._budget.take_keyless()
             if method in METHODS_WITHOUT_KEY:
                 return None

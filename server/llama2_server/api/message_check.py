@@ -2,12 +2,12 @@
 
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import grpc
 import grpc.aio
 
-from llama2_server.errors import InvalidRequest, RequestTooLarge, Violation
+from llama2_server.errors import InvalidRequest, RequestTooLarge, ServiceError, Violation
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
 
@@ -44,11 +44,19 @@ def accepted(request: Any) -> Any:
     return request
 
 
-class MessageCheck(grpc.aio.ServerInterceptor):
-    """Rejects malformed messages on the health port, whose calls are neither counted nor logged."""
+class KeylessHandlers(Protocol):
+    """Limits the open calls; keyless_calls.py has the implementation."""
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def reading(self, behavior: Handler) -> Handler:
+        """Return a handler with a request stream."""
+
+
+class MessageCheck(grpc.aio.ServerInterceptor):
+    """Limits calls and rejects malformed messages on the health port, whose calls are neither counted nor logged."""
+
+    def __init__(self, max_message_bytes: int, keyless: KeylessHandlers) -> None:
         self._max_message_bytes = max_message_bytes
+        self._keyless = keyless
 
     async def intercept_service(
         self,
@@ -61,14 +69,16 @@ class MessageCheck(grpc.aio.ServerInterceptor):
             return handler
         deserializer = safe_deserializer(handler.request_deserializer, self._max_message_bytes)
         if handler.unary_unary is not None:
-            make, behavior = grpc.unary_unary_rpc_method_handler, cast(Handler, handler.unary_unary)
+            make, behavior = grpc.stream_unary_rpc_method_handler, cast(Handler, handler.unary_unary)
         else:
-            make, behavior = grpc.unary_stream_rpc_method_handler, cast(Handler, handler.unary_stream)
+            make, behavior = grpc.stream_stream_rpc_method_handler, cast(Handler, handler.unary_stream)
+        read = self._keyless.reading(behavior)
 
-        async def handle(request: Any, context: Any) -> Any:
-            if isinstance(request, RejectedRequest):
-                message, trailers = request.error.to_status(uuid.uuid4().hex)
-                await context.abort(request.error.code, message, tuple(trailers))
-            return await behavior(request, context)
+        async def handle(requests: Any, context: Any) -> Any:
+            try:
+                return await read(requests, context)
+            except ServiceError as error:
+                message, trailers = error.to_status(uuid.uuid4().hex)
+                await context.abort(error.code, message, tuple(trailers))
 
         return make(handle, deserializer, handler.response_serializer)

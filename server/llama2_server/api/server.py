@@ -29,17 +29,20 @@ from llama2_server.api.health import HealthServicer
 from llama2_server.api.hosted.endpoint import HostedEndpointServicer
 from llama2_server.api.hosted.envelope import error_trailers
 from llama2_server.api.interceptor import CallInterceptor
+from llama2_server.api.keyless_calls import KeylessCalls
 from llama2_server.api.message_check import MessageCheck
 from llama2_server.api.model_service import Execution, ModelServicer
 from llama2_server.api.reflection import REFLECTION_SERVICES, ReflectionServicer, described_files
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.api.tls import RotatingCertificates
+from llama2_server.api.validation.bounds import Bounds
 from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind
 from llama2_server.receipts.keys import ReceiptKeys
+from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.telemetry.telemetry import Telemetry
 from llama2_server.usage.ledger import Ledger
 
@@ -58,16 +61,18 @@ METHODS = tuple(
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 )
-SPARE_STREAMS = 100  # for health watches, card and usage calls, in addition to the calls that generate
+MIN_STREAMS = 100  # HTTP/2's recommendation; it leaves streams for watches, card and usage calls
+# Calls that have arrived and wait for the event loop, of all connections. Each takes about 7 KB, also without a key.
+MAX_PENDING_CALLS = 400
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 HEALTH_STREAMS = 100
 HEALTH_MESSAGE_BYTES = 4096
 HEALTH_STOP_SECONDS = 1.0
 
 
-# gRPC rejects a message beyond its own limit before it reads it, but without details. gRPC's default limit is far above
-# the service's, so that only absurd messages get that answer.
-GRPC_MESSAGE_BYTES = 4 * 1024 * 1024
+# gRPC rejects a message beyond its own limit before it reads it, but without details. This limit is above the bodies of
+# 1 MiB that examples/envoy accepts, so that these get details. An unfinished message can take this much memory.
+GRPC_MESSAGE_BYTES = 1024 * 1024 + 128 * 1024
 
 
 class TorchProperties(Protocol):
@@ -127,6 +132,9 @@ def connection_options(settings: Settings, *, streams: int, message_bytes: int) 
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         # By default gRPC advertises no limit: one connection could open any number of calls.
         ("grpc.max_concurrent_streams", streams),
+        # Equal limits for the reason above. gRPC's own limits are 1,000 and 3,000.
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.max_connection_idle_ms", _milliseconds(settings.max_connection_idle_seconds)),
         ("grpc.max_connection_age_ms", _milliseconds(settings.max_connection_age_seconds)),
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_connection_age_grace_seconds)),
@@ -141,11 +149,18 @@ def connection_options(settings: Settings, *, streams: int, message_bytes: int) 
     ]
 
 
-def make_interceptor(settings: Settings, telemetry: Telemetry, authenticator: Authenticator) -> CallInterceptor:
+def make_interceptor(
+    settings: Settings, telemetry: Telemetry, authenticator: Authenticator, card: ModelCard, tokenizer: Tokenizer
+) -> CallInterceptor:
     """Return the interceptor of the services' port."""
-    budget = CallBudget(settings.max_free_calls_per_minute, settings.max_keyless_calls_per_minute)
-    trailers = {HOSTED_ENDPOINT: error_trailers}
-    return CallInterceptor(telemetry, settings.max_message_bytes, authenticator, budget, trailers)
+    return CallInterceptor(
+        telemetry,
+        settings.max_message_bytes or 2 * Bounds(card, tokenizer).longest_text_bytes,
+        authenticator,
+        CallBudget(settings.max_free_calls_per_minute, settings.max_keyless_calls_per_minute),
+        KeylessCalls(settings.max_keyless_calls),
+        {HOSTED_ENDPOINT: error_trailers},
+    )
 
 
 def make_server(
@@ -154,8 +169,8 @@ def make_server(
     """Return the server of all services. It has no port yet."""
     options = connection_options(
         settings,
-        streams=settings.max_concurrent_streams or settings.max_queue_size + slots + SPARE_STREAMS,
-        message_bytes=max(GRPC_MESSAGE_BYTES, 2 * settings.max_message_bytes),
+        streams=settings.max_concurrent_streams or max(MIN_STREAMS, slots + settings.max_queue_size),
+        message_bytes=max(GRPC_MESSAGE_BYTES, 2 * interceptor.max_message_bytes),
     )
     server = grpc.aio.server(interceptors=[interceptor], options=options)
     text_generation_pb2_grpc.add_TextGenerationServiceServicer_to_server(servicers.text_generation, server)
@@ -198,7 +213,9 @@ async def health_port(settings: Settings) -> AsyncIterator[HealthPort]:
         yield HealthPort(health, None)
         return
     options = connection_options(settings, streams=HEALTH_STREAMS, message_bytes=2 * HEALTH_MESSAGE_BYTES)
-    server = grpc.aio.server(interceptors=[MessageCheck(HEALTH_MESSAGE_BYTES)], options=options)
+    server = grpc.aio.server(
+        interceptors=[MessageCheck(HEALTH_MESSAGE_BYTES, KeylessCalls(settings.max_keyless_calls))], options=options
+    )
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     address = _bind(server, "--health-listen", settings.health_listen, None)
     await server.start()

@@ -196,15 +196,19 @@ class Settings(BaseSettings):
     shutdown_grace_seconds: Annotated[NonNegativeFloat, Group.QUEUE] = 30.0
     """Time for running requests after SIGTERM or Ctrl-C, in seconds."""
 
-    max_message_bytes: Annotated[PositiveInt, Group.CONNECTIONS] = 1024 * 1024
-    """Maximum size of a request message, in bytes."""
+    max_message_bytes: Annotated[PositiveInt | None, Group.CONNECTIONS] = None
+    """Maximum size of a request message, in bytes.
+    The default is twice the longest text that fits into the card's context, with its messages and parameters."""
     max_metadata_bytes: Annotated[PositiveInt, Group.CONNECTIONS] = 16 * 1024
     """Maximum size of the metadata of a request, in bytes."""
-    max_connections: Annotated[PositiveInt, Group.CONNECTIONS] = 1000
+    max_connections: Annotated[PositiveInt, Group.CONNECTIONS] = 200
     """Maximum number of open connections. Further connections are closed immediately."""
     max_concurrent_streams: Annotated[PositiveInt | None, Group.CONNECTIONS] = None
     """Maximum number of concurrent requests on one connection.
-    The default is the number of slots plus the queue size plus 100."""
+    The default is the number of slots plus the queue size, and at least 100."""
+    max_keyless_calls: Annotated[PositiveInt, Group.CONNECTIONS] = 256
+    """Maximum number of open calls without a valid API key, on each port.
+    Beyond it, each connection still has one. Health checks, health watches, reflection and the card need no key."""
     max_connection_idle_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 900.0
     """Time without requests before a connection is closed, in seconds."""
     max_connection_age_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 1800.0

@@ -3,12 +3,15 @@
 import math
 
 from llama2.v1 import text_generation_pb2 as pb
-from llama2_server.api.validation.rules import MAX_STOPS, AnyRequest
+from llama2_server.api.validation.rules import MAX_STOP_CHARACTERS, MAX_STOPS, AnyRequest
 from llama2_server.card import ModelCard
 from llama2_server.engine.text.tokenizer import ChatMessage, Tokenizer
 from llama2_server.errors import Violation
 
 _UNKNOWN = " \u2047 "  # SentencePiece's text of the unknown token, which no text has, because bytes have tokens
+
+MESSAGE_BYTES = 24  # a role, and the tags and lengths of the fields
+PARAMETER_BYTES = MAX_STOPS * (4 * MAX_STOP_CHARACTERS + 4) + 256
 
 
 class Bounds:
@@ -17,7 +20,14 @@ class Bounds:
     def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
         self._context_length_limit = card.context_length_limit
         self._max_piece_length = tokenizer.max_piece_length
+        self._max_piece_bytes = max(len(text.encode()) for text in tokenizer.piece_texts if isinstance(text, str))
         self._min_turn_tokens = min_turn_tokens(tokenizer)
+
+    @property
+    def longest_text_bytes(self) -> int:
+        """Bytes of the longest request that can fit into the context, as protobuf."""
+        messages = 2 * self._context_length_limit // self._min_turn_tokens + 3
+        return self._context_length_limit * self._max_piece_bytes + messages * MESSAGE_BYTES + PARAMETER_BYTES
 
     def count_violations(self, request: AnyRequest) -> list[Violation]:
         """Reject a request with too many entries, alone: to list the violations of each entry would cost too much."""
