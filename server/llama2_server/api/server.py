@@ -41,8 +41,8 @@ from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.step_runner import StepKind
-from llama2_server.receipts.keys import ReceiptKeys
 from llama2_server.engine.text.tokenizer import Tokenizer
+from llama2_server.receipts.keys import ReceiptKeys
 from llama2_server.telemetry.telemetry import Telemetry
 from llama2_server.usage.ledger import Ledger
 
