@@ -22,8 +22,8 @@ from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
 from llama2_server.admission import quota
 from llama2_server.admission.accounts import AnonymousAuthenticator, Authenticator
 from llama2_server.api.health import HealthServicer
+from llama2_server.api.incoming.message_check import Handler
 from llama2_server.api.interceptor import CallInterceptor
-from llama2_server.api.message_check import Handler
 from llama2_server.app import serving, start
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.config.settings import Settings

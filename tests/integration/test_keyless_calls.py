@@ -16,8 +16,8 @@ from tests.support.service import Service, ServiceMaker, details, health_stub, r
 
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys_file import new_key
-from llama2_server.api import keyless_calls
-from llama2_server.api.keyless_calls import MAX_READING, KeylessCalls
+from llama2_server.api.incoming import keyless_calls
+from llama2_server.api.incoming.keyless_calls import MAX_READING, KeylessCalls
 from llama2_server.api.server import GRPC_MESSAGE_BYTES, HEALTH_MESSAGE_BYTES, MAX_PENDING_CALLS
 from llama2_server.config.settings import Settings
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from llama2_server.api.message_check import Handler
+from llama2_server.api.incoming.message_check import Handler
 
 DEADLINE_SECONDS = 60.0
 """Longer than a test takes, and shorter than the server's own timeouts, so that it expires only on command."""

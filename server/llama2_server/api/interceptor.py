@@ -11,8 +11,8 @@ import grpc.aio
 
 from llama2_server.admission.accounts import Authenticator
 from llama2_server.admission.call_budget import CallBudget
-from llama2_server.api.keyless_calls import KeylessCalls
-from llama2_server.api.message_check import Handler, accepted, safe_deserializer
+from llama2_server.api.incoming.keyless_calls import KeylessCalls
+from llama2_server.api.incoming.message_check import Handler, accepted, safe_deserializer
 from llama2_server.errors import InternalError, InvalidRequest, ServiceError, Unauthenticated
 from llama2_server.telemetry.call import CALL, Call
 from llama2_server.telemetry.guard import run_guarded

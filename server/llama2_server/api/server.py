@@ -28,9 +28,9 @@ from llama2_server.api.account_service import AccountServicer
 from llama2_server.api.health import HealthServicer
 from llama2_server.api.hosted.endpoint import HostedEndpointServicer
 from llama2_server.api.hosted.envelope import error_trailers
+from llama2_server.api.incoming.keyless_calls import KeylessCalls
+from llama2_server.api.incoming.message_check import MessageCheck
 from llama2_server.api.interceptor import CallInterceptor
-from llama2_server.api.keyless_calls import KeylessCalls
-from llama2_server.api.message_check import MessageCheck
 from llama2_server.api.model_service import Execution, ModelServicer
 from llama2_server.api.reflection import REFLECTION_SERVICES, ReflectionServicer, described_files
 from llama2_server.api.text_generation import TextGenerationServicer

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc.aio
 
-from llama2_server.api.message_check import Handler, accepted
+from llama2_server.api.incoming.message_check import Handler, accepted
 from llama2_server.errors import DeadlineExceeded, InvalidRequest, TooManyRequests, Violation
 
 MAX_READING = 16

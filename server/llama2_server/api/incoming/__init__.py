@@ -1,0 +1,1 @@
+"""What arrives before a handler runs: the check of messages, and the limit of calls without an API key."""
