@@ -56,8 +56,6 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "max_connections": (1, 2),
     "max_concurrent_streams": (1, 2),
     "max_keyless_calls": (1, 2),
-    "max_free_calls_per_minute": (1, 2),
-    "max_keyless_calls_per_minute": (1, 2),
     "max_connection_idle_seconds": (1.5, 2.5),
     "max_connection_age_seconds": (1.5, 2.5),
     "max_connection_age_grace_seconds": (1500.5, 2500.5),
