@@ -15,7 +15,7 @@ from tests.support.http2_peer import Http2Peer
 from tests.support.service import Service, ServiceMaker, details, health_stub, reflection_stub, until
 
 from llama2_server.admission.accounts import ApiKeyAuthenticator
-from llama2_server.admission.keys_file import new_key
+from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.api.incoming import keyless_calls
 from llama2_server.api.incoming.keyless_calls import MAX_READING, KeylessCalls
 from llama2_server.api.server import GRPC_MESSAGE_BYTES, HEALTH_MESSAGE_BYTES, MAX_PENDING_CALLS
