@@ -12,7 +12,7 @@ SOURCES := server client tests tools benchmarks examples conformance hatch_build
 PROTOS := $(wildcard protos/llama2/*/*.proto protos/llama2/*/*/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
-.PHONY: run quick test chaos soak determinism audit mutants check format proto docs lock conformance conformance-full simulation bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test chaos soak determinism audit mutants check format proto docs lock dist conformance conformance-full simulation bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -28,6 +28,7 @@ help:
 	@echo "make proto       generate the Python stubs"
 	@echo "make docs        generate the references of the API, settings and metrics, and the chart's copies of settings"
 	@echo "make lock        resolve the container's lock files"
+	@echo "make dist        build the wheel and the source archive into dist (docs/systemd.md)"
 	@echo "make conformance run the conformance kit: this server, all clients, wrong servers and clients (conformance/README.md)"
 	@echo "make conformance-full  the same, every case against every wrong server and client, and a million bodies"
 	@echo "make simulation  simulate a million requests with faults, and check them (ARGS='--seed 7' for a part)"
@@ -89,6 +90,10 @@ proto: $(VENV)/.server
 # PyPI's torch is the CUDA build. The CPU build comes from download.pytorch.org or a directory: PIP_FIND_LINKS=… make lock.
 lock: $(VENV)/.dev
 	$(BIN)/python -m tools.container.lock
+
+# The wheel is built from the source archive, so it proves that the archive is complete.
+dist: $(VENV)/.dev
+	$(BIN)/uv build --out-dir dist .
 
 conformance: $(VENV)/.dev
 	$(BIN)/python -m conformance server
