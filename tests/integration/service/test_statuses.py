@@ -11,6 +11,7 @@ import pytest
 from google.rpc import error_details_pb2
 from tests.support.deadlines import DEADLINE_SECONDS, LoopClock, server_deadline
 from tests.support.processes import free_port
+from tests.support.scripted_model import scripted_fingerprint
 from tests.support.service import ServiceMaker, details, hold_slot, remaining_text, with_config
 
 from llama2.hosted.v1 import hosted_endpoint_pb2, hosted_endpoint_pb2_grpc
@@ -24,6 +25,7 @@ from llama2_server.errors import MAX_PUSHBACK_SECONDS, ServiceError
 
 SECRET = "swordfish"  # noqa: S105
 REQUEST = pb.GenerateRequest(prompt=f"Tell {SECRET} a story")
+RESUMED = pb.GenerateRequest(prompt="Hi", idempotency_key=SECRET, resume_after_characters=1)
 CODE = grpc.StatusCode
 
 
@@ -147,6 +149,24 @@ async def queue_wait_too_long(setup: Setup) -> grpc.aio.AioRpcError:
         return await queued
 
 
+async def key_reused(setup: Setup) -> grpc.aio.AioRpcError:
+    async with setup.serve("Hi.") as service:
+        await service.text.Generate(pb.GenerateRequest(prompt="Hi", idempotency_key=SECRET))
+        return await error_of(service.text.Generate(pb.GenerateRequest(prompt=SECRET, idempotency_key=SECRET)))
+
+
+async def key_unknown(setup: Setup) -> grpc.aio.AioRpcError:
+    async with setup.serve() as service:
+        return await error_of(service.text.GenerateStream(RESUMED).read())
+
+
+async def fingerprint_changed(setup: Setup) -> grpc.aio.AioRpcError:
+    async with setup.serve("Hi.") as service:
+        await service.text.Generate(pb.GenerateRequest(prompt="Hi", idempotency_key=SECRET))
+    async with setup.serve(fingerprint=scripted_fingerprint("other")) as service:
+        return await error_of(service.text.GenerateStream(RESUMED).read())
+
+
 async def too_many_requests(setup: Setup) -> grpc.aio.AioRpcError:
     async with setup.serve(max_free_calls_per_minute=1) as service:
         await service.text.CountTokens(pb.CountTokensRequest(prompt="Hi"))
@@ -236,6 +256,15 @@ CASES = [
         "BUDGET_EXHAUSTED",
         {"QuotaFailure", "RetryInfo"},
         client_errors.BudgetExhausted,
+    ),
+    Case(key_reused, CODE.INVALID_ARGUMENT, "IDEMPOTENCY_KEY_REUSED", {"BadRequest"}, client_errors.InvalidRequest),
+    Case(key_unknown, CODE.FAILED_PRECONDITION, "IDEMPOTENCY_KEY_UNKNOWN", set(), client_errors.FailedPrecondition),
+    Case(
+        fingerprint_changed,
+        CODE.FAILED_PRECONDITION,
+        "FINGERPRINT_CHANGED",
+        set(),
+        client_errors.FailedPrecondition,
     ),
     Case(queue_full, CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", RETRY, client_errors.QueueFull),
     Case(queue_wait_too_long, CODE.RESOURCE_EXHAUSTED, "QUEUE_WAIT_TOO_LONG", RETRY, client_errors.QueueFull),
