@@ -5,6 +5,8 @@ it does.
 """
 
 import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -17,6 +19,8 @@ from tests.support.http2_peer import Http2Peer, wait_until_closed
 from tests.support.service import ServiceMaker, remaining_text
 
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_server.admission.accounts import ApiKeyAuthenticator
+from llama2_server.admission.keys.keys_file import new_key
 
 
 async def test_idle_connection_is_closed(serve_scripted: ServiceMaker) -> None:
@@ -32,6 +36,36 @@ async def test_idle_connection_is_closed(serve_scripted: ServiceMaker) -> None:
         busy.http2.ping(b"8 bytes.")
         await busy.flush()
         await busy.event(h2.events.PingAckReceived)
+
+
+@pytest.mark.parametrize("greets", [True, False])
+async def test_silent_connections_give_way_to_a_client_with_a_key(
+    serve_scripted: ServiceMaker, tmp_path: Path, greets: bool
+) -> None:
+    """Connections without calls, and sockets without HTTP/2, occupy every connection only until their time is over."""
+    key, entry = new_key("42")
+    (tmp_path / "keys.yaml").write_text(f"keys:\n  {entry}\n")
+    limits = {"max_connections": 3, "max_connection_idle_seconds": 1, "handshake_timeout_seconds": 1}
+    async with (
+        serve_scripted(accounts=ApiKeyAuthenticator(tmp_path / "keys.yaml"), **limits) as service,
+        AsyncExitStack() as silent,
+    ):
+        host, _, port = service.address.rpartition(":")
+        for _ in range(3):
+            if greets:
+                await silent.enter_async_context(Http2Peer.connected(service.address))
+            else:
+                _, writer = await asyncio.open_connection(host, int(port))
+                silent.callback(writer.close)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        if greets:
+            await wait_until_closed(reader)  # no connection is left
+        writer.close()
+        metadata = (("authorization", f"Bearer {key}"),)
+        reply = await service.text.Generate(
+            pb.GenerateRequest(prompt="Hi", max_tokens=1), metadata=metadata, wait_for_ready=True, timeout=60
+        )
+        assert reply.completion.usage.output_tokens == 1
 
 
 async def test_old_connection_ends_and_its_calls_complete(serve_scripted: ServiceMaker) -> None:

@@ -209,7 +209,7 @@ class Settings(BaseSettings):
     max_keyless_calls: Annotated[PositiveInt, Group.CONNECTIONS] = 256
     """Maximum number of open calls without a valid API key, on each port.
     Beyond it, each connection still has one. Health checks, health watches, reflection and the card need no key."""
-    max_connection_idle_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 900.0
+    max_connection_idle_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 20.0
     """Time without requests before a connection is closed, in seconds."""
     max_connection_age_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 1800.0
     """Age at which a client is asked to reconnect, in seconds. Clients then find new replicas."""
@@ -222,7 +222,7 @@ class Settings(BaseSettings):
     """Maximum time to answer a ping, in seconds. A connection without an answer is closed."""
     min_ping_interval_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 10.0
     """Minimum time between the pings of a client, in seconds. A client that pings more often is disconnected."""
-    handshake_timeout_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 10.0
+    handshake_timeout_seconds: Annotated[PositiveFloat, Group.CONNECTIONS] = 5.0
     """Timeout of the handshake of a new connection, in seconds. The handshake includes TLS."""
 
     # Messages name settings by their flags; `sources` replaces a flag by the variable or key that the operator used.

@@ -9,7 +9,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_SECONDS = 10.0
 ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+MAX_THREADS = 8
+CLOSE_SECONDS = 1.0
 POLL_INTERVAL_SECONDS = 0.1  # upper bound of the time that closing takes
 
 
@@ -64,7 +66,16 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadingWSGIServer):
-    """prometheus_client's server without DNS lookups and tracebacks."""
+    """prometheus_client's server without DNS lookups and tracebacks, and with at most MAX_THREADS scrapes.
+
+    A further scrape closes the oldest connection, so that slow clients cannot lock out Prometheus.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self._free = threading.BoundedSemaphore(MAX_THREADS)
+        self._connections: dict[socket.socket, None] = {}  # in the order of their arrival
+        self._lock = threading.Lock()
+        super().__init__(*arguments)
 
     @classmethod
     def of_family(cls, family: socket.AddressFamily) -> type["_Server"]:
@@ -78,6 +89,33 @@ class _Server(ThreadingWSGIServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for the connection, as soon as there are fewer than MAX_THREADS."""
+        if not self._free.acquire(blocking=False):
+            self._close_oldest()
+            if not self._free.acquire(timeout=CLOSE_SECONDS):
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._connections[request] = None
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve the connection on its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                self._connections.pop(request, None)
+            self._free.release()
+
+    def _close_oldest(self) -> None:
+        with self._lock, suppress(OSError):
+            oldest = next(iter(self._connections), None)
+            if oldest is not None:
+                del self._connections[oldest]
+                oldest.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log the error at debug only, because clients may disconnect at any time."""

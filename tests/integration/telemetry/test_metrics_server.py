@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+import threading
 import urllib.request
 
 import pytest
@@ -14,7 +15,7 @@ from llama2_server.api import health as health_module
 from llama2_server.api.health import HealthServicer, ReadinessCollector
 from llama2_server.telemetry.errors import TelemetryError
 from llama2_server.telemetry.metrics import Metrics
-from llama2_server.telemetry.metrics_server import metrics_server
+from llama2_server.telemetry.metrics_server import MAX_THREADS, metrics_server
 from llama2_server.telemetry.telemetry import open_telemetry
 
 
@@ -59,6 +60,19 @@ async def test_all_addresses_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
     with metrics_server(CollectorRegistry(), "[::]:0") as address:
         assert await scrape(f"127.0.0.1:{address.rpartition(':')[2]}") == ""
+
+
+async def test_slow_clients_use_few_threads() -> None:
+    """Clients that send nothing occupy MAX_THREADS threads at most; a scrape closes the oldest one."""
+    before = threading.active_count()
+    with metrics_server(Metrics(CollectorRegistry()).registry, "127.0.0.1:0") as address:
+        silent = [await asyncio.open_connection(*address.split(":")) for _ in range(3 * MAX_THREADS)]
+        assert "llama2_neurons_total 0.0" in await scrape(address)
+        for reader, _ in silent[: 2 * MAX_THREADS]:
+            assert await reader.read() == b""
+        assert threading.active_count() <= before + MAX_THREADS + 3  # the server, and the scrape of this test
+        for _, writer in silent:
+            writer.close()
 
 
 async def test_silent_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
