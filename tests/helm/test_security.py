@@ -16,7 +16,7 @@ def test_pods_meet_the_restricted_profile(release: Rendered) -> None:
         assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == 65532
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
         for volume in spec.get("volumes", []):
-            assert set(volume) - {"name"} < {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
+            assert set(volume) - {"name"} < {"configMap", "emptyDir", "image", "persistentVolumeClaim", "secret"}
         for container in containers_of(pod):
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,

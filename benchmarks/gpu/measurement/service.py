@@ -53,8 +53,8 @@ def running_server(shape: str, device: str, data_directory: Path) -> Iterator[st
     with tempfile.TemporaryDirectory() as folder:
         card = _card(Path(folder) / "card.yaml")
         command = [sys.executable, "-m", "benchmarks.gpu.measurement.server", shape, device, "--listen", "127.0.0.1:0"]
-        # The card requires --weights; the server ignores the folder and creates random weights.
-        command += ["--card", str(card), "--data-directory", str(data_directory), "--weights", folder]
+        # Any card accepts these weights; the server creates random ones in their place.
+        command += ["--card", str(card), "--data-directory", str(data_directory), "--weights", "demo"]
         command += ["--log-level", "warning"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             line = process.stdout.readline() if process.stdout else ""

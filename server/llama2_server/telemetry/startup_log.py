@@ -30,6 +30,7 @@ class StartupLog(logging.Handler):
     def start(self, step: str) -> None:
         """Watch the log from now on."""
         self.step(step)
+        self.touch()
         self._finished.clear()
         self._thread = threading.Thread(target=self._run, name="startup-log", daemon=True)
         logging.getLogger().addHandler(self)

@@ -18,7 +18,7 @@ from llama2.v1 import account_pb2, account_pb2_grpc
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys.keys_file import new_key
-from llama2_server.api.text_generation import TextGenerationServicer
+from llama2_server.api.completion import Completions
 from llama2_server.card import ModelCard, RequestsPerMinute
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.text_stream import TextStream
@@ -115,7 +115,7 @@ class Client:
             patch.setattr(TextStream, "on_token", raise_quoting)
             await self.generate(internal, prompt=f"{PROMPT} 2")
         with monkeypatch.context() as patch:
-            patch.setattr(TextGenerationServicer, "_completion", raise_quoting)
+            patch.setattr(Completions, "of", raise_quoting)
             await self.generate(internal, prompt=f"{PROMPT} 3")
         with monkeypatch.context() as patch:
             patch.setattr(Generation, "_add_text", raise_quoting)

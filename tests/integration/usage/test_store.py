@@ -214,6 +214,7 @@ async def test_older_database_is_migrated(database: UsageDatabase) -> None:
         await database.execute("DROP TABLE running_requests")
         await database.execute("DROP TABLE rejected_records")
     await database.execute("DROP TABLE idempotency_keys")
+    await database.execute("DROP TABLE budget_reservations")
     await database.execute("DROP TABLE usage_daily_totals")
     await database.execute(f"UPDATE {VERSION_TABLE} SET version_num = '0001'")  # noqa: S608 - constant
     await database.migrate()

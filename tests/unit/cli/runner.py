@@ -27,6 +27,7 @@ def error(*arguments: str, **variables: str) -> str:
     """Return the only error line of a command that fails with exit code 2, without the program's name."""
     result = invoke(arguments, variables)
     assert (result.exit_code, result.stdout) == (2, "")
-    (line,) = result.stderr.splitlines()
+    assert result.stderr.count("\n") == 1, result.stderr
+    line = result.stderr.removesuffix("\n")
     assert line.startswith("llama2-server: ")
     return line.removeprefix("llama2-server: ")

@@ -59,3 +59,14 @@ def test_the_log_is_watched_until_the_end_of_the_start(caplog: pytest.LogCapture
     startup.finish()
     assert "startup-log" not in {thread.name for thread in threading.enumerate()}
     assert logging.getLogger().handlers == handlers
+
+
+def test_the_time_before_the_start_is_no_silence(caplog: pytest.LogCaptureFixture) -> None:
+    """A process that starts a server late does not log a step that has just begun."""
+    clock = Clock()
+    startup = StartupLog(4.0, clock)
+    clock.time += 100
+    with caplog.at_level(logging.INFO):
+        startup.start("importing torch")
+        startup.finish()
+    assert caplog.messages == []

@@ -34,7 +34,7 @@ COMMAND_LINES = [
     WrongUse(
         "hello",
         2,
-        "hello: no such command; choose generate, chat, card, tokens, usage, health, completion",
+        "hello: no such command; choose generate, chat, card, tokens, usage, health, completion, verify",
     ),
     WrongUse("generate", 2, "TEXT: missing, and standard input is empty; give TEXT or --messages"),
     WrongUse("generate two words", 2, 'TEXT: must be one argument; put quotes around it, as in "Tell me a story"'),
