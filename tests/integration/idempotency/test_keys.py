@@ -56,6 +56,26 @@ async def test_lost_reply_after_a_restart_is_computed_again(
     assert len(list(records(tmp_path))) == 2
 
 
+async def test_the_fourth_recomputation_is_billed(
+    serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path
+) -> None:
+    """Three recomputations cost nothing; the next one costs quota and neurons, as a record linked to the first one."""
+    async with serve_scripted(REPLY, card=limited(demo_card, 2), resume_window_seconds=0) as service:
+        first = await service.text.Generate(keyed())
+        replies = [await service.text.Generate(keyed()) for _ in range(3)]
+        assert len(list(records(tmp_path))) == 1
+        replies.append(await service.text.Generate(keyed()))
+        used_up = await failure(service.text.Generate(keyed()))
+        assert details(used_up)["ErrorInfo"].reason == "QUOTA_EXCEEDED"  # type: ignore[attr-defined]
+        assert service.model.prefills == 5
+    assert {reply.response for reply in replies} == {REPLY}
+    assert all(without_timings(reply.completion) == without_timings(first.completion) for reply in replies)
+    own, linked = sorted(records(tmp_path), key=lambda record: len(record["request_id"]))
+    assert own["request_id"] == first.completion.request_id
+    assert linked["request_id"].startswith(f"{own['request_id']}-")
+    assert (linked["output_tokens"], linked["neurons"]) == (own["output_tokens"], own["neurons"])
+
+
 async def test_concurrent_duplicates_join_the_running_generation(
     serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path
 ) -> None:
