@@ -41,15 +41,19 @@ def serve(**flags: Any) -> None:
 
     logs.configure(resolved.settings.log_level, resolved.settings.log_format)
     STARTUP_LOG.start("checking the settings")
-    with resolved.naming_sources():
-        inputs = preflight.check(resolved.settings)
-        STARTUP_LOG.step("importing torch")
-        from llama2_server import app
-        from llama2_server.lifecycle.supervision import EXIT_ENGINE_FAILED
+    try:
+        with resolved.naming_sources():
+            inputs = preflight.check(resolved.settings)
+            STARTUP_LOG.step("importing torch")
+            from llama2_server import app
+            from llama2_server.lifecycle.supervision import EXIT_ENGINE_FAILED
 
-        gc.freeze()
+            gc.freeze()
+            gc.enable()
+            code = asyncio.run(app.serve(resolved.settings, inputs))
+    finally:  # after a failed start, too
+        STARTUP_LOG.finish()
         gc.enable()
-        code = asyncio.run(app.serve(resolved.settings, inputs))
     ignore_signals()  # the event loop has removed its handlers
     sys.stderr.write(stopped_by(code) or "")
     _exit(code, at_once=code == EXIT_ENGINE_FAILED)

@@ -1,5 +1,9 @@
 """Errors on the command line: one line each, with the name that the user typed and without its value."""
 
+import gc
+import threading
+from pathlib import Path
+
 import pytest
 from tests.unit.cli.runner import error
 
@@ -74,3 +78,10 @@ def test_serve_is_the_default_command(default: list[str]) -> None:
 def test_serve_is_the_default_without_any_argument() -> None:
     """`llama2-server` alone serves with the environment's settings."""
     assert error(LLAMA2_MAX_QUEUE_SIZE="-1") == "LLAMA2_MAX_QUEUE_SIZE: must be at least 0"
+
+
+def test_a_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The thread of the startup log ends, and the garbage collector runs."""
+    error("serve", "--receipt-key", str(tmp_path / "missing"), "--data-directory", str(tmp_path))
+    assert "startup-log" not in {thread.name for thread in threading.enumerate()}
+    assert gc.isenabled()
