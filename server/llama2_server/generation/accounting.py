@@ -43,6 +43,16 @@ class Accounting(Protocol):
         """Return the function that takes the tokens of the call's generation, on the engine's thread."""
 
 
+def status_of(error: BaseException, call: Call) -> str:
+    """Return the name of the status with which an exception ends a call."""
+    if isinstance(error, ServiceError):
+        return error.code.name
+    if isinstance(error, Exception):
+        return "INTERNAL"
+    # A cancelled call and an expired call raise the same exception.
+    return "DEADLINE_EXCEEDED" if call.expired() else "CANCELLED"
+
+
 class UsageRecorder:
     """Writes one record per recorded request; `close` waits for the last records."""
 
@@ -79,15 +89,8 @@ class UsageRecorder:
         try:
             await self._ledger.admit(call.request_id, account_id, self._model)
             yield request
-        except ServiceError as error:
-            status = error.code.name
-            raise
-        except Exception:
-            status = "INTERNAL"
-            raise
-        except BaseException:
-            # A cancelled call and an expired call raise the same exception.
-            status = "DEADLINE_EXCEEDED" if call.expired() else "CANCELLED"
+        except BaseException as error:
+            status = status_of(error, call)
             raise
         finally:
             request.finish(status)

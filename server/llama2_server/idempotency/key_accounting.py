@@ -11,7 +11,7 @@ from functools import partial
 
 from llama2_server.admission.quota import Quota
 from llama2_server.errors import ServiceError
-from llama2_server.generation.accounting import Source
+from llama2_server.generation.accounting import Source, status_of
 from llama2_server.generation.coalescing import Subscription
 from llama2_server.generation.reply import ReplyStats
 from llama2_server.generation.text_stream import OnProgress
@@ -90,15 +90,8 @@ class KeyAccounting:
         try:
             await self._admit(call, account_id, source)
             yield self
-        except ServiceError as error:
-            status, rejected = error.code.name, error.refunds_quota
-            raise
-        except Exception:
-            status = "INTERNAL"
-            raise
-        except BaseException:
-            # A cancelled call and an expired call raise the same exception.
-            status = "DEADLINE_EXCEEDED" if call.expired() else "CANCELLED"
+        except BaseException as error:
+            status, rejected = status_of(error, call), isinstance(error, ServiceError) and error.refunds_quota
             raise
         finally:
             if not self._finished:
