@@ -11,7 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import grpc
@@ -50,10 +51,14 @@ async def arrival_microseconds() -> float:
     return (time.process_time() - started_at) / ARRIVALS * 1e6
 
 
+def running_server(folder: Path) -> AbstractContextManager[tuple[int, str]]:
+    """Serve in another process, with an unlimited quota, for the body; return the process id and the address."""
+    return running([sys.executable, "-m", MODULE, "--serve", str(folder)])
+
+
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[tuple[int, str]]:
-    """Serve in another process, with an unlimited quota; yield the process id and the address."""
-    command = [sys.executable, "-m", MODULE, "--serve", str(folder)]
+def running(command: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Run the command of a server for the body; yield the process id and the address."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         if process.stdout is None:
             raise RuntimeError("the server has no output")

@@ -4,15 +4,16 @@ Run it with `python -m benchmarks.measurement.unauthenticated`; it serves the de
 default limits and one API key. Raw connections, as many as the server accepts, then take one step after the other.
 """
 
-import contextlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from socket import socket
 
+from benchmarks.measurement.overload import running
 from benchmarks.measurement.raw_peers import call_headers, connections, message_start, read_all, send
 from llama2_server.api.server import MIN_STREAMS
 from llama2_server.config.settings import Settings
@@ -26,21 +27,13 @@ SAMPLES = 16
 GOAL_MEGABYTES = 64
 
 
-@contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[tuple[int, str]]:
-    """Serve in another process; yield the process id and the address."""
+def running_server(folder: Path) -> AbstractContextManager[tuple[int, str]]:
+    """Serve with API keys in another process for the body; return the process id and the address."""
     keys = ["--api-keys-file", str(folder / "keys.yaml")]
     server = [sys.executable, "-m", "llama2_server"]
     subprocess.run([*server, "keys", "new", "42", *keys], check=True, capture_output=True)
     options = ["--listen", "127.0.0.1:0", "--data-directory", str(folder), "--log-level", "error", *keys]
-    with subprocess.Popen([*server, *options], stdout=subprocess.PIPE, text=True) as process:
-        if process.stdout is None:
-            raise RuntimeError("the server has no output")
-        address = next(line.split()[2].rstrip(".") for line in process.stdout if line.startswith("SERVING on "))
-        try:
-            yield process.pid, address
-        finally:
-            process.kill()
+    return running([*server, *options])
 
 
 def megabytes(pid: int) -> float:
