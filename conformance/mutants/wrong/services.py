@@ -33,7 +33,8 @@ def largest_reply_is_context(call: Call, reply: Any) -> None:
 @on_reply(COUNT)
 def counts_characters(call: Call, reply: Any) -> None:
     """Counts characters that are not ASCII as one token."""
-    reply.input_tokens -= len(call.request.prompt.encode()) - len(call.request.prompt)
+    if call.request is not None:
+        reply.input_tokens -= len(call.request.prompt.encode()) - len(call.request.prompt)
 
 
 @on_reply(COUNT)
