@@ -14,7 +14,7 @@ from tests.integration.examples.conftest import REPLY, EnvoyMaker
 from tests.support.processes import free_port
 from tests.support.repository import ROOT
 from tests.support.servers.envoy_server import running_envoy
-from tests.support.service import with_config
+from tests.support.service import until, with_config
 
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys.keys_file import new_key
@@ -248,6 +248,20 @@ async def test_a_deadline(serve_behind_envoy: EnvoyMaker) -> None:
         service.model.gate()
         late = await envoy.post(PROMPT, URL, **{"grpc-timeout": "50m"})
         assert envelope_error(late)[:2] == (408, 3007)
+
+
+async def test_a_deadline_after_the_first_event(serve_behind_envoy: EnvoyMaker) -> None:
+    """The last event is the envelope of the passed deadline, and the slot is free."""
+    async with serve_behind_envoy(card=CARD) as (service, envoy):
+        service.model.gate()
+        service.model.allow(1)
+        timeout = {"grpc-timeout": "1S"}
+        async with envoy.http.stream("POST", URL, json=PROMPT | {"stream": True}, headers=timeout) as reply:
+            events = data_lines("\n".join([*[line async for line in reply.aiter_lines()], ""]))
+        assert len(events) > 1
+        assert json.loads(events[-1])["errors"][0]["code"] == 3007
+        service.model.open_gate()
+        await until(lambda: service.finished_calls("DEADLINE_EXCEEDED") == 1)
 
 
 async def test_no_server(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """HostedEndpointService: the same replies as TextGenerationService, in the host's format."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,9 +22,12 @@ from llama2_server.api.hosted.envelope import (
 )
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.card import ModelCard
-from llama2_server.errors import InternalError, ServiceError, Unauthenticated, UnknownModel
+from llama2_server.errors import DeadlineExceeded, InternalError, ServiceError, Unauthenticated, UnknownModel
 from llama2_server.generation.reply import Reply
 from llama2_server.telemetry.call import CALL
+
+LAST_EVENT_SECONDS = 0.1
+"""How long before a deadline a stream ends, so that its last event arrives."""
 
 
 class HostedEndpointServicer(hosted_endpoint_pb2_grpc.HostedEndpointServiceServicer):
@@ -46,9 +50,10 @@ class HostedEndpointServicer(hosted_endpoint_pb2_grpc.HostedEndpointServiceServi
         async with self._serve(request, context, streaming=True) as reply:
             started = False
             try:
-                async for delta in reply.deltas():
-                    await _send(context, event({"response": delta}))
-                    started = True
+                async with _before_deadline(context):
+                    async for delta in reply.deltas():
+                        await _send(context, event({"response": delta}))
+                        started = True
                 last = event({"response": "", "usage": usage_object(reply.stats())})
                 await _send(context, last + DONE)
             except Exception as error:
@@ -68,6 +73,21 @@ class HostedEndpointServicer(hosted_endpoint_pb2_grpc.HostedEndpointServiceServi
         body = self._parser.parse(request.body.data)
         async with self._text_generation.serve(body, context, streaming=streaming) as reply:
             yield reply
+
+
+@asynccontextmanager
+async def _before_deadline(context: Any) -> AsyncIterator[None]:
+    """End the body shortly before the call's deadline, after which gRPC sends nothing of the server.
+
+    Raises:
+        DeadlineExceeded: the body takes too long.
+    """
+    seconds = context.time_remaining()
+    try:
+        async with asyncio.timeout(None if seconds is None else seconds - LAST_EVENT_SECONDS):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before the reply was complete") from None
 
 
 async def _send(context: Any, data: bytes) -> None:
