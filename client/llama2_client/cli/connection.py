@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from llama2_client.cli.options import options
 from llama2_client.cli.usage_errors import name_of
 
 # gRPC is imported when a call starts, because the import is slow and `llama2 --help` does not need it.
@@ -22,6 +23,75 @@ T = TypeVar("T")
 # The options of the program for the client's parameters.
 _OPTIONS = {"target": "address"} | {name: name for name in ("api_key", "timeout", "server_name", "quota_wait")}
 _NEEDS_TLS = "needs TLS; add --tls or --ca FILE"
+
+# The options of `llama2` itself, before the name of a command.
+connection_options = options(
+    click.option(
+        "--address",
+        envvar="LLAMA2_ADDRESS",
+        default="127.0.0.1:50051",
+        metavar="HOST:PORT",
+        show_default=True,
+        show_envvar=True,
+        help="Address of the server, or any other gRPC target.",
+    ),
+    click.option(
+        "--api-key",
+        envvar="LLAMA2_API_KEY",
+        metavar="KEY",
+        show_envvar=True,
+        help="API key of the account. The variable is safer: other users of the machine can read command lines.",
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        envvar="LLAMA2_TIMEOUT",
+        default=120.0,
+        metavar="SECONDS",
+        show_default=True,
+        show_envvar=True,
+        help="Deadline of a call in seconds, including queue time and retries.",
+    ),
+    click.option("--tls", is_flag=True, help="Connect with TLS and trust the public root certificates."),
+    click.option(
+        "--ca",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Connect with TLS and trust the root certificates in this PEM file instead.",
+    ),
+    click.option(
+        "--certificate",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Client certificate chain for mutual TLS, in PEM; implies --tls.",
+    ),
+    click.option(
+        "--key",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Private key of the client certificate, in PEM.",
+    ),
+    click.option(
+        "--server-name",
+        metavar="NAME",
+        help="Host name to expect in the server's certificate, if it is not the host of --address.",
+    ),
+    click.option(
+        "--quota-wait",
+        type=click.FloatRange(min=0),
+        envvar="LLAMA2_QUOTA_WAIT",
+        default=0.0,
+        metavar="SECONDS",
+        show_default=True,
+        show_envvar=True,
+        help="Longest time to wait for a used-up quota, within --timeout.",
+    ),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Continue a reply whose connection breaks, at no extra cost, as long as the server allows.",
+    ),
+)
 
 
 @dataclass(frozen=True)

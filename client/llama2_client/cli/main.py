@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from llama2_client.cli.connection import ClientCertificate, ServerConnection
+from llama2_client.cli.connection import ClientCertificate, ServerConnection, connection_options
 from llama2_client.cli.options import input_options, json_option, read_conversation, read_input, sampling_options
 from llama2_client.cli.usage_errors import CommandGroup, error_message, print_error_line
 from llama2_client.cli.verify import verify
@@ -28,71 +28,7 @@ EXIT_INTERRUPTED = 130
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option(
-    "--address",
-    envvar="LLAMA2_ADDRESS",
-    default="127.0.0.1:50051",
-    metavar="HOST:PORT",
-    show_default=True,
-    show_envvar=True,
-    help="Address of the server, or any other gRPC target.",
-)
-@click.option(
-    "--api-key",
-    envvar="LLAMA2_API_KEY",
-    metavar="KEY",
-    show_envvar=True,
-    help="API key of the account. The variable is safer: other users of the machine can read command lines.",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    envvar="LLAMA2_TIMEOUT",
-    default=120.0,
-    metavar="SECONDS",
-    show_default=True,
-    show_envvar=True,
-    help="Deadline of a call in seconds, including queue time and retries.",
-)
-@click.option("--tls", is_flag=True, help="Connect with TLS and trust the public root certificates.")
-@click.option(
-    "--ca",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Connect with TLS and trust the root certificates in this PEM file instead.",
-)
-@click.option(
-    "--certificate",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Client certificate chain for mutual TLS, in PEM; implies --tls.",
-)
-@click.option(
-    "--key",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Private key of the client certificate, in PEM.",
-)
-@click.option(
-    "--server-name",
-    metavar="NAME",
-    help="Host name to expect in the server's certificate, if it is not the host of --address.",
-)
-@click.option(
-    "--quota-wait",
-    type=click.FloatRange(min=0),
-    envvar="LLAMA2_QUOTA_WAIT",
-    default=0.0,
-    metavar="SECONDS",
-    show_default=True,
-    show_envvar=True,
-    help="Longest time to wait for a used-up quota, within --timeout.",
-)
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Continue a reply whose connection breaks, at no extra cost, as long as the server allows.",
-)
+@connection_options
 @click.version_option(package_name="llama2-grpc", prog_name="llama2", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(
