@@ -26,7 +26,7 @@ from llama2_server.usage.forwarder import Forwarder
 from llama2_server.usage.keys.key_ledger import KeyLedger
 from llama2_server.usage.local import statements
 from llama2_server.usage.local.local_ledger import LocalLedger
-from llama2_server.usage.local.writer import Change, DatabaseUnavailable, Writer
+from llama2_server.usage.local.writer import Change, DatabaseUnavailable, Writer, both, no_change
 from llama2_server.usage.pricing import TokenUsage
 from llama2_server.usage.records import DailyUsage, RunningRequest, UsageRecord
 from llama2_server.usage.schema import check_prices
@@ -43,20 +43,6 @@ READ_FLUSH_TIMEOUT_SECONDS = 2.0  # how long a reader waits for the latest recor
 CLOSE_TIMEOUT_SECONDS = 5.0
 _NOT_RECORDED = "usage cannot be recorded now; retry"
 _NOT_READ = "usage cannot be read now; retry"
-
-
-def _nothing(connection: sqlite3.Connection) -> None:
-    """Change nothing."""
-
-
-def _both(change: Change, also: Change) -> Change:
-    """Return a change that makes both changes."""
-
-    def make(connection: sqlite3.Connection) -> None:
-        change(connection)
-        also(connection)
-
-    return make
 
 
 class Ledger:
@@ -180,7 +166,7 @@ class Ledger:
         request = RunningRequest(request_id, account_id, model, self._now(), self._neuron_costs)
         return self._budgets.reserved(request, most, self)
 
-    async def admit(self, request_id: str, account_id: str, model: str, also: Change = _nothing) -> None:
+    async def admit(self, request_id: str, account_id: str, model: str, also: Change = no_change) -> None:
         """Admit a request: after the return it has exactly one record. The caller must call `finish`, also if it fails.
 
         A finished request can be admitted again, and continues its record. `also` changes the database in the same
@@ -200,7 +186,7 @@ class Ledger:
         self,
         request: RunningRequest,
         reserve: Callable[[sqlite3.Connection], BudgetUse | None] = lambda _: None,
-        also: Change = _nothing,
+        also: Change = no_change,
     ) -> BudgetUse | None:
         """Commit a running request, unless `reserve` returns an exceeded budget in the same transaction; return it.
 
@@ -251,7 +237,7 @@ class Ledger:
         tokens: TokenUsage,
         *,
         cached: bool = False,
-        also: Change = _nothing,
+        also: Change = no_change,
     ) -> UsageRecord | None:
         """Write the record of a finished request; never fail, and never wait. `commit` waits.
 
@@ -263,15 +249,15 @@ class Ledger:
             return None
         record = request.finish(outcome, tokens, self._now(), cached=cached)
         self._uncommitted[request_id] = record
-        committed = self._writer.keep(_both(lambda connection: statements.finish(connection, record), also))
+        committed = self._writer.keep(both(lambda connection: statements.finish(connection, record), also))
         committed.add_done_callback(lambda _: self._on_commit(request_id))
         return record
 
-    def withdraw(self, request_id: str, also: Change = _nothing) -> None:
+    def withdraw(self, request_id: str, also: Change = no_change) -> None:
         """End a request that was rejected after all, without a record of this attempt."""
         if (request := self._running.pop(request_id, None)) is not None:
             request.admitted = False  # `reserved` ends a reservation in the store
-            withdraw = _both(lambda connection: statements.withdraw(connection, request_id), also)
+            withdraw = both(lambda connection: statements.withdraw(connection, request_id), also)
             self._writer.submit(withdraw, keep=True)
 
     async def commit(self) -> None:

@@ -30,6 +30,20 @@ Result = TypeVar("Result")
 Change = Callable[[sqlite3.Connection], Any]
 
 
+def no_change(connection: sqlite3.Connection) -> None:
+    """Change nothing."""
+
+
+def both(change: Change, also: Change) -> Change:
+    """Return a change that makes both changes."""
+
+    def make(connection: sqlite3.Connection) -> None:
+        change(connection)
+        also(connection)
+
+    return make
+
+
 class DatabaseUnavailable(Exception):
     """The database did not accept a change, or could not be read."""
 
