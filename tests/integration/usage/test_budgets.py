@@ -204,7 +204,6 @@ async def test_budget_needs_the_store(tmp_path: Path, postgres: PostgresCluster,
     async with asyncio.timeout(RECOVERY_TIMEOUT_SECONDS):
         while not ledger.store_up:
             await ledger.probe_store()
-            await asyncio.sleep(0.01)
     await admit(ledger, "later")
     assert await settled(ledger) == (0, 10)
     assert sorted(record.request_id for record in await stored(url)) == ["cached", "free"]
