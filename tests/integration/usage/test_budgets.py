@@ -201,9 +201,8 @@ async def test_budget_needs_the_store(tmp_path: Path, postgres: PostgresCluster,
             ledger.finish(request_id, "MAX_TOKENS", MOST, cached=request_id == "cached")
     finally:
         await asyncio.to_thread(postgres.start)
-    async with asyncio.timeout(RECOVERY_TIMEOUT_SECONDS):
-        while not ledger.store_up:
-            await ledger.probe_store()
+    assert await ledger.flush(RECOVERY_TIMEOUT_SECONDS)
+    assert ledger.store_up
     await admit(ledger, "later")
     assert await settled(ledger) == (0, 10)
     assert sorted(record.request_id for record in await stored(url)) == ["cached", "free"]

@@ -41,7 +41,7 @@ class Faults:
         self._active: set[str] = set()
         self._full: set[str] = set()
         self._kill_at: str | None = None
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], None] = {}  # in order: a seed must cancel them in the same order
         for name, (owner, function) in POINTS.items():
             self._patch_point(patch, name, owner, function)
         self._patch_disk(patch)
@@ -61,8 +61,8 @@ class Faults:
                 number = next(self._numbers)
                 self._history.add("fault", fault=name, process=process, number=number)
                 task = asyncio.create_task(self._inject(name, number, replica))
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
+                self._running[task] = None
+                task.add_done_callback(self._running.pop)
             await asyncio.Event().wait()
         finally:
             restarting.cancel()
