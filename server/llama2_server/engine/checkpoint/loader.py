@@ -12,7 +12,6 @@ from torch import Tensor
 from llama2_server.engine.checkpoint.digests import verify_digests
 from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
 from llama2_server.engine.checkpoint.formats import check_format
-from llama2_server.engine.checkpoint.hub import fetch_checkpoint
 from llama2_server.engine.checkpoint.layout import check_context
 from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
@@ -32,8 +31,6 @@ from llama2_server.engine.model.packed_weights import (
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.native.library import NativeUnavailable, find_instructions
 from llama2_server.engine.text.tokenizer import Tokenizer
-
-__all__ = ["fetch_checkpoint", "load_model"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Number of threads that read tensors. One thread would spend more time on new memory pages than on reading.
