@@ -99,6 +99,7 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
             progress=progress.show,
             cpu_kernels=settings.cpu_kernels,
             cpu_weight_bits=settings.cpu_weight_bits,
+            threads=settings.threads,
         )
     seconds = time.monotonic() - started_at
     step_runner = build_step_runner(

@@ -57,6 +57,7 @@ def load_model(
     progress: Progress | None = None,
     cpu_kernels: CpuKernels = "auto",
     cpu_weight_bits: CpuWeightBits = "auto",
+    threads: int | None = None,
 ) -> LlamaModel:
     """Load a checkpoint as a model with `slots` slots of `context_length` tokens each.
 
@@ -71,11 +72,10 @@ def load_model(
         progress: called after each tensor.
         cpu_kernels: "auto" uses the native kernels on a CPU if they are available.
         cpu_weight_bits: bits per weight that the native kernels read; 12 only where this is exact.
+        threads: number of CPU threads; None selects it.
 
     Raises:
-        WeightsError: the checkpoint is incomplete, has another architecture, does not match its tokenizer, contains
-            values that are not finite in `dtype`, or does not fit in memory. Errors that the headers reveal are raised
-            before memory is allocated.
+        WeightsError: it is incomplete, not a Llama, not finite in `dtype`, or too large; the headers are checked first.
     """
     config = config or read_config(directory)
     check_context(directory, config.max_positions, context_length)
@@ -91,7 +91,8 @@ def load_model(
         weights = _allocate_packed(config, cache_bytes) if packed else LlamaWeights.allocate(config, device, dtype)
         _read_tensors(stored, tensor_destinations(config, weights), progress or _no_progress)
         _log_packed_share(weights)
-        return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
+        shape = {"context_length": context_length, "slots": slots}
+        return LlamaModel(config, weights, cpu_kernels=cpu_kernels, threads=threads, **shape)
     except (PackedMemoryFull, torch.OutOfMemoryError) as error:
         raise WeightsError(f"{directory}: {_memory_problem(device, error)}; {LOWER_MEMORY_USE}") from error
 
