@@ -9,6 +9,9 @@ from llama2_server.engine.errors import WeightsError
 
 LOWER_MEMORY_USE = "free memory, or lower context_length_limit or max_concurrent_requests in the card (--card)"
 
+# On a GPU: activations of a prefill chunk, CUDA graphs, compiled kernels and the workspaces of NVIDIA's libraries.
+CUDA_RESERVE_BYTES = 600_000_000
+
 
 class MemoryNeed(NamedTuple):
     """Memory of a model, in bytes."""
@@ -17,6 +20,8 @@ class MemoryNeed(NamedTuple):
     cache_bytes: int
     tokens: str
     """The size of the KV cache in words, such as "1 x 3072 tokens"."""
+    reserve_bytes: int = 0
+    """What the computation needs in addition."""
 
 
 def check_memory(
@@ -25,14 +30,15 @@ def check_memory(
     """Check the free memory of a device; None means that it is unknown.
 
     Raises:
-        WeightsError: the weights and the KV cache are larger.
+        WeightsError: the weights, the KV cache and the reserve are larger.
     """
-    needed_bytes = need.weights_bytes + need.cache_bytes
+    needed_bytes = need.weights_bytes + need.cache_bytes + need.reserve_bytes
     if free_bytes is not None and needed_bytes > free_bytes:
         free = f"{free_bytes / 1e9:.1f}" + (f" of {total_bytes / 1e9:.1f}" if total_bytes is not None else "")
+        reserve = f", {need.reserve_bytes / 1e9:.1f} GB to compute with" if need.reserve_bytes else ""
         raise WeightsError(
             f"{directory}: needs {needed_bytes / 1e9:.1f} GB on {device} ({need.weights_bytes / 1e9:.1f} GB of "
-            f"weights, {need.cache_bytes / 1e9:.1f} GB of KV cache for {need.tokens}), but only "
+            f"weights, {need.cache_bytes / 1e9:.1f} GB of KV cache for {need.tokens}{reserve}), but only "
             f"{free} GB are free; {LOWER_MEMORY_USE}"
         )
 

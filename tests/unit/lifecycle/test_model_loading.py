@@ -11,6 +11,7 @@ from llama2_server.card import load_card
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.model import llama
+from llama2_server.lifecycle import model_loading
 from llama2_server.lifecycle.model_loading import LoadedModel, load_model
 
 
@@ -59,3 +60,18 @@ def test_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(llama, "SMALL_MODEL_BYTES", 0)
     assert threads() == 3
     assert threads(threads=2) == 2
+
+
+@pytest.mark.parametrize("has_device", [True, False])
+def test_a_gpu_that_torch_cannot_use_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_device: bool
+) -> None:
+    """With --device auto, the CPU runs the model; the warning has torch's reason. Without a GPU there is no warning."""
+    weights = make_checkpoint(tmp_path / "weights", Shape(context=1024))
+    monkeypatch.setattr(model_loading, "unusable_reason", lambda: "the driver is too old")
+    monkeypatch.setattr(model_loading, "has_nvidia_device", lambda: has_device)
+    assert load(weights, tmp_path, device="auto").model.device.type == "cpu"
+    warning = "running on the CPU, although this machine has an NVIDIA device: the driver is too old; install a CUDA"
+    assert (warning in caplog.text) is has_device
+    with pytest.raises(ConfigurationError, match="--device: cuda was requested, but torch cannot use it: the driver"):
+        load(weights, tmp_path, device="cuda")

@@ -13,10 +13,16 @@ from llama2_server.engine.checkpoint.digests import verify_digests
 from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
 from llama2_server.engine.checkpoint.formats import check_format
 from llama2_server.engine.checkpoint.layout import check_context
-from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file
+from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file, reader_threads
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.errors import WeightsError
-from llama2_server.engine.memory import LOWER_MEMORY_USE, MemoryNeed, available_bytes, check_memory
+from llama2_server.engine.memory import (
+    CUDA_RESERVE_BYTES,
+    LOWER_MEMORY_USE,
+    MemoryNeed,
+    available_bytes,
+    check_memory,
+)
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.llama import CpuKernels, LlamaModel
 from llama2_server.engine.model.packed_weights import (
@@ -33,9 +39,6 @@ from llama2_server.engine.native.library import NativeUnavailable, find_instruct
 from llama2_server.engine.text.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Number of threads that read tensors. One thread would spend more time on new memory pages than on reading.
-CPU_READERS = 2
-
 MATCHING_FILES = "use the config.json and the weights of the same checkpoint"
 
 logger = logging.getLogger(__name__)
@@ -137,6 +140,7 @@ def _allocate_packed(config: LlamaConfig, cache_bytes: int) -> Weights:
 def _check_memory(directory: Path, device: str, need: MemoryNeed) -> None:
     """Raise WeightsError before any tensor is read, if the free memory of the device is too small."""
     if torch.device(device).type == "cuda":
+        need = need._replace(reserve_bytes=CUDA_RESERVE_BYTES)
         check_memory(directory, device, need, *torch.cuda.mem_get_info(device))
     else:
         check_memory(directory, device, need, available_bytes())
@@ -235,7 +239,7 @@ def _read_tensors(stored: dict[str, TensorEntry], destinations: dict[str, Destin
         return tensor.size_bytes
 
     order = sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset))
-    with ThreadPoolExecutor(CPU_READERS if device.type == "cpu" else 1, initializer=create_buffers) as pool:
+    with ThreadPoolExecutor(reader_threads(device), initializer=create_buffers) as pool:
         for size_bytes in pool.map(read, order):
             done_bytes += size_bytes
             progress(done_bytes, total_bytes)
