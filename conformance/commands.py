@@ -165,14 +165,15 @@ def peers(name: str, **options: Any) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def checkpoint(folder: Path) -> None:
-    """Write the made checkpoint, its card and API keys into FOLDER, for another server."""
+    """Write the made checkpoint, its card and its keys into FOLDER, for another server."""
     from conformance.service.checkpoint import make_checkpoint  # needs numpy and SentencePiece
-    from conformance.service.keys import write_keys
+    from conformance.service.keys import write_keys, write_receipt_key
     from conformance.service.launch import CARD
 
     make_checkpoint(folder / "checkpoint")
     (folder / "card.yaml").write_text(CARD.read_text())
     write_keys(folder / "keys.yaml", folder / "keys.json")
+    write_receipt_key(folder / "receipts.key")
 
 
 def _profiles(text: str) -> frozenset[str]:

@@ -4,12 +4,15 @@ Each mutant is one function with a hook's decorator; its docstring is the wrong 
 or rejects it, `on_reply` changes each message, `on_error` the error, `on_http` an HTTP exchange.
 """
 
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias
 
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from conformance.server_runner.target import Keys
 
 Trailers: TypeAlias = list[tuple[str, str | bytes]]
 
@@ -59,6 +62,23 @@ class Failure(Exception):
         return str(info.reason)
 
 
+@dataclass(frozen=True, slots=True)
+class ProxyKeys:
+    """The API keys of the accounts."""
+
+    by_role: dict[str, list[str]]
+    roles: dict[str, str]
+    """The role of each key."""
+
+    @classmethod
+    def of(cls, keys: Keys) -> Self:
+        """Return the keys of a run."""
+        by_role = {role: [key] for role, key in keys.roles.items()} | {
+            role: list(found) for role, found in keys.single.items()
+        }
+        return cls(by_role, {key: role for role, found in by_role.items() for key in found})
+
+
 @dataclass(slots=True)
 class Call:
     """A call on its way through the proxy."""
@@ -69,7 +89,7 @@ class Call:
     """The request; None if it is not a valid message of a known method."""
     metadata: list[tuple[str, str | bytes]]
     timeout: float | None
-    keys: dict[str, str]
+    keys: "ProxyKeys"
     state: dict[str, Any]
     """Values that the calls of one run of one case share."""
     send: Callable[["Call"], AsyncIterator[Any]]
@@ -85,17 +105,21 @@ class Call:
 
     @property
     def role(self) -> str:
-        """The role of the API key; `quota` for the keys without a role."""
+        """The role of the API key; `unknown` without a role."""
         found = [str(value).removeprefix("Bearer ") for key, value in self.metadata if key == "authorization"]
-        if not found:
-            return "none"
-        roles = {key: role for role, key in self.keys.items()}
-        return roles.get(found[0], "unknown" if "A" * 43 in found[0] else "quota")
+        return self.keys.roles.get(found[0], "unknown") if found else "none"
 
     def use_key(self, role: str) -> None:
-        """Replace the API key."""
+        """Replace the API key by one of the role."""
         kept = [pair for pair in self.metadata if pair[0] != "authorization"]
-        self.metadata = [*kept, ("authorization", f"Bearer {self.keys[role]}")]
+        key = random.choice(self.keys.by_role[role])
+        self.metadata = [*kept, ("authorization", f"Bearer {key}")]
+
+    async def send_another(self, request: Message, method: str = "Generate") -> list[Any]:
+        """Make another call of the same client on the correct server, and return its messages."""
+        path = f"/llama2.v1.{'AccountService' if method == 'GetUsage' else 'TextGenerationService'}/{method}"
+        another = Call(path, b"", request, self.metadata, self.timeout, self.keys, {}, self.send)
+        return [message async for message in self.send(another)]
 
     @property
     def texts(self) -> list[str]:
@@ -109,10 +133,15 @@ class Call:
                 setattr(holder, name, change(getattr(holder, name)))
 
 
-def reject(field_name: str, description: str = "is not allowed", code: str = "INVALID_ARGUMENT") -> NoReturn:
+def reject(
+    field_name: str,
+    description: str = "is not allowed",
+    code: str = "INVALID_ARGUMENT",
+    reason: str = "INVALID_REQUEST",
+) -> NoReturn:
     """End the call with an error of the contract's form."""
     status = status_pb2.Status(code=code_pb2.Code.Value(code), message=f"{field_name}: {description}")
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="llama2.v1"))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="llama2.v1"))
     violation = error_details_pb2.BadRequest.FieldViolation(field=field_name, description=description)
     status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     status.details.add().Pack(error_details_pb2.RequestInfo(request_id="0" * 32))

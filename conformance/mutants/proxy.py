@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from conformance.mutants.behavior import Call, Failure, Mutant
+from conformance.mutants.behavior import Call, Failure, Mutant, ProxyKeys
 from llama2.v1 import account_pb2, model_pb2, text_generation_pb2
 
 OPTIONS = [
@@ -30,7 +30,7 @@ IMPORTED = (health_pb2, reflection_pb2, account_pb2, model_pb2, text_generation_
 class Proxy(grpc.GenericRpcHandler):
     """The proxy; `mutant` and `state` are replaced before each run of a case."""
 
-    def __init__(self, address: str, keys: dict[str, str]) -> None:
+    def __init__(self, address: str, keys: ProxyKeys) -> None:
         self.mutant: Mutant | None = None
         self.state: dict[str, Any] = {}
         self._keys = keys

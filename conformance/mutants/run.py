@@ -10,20 +10,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from conformance.mutants.behavior import MUTANTS, Mutant
+from conformance.mutants.behavior import MUTANTS, Mutant, ProxyKeys
 from conformance.mutants.http_proxy import HttpProxy, running_http_proxy
 from conformance.mutants.proxy import Proxy, running_proxy
-from conformance.mutants.wrong import errors, flow, http, replies, requests, services
+from conformance.mutants.wrong import accounts, errors, flow, http, idempotency, receipts, replies, requests, services
 from conformance.server_runner.run import run_case
 from conformance.server_runner.suite import StoredCase
 from conformance.server_runner.target import Keys, Target
 from conformance.service.launch import running_envoy, running_service
 
 KILLS = Path(__file__).parent / "kills.json"
-REGISTERED = (errors, flow, http, replies, requests, services)  # their imports fill MUTANTS
+REGISTERED = (
+    accounts,
+    errors,
+    flow,
+    http,
+    idempotency,
+    receipts,
+    replies,
+    requests,
+    services,
+)  # their imports fill MUTANTS
 MAX_KILLS = 15
-FLAGS = ("--max-free-calls-per-minute", str(10**9))
-"""One server serves the invalid requests of all mutants."""
+LIMITED = "free_calls"
+FLAG = "--max-free-calls-per-minute"
+MAX_FREE_CALLS, MAX_LIMITED_CALLS = 10**9, 60
+"""One server serves the invalid requests of all mutants; another one serves the cases of the limit."""
 
 
 def read_kills() -> dict[str, list[str]]:
@@ -33,31 +45,21 @@ def read_kills() -> dict[str, list[str]]:
 
 
 @dataclass(slots=True)
+class _Lane:
+    """A correct server behind a proxy."""
+
+    proxy: Proxy
+    targets: dict[tuple[tuple[str, int], ...], Target]
+    """The connections to the proxy, by the options of the server."""
+
+
 class Workbench:
-    """One correct server behind Envoy, and proxies in front of both."""
+    """Correct servers, one of them behind Envoy, and proxies in front of them."""
 
-    _proxy: Proxy
-    _http_proxy: HttpProxy
-    _targets: dict[tuple[tuple[str, int], ...], Target]
-    _stack: AsyncExitStack
-
-    @classmethod
-    async def open(cls) -> Self:
-        """Start the server and the proxies."""
-        stack = AsyncExitStack()
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        service = await stack.enter_async_context(running_service(folder, *FLAGS))
-        keys = Keys.read(service.keys_file, None)
-        proxy = Proxy(service.address, keys.roles)
-        address = await stack.enter_async_context(running_proxy(proxy))
-        envoy = await stack.enter_async_context(running_envoy(folder, address))
-        http_proxy = HttpProxy(envoy)
-        url = await stack.enter_async_context(running_http_proxy(http_proxy))
-        targets: dict[tuple[tuple[str, int], ...], Target] = {(): Target.connect(address, keys, url)}
-        for options in {mutant.server_options for mutant in MUTANTS.values()} - {()}:
-            other = await stack.enter_async_context(running_proxy(proxy, *options))
-            targets[options] = Target.connect(other, keys, url)
-        return cls(proxy, http_proxy, targets, stack)
+    def __init__(self) -> None:
+        self._stack = AsyncExitStack()
+        self._http_proxy: HttpProxy | None = None
+        self._lanes: dict[bool, _Lane] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -65,20 +67,49 @@ class Workbench:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._proxy.use(None)
-        for target in self._targets.values():
-            await target.close()
+        for lane in self._lanes.values():
+            lane.proxy.use(None)
+            for target in lane.targets.values():
+                await target.close()
         await self._stack.aclose()
-        await self._proxy.close()
+        for lane in self._lanes.values():
+            await lane.proxy.close()
+
+    async def _lane(self, *, limited: bool) -> _Lane:
+        """Return a lane; its server starts with the first case that needs it."""
+        if limited not in self._lanes:
+            self._lanes[limited] = await self._open_lane(limited=limited)
+        return self._lanes[limited]
+
+    async def _open_lane(self, *, limited: bool) -> _Lane:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        flags = (FLAG, str(MAX_LIMITED_CALLS if limited else MAX_FREE_CALLS))
+        service = await self._stack.enter_async_context(running_service(folder, *flags))
+        keys = Keys.read(service.keys_file, None)
+        proxy = Proxy(service.address, ProxyKeys.of(keys))
+        address = await self._stack.enter_async_context(running_proxy(proxy))
+        url = None if limited else await self._open_http(folder, address)
+        targets: dict[tuple[tuple[str, int], ...], Target] = {(): Target.connect(address, keys, url)}
+        for options in {mutant.server_options for mutant in MUTANTS.values()} - {()}:
+            other = await self._stack.enter_async_context(running_proxy(proxy, *options))
+            targets[options] = Target.connect(other, keys, url)
+        return _Lane(proxy, targets)
+
+    async def _open_http(self, folder: Path, address: str) -> str:
+        envoy = await self._stack.enter_async_context(running_envoy(folder, address))
+        self._http_proxy = HttpProxy(envoy)
+        return await self._stack.enter_async_context(running_http_proxy(self._http_proxy))
 
     async def failed(self, mutant: Mutant | None, case: StoredCase) -> list[str]:
         """Run a case against a mutant, or against the proxies alone, and return the differences."""
-        self._proxy.use(mutant)
-        self._http_proxy.mutant = mutant
+        lane = await self._lane(limited=case.profile == LIMITED)
+        lane.proxy.use(mutant)
+        if self._http_proxy is not None:
+            self._http_proxy.mutant = mutant
         try:
-            return await run_case(self._targets[mutant.server_options if mutant else ()], case)
+            return await run_case(lane.targets[mutant.server_options if mutant else ()], case)
         finally:
-            await self._proxy.stop_draining()
+            await lane.proxy.stop_draining()
 
 
 async def run_mutants(
@@ -100,7 +131,7 @@ async def run_mutants(
     queue, found = list(wanted.items()), dict[str, list[str]]()
 
     async def work() -> None:
-        async with await Workbench.open() as bench:
+        async with Workbench() as bench:
             while queue:
                 name, names = queue.pop(0)
                 mutant = MUTANTS[name] if name else None

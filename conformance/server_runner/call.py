@@ -65,7 +65,9 @@ def _type(name: str) -> type[Message]:
 
 async def _grpc(target: Target, step: pb.Step, key: str | None, on_first: Callable[[], None]) -> Outcome:
     path, data, response_type = _request(step)
-    outcome = Outcome(deadline_ms=step.deadline_ms or DEFAULT_DEADLINE_MS)
+    kind = step.WhichOneof("call")
+    request = getattr(step, kind) if kind in METHODS else None
+    outcome = Outcome(deadline_ms=step.deadline_ms or DEFAULT_DEADLINE_MS, request=request)
     # A bidirectional call would write the request after the headers: INTERNAL if the server ends it before.
     method: Any = target.channel.unary_stream(path)
     metadata = [*step.metadata.items(), *([("authorization", f"Bearer {key}")] if key is not None else [])]

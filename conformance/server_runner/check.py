@@ -28,7 +28,7 @@ def check(expect: pb.Expect, outcome: Outcome, earlier: Sequence[Outcome]) -> li
         *_http(expect, outcome),
         *_values(expect, outcome),
         *_same(expect, outcome, earlier),
-        *(f"{pb.Invariant.Name(rule)}: {why}" for rule in expect.invariants for why in broken(rule, outcome)),
+        *(f"{pb.Invariant.Name(rule)}: {why}" for rule in expect.invariants for why in broken(rule, outcome, earlier)),
     ]
 
 
@@ -133,11 +133,14 @@ def look_up(document: Any, path: str) -> Any:
 
 def _same(expect: pb.Expect, outcome: Outcome, earlier: Sequence[Outcome]) -> Iterator[str]:
     for rule in expect.same:
-        first, second = (_comparable(one, rule.value) for one in (earlier[rule.step - 1], outcome))
+        first = _comparable(earlier[rule.step - 1], rule.earlier_value or rule.value)
+        second = _comparable(outcome, rule.value)
         if (first == second) == rule.differs:
             wanted = "another value than" if rule.differs else "the value of"
             yield f"{rule.value}: want {wanted} step {rule.step}, which is {first!r}; got {second!r}"
 
 
 def _comparable(outcome: Outcome, value: str) -> Any:
-    return outcome.text if value == "text" else getattr(outcome.completion, value)
+    if value == "text":
+        return outcome.text
+    return getattr(outcome.completion, value) if value in {"seed", "request_id"} else look_up(outcome.last, value)

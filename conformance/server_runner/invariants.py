@@ -1,9 +1,11 @@
 """Rules for every message of a reply or for an error."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
+from conformance.server_runner import receipts
 from conformance.server_runner.outcome import Outcome
 from conformance.v1 import conformance_pb2 as pb
 
@@ -12,9 +14,12 @@ REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 MAX_TRAILER_BYTES = 4096
 
 
-def broken(rule: int, outcome: Outcome) -> Iterator[str]:
-    """Yield each violation of a rule in words."""
-    yield from _RULES[rule](outcome)
+def broken(rule: int, outcome: Outcome, earlier: Sequence[Outcome]) -> Iterator[str]:
+    """Yield each violation of a rule in words; `earlier` has the results of all steps."""
+    if rule == pb.INVARIANT_RECEIPT_SIGNATURE:
+        yield from receipts.wrong_signature(outcome, earlier)
+    else:
+        yield from _RULES[rule](outcome)
 
 
 def _completion_last(outcome: Outcome) -> Iterator[str]:
@@ -83,6 +88,21 @@ def _equal_message(outcome: Outcome) -> Iterator[str]:
         yield f"the details have {outcome.status.message!r}, the call {outcome.message!r}"
 
 
+def _next_month(outcome: Outcome) -> Iterator[str]:
+    now = datetime.now(UTC)
+    wanted = (now.replace(day=1, hour=0, minute=0, second=0, microsecond=0) + timedelta(days=32)).replace(day=1)
+    got = now + outcome.detail("RetryInfo").retry_delay.ToTimedelta()
+    if abs(got - wanted) > receipts.CLOCKS:
+        yield f"want {wanted:%Y-%m-%d %H:%M}, got {got:%Y-%m-%d %H:%M}"
+
+
+def _fingerprint_inputs(outcome: Outcome) -> Iterator[str]:
+    inputs = outcome.last.get("execution", {}).get("fingerprint_inputs", [])
+    names = [one.get("name", "") for one in inputs]
+    if not names or names != sorted(set(names)) or not all(one.get("name") and one.get("value") for one in inputs):
+        yield f"got {names}"
+
+
 _RULES: Mapping[int, Callable[[Outcome], Iterator[str]]] = {
     pb.INVARIANT_COMPLETION_LAST: _completion_last,
     pb.INVARIANT_WHOLE_CHARACTERS: _whole_characters,
@@ -95,4 +115,9 @@ _RULES: Mapping[int, Callable[[Outcome], Iterator[str]]] = {
     pb.INVARIANT_DOMAIN: _domain,
     pb.INVARIANT_REQUEST_INFO: _request_info,
     pb.INVARIANT_EQUAL_MESSAGE: _equal_message,
+    pb.INVARIANT_NEXT_MONTH: _next_month,
+    pb.INVARIANT_FINGERPRINT_INPUTS: _fingerprint_inputs,
+    pb.INVARIANT_RECEIPT_DIGESTS: receipts.wrong_digests,
+    pb.INVARIANT_RECEIPT_STATEMENT: receipts.wrong_statement,
+    pb.INVARIANT_RECEIPT_FORM: receipts.wrong_form,
 }

@@ -30,6 +30,8 @@ class Outcome:
     """Protobuf messages, or the objects of an HTTP body."""
     first_message_ms: float = 0
     deadline_ms: int = 0
+    request: Message | None = None
+    """The request; None for a raw call and for HTTP."""
     http_status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
 

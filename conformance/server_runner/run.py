@@ -16,6 +16,7 @@ from conformance.v1 import conformance_pb2 as pb
 from llama2.v1 import text_generation_pb2
 
 CASE_TIMEOUT_SECONDS = 60
+CALLS_AT_ONCE = 16
 NEXT_REQUEST = text_generation_pb2.GenerateRequest(prompt="hello", raw=True, max_tokens=1, no_cache=True)
 
 
@@ -54,7 +55,7 @@ async def run_cases(
     results = []
     for case in cases:
         result = CaseResult(case, "not claimed")
-        if case.profile in claimed:
+        if {case.profile, *case.needs} <= set(claimed):
             started = time.monotonic()
             differences = await run_case(target, case)
             outcome = outcome_of(bool(differences), case.name in known_failures)
@@ -138,9 +139,16 @@ class _CaseRun:
 
     async def _calls(self, step: pb.Step, key: str | None, on_first: Callable[[], None]) -> list[Outcome]:
         count = step.repeat or 1
-        if step.together:
-            return list(await asyncio.gather(*(make_call(self._target, step, key, on_first) for _ in range(count))))
-        return [await make_call(self._target, step, key, on_first) for _ in range(count)]
+        numbers, outcomes = iter(range(count)), list[Outcome]()
+
+        async def work() -> None:
+            for _ in numbers:
+                outcomes.append(await make_call(self._target, step, key, on_first))
+                if {outcome.code for outcome in outcomes[-CALLS_AT_ONCE:]} & {step.until, "CANCELLED"}:
+                    return
+
+        await asyncio.gather(*(work() for _ in range(CALLS_AT_ONCE if step.together else 1)))
+        return outcomes
 
     def _check(self, step: pb.Step, outcomes: list[Outcome]) -> list[str]:
         found = []
@@ -151,7 +159,7 @@ class _CaseRun:
         return list(dict.fromkeys(found))
 
     def _key(self, role: str) -> str | None:
-        """Return the key of a role; one case uses one key of the role `quota`, `quota2` another one."""
+        """Return the key of a role; one case uses one key of the roles `quota` and `budget`, `quota2` another one."""
         if role not in self._keys:
             self._keys[role] = self._target.keys.key(re.sub(r"\d+$", "", role))
         return self._keys[role]

@@ -30,6 +30,8 @@ class StoredCase:
     profile: str
     rule: str
     document: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    """Further profiles, without which the case is not claimed."""
 
     def expand(self) -> pb.Case:
         """Return the case for one run, with a new random word for `{unique}`."""
@@ -73,7 +75,7 @@ def _read(path: Path) -> Iterator[StoredCase]:
         except ParseError as error:
             raise SuiteError(f"{path.name}: {name}: {error}") from error
         profile = PROFILES[max(case.profile, 1) - 1]
-        yield StoredCase(name, profile, case.rule, entry)
+        yield StoredCase(name, profile, case.rule, entry, tuple(PROFILES[needed - 1] for needed in case.needs))
 
 
 def expand(value: Any, word: str) -> Any:

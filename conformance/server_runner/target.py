@@ -11,6 +11,8 @@ import httpx2
 
 from conformance.server_runner.suite import SuiteError
 
+SINGLE = ("quota", "budget")
+"""The roles with a key for each case."""
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -21,25 +23,26 @@ CHANNEL_OPTIONS = [
 
 @dataclass(slots=True)
 class Keys:
-    """API keys by role, and keys of accounts with a quota of three requests, each of which serves one case."""
+    """API keys by role, and keys of accounts that serve one case each."""
 
     roles: dict[str, str] = field(default_factory=dict)
-    quota: list[str] = field(default_factory=list)
+    single: dict[str, list[str]] = field(default_factory=dict)
+    """Keys by the role `quota` or `budget`."""
 
     @classmethod
     def read(cls, path: Path | None, main: str | None) -> "Keys":
-        """Return the keys of a JSON file `{"main": …, "other": …, "disabled": …, "quota": [key, …]}`.
+        """Return the keys of a JSON file: a key by role, and a list of keys for each of the roles of SINGLE.
 
         Raises:
             SuiteError: the file is not such a file.
         """
         try:
             document: dict[str, Any] = {} if path is None else json.loads(path.read_text())
-            quota = [str(key) for key in document.pop("quota", [])]
+            single = {role: [str(key) for key in document.pop(role, [])] for role in SINGLE}
             roles = {role: str(key) for role, key in document.items()}
         except (OSError, ValueError, AttributeError) as error:
             raise SuiteError(f"--keys: {path}: {error}") from error
-        return cls(roles | ({} if main is None else {"main": main}), quota)
+        return cls(roles | ({} if main is None else {"main": main}), single)
 
     def key(self, role: str) -> str | None:
         """Return the key of a role; None sends none.
@@ -51,8 +54,8 @@ class Keys:
             return None
         if role == "unknown":
             return f"l2_{'0' * 12}_{'A' * 43}"
-        if role == "quota" and self.quota:
-            return self.quota.pop(0)
+        if self.single.get(role):
+            return self.single[role].pop(0)
         if role not in self.roles:
             raise SuiteError(f"--keys: has no key for the role {role}; add it, or do not claim the profile")
         return self.roles[role]

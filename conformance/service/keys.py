@@ -6,10 +6,14 @@ import json
 import secrets
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
 ROLES = {"main": True, "other": True, "disabled": False}
 """The roles, and whether their accounts are enabled."""
-QUOTA_ACCOUNTS = 3000
-"""Accounts with the card's default quota: each case of the profile `quota` uses up one or two."""
+SINGLE = {"quota": 5000, "budget": 3000}
+"""Accounts of one case each: with the card's default quota, or with these limits."""
+BUDGET = "{requests_per_minute: 5, neurons_per_month: '1000'}"
 
 
 def write_keys(server_file: Path, kit_file: Path) -> None:
@@ -17,9 +21,19 @@ def write_keys(server_file: Path, kit_file: Path) -> None:
     lines, roles = ["keys:"], {}
     for account, enabled in ROLES.items():
         roles[account] = _add_key(lines, account, enabled)
-    quota = [_add_key(lines, f"quota{number}", True) for number in range(QUOTA_ACCOUNTS)]
+    single = {
+        role: [_add_key(lines, f"{role}{number}", True) for number in range(count)] for role, count in SINGLE.items()
+    }
+    lines += ["accounts:", *(f"  budget{number}: {BUDGET}" for number in range(SINGLE["budget"]))]
     server_file.write_text("\n".join(lines) + "\n")
-    kit_file.write_text(json.dumps(roles | {"quota": quota}))
+    kit_file.write_text(json.dumps(roles | single))
+
+
+def write_receipt_key(file: Path) -> None:
+    """Write a new private key that signs receipts."""
+    pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    file.touch(mode=0o600)
+    file.write_bytes(pem)
 
 
 def _add_key(lines: list[str], account: str, enabled: bool) -> str:

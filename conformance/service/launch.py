@@ -17,7 +17,7 @@ import httpx2
 import yaml
 
 from conformance.service.checkpoint import make_checkpoint
-from conformance.service.keys import write_keys
+from conformance.service.keys import write_keys, write_receipt_key
 
 ROOT = Path(__file__).parent.parent.parent
 CARD = Path(__file__).parent / "card.yaml"
@@ -45,10 +45,12 @@ async def running_service(folder: Path, *flags: str) -> AsyncIterator[RunningSer
     checkpoint, keys_file = folder / "checkpoint", folder / "keys.json"
     make_checkpoint(checkpoint)
     write_keys(folder / "keys.yaml", keys_file)
+    write_receipt_key(folder / "receipts.key")
     command = [
         *(sys.executable, "-m", "llama2_server", "--listen", "127.0.0.1:0", "--card", str(CARD)),
         *("--weights", str(checkpoint), "--data-directory", str(folder / "data"), "--log-level", "error"),
-        *("--api-keys-file", str(folder / "keys.yaml"), "--max-queue-size", str(QUEUE_SIZE), *flags),
+        *("--api-keys-file", str(folder / "keys.yaml"), "--receipt-key", str(folder / "receipts.key")),
+        *("--max-queue-size", str(QUEUE_SIZE), *flags),
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA2_")}
     with (folder / "server.log").open("w") as log:

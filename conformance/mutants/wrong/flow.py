@@ -3,6 +3,7 @@
 import asyncio
 
 from conformance.mutants.behavior import GENERATION, MUTANTS, Call, Failure, on_call, reject
+from llama2.v1 import text_generation_pb2 as pb
 
 EVERY_LLAMA2_METHOD = "Generate GenerateStream CountTokens GetUsage GetModelCard"
 
@@ -67,12 +68,7 @@ def no_quota(call: Call) -> None:
 async def invalid_requests_cost_quota(call: Call) -> None:
     """Counts invalid requests and CountTokens in the quota."""
     if call.role == "quota" and (call.method == "CountTokens" or call.request.top_p > 1):
-        counted = Call(
-            "/llama2.v1.TextGenerationService/Generate", b"", None, call.metadata, call.timeout, {}, {}, call.send
-        )
-        counted.data = bytes.fromhex("0a01611801")  # prompt "a", raw
-        async for _ in call.send(counted):
-            pass
+        await call.send_another(pb.GenerateRequest(prompt="a", raw=True))
 
 
 @on_call(GENERATION)
@@ -127,12 +123,8 @@ def ignores_cancelled_generate(call: Call) -> None:
 @on_call("CountTokens GetModelCard")
 async def counting_needs_slot(call: Call) -> None:
     """Waits for a slot before it counts."""
-    data = bytes.fromhex("0a01611801280170 01".replace(" ", ""))
-    path = "/llama2.v1.TextGenerationService/Generate"
-    waiting = Call(path, data, None, call.metadata, call.timeout, {}, {}, call.send)
     if call.role == "main" and len(call.request.SerializeToString()) < 100:
-        async for _ in call.send(waiting):
-            pass
+        await call.send_another(pb.GenerateRequest(prompt="a", raw=True, max_tokens=1, no_cache=True))
 
 
 @on_call(GENERATION)

@@ -10,8 +10,9 @@ from conformance.server_runner.target import Target
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 NUMBERS = (
-    "text 14, stream 12, schema 34, limits 10, sampling 12, stop 8, seeds 4, errors 14, auth 8, quota 6, queue 8,"
-    " cancel 8, cache 10, counting 6, card 4, usage 5, health 6, reflection 4, wire 9, json 18"
+    "text 14, stream 12, schema 34, limits 10, sampling 12, stop 8, seeds 4, errors 14, auth 8, quota 7, queue 9,"
+    " cancel 8, cache 10, counting 11, card 4, usage 5, health 6, reflection 4, wire 9, json 18, free_calls 3,"
+    " budget 11, idempotency 16, fingerprint 5, receipt 7"
 )
 
 
@@ -40,6 +41,14 @@ async def test_unclaimed_profiles_and_known_failures(target: Target) -> None:
         "text/chat-prompt": ("unexpected pass", False),
         "text/empty-reply": ("passed", True),
     }
+
+
+async def test_a_case_needs_its_other_profiles(target: Target) -> None:
+    """A case of two profiles is claimed only with both."""
+    cases = [case for case in load_cases() if case.name == "fingerprint/of-a-cached-reply"]
+    for claimed, outcome in (({"fingerprint"}, "not claimed"), ({"fingerprint", "cache"}, "passed")):
+        (result,) = await run_cases(target, cases, claimed=claimed, known_failures={})
+        assert result.outcome == outcome
 
 
 async def test_a_difference_fails(target: Target) -> None:

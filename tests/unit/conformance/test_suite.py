@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conformance.server_runner.check import look_up
 from conformance.server_runner.suite import SuiteError, load_cases, select
+from conformance.server_runner.target import Keys
 
 CASE = {"name": "a", "rule": "A rule.", "steps": [{"generate": {"prompt": "{ab*3} {unique}"}}]}
 
@@ -57,3 +58,12 @@ def test_look_up() -> None:
     assert look_up(document, "a.b[1].c") == 2
     assert look_up(document, "a.b#") == 2
     assert look_up(document, "a.x") is look_up(document, "a.b[2].c")
+
+
+def test_accounts_of_one_case(tmp_path: Path) -> None:
+    """Each case gets another key of the roles `quota` and `budget`; the other roles have one key."""
+    (tmp_path / "keys.json").write_text(json.dumps({"main": "m", "quota": ["q1", "q2"], "budget": ["b"]}))
+    keys = Keys.read(tmp_path / "keys.json", None)
+    assert [keys.key(role) for role in ("main", "quota", "budget", "quota", "main")] == ["m", "q1", "b", "q2", "m"]
+    with pytest.raises(SuiteError, match="no key for the role budget"):
+        keys.key("budget")
