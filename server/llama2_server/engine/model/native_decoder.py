@@ -3,14 +3,15 @@
 import ctypes
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.kv_cache import KVCache
-from llama2_server.engine.model.native_sampler import NativeSampler
+from llama2_server.engine.model.native_sampler import NOT_SAMPLED, NativeSampler
 from llama2_server.engine.model.packed_weights import PackedMatrix
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.native.library import (
@@ -23,6 +24,16 @@ from llama2_server.engine.native.library import (
 )
 
 OUTPUTS = 4  # of a step: logits, samplers, their numbers, sampled tokens
+
+
+class SlotTokens(NamedTuple):
+    """Tokens that a step appends to a slot, which holds `position` tokens."""
+
+    slot: int
+    token_ids: Sequence[int]
+    position: int
+    sampler: NativeSampler | None = None
+    """Samples a token after each of the tokens; None if no token is sampled."""
 
 
 class NativeDecoder:
@@ -67,7 +78,7 @@ class NativeDecoder:
         self._decoder = library.llama2_decoder_new(model, layers, self.instructions.encode(), threads)
         if not self._decoder:
             raise NativeUnavailable("out of memory")
-        self._max_rows: int = library.llama2_decoder_max_rows(self._decoder)
+        self.max_rows: int = library.llama2_decoder_max_rows(self._decoder)
         self._step_function = library.llama2_decoder_step
         weakref.finalize(self, library.llama2_decoder_free, self._decoder)
 
@@ -86,21 +97,6 @@ class NativeDecoder:
             self._step(*chunk)
         return self._logits(*last, logit_rows=1)[0]
 
-    def prefill_and_sample(
-        self, slot: int, token_ids: Sequence[int], position: int, sampler: NativeSampler | None
-    ) -> int | None:
-        """Append tokens to a slot and return a sampled token, NO_TOKEN if a logit is not finite.
-
-        Without a sampler, compute no logits and return None.
-        """
-        *first, last = self._chunks(slot, token_ids, position)
-        for chunk in first:
-            self._step(*chunk)
-        if sampler is None:
-            self._step(*last)
-            return None
-        return self._sample(*last, samplers=[sampler])[0]
-
     def decode(self, slots: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Append one token to each slot and return the logits after each, as in `LlamaModel.decode`.
 
@@ -108,21 +104,37 @@ class NativeDecoder:
         """
         return self._logits(slots, token_ids, positions, logit_rows=len(slots))  # (rows, vocab_size)
 
-    def decode_and_sample(
-        self,
-        slots: Sequence[int],
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        samplers: Sequence[NativeSampler],
-    ) -> list[int]:  # (rows,)
-        """Append one token to each slot and return the next token of each, NO_TOKEN if a logit is not finite."""
-        return self._sample(slots, token_ids, positions, samplers)
+    def sample(self, parts: Sequence[SlotTokens]) -> list[list[int]]:
+        """Append tokens to slots in one step, and sample a token after each token of the parts with a sampler.
+
+        In a part with several tokens, the later ones are guesses: one is sampled only if the token sampled before it
+        is equal to it. Return the sampled tokens of these parts, at least one each; NO_TOKEN if a logit is not finite.
+        Each row has the same bits as in a step without others.
+
+        Args:
+            parts: tokens of slots, at most `max_rows` in total, the parts without a sampler first. A sampler occurs in
+                one part.
+        """
+        rows = [(part, index) for part in parts for index in range(len(part.token_ids))]
+        samplers = [(part.sampler, len(part.token_ids)) for part in parts if part.sampler is not None]
+        token_ids = self._sample(
+            [part.slot for part, _ in rows],
+            [part.token_ids[index] for part, index in rows],
+            [part.position + index for part, index in rows],
+            samplers,
+        )
+        sampled = []
+        for sampler, count in samplers:
+            found = [token_id for token_id in islice(token_ids, count) if token_id != NOT_SAMPLED]
+            sampler.use_uniforms(len(found))
+            sampled.append(found)
+        return sampled
 
     def _chunks(
         self, slot: int, token_ids: Sequence[int], position: int
     ) -> Iterator[tuple[list[int], Sequence[int], range]]:
-        for start in range(0, len(token_ids), self._max_rows):
-            chunk = token_ids[start : start + self._max_rows]
+        for start in range(0, len(token_ids), self.max_rows):
+            chunk = token_ids[start : start + self.max_rows]
             first = position + start
             yield [slot] * len(chunk), chunk, range(first, first + len(chunk))
 
@@ -138,14 +150,16 @@ class NativeDecoder:
         slots: Sequence[int],
         token_ids: Sequence[int],
         positions: Sequence[int],
-        samplers: Sequence[NativeSampler],
-    ) -> list[int]:  # (samplers,)
-        rows = len(samplers)
-        handles = (ctypes.c_void_p * rows)(*(sampler.handle for sampler in samplers))
-        uniforms = (ctypes.c_double * rows)(*(sampler.next_uniform() for sampler in samplers))
+        samplers: Sequence[tuple[NativeSampler, int]],
+    ) -> Iterator[int]:  # (rows with a sampler,)
+        """Run one step; each sampler belongs to a number of rows, and all these rows are the last ones."""
+        rows = sum(count for _, count in samplers)
+        handles = (ctypes.c_void_p * rows)(*(sampler.handle for sampler, count in samplers for _ in range(count)))
+        numbers = (number for sampler, count in samplers for number in sampler.uniforms(count))
+        uniforms = (ctypes.c_double * rows)(*numbers)
         sampled = (ctypes.c_int32 * rows)()
         self._step(slots, token_ids, positions, rows, None, handles, uniforms, sampled)
-        return list(sampled)
+        return iter(sampled)
 
     def _step(
         self,

@@ -3,7 +3,9 @@
 import ctypes
 import random
 import weakref
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from llama2_server.engine.sampling import GenerationParams
 
 NO_TOKEN = -1
 """The token id of a row whose logits are not finite."""
+NOT_SAMPLED = -2
+"""The token id of a row that follows a wrong guess."""
 
 
 class NativeSampler:
@@ -38,10 +42,20 @@ class NativeSampler:
         self._sample = library.llama2_sampler_sample
         self._greedy = params.temperature == 0
         self._uniform = random.Random(params.seed).random  # noqa: S311 - no secret depends on it
+        self._drawn: deque[float] = deque()  # and not used yet, because guesses were wrong
 
-    def next_uniform(self) -> float:
-        """Return the number in [0, 1) that selects the next token; a greedy sequence uses none."""
-        return 0.0 if self._greedy else self._uniform()
+    def uniforms(self, count: int) -> list[float]:
+        """Return the numbers in [0, 1) that select the next `count` tokens; a greedy sequence uses none."""
+        if self._greedy:
+            return [0.0] * count
+        while len(self._drawn) < count:
+            self._drawn.append(self._uniform())
+        return list(islice(self._drawn, count))
+
+    def use_uniforms(self, count: int) -> None:
+        """Continue after the first `count` numbers of `uniforms`, which have selected a token each."""
+        for _ in range(0 if self._greedy else count):
+            self._drawn.popleft()
 
     def sample(self, logits: Tensor, instructions: str = "") -> list[int]:  # (tokens, vocab_size), float32
         """Return one token per row, as if the rows were the logits of successive steps; NO_TOKEN if not finite.
@@ -53,7 +67,8 @@ class NativeSampler:
         """
         rows, logits = logits.shape[0], logits.contiguous()
         token_ids = (ctypes.c_int32 * rows)()
-        uniforms = (ctypes.c_double * rows)(*(self.next_uniform() for _ in range(rows)))
+        uniforms = (ctypes.c_double * rows)(*self.uniforms(rows))
         if not self._sample(self.handle, instructions.encode(), rows, logits.data_ptr(), uniforms, token_ids):
             raise EngineError(f"cannot sample with {instructions or 'the native library'}")
+        self.use_uniforms(rows)
         return list(token_ids)

@@ -1,5 +1,5 @@
-// The Llama forward pass on a CPU: float16 weights, float32 activations, one or more rows per step. In a decode step
-// each row is the next token of a different sequence; in a prefill step all rows are tokens of one prompt.
+// The Llama forward pass on a CPU: float16 weights, float32 activations, one or more rows per step. A row is the next
+// token of a sequence, a guess of a later token (a draft), or a token of a prompt; a step can have rows of all kinds.
 //
 // Decoding reads every weight once per token, so it is memory-bound. The design keeps the memory busy: weights are
 // streamed in memory order with prefetching, and all sequences of a step share one pass over the weights. Threads take
@@ -102,7 +102,7 @@ const Kernels *find_kernels(const char *name, const char **found) {
 }  // namespace
 
 // The interface version. Increase it with every change that Python sees, so that an outdated library is never called.
-LLAMA2_EXPORT int llama2_interface() { return 5; }
+LLAMA2_EXPORT int llama2_interface() { return 6; }
 
 // Returns the instruction set called `name` ("" = the best available), or null if this processor does not support it.
 LLAMA2_EXPORT const char *llama2_instructions(const char *name) {
@@ -129,8 +129,9 @@ LLAMA2_EXPORT void llama2_decoder_free(Decoder *decoder) { delete decoder; }
 // Returns the maximum number of rows in a step.
 LLAMA2_EXPORT int llama2_decoder_max_rows(const Decoder *decoder) { return decoder->max_rows(); }
 
-// Calls `Decoder::step`; returns false if an argument is out of range. If `logits` is null, it samples one token for
-// each of the last `logit_rows` rows.
+// Calls `Decoder::step`; returns false if an argument is out of range. If `logits` is null, it samples the last
+// `logit_rows` rows: of consecutive rows with one sampler, those after a token that differs from the next row's are not
+// sampled.
 LLAMA2_EXPORT bool llama2_decoder_step(Decoder *decoder, int rows, const std::int32_t *slots,
                                        const std::int32_t *tokens, const std::int32_t *positions, int logit_rows,
                                        float *logits, Sampler *const *samplers, const double *uniforms,
@@ -142,11 +143,9 @@ LLAMA2_EXPORT bool llama2_decoder_step(Decoder *decoder, int rows, const std::in
         if (!within(slots[row], model.slots) || !within(tokens[row], model.vocab) ||
             !within(positions[row], model.context))
             return false;
-    if (logits == nullptr) {
-        if (logit_rows > model.slots) return false;
+    if (logits == nullptr)
         for (int row = 0; row < logit_rows; ++row)
             if (samplers[row]->vocab() != model.vocab) return false;
-    }
     decoder->step(rows, slots, tokens, positions, logit_rows, logits, {samplers, uniforms, sampled});
     return true;
 }

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int CHUNK_BYTES = 1 << 19;  // of weights: about 25 microseconds of reading, so that a lost core delays little
 constexpr int PREFILL_ROWS = 48;  // prompt tokens per step: enough to be compute-bound instead of memory-bound
+constexpr int MIN_PROMPT_ROWS = 16;  // prompt tokens for which a step has room next to one row of each slot
 
 // A matrix of floats. Each row is padded with zeros to whole vectors and starts at a cache line, because a vector that
 // spans two cache lines costs two reads.
@@ -33,7 +34,10 @@ class PaddedMatrix {
     std::vector<CacheLine> cache_lines_;
 };
 
-// How a step samples: the sampler of each row, its number in [0, 1), and where its token is written.
+constexpr int NOT_SAMPLED = -2;  // the result for a row whose token was not sampled by the row before it
+
+// How a step samples: the sampler of each row, its number in [0, 1), and where its token is written. Consecutive rows
+// with one sampler are a token of a sequence and its drafts, which are guesses of the next tokens.
 struct Sampling {
     Sampler *const *samplers;
     const double *uniforms;
@@ -49,7 +53,7 @@ class Decoder final : ThreadPool {
           layers_(layers, layers + model.layers),
           kernels_(kernels),
           threads_(threads),
-          max_rows_(std::max(model.slots, PREFILL_ROWS)),
+          max_rows_(std::max(model.slots + MIN_PROMPT_ROWS, PREFILL_ROWS)),
           query_width_(model.heads * model.head_dim),
           key_width_(model.kv_heads * model.head_dim),
           x_(max_rows_, model.hidden),
@@ -66,19 +70,22 @@ class Decoder final : ThreadPool {
           unpacked_(threads, model.head.rows == nullptr
                                  ? 0
                                  : UNPACKED_ROWS * std::max({model.hidden, model.inner, query_width_}) / 2),
-          logits_memory_(static_cast<std::size_t>(model.slots) * model.vocab),
+          logits_memory_(static_cast<std::size_t>(max_rows_) * model.vocab),
           sampling_(threads, SamplingScratch(model.vocab)) {
         token_runs_.reserve(max_rows_);
+        sampled_runs_.reserve(max_rows_);
     }
 
     // Appends one token to each row's slot and computes logits (logit_rows, vocab) for the last `logit_rows` rows. Rows
     // of the same slot must be ordered by position. If `logits` is null, it samples one token for each of these rows
-    // instead; there can be as many as slots.
+    // instead. Of consecutive rows with one sampler, a row is sampled only if the row before it sampled this row's token:
+    // the others are NOT_SAMPLED, and neither they nor their numbers change the state of the sampler.
     void step(int rows, const std::int32_t *slots, const std::int32_t *tokens, const std::int32_t *positions,
               int logit_rows, float *logits, const Sampling &sampling) {
         rows_ = rows;
         logit_rows_ = logit_rows;
         slots_ = slots;
+        tokens_ = tokens;
         positions_ = positions;
         logits_ = logits == nullptr ? logits_memory_.data() : logits;
         sample_ = logits == nullptr;
@@ -87,6 +94,7 @@ class Decoder final : ThreadPool {
             kernels_.unpack(model_.embedding, tokens[row], model_.hidden, x_[row]);
         }
         find_token_runs();
+        if (sample_) find_sampled_runs();
         stage_ = -1;
         run();
     }
@@ -95,8 +103,7 @@ class Decoder final : ThreadPool {
     int max_rows() const { return max_rows_; }
 
   private:
-    // Consecutive rows that are consecutive tokens of a slot.
-    struct TokenRun {
+    struct RowRun {
         int first, rows;
     };
     enum Stage { QKV, ATTEND, OUTPUT, GATE_UP, DOWN, STAGES_PER_LAYER };
@@ -112,7 +119,8 @@ class Decoder final : ThreadPool {
             rmsnorm(model_.norm);
             return split(model_.vocab, model_.hidden);
         }
-        if (stage_ > logits_stage()) return stage_ == logits_stage() + 1 && sample_ ? logit_rows_ : 0;
+        if (stage_ > logits_stage())
+            return stage_ == logits_stage() + 1 && sample_ ? static_cast<int>(sampled_runs_.size()) : 0;
         switch (stage_ % STAGES_PER_LAYER) {
             case QKV:
                 if (stage_ > 0) add_sublayer_output();
@@ -120,7 +128,7 @@ class Decoder final : ThreadPool {
                 return split(query_width_ + 2 * key_width_, model_.hidden);
             case ATTEND:
                 // Write all rows first, because tokens of a prompt attend to one another.
-                for (const TokenRun &run : token_runs_)
+                for (const RowRun &run : token_runs_)
                     for (int head = 0; head < model_.kv_heads; ++head)
                         kernels_.append_to_cache(attention(0, run, head));
                 return static_cast<int>(token_runs_.size()) * model_.kv_heads;
@@ -136,7 +144,7 @@ class Decoder final : ThreadPool {
     }
 
     void run_chunk(int thread, int chunk) override {
-        if (stage_ > logits_stage()) return sample(thread, chunk);
+        if (stage_ > logits_stage()) return sample(thread, sampled_runs_[chunk]);
         const int begin = chunk * outputs_per_chunk_;
         if (stage_ == logits_stage())
             return matmul(thread, chunk_of(model_.head, model_.vocab, model_.hidden, begin), normed_, logits_ + begin,
@@ -159,10 +167,18 @@ class Decoder final : ThreadPool {
         }
     }
 
-    void sample(int thread, int row) {
-        const float *logits = logits_ + static_cast<std::size_t>(row) * model_.vocab;
-        samples_.tokens[row] =
-            samples_.samplers[row]->sample(kernels_, logits, samples_.uniforms[row], sampling_[thread]);
+    // Samples the rows of one run until a sampled token differs from the next row's token.
+    void sample(int thread, const RowRun &run) {
+        const std::int32_t *tokens = tokens_ + rows_ - logit_rows_;
+        for (int row = run.first; row < run.first + run.rows; ++row) {
+            if (row > run.first && samples_.tokens[row - 1] != tokens[row]) {
+                samples_.tokens[row] = NOT_SAMPLED;
+                continue;
+            }
+            const float *logits = logits_ + static_cast<std::size_t>(row) * model_.vocab;
+            samples_.tokens[row] =
+                samples_.samplers[row]->sample(kernels_, logits, samples_.uniforms[row], sampling_[thread]);
+        }
     }
 
     // Splits a matmul of `outputs` rows of `width` weights into chunks and returns their number.
@@ -211,7 +227,17 @@ class Decoder final : ThreadPool {
         }
     }
 
-    Attention attention(int thread, TokenRun run, int head) {
+    void find_sampled_runs() {
+        sampled_runs_.clear();
+        for (int row = 0; row < logit_rows_; ++row) {
+            if (row > 0 && samples_.samplers[row] == samples_.samplers[row - 1])
+                ++sampled_runs_.back().rows;
+            else
+                sampled_runs_.push_back({row, 1});
+        }
+    }
+
+    Attention attention(int thread, RowRun run, int head) {
         const int dim = model_.head_dim, row = run.first, position = positions_[row];
         const std::size_t cached = static_cast<std::size_t>(slots_[row]) * model_.kv_heads + head;
         const std::size_t offset = cached * model_.context * dim;
@@ -256,8 +282,9 @@ class Decoder final : ThreadPool {
     // The current step. The thread that opens a stage writes these before its ticket; threads read them after they take
     // one of its chunks.
     int rows_ = 0, logit_rows_ = 0, stage_ = 0, outputs_per_chunk_ = 0;
-    std::vector<TokenRun> token_runs_;
-    const std::int32_t *slots_ = nullptr, *positions_ = nullptr;
+    std::vector<RowRun> token_runs_;    // consecutive rows that are consecutive tokens of a slot
+    std::vector<RowRun> sampled_runs_;  // consecutive rows with one sampler; the first row with logits is 0
+    const std::int32_t *slots_ = nullptr, *tokens_ = nullptr, *positions_ = nullptr;
     float *logits_ = nullptr;
     bool sample_ = false;
     Sampling samples_{};

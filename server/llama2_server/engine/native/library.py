@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("decode.so")
-INTERFACE_VERSION = 5  # the version that llama2_interface() of decode.cpp must return
+INTERFACE_VERSION = 6  # the version that llama2_interface() of decode.cpp must return
 
 
 class NativeUnavailable(Exception):

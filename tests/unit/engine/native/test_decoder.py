@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
-from llama2_server.engine.model.native_decoder import NativeDecoder
+from llama2_server.engine.model.native_decoder import NativeDecoder, SlotTokens
 from llama2_server.engine.model.native_sampler import NO_TOKEN, NativeSampler
 from llama2_server.engine.sampling import GenerationParams
 
@@ -175,6 +175,22 @@ def test_each_instruction_set_computes_the_same_bits(
     assert torch.equal(native_decoder(model, instructions).decode(*rows), best)
 
 
+def sample(
+    decoder: NativeDecoder, slots: list[int], tokens: list[int], positions: list[int], samplers: list[NativeSampler]
+) -> list[int]:
+    """Sample one token of each slot in one step."""
+    parts = [SlotTokens(slot, [tokens[row]], positions[row], samplers[row]) for row, slot in enumerate(slots)]
+    return [token for (token,) in decoder.sample(parts)]
+
+
+def sample_after_prompt(decoder: NativeDecoder, slot: int, prompt: list[int], sampler: NativeSampler) -> list[int]:
+    """Sample the first token of a reply."""
+    for start in range(0, len(prompt) - 1, 40):
+        end = min(start + 40, len(prompt) - 1)
+        assert decoder.sample([SlotTokens(slot, prompt[start:end], start)]) == []
+    return decoder.sample([SlotTokens(slot, prompt[-1:], len(prompt) - 1, sampler)])[0]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_step_samples_the_tokens_of_its_logits(checkpoint: MakeCheckpoint, threads: int, instructions: str) -> None:
     """Rows with different parameters get the tokens that their logits give, on any number of threads."""
@@ -184,12 +200,37 @@ def test_a_step_samples_the_tokens_of_its_logits(checkpoint: MakeCheckpoint, thr
     for slot, (sampler, reference) in enumerate(zip(samplers, references, strict=True)):
         prompt = some_ids(LENGTHS[slot], seed=slot)
         expected = reference.sample(decoder.prefill(slot, prompt, 0)[None])
-        assert [decoder.prefill_and_sample(slot, prompt, 0, sampler)] == expected
+        assert sample_after_prompt(decoder, slot, prompt, sampler) == expected
     for step in range(2):
         rows = (list(range(16)), tokens, [length + step - 1 for length in LENGTHS])
         logits = decoder.decode(*rows)[:, None]
         expected = [reference.sample(row)[0] for reference, row in zip(references, logits, strict=True)]
-        assert decoder.decode_and_sample(*rows, samplers) == expected
+        assert sample(decoder, *rows, samplers) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_guesses_are_sampled_up_to_the_first_wrong_one(
+    checkpoint: MakeCheckpoint, threads: int, instructions: str
+) -> None:
+    """Right guesses give the tokens of successive steps; rows after a wrong one change no sampler."""
+    decoder = native_decoder(load(checkpoint(dtype=torch.float16)), instructions, threads)
+    plain, guessing = ([NativeSampler(*arguments) for arguments in SAMPLED] for _ in range(2))
+    replies: list[list[int]] = []
+    for slot, sampler in enumerate(plain):
+        reply = sample_after_prompt(decoder, slot, some_ids(20, seed=slot), sampler)
+        for position in range(20, 30):
+            reply += sample(decoder, [slot], reply[-1:], [position], [sampler])
+        replies.append(reply)
+    for slot, (sampler, reply) in enumerate(zip(guessing, replies, strict=True)):
+        assert sample_after_prompt(decoder, slot, some_ids(20, seed=slot), sampler) == reply[:1]
+    for first in range(0, 8, 2):
+        # A right guess and a wrong one: three rows for each of 16 sequences.
+        parts = [
+            SlotTokens(slot, [*reply[first : first + 2], (reply[first + 2] + 1) % 600], 20 + first, guessing[slot])
+            for slot, reply in enumerate(replies)
+        ]
+        found = decoder.sample(parts)
+        assert found == [reply[first + 1 : first + 3] for reply in replies]
 
 
 def test_a_row_without_finite_logits_has_no_token(checkpoint: MakeCheckpoint) -> None:
@@ -197,10 +238,10 @@ def test_a_row_without_finite_logits_has_no_token(checkpoint: MakeCheckpoint) ->
     model = load(checkpoint(dtype=torch.float16))
     prefill_all(model, [20, 20, 20])
     decoder, rows = native_decoder(model), ([0, 1, 2], [5, 6, 7], [20, 20, 20])
-    expected = decoder.decode_and_sample(*rows, [NativeSampler(*SAMPLED[1]) for _ in range(3)])
+    expected = sample(decoder, *rows, [NativeSampler(*SAMPLED[1]) for _ in range(3)])
     with torch.inference_mode():
         model.kv_cache.values[0][1, :, :20] = torch.nan
-    found = decoder.decode_and_sample(*rows, [NativeSampler(*SAMPLED[1]) for _ in range(3)])
+    found = sample(decoder, *rows, [NativeSampler(*SAMPLED[1]) for _ in range(3)])
     assert found == [expected[0], NO_TOKEN, expected[2]]
 
 
@@ -208,7 +249,7 @@ def test_a_sampler_of_another_vocabulary_is_rejected(checkpoint: MakeCheckpoint)
     """It would read beyond the logits."""
     decoder = native_decoder(load(checkpoint(dtype=torch.float16)))
     with pytest.raises(EngineError, match="another vocabulary"):
-        decoder.decode_and_sample([0], [5], [0], [NativeSampler(GenerationParams(1), [], 601)])
+        sample(decoder, [0], [5], [0], [NativeSampler(GenerationParams(1), [], 601)])
 
 
 def test_stale_cache_content_is_never_read(checkpoint: MakeCheckpoint, instructions: str) -> None:
