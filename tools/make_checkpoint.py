@@ -47,6 +47,8 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+CYCLE_LOGIT = 14.0  # of the next token of a cycle; the other logits are about 0
+QUIET = 0.02  # factor of what the layers of such a model add to the embedding
 UNUSED = 5  # sentencepiece_model.proto: ModelProto.SentencePiece.Type
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -63,6 +65,10 @@ class Shape:
     vocab: int = 600
     context: int = 128
     tied: bool = False
+    cycle: int = 0
+    """The model continues each token with the next one of a cycle of this many tokens, so replies repeat passages.
+
+    At temperature 1 about 3% of the tokens leave their cycle. 0 makes a model without such cycles."""
 
 
 PRESETS = {
@@ -165,10 +171,14 @@ def _write_weights(
     per_shard = -(-len(names) // shards)
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
+    embedding: Tensor | None = None
     for index in range(shards):
         file = f"model-{index + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         part = dict(names[index * per_shard : (index + 1) * per_shard])
         tensors = {name: _random(size, generator, dtypes) for name, size in part.items()}
+        embedding = tensors.get("model.embed_tokens.weight", embedding)
+        if shape.cycle and embedding is not None:
+            _make_cyclic(tensors, embedding, shape.cycle, dtypes)
         save_file(tensors, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     if shards > 1:
@@ -199,6 +209,20 @@ def _random(shape: tuple[int, ...], generator: torch.Generator, dtypes: tuple[to
     values = torch.randn(shape, generator=generator)
     values = 1 + values / 10 if len(shape) == 1 else values * shape[1] ** -0.5
     return values.to(dtypes[0]).to(dtypes[1])
+
+
+def _make_cyclic(
+    tensors: dict[str, Tensor], embedding: Tensor, cycle: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Let the output layer prefer the next token of each token's cycle, and the layers hardly change that."""
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = (QUIET * tensor.float()).to(dtypes[0]).to(dtypes[1])
+        elif name == "lm_head.weight":
+            ids = torch.arange(len(tensor))
+            before = ids - ids % cycle + (ids - 1) % cycle
+            scale = CYCLE_LOGIT * tensor.shape[1] ** -0.5
+            tensors[name] = (scale * embedding[before.clamp(max=len(tensor) - 1)].float()).to(dtypes[0]).to(dtypes[1])
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

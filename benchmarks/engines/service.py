@@ -37,6 +37,7 @@ class Service:
         card = _write_card(folder / "card.yaml", checkpoint, context_length, slots)
         command = [sys.executable, "-m", "llama2_server", "--listen", "127.0.0.1:0", "--card", str(card)]
         command += ["--weights", str(checkpoint), "--data-directory", str(data_directory or folder / "data")]
+        command += ["--no-prompt-lookup"]  # as in workers/engine.py
         started_at = time.perf_counter()
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         line = self._process.stdout.readline() if self._process.stdout else ""

@@ -31,6 +31,7 @@ from llama2_server.engine.engine import Engine
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.model.native_sampler import NativeSampler
 from llama2_server.engine.sampling import GenerationParams
+from llama2_server.engine.step_planner import StepPolicy
 from llama2_server.engine.step_runner import HostStepRunner, StepRunner, host_step_runner
 from llama2_server.engine.text.tokenizer import Tokenizer
 
@@ -148,13 +149,14 @@ def report_requests(checkpoint: Path, rounds: int) -> None:
     """Print the ratios of the engine, of the engine with the reference sampler, and of the service."""
     prompt_ids = Tokenizer(checkpoint / "tokenizer.model").encode_raw(PROMPT)
     print(f"\nspeed of the default request / greedy, then microseconds per token of both; {rounds} rounds")
+    policy = StepPolicy(prompt_lookup=False)
     runners: dict[str, Callable[[LlamaModel], StepRunner]] = {
         "engine": host_step_runner,
         "engine, sampling in torch (the reference)": HostStepRunner,
     }
     for name, step_runner in runners.items():
         model = load_model(checkpoint, device="cpu", dtype=torch.float16, context_length=CONTEXT_LENGTH, slots=1)
-        engine = Engine(model, frozenset(), step_runner=step_runner(model))
+        engine = Engine(model, frozenset(), step_runner=step_runner(model), step_policy=policy)
 
         def in_engine(params: GenerationParams, engine: Engine = engine) -> float:
             return engine_seconds(engine, prompt_ids, params)

@@ -12,7 +12,6 @@ from llama2_server.api.health import HealthServicer, ReadinessCollector
 from llama2_server.api.server import METHODS, Servicers, add_port, health_port, make_interceptor, make_server
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.config.settings import Settings
-from llama2_server.engine.engine import Engine
 from llama2_server.generation.response_cache import ResponseCache, ResponseCacheCollector
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.idempotency.keyed_replies import IdempotencyOptions
@@ -100,7 +99,7 @@ async def start(
         readiness = Readiness(health.set_serving, interval_seconds=settings.readiness_probe_interval_seconds)
         metrics = telemetry.metrics
         engine = SupervisedEngine(
-            Engine(loaded.model, loaded.eos_ids, on_step=guarded(metrics.on_step), step_runner=loaded.step_runner),
+            loaded.engine(on_step=guarded(metrics.on_step)),
             engine_step_timeout_seconds=settings.engine_step_timeout_seconds,
             on_outcome=readiness.record_outcome,
         )

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llama2_server.engine.sampling import GenerationParams, Sampler
+from llama2_server.engine.speculation.drafter import Drafter
+
+TokenOrError = int | Exception
+"""A row's next token id, or the error that prevented it."""
 
 
 class FinishReason(enum.Enum):
@@ -54,6 +58,7 @@ class Sequence:
     requested: int = 0  # tokens requested from the model, including the steps in progress, unlike output_ids
     output_ids: list[int] = field(default_factory=list)
     sampler: Sampler | None = None
+    drafter: Drafter | None = None  # guesses of the next tokens; None before the first step that could check some
     context: Context = field(default_factory=copy_context)  # log fields of the request
     cancelled: bool = False
     holds_slot: bool = False  # from the admission until the engine has confirmed that the slot is free again

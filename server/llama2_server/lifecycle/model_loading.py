@@ -5,8 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -19,19 +18,22 @@ from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.chat_template import check_chat_template
 from llama2_server.engine.checkpoint.config_cache import read_metadata
 from llama2_server.engine.checkpoint.formats import check_format
-from llama2_server.engine.checkpoint.hub.download import fetch_checkpoint, find_checkpoint
 from llama2_server.engine.checkpoint.layout import read_headers
+from llama2_server.engine.checkpoint.loader import fetch_checkpoint
 from llama2_server.engine.checkpoint.loader import load_model as load_weights
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.cuda.build import build_step_runner
 from llama2_server.engine.cuda.driver import has_nvidia_device, unusable_reason
+from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.fingerprint.execution import checkpoint_inputs, depends_on_neighbors, execution_inputs
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.fingerprint.weights import WeightFiles, add_weights
 from llama2_server.engine.model.interface import Model
 from llama2_server.engine.model.llama import LlamaModel
+from llama2_server.engine.step_planner import StepPolicy
 from llama2_server.engine.step_runner import StepRunner
+from llama2_server.engine.steps.report import StepReport
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint, uses_demo_weights
 from llama2_server.lifecycle.tasks import cancel_on, run_in_thread
@@ -57,6 +59,14 @@ class LoadedModel:
     """Names everything that decides the text of a reply."""
     step_runner: StepRunner | None = None
     """Runs the model's steps; None for the engine's default."""
+    step_policy: StepPolicy = field(default_factory=StepPolicy)
+    """How combined steps divide their rows."""
+
+    def engine(self, on_step: Callable[[StepReport], None]) -> Engine:
+        """Return a new engine, which owns the model from now on."""
+        return Engine(
+            self.model, self.eos_ids, on_step=on_step, step_runner=self.step_runner, step_policy=self.step_policy
+        )
 
 
 Load = Callable[[Settings, ModelCard], LoadedModel]
@@ -76,7 +86,7 @@ def load_model(settings: Settings, card: ModelCard) -> LoadedModel:
 
 def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     started_at = time.monotonic()
-    checkpoint = _checkpoint(settings)
+    checkpoint = demo_checkpoint() if uses_demo_weights(settings) else fetch_checkpoint(settings.weights or "")
     check_format(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
     check_chat_template(checkpoint, tokenizer, allow_other=settings.allow_other_chat_template)
@@ -99,7 +109,6 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
             progress=progress.show,
             cpu_kernels=settings.cpu_kernels,
             cpu_weight_bits=settings.cpu_weight_bits,
-            threads=settings.threads,
         )
     seconds = time.monotonic() - started_at
     step_runner = build_step_runner(
@@ -110,19 +119,8 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     inputs = {"card": card.text_digest} | checkpoint_inputs(checkpoint, metadata, tokenizer)
     fingerprint = _fingerprint(inputs, model, step_runner)
     add_weights(fingerprint, files, settings.data_directory / "weights.json", model.weights.quick_digest())
-    return LoadedModel(tokenizer, model, metadata.eos_ids, fingerprint, step_runner)
-
-
-def _checkpoint(settings: Settings) -> Path:
-    if uses_demo_weights(settings):
-        return demo_checkpoint()
-    weights = settings.weights or ""
-    directory = find_checkpoint(weights)
-    if directory is None:
-        STARTUP_LOG.step(f"downloading {weights}")
-        directory = fetch_checkpoint(weights)
-        STARTUP_LOG.step("loading the model")
-    return directory
+    step_policy = StepPolicy(settings.prompt_lookup, settings.max_mixed_step_seconds)
+    return LoadedModel(tokenizer, model, metadata.eos_ids, fingerprint, step_runner, step_policy)
 
 
 def _fingerprint(inputs: dict[str, str], model: LlamaModel, step_runner: StepRunner) -> Fingerprint:

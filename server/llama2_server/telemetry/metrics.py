@@ -24,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from llama2_server.engine.steps.report import StepPhase, StepReport
 from llama2_server.errors import BudgetExhausted, QueueFull, QueueWaitTooLong, QuotaExceeded
 from llama2_server.telemetry.call import Call, RecordedUsage
 
@@ -85,6 +86,12 @@ class Metrics:
             ("type",),
             registry=registry,
         )
+        self._guesses = Counter(
+            "llama2_prompt_lookup_tokens",
+            "Tokens that prompt lookup proposed, and proposed tokens that became a part of a reply (accepted).",
+            ("type",),
+            registry=registry,
+        )
         self._neurons = _ExactCounter(
             "llama2_neurons", "Neurons of recorded requests, as in the usage ledger: tokens at the card's prices."
         )
@@ -92,7 +99,8 @@ class Metrics:
         self._add_histograms()
         # Create these series now: a rate over a series that appears with its first event misses that event.
         self._input_tokens, self._output_tokens = (self._tokens.labels(kind) for kind in ("input", "output"))
-        self._steps = {phase: self._step.labels(phase) for phase in ("prefill", "decode")}
+        self._steps = {phase: self._step.labels(phase) for phase in StepPhase}
+        self._proposed, self._accepted = (self._guesses.labels(kind) for kind in ("proposed", "accepted"))
 
     def register(
         self,
@@ -160,9 +168,12 @@ class Metrics:
             seconds = call.times.finished_at - call.times.first_token_at
             self._per_token.observe(seconds / (usage.tokens.output_tokens - 1))
 
-    def on_step(self, phase: str, seconds: float, rows: int) -> None:
+    def on_step(self, step: StepReport) -> None:
         """Observe a step of the engine; called on the engine's thread."""
-        self._steps[phase].observe(seconds)
+        self._steps[step.phase].observe(step.seconds)
+        if step.proposed:
+            self._proposed.inc(step.proposed)
+            self._accepted.inc(step.accepted)
 
     def _add_histograms(self) -> None:
         self._request_seconds = Histogram(
@@ -192,7 +203,7 @@ class Metrics:
         )
         self._step = Histogram(
             "llama2_engine_step_duration_seconds",
-            "Time of one engine step: a chunk of one prompt, or one token for every sequence that decodes.",
+            "Time of one engine step: a part of one prompt, tokens of every sequence that decodes, or both (mixed).",
             ("phase",),
             buckets=STEP_BUCKETS,
             registry=self.registry,

@@ -13,6 +13,7 @@ from tests.integration.telemetry.conftest import sample, scrape
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api import health as health_module
 from llama2_server.api.health import HealthServicer, ReadinessCollector
+from llama2_server.engine.steps.report import StepPhase, StepReport
 from llama2_server.telemetry.errors import TelemetryError
 from llama2_server.telemetry.metrics import Metrics
 from llama2_server.telemetry.metrics_server import MAX_THREADS, metrics_server
@@ -93,7 +94,7 @@ async def test_scrape_works_while_the_event_loop_hangs(monkeypatch: pytest.Monke
     metrics = Metrics(CollectorRegistry())
     metrics.registry.register(ReadinessCollector(HealthServicer(())))
     metrics.registry.register(RequestQueue(1, max_queue_size=1, queue_timeout_seconds=1.0))
-    metrics.on_step("decode", 0.02, 1)
+    metrics.on_step(StepReport(StepPhase.DECODE, 0.02, rows=6, proposed=5, accepted=3))
     monkeypatch.setattr(health_module, "LOOP_TIMEOUT_SECONDS", 60)
     with metrics_server(metrics.registry, "127.0.0.1:0") as address:
         assert sample(await scrape(address), "llama2_ready") == 0

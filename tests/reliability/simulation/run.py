@@ -106,7 +106,7 @@ def _add_states(history: History, replicas: list[Replica]) -> None:
             admitted=len(service.ledger._running),
             serving=service.health.serving,
             stores=dict(service.health._stores),
-            kv_slots=len(engine._prefix_cache._free) + len(engine._running),  # a probe may run
+            kv_slots=len(engine._running._prefix_cache._free) + len(engine._running),  # a probe may run
             violations=process.steps.violations,
             metrics=counters(service.telemetry.metrics.registry),
         )

@@ -6,8 +6,8 @@ from collections.abc import Sequence as SequenceOf
 
 from tests.support.simulated.threads import pause
 
-from llama2_server.engine.sequence import Sequence
-from llama2_server.engine.step_runner import StepKind, TokenOrError
+from llama2_server.engine.sequence import Sequence, TokenOrError
+from llama2_server.engine.step_runner import StepKind
 
 STEP_SECONDS = 0.15
 

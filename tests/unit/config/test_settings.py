@@ -27,6 +27,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "dtype": ("float32", "bfloat16"),
     "max_queue_size": (0, 2),
     "queue_timeout_seconds": (1.5, 2.5),
+    "max_mixed_step_seconds": (0.1, 0.2),
     "shutdown_grace_seconds": (0.0, 2.5),
     "data_directory": ("/one", "/two"),
     "usage_url": ("postgresql://one/db", "postgresql://two/db"),
@@ -67,6 +68,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     # These settings have only two values: the file has the default, and the environment the other value.
     "quota_fallback": ("reject", "local"),
     "gpu_kernels": ("auto", "torch"),
+    "prompt_lookup": (True, False),
     "reflection": (True, False),
     "allow_unauthenticated": (False, True),
     "allow_other_chat_template": (False, True),

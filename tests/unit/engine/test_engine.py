@@ -188,7 +188,7 @@ def test_every_step_is_reported(model: ScriptedModel) -> None:
         model,
         frozenset({EOS}),
         prefill_chunk_tokens=8,
-        on_step=lambda phase, seconds, rows: steps.append((phase, rows)) if seconds > 0 else None,
+        on_step=lambda step: steps.append((step.phase, step.rows)) if step.seconds > 0 else None,
     )
     reader = Reader()
     submit(engine, reader, prompt_tokens=10, max_tokens=3)
@@ -204,7 +204,7 @@ def test_a_long_prompt_delays_a_stream_by_one_chunk_at_a_time(model: ScriptedMod
         model,
         frozenset({EOS}),
         prefill_chunk_tokens=8,
-        on_step=lambda phase, seconds, rows: steps.append((phase, rows)),
+        on_step=lambda step: steps.append((step.phase, step.rows)),
     )
     model.gate()
     streaming, waiting = Reader(), Reader()

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.sampling import GenerationParams
-from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
-from llama2_server.engine.step_runner import HostStepRunner, NativeStepRunner, TokenOrError, host_step_runner
+from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult, TokenOrError
+from llama2_server.engine.step_planner import DecodeRows, Step
+from llama2_server.engine.step_runner import HostStepRunner, NativeStepRunner, host_step_runner
 
 PARAMS = [
     GenerationParams(8),
@@ -47,15 +48,18 @@ def test_a_native_step_uses_no_torch_operation(checkpoint: MakeCheckpoint) -> No
     with no_torch_operations():
         for slot, sequence in enumerate(sequences):
             sequence.slot = slot
-            assert list(runner.prefill(sequence, sequence.prompt_ids[:50])) == []
-            sequence.position = 50
-            sequence.output_ids += only_tokens(runner.prefill(sequence, sequence.prompt_ids[50:]))
+            assert runner.run(Step(sequence, sequence.prompt_ids[:48])) == []
+            sequence.position = 48
+            runner.start_sampling(sequence)
+            (found,) = runner.run(Step(sequence, sequence.prompt_ids[48:]))
+            sequence.output_ids += only_tokens(found)
             sequence.position = 60
         for _ in range(5):
-            for sequence, token_id in zip(sequences, only_tokens(runner.decode(sequences)), strict=True):
-                sequence.output_ids.append(token_id)
-                sequence.position += 1
-    assert all(len(sequence.output_ids) == 6 for sequence in sequences)
+            tokens = runner.run(Step(decoding=[DecodeRows(sequence, [7, 8]) for sequence in sequences]))
+            for sequence, found in zip(sequences, tokens, strict=True):
+                sequence.output_ids += only_tokens(found)
+                sequence.position += len(found)
+    assert all(len(sequence.output_ids) >= 6 for sequence in sequences)
 
 
 def test_the_check_notices_torch_operations(checkpoint: MakeCheckpoint) -> None:

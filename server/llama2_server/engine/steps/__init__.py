@@ -1,0 +1,1 @@
+"""The steps of the engine's thread: which sequences they advance, and what happens to the sampled tokens."""

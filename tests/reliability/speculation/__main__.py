@@ -1,0 +1,38 @@
+"""Compare prompt lookup with plain decoding on many seeded cases.
+
+    python -m tests.reliability.speculation --cases 10000
+
+The cases use two checkpoints of a few hundred kB: one whose replies repeat passages, and one with random weights.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tests.reliability.speculation.cases import CONTEXT, CYCLE, VOCAB, Pair, some_cases
+from tools.make_checkpoint import Shape, make_checkpoint
+
+
+def main() -> None:
+    """Run the cases; the exit code is 1 if a reply differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    differences: list[str] = []
+    for cycle in (CYCLE, 0):
+        with tempfile.TemporaryDirectory() as folder:
+            shape = Shape(vocab=VOCAB, context=CONTEXT, cycle=cycle)
+            pair = Pair(make_checkpoint(Path(folder), shape))
+            differences += pair.differences(some_cases(arguments.seed, arguments.cases // 2))
+            pair.close()
+        print(f"cycle {cycle}: with prompt lookup {pair.counts}; plain {pair.plain_counts}")
+    print(*differences, f"{arguments.cases} cases, {len(differences)} differences", sep="\n")
+    sys.exit(bool(differences))
+
+
+if __name__ == "__main__":
+    main()
