@@ -136,8 +136,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt hatch_build.py $(PROTOS) $(NATIVE) 
 	@touch $@ $(VENV)/.server
 
 $(BIN)/python:
-	@echo "creating $(VENV) with $(PYTHON)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m tools.install venv $(VENV)
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

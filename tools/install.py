@@ -1,23 +1,32 @@
 """Install this project with pip into the virtual environment that runs this module, and report the progress.
 
-    python -m tools.install server
+    python3 -m tools.install venv .venv     create the environment
+    .venv/bin/python -m tools.install server
 
 pip alone is silent for minutes with --quiet, and prints hundreds of lines without it. This prints one line per large
 download and one line every few seconds. It needs only the standard library.
 """
 
+import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-IDLE_TIMEOUT_SECONDS = 4.0
+IDLE_TIMEOUT_SECONDS = 3.0
 LARGE_MEGABYTES = 20.0
-EXIT_INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Imports what the first start imports; Python stores the compiled modules.
+COMPILE = (
+    "import llama2_server.app, llama2_server.cli.main, alembic.command; "
+    "from transformers import GenerationConfig, LlamaConfig"
+)
 PLAN = (
     "installing {extras} into {directory}: about {packages} packages, and the native library in C++. PyTorch "
     "is the largest package: 0.2 GB to download as a CPU build, several GB as a CUDA build, nothing if pip has it in "
@@ -34,10 +43,13 @@ SIZES = {"kB": 1e-3, "MB": 1.0, "GB": 1e3}
 class Report:
     """Turns pip's lines into the lines of this program."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, activity: str = "installing", step: str = "starting pip", now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._now = now
         self._started_at = now()
-        self._step = "starting pip"
+        self._activity = activity
+        self._step = step
         self.downloaded_megabytes = 0.0
 
     @property
@@ -45,10 +57,15 @@ class Report:
         """Time since the start."""
         return self._now() - self._started_at
 
+    def at(self, step: str) -> "Report":
+        """Name the current step; return this report."""
+        self._step = step
+        return self
+
     def lines(self, line: str | None) -> Iterator[str]:
         """Yield what to print for a line of pip, or for a few seconds without a printed line (None)."""
         if line is None:
-            yield f"still installing, {self.seconds:.0f} s: {self._step}"
+            yield f"still {self._activity}, {self.seconds:.0f} s: {self._step}"
             return
         if download := DOWNLOAD.match(line):
             verb, file, size = download[1], download[2].rpartition("/")[2], float(download[3]) * SIZES[download[4]]
@@ -90,24 +107,75 @@ def follow(lines: Iterator[str], report: Report, interval_seconds: float = IDLE_
             yield from produced
 
 
-def install(extras: str) -> int:
-    """Install the project, editable, with these extras; return pip's exit code."""
-    print(PLAN.format(extras=f"llama2-grpc[{extras}]", directory=_short(sys.prefix), packages=PACKAGES[extras]))
+class Children:
+    """The program that runs now, in its own session, so that a signal ends it with all that it has started."""
+
+    def __init__(self) -> None:
+        self._running: subprocess.Popen[str] | None = None
+
+    def run(self, command: list[str], report: Report) -> tuple[int, str]:
+        """Run a program, print the report of its lines, and return its exit code and the last printed line."""
+        tail = ""
+        # Without this, a signal between the start and the assignment would leave the program running.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_unblock_signals,  # noqa: PLW1509 - no other thread runs here
+        ) as child:
+            self._running = child
+            _unblock_signals()
+            assert child.stdout is not None  # noqa: S101 - a pipe, as requested
+            for line in follow(iter(child.stdout), report):
+                tail = line
+                print(line, flush=True)
+        self._running = None
+        return child.returncode, tail
+
+    def exit(self, number: int, frame: object) -> None:
+        """Handle a signal: end the program, print one line, and exit with 128 + number."""
+        if self._running is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._running.pid, signal.SIGTERM)
+        name = signal.Signals(number).name
+        os.write(2, f"installation stopped by {name}; the same command continues it\n".encode())
+        os._exit(128 + number)
+
+
+def create(directory: str, children: Children) -> int:
+    """Create a virtual environment; return the exit code."""
+    print(f"creating {_short(directory)} with Python {sys.version.split()[0]}, which takes some seconds", flush=True)
+    report = Report(f"creating {_short(directory)}", "installing pip")
+    code, _ = children.run([sys.executable, "-m", "venv", directory], report)
+    if code != 0:
+        print(f"{directory}: cannot be created; run {sys.executable} -m venv {directory} for the reason")
+    return code
+
+
+def install(extras: str, children: Children) -> int:
+    """Install the project, editable, with these extras; return the exit code."""
+    plan = PLAN.format(extras=f"llama2-grpc[{extras}]", directory=_short(sys.prefix), packages=PACKAGES[extras])
+    print(plan, flush=True)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
-    command += ["--constraint", "constraints.txt", "--editable", f".[{extras}]"]
-    report, tail = Report(), ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as pip:
-        assert pip.stdout is not None  # noqa: S101 - a pipe, as requested
-        for line in follow(iter(pip.stdout), report):
-            tail = line
-            print(line, flush=True)
-    if pip.returncode == 0:
+    # pip compiles every module of every package, which takes longer than all downloads; the server imports a tenth.
+    command += ["--no-compile", "--constraint", "constraints.txt", "--editable", f".[{extras}]"]
+    report = Report()
+    code, tail = children.run(command, report)
+    if code == 0:
+        code, tail = children.run([sys.executable, "-c", COMPILE], report.at("compiling the modules of the server"))
+    if code == 0:
         print(f"installed in {report.seconds:.0f} s; downloaded {report.downloaded_megabytes:.0f} MB", flush=True)
     elif not tail:
-        print(f"pip failed with exit code {pip.returncode}; run it without this program for its output: {command}")
-    return pip.returncode
+        print(f"pip failed with exit code {code}; run it without this program for its output: {command}")
+    return code
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _short(path: str) -> str:
@@ -116,12 +184,14 @@ def _short(path: str) -> str:
 
 
 def main() -> None:
-    """Install the extras of the command line."""
-    try:
-        sys.exit(install(sys.argv[1]))
-    except KeyboardInterrupt:
-        sys.stderr.write("installation stopped by SIGINT; make run continues it\n")
-        sys.exit(EXIT_INTERRUPTED)
+    """Run `venv DIRECTORY`, or install the extras of the command line."""
+    children = Children()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, children.exit)
+    if sys.argv[1] == "venv":
+        sys.exit(create(sys.argv[2], children))
+    sys.exit(install(sys.argv[1], children))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
-MAX_SILENCE_SECONDS = 4.0
+MAX_SILENCE_SECONDS = 3.0
 
 
 class StartupLog(logging.Handler):

@@ -1,10 +1,18 @@
 """The report of the installation by `make run`, from lines that pip printed."""
 
 import itertools
+import os
+import select
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from tests.support.repository import ROOT
 from tools.install import Report, follow
 
 PIP = """\
@@ -74,3 +82,44 @@ def test_errors_of_pip_are_printed() -> None:
     assert list(Report().lines("ERROR: No matching distribution found for torch")) == [
         "ERROR: No matching distribution found for torch"
     ]
+
+
+PROGRAM = """
+import sys
+from tools import install
+install.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_installation_with_one_line(number: signal.Signals, tmp_path: Path) -> None:
+    """The program prints one line and exits with 128 + number, and no process of it is left."""
+    # In place of venv, a program that has started another one.
+    (tmp_path / "venv.py").write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "sys.stdout.write(f'ERROR {child.pid}\\n'); sys.stdout.flush(); child.wait()\n"
+    )
+    call = [sys.executable, "-c", PROGRAM, "venv", str(tmp_path / "made")]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"creating {tmp_path / 'made'} with Python 3.")
+        child = int(process.stdout.readline().split()[1])
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (128 + number, "")
+    assert errors == f"installation stopped by {number.name}; the same command continues it\n"
+    assert wait_until_gone(child)
+
+
+def wait_until_gone(pid: int) -> bool:
+    """Wait for the end of a process that is not a child of this one."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            return bool(select.select([descriptor], [], [], 30)[0])
+        finally:
+            os.close(descriptor)
+    return True
