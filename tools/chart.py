@@ -1,17 +1,20 @@
-"""Update the Helm chart's copies of the shipped model cards and of the schema of `settings`.
+"""Update the Helm chart's copies of the shipped model cards, of Envoy's configuration and of the schema of `settings`.
 
-`python -m tools.chart` writes both; a test fails if they are out of date.
+`python -m tools.chart` writes them; a test fails if they are out of date.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from examples.envoy.descriptors import descriptor_set
+
 from llama2_server.config.settings import Settings, description_of
 
 ROOT = Path(__file__).parent.parent
 CHART = ROOT / "helm/llama2"
 CARDS = ROOT / "server/llama2_server/cards"
+ENVOY = ROOT / "examples/envoy"
 SCHEMA = CHART / "values.schema.json"
 # Settings that the chart derives from its other values.
 CHART_SETTINGS = {
@@ -52,9 +55,11 @@ def values_schema() -> str:
     return _text(schema) + "\n"
 
 
-def cards() -> dict[Path, str]:
-    """Return the chart's copies of the shipped cards by path; Helm cannot read files outside a chart."""
-    return {CHART / "files/cards" / card.name: card.read_text(encoding="utf-8") for card in CARDS.glob("*.yaml")}
+def copies() -> dict[Path, bytes]:
+    """Return the chart's copies by path: the cards and Envoy's files. Helm cannot read files outside a chart."""
+    files = {CHART / "files/cards" / card.name: card.read_bytes() for card in CARDS.glob("*.yaml")}
+    files |= {CHART / "files/envoy" / name: (ENVOY / name).read_bytes() for name in ("envoy.yaml", "json.lua")}
+    return files | {CHART / "files/envoy/llama2.pb": descriptor_set().SerializeToString(deterministic=True)}
 
 
 def _property(key: str, field: dict[str, Any]) -> dict[str, Any]:
@@ -77,9 +82,10 @@ def _text(node: Any, indent: int = 0) -> str:
 
 
 def main() -> None:
-    """Write the schema and the cards."""
-    for path, text in {SCHEMA: values_schema(), **cards()}.items():
-        path.write_text(text, encoding="utf-8")
+    """Write the schema and the copies."""
+    for path, content in {SCHEMA: values_schema().encode(), **copies()}.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from conformance.equivalence.oracle import CAMEL_CASE, TAGS
+from conformance.equivalence.oracle import CAMEL_CASE, TAGS, TAKEN_KEY
 
 MAX_TEXT = 4096
 WORDS = (
@@ -27,6 +27,8 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (-2, 2, 0, "1", -2.01, 2.01, "x", [], {}, None),
     "stop": ([], ["x"], ["x"] * 4, ["x" * 256], ["x"] * 5, [""], ["x" * 257], "x", [1], [None], {}, 5, None),
     "no_cache": (True, False, "true", 1, 0, [], {}, None),
+    "idempotency_key": ("", "k" * 129, "a\nb", "\x7f", 5, True, [], {}, None),
+    "resume_after_characters": (0, 1, 5.0, "7", 2**31 - 1, -1, 2**31, 1.5, "x", True, [], {}, None),
     "maxTokens": (1, 0, -1, 2**31, "abc", 1.5, True, [], {}, None),
     "topP": (1, 0.5, 0, 2, "x", [], None),
     "topK": (0, 5, -1, 1.5, [], None),
@@ -160,6 +162,17 @@ def _camel_case(chance: random.Random, body: Body) -> None:
     body[name] = _pick(chance, FIELDS[name])
 
 
+def _idempotency(chance: random.Random, body: Body) -> None:
+    """Set the key of another request, or a new key, which can be resumed only at 0."""
+    if chance.random() < 0.4:
+        body["idempotency_key"] = TAKEN_KEY
+        return
+    body["idempotency_key"] = f"{chance.getrandbits(64):016x}"
+    body["stream"] = True
+    if chance.random() < 0.7:
+        body["resume_after_characters"] = chance.choice((0, 0, 1, 9, 2**31 - 1))
+
+
 def _max_tokens(chance: random.Random, body: Body) -> None:
     if "maxTokens" not in body:
         body["max_tokens"] = _pick(chance, MAX_TOKENS)
@@ -199,6 +212,6 @@ def _no_object(chance: random.Random, body: Body) -> Any:
 CHANGES: tuple[Change, ...] = (
     *(_other_form, _raw, _raw, _bad_role, _bad_role, _order, _order, _tag, _tag, _surrogate, _long_content, _content),
     *(_field, _field, _camel_case, _max_tokens, _max_tokens, _max_tokens, _max_tokens, _null, _null, _any_value),
-    *(_without_field, _no_messages, _odd_messages, _no_object),
+    *(_without_field, _no_messages, _odd_messages, _no_object, _idempotency),
 )
 """The changes. Some are here several times, so that 20,000 bodies meet each exception 100 times."""

@@ -6,6 +6,7 @@ from typing import Any
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
+MAX_KEY_CHARACTERS = 128
 WRONG_TYPE = "wrong type of a field outside the card"
 WRONG_VALUE = "value out of range of a field outside the card"
 
@@ -39,6 +40,12 @@ def _boolean(value: Any) -> bool:
     return value
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise WrongTypeError
+    return value
+
+
 def _stops(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(stop, str) for stop in value):
         raise WrongTypeError
@@ -59,6 +66,8 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
     "presence_penalty": (_number, lambda value: -2 <= value <= 2),
     "stop": (_stops, _stops_in_range),
     "no_cache": (_boolean, lambda value: True),
+    "idempotency_key": (_text, lambda value: 1 <= len(value) <= MAX_KEY_CHARACTERS and value.isprintable()),
+    "resume_after_characters": (_whole, lambda value: 0 <= value < 2**31),
 }
 """Reader and range of each field."""
 

@@ -18,6 +18,8 @@ from conformance.equivalence.fields import FIELDS, WRONG_TYPE, WRONG_VALUE, fiel
 
 ROLES = ("system", "user", "assistant")
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+TAKEN_KEY = "taken"
+"""The key of a request that is sent before the bodies, and that equals none of them."""
 CAMEL_CASE = {"maxTokens": "max_tokens", "topP": "top_p", "topK": "top_k", "noCache": "no_cache"}
 
 EMPTY_MESSAGES = "empty messages"
@@ -32,13 +34,15 @@ RAW_TYPE = "wrong type of raw next to messages"
 SURROGATE = "lone surrogate"
 TOKENS = "token limits"
 NAME = "lowerCamelCase name"
+RESUME = "resume_after_characters without a stream"
+TAKEN = "idempotency_key of another request"
 NULL = "null"
 QUOTED = "max_tokens in quotes"
 UNSET_MESSAGES = "empty messages next to a prompt"
 
 REJECTED = (
     EMPTY_MESSAGES, BELOW_ONE, BEYOND_32_BITS, BOTH, RAW_MESSAGES, ROLE, ORDER, TAG, WRONG_TYPE, WRONG_VALUE, RAW_TYPE,
-    SURROGATE, TOKENS, NAME,
+    SURROGATE, TOKENS, NAME, RESUME, TAKEN,
 )  # fmt: skip
 """Exceptions: rejected, although the schema accepts the body."""
 ACCEPTED = (NULL, QUOTED, UNSET_MESSAGES)
@@ -98,6 +102,7 @@ class Oracle:
         yield from _text_exceptions(body)
         yield from _field_exceptions(body)
         yield from _max_tokens_exceptions(body.get("max_tokens"))
+        yield from _idempotency_exceptions(body)
 
     def _exceeds_token_limits(self, body: dict[str, Any]) -> bool:
         wanted, texts = body.get("max_tokens", 1), list(_texts(body))
@@ -193,6 +198,17 @@ def _max_tokens_exceptions(value: Any) -> Iterator[str]:
             yield BEYOND_32_BITS
         elif value < 1:
             yield BELOW_ONE
+
+
+def _idempotency_exceptions(body: dict[str, Any]) -> Iterator[str]:
+    """Yield the exceptions of valid values; each key but the taken one is new, so that nothing can be resumed."""
+    key, resume = body.get("idempotency_key"), body.get("resume_after_characters")
+    if key == TAKEN_KEY:
+        yield TAKEN
+    elif resume is None or field_problem("resume_after_characters", resume) is not None:
+        return
+    elif int(resume) > 0 or key is None or body.get("stream") is not True:
+        yield RESUME
 
 
 def _field_exceptions(body: dict[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from google.protobuf.json_format import Parse, ParseError
 
 from conformance.equivalence.bodies import make_body
 from conformance.equivalence.gateway import as_envoy_reads
-from conformance.equivalence.oracle import ACCEPTED, REJECTED, Oracle
+from conformance.equivalence.oracle import ACCEPTED, REJECTED, TAKEN_KEY, Oracle
 from conformance.server_runner.target import Target
 from llama2.v1 import text_generation_pb2 as pb
 
@@ -22,6 +22,7 @@ MAX_PROBLEMS = 20
 DEADLINE_SECONDS = 60
 ATTEMPTS = 20
 RETRY_SECONDS = 1.0
+REJECTIONS = {"INVALID_ARGUMENT", "FAILED_PRECONDITION"}
 TRANSIENT = {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
 TRANSIENT_HTTP = {429, 503, 504}
 
@@ -85,6 +86,7 @@ async def run_equivalence(
     """
     tally, numbers = Tally(), iter(range(bodies))
     calls = _Calls(target)
+    await calls.take_key()
 
     async def work(numbers: Iterator[int]) -> None:
         for number in numbers:
@@ -119,6 +121,16 @@ class _Calls:
             for stream in (False, True)
         }
 
+    async def take_key(self) -> None:
+        """Send the request that has the taken key.
+
+        Raises:
+            RuntimeError: the server rejects it.
+        """
+        decision = await self.decide("gRPC", {"prompt": "taken", "max_tokens": 1, "idempotency_key": TAKEN_KEY})
+        if decision is not True:
+            raise RuntimeError(f"equivalence: the server must accept a request with an idempotency key, got {decision}")
+
     async def decide(self, route: str, body: Any) -> bool | str:
         """Return the decision; a server without time repeats its answer later."""
         for _ in range(ATTEMPTS):
@@ -143,7 +155,7 @@ class _Calls:
             code = error.code().name
             if code in TRANSIENT:
                 raise _OverloadedError(f"{code}: {error.details()}") from error
-            return False if code == "INVALID_ARGUMENT" else f"{code}: {error.details()}"
+            return False if code in REJECTIONS else f"{code}: {error.details()}"
         return True
 
     async def _json(self, body: Any) -> bool | str:

@@ -67,11 +67,22 @@ class Rendered:
         (manifest,) = self.of(kind)
         return manifest
 
+    def component(self, kind: str, component: str = "server") -> Manifest:
+        """Return the only manifest of a kind of a part of the release: `server` or `envoy`."""
+        label = {"app.kubernetes.io/component": component}
+        (manifest,) = [manifest for manifest in self.of(kind) if selects(label, manifest)]
+        return manifest
+
     @property
     def workload(self) -> Manifest:
         """The StatefulSet or Deployment of the server."""
-        (manifest,) = self.of("StatefulSet") + self.of("Deployment")
-        return manifest
+        return self.component("StatefulSet" if self.of("StatefulSet") else "Deployment")
+
+    @property
+    def envoys(self) -> list[Manifest]:
+        """The pod templates of Envoy, if it is enabled."""
+        label = {"app.kubernetes.io/component": "envoy"}
+        return [found["spec"]["template"] for found in self.of("Deployment") if selects(label, found)]
 
     @property
     def pod(self) -> Manifest:
@@ -97,15 +108,17 @@ class Rendered:
         return self.of("Pod")
 
     def pods(self) -> Iterator[Manifest]:
-        """Yield the server's pod, the test pods and the pods of Jobs."""
+        """Yield the server's pod, Envoy's, the test pods and the pods of Jobs."""
         yield self.pod
+        yield from self.envoys
         yield from self.test_pods
         yield from (job["spec"]["template"] for job in self.of("Job"))
 
     def services(self) -> Iterator[tuple[Manifest, Manifest]]:
-        """Yield the normal and the headless Service, each with its spec."""
+        """Yield the server's normal and headless Service, each with its spec."""
         for service in self.of("Service"):
-            yield service, service["spec"]
+            if selects({"app.kubernetes.io/component": "server"}, service):
+                yield service, service["spec"]
 
 
 def environment_of(container: Manifest) -> dict[str, Any]:

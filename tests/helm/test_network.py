@@ -13,13 +13,15 @@ def test_selectors_match_the_server_pods_only(release: Rendered) -> None:
     """Services, budget, policy, spread and workload select the server's pods, not the test's pod."""
     selectors = [spec["selector"] for _, spec in release.services()]
     selectors.append(release.workload["spec"]["selector"]["matchLabels"])
-    selectors += [budget["spec"]["selector"]["matchLabels"] for budget in release.of("PodDisruptionBudget")]
-    selectors += [policy["spec"]["podSelector"]["matchLabels"] for policy in release.of("NetworkPolicy")]
+    if release.values["podDisruptionBudget"]["enabled"]:
+        selectors.append(release.component("PodDisruptionBudget")["spec"]["selector"]["matchLabels"])
+    if release.values["networkPolicy"]["enabled"]:
+        selectors.append(release.component("NetworkPolicy")["spec"]["podSelector"]["matchLabels"])
     spread = release.pod["spec"].get("topologySpreadConstraints", [])
     selectors += [constraint["labelSelector"]["matchLabels"] for constraint in spread]
     for selector in selectors:
         assert selects(selector, release.pod)
-        assert not any(selects(selector, pod) for pod in release.test_pods)
+        assert not any(selects(selector, pod) for pod in release.test_pods + release.envoys)
         assert "app.kubernetes.io/instance" in selector
 
 
@@ -64,14 +66,14 @@ def test_the_network_policy_opens_the_container_ports(release: Rendered) -> None
     if not release.values["networkPolicy"]["enabled"]:
         assert not release.of("NetworkPolicy")
         return
-    policy = release.one("NetworkPolicy")["spec"]
+    policy = release.component("NetworkPolicy")["spec"]
     opened = {port["port"]: rule.get("from") for rule in policy["ingress"] for port in rule["ports"]}
     assert set(opened) == {port["name"] for port in release.server["ports"]}
     assert sum(len(rule["ports"]) for rule in policy["ingress"]) == len(opened)
     assert opened["health"] is None
     assert opened["grpc"]
     assert opened["metrics"]
-    for pod in release.test_pods:
+    for pod in release.test_pods + release.envoys:
         peers = [peer["podSelector"].get("matchLabels", {}) for peer in opened["grpc"] if "podSelector" in peer]
         assert any(selects(peer, pod) for peer in peers)
 
@@ -87,7 +89,7 @@ def test_the_network_policy_opens_the_container_ports(release: Rendered) -> None
 )
 def test_egress_is_closed_without_external_services(value_set: str, expected: Any) -> None:
     """Without Hub, Redis, PostgreSQL and traces only DNS is open; otherwise only the values can close egress."""
-    policy = rendered(value_set).one("NetworkPolicy")["spec"]
+    policy = rendered(value_set).component("NetworkPolicy")["spec"]
     assert policy.get("egress") == expected
     assert ("Egress" in policy["policyTypes"]) is (expected is not None)
 
@@ -95,7 +97,7 @@ def test_egress_is_closed_without_external_services(value_set: str, expected: An
 def test_egress_rules_are_added_to_dns() -> None:
     """The rules of the values follow the DNS rule."""
     release = rendered("everything-on")
-    policy = release.one("NetworkPolicy")["spec"]
+    policy = release.component("NetworkPolicy")["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert policy["egress"][1:] == release.values["networkPolicy"]["egress"]
     assert policy["egress"][0]["ports"] == [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]

@@ -60,6 +60,8 @@ def test_secrets_come_from_the_values(release: Rendered) -> None:
     named = {values[section]["secret"] for section in sections}
     named |= {values["tls"]["clientCaSecret"], values["weights"]["hubToken"]["secret"], values["test"]["clientSecret"]}
     named |= {values["test"]["apiKey"]["secret"], values["test"]["caSecret"]}
+    envoy = values["envoy"]
+    named |= {envoy["tls"]["secret"], envoy["caSecret"], envoy["clientSecret"]}
     assert secrets_in(release.manifests) <= named - {""}
     assert not release.of("Secret")
     server = {values[section]["secret"] for section in sections} | {values["tls"]["clientCaSecret"]}

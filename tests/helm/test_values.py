@@ -9,13 +9,22 @@ import helm_python
 import pytest
 import yaml
 from tests.helm.chart import NAMESPACE, VALUE_SETS, Values, chart, values_of
-from tools.chart import CHART, SCHEMA, cards, values_schema
+from tools.chart import CHART, SCHEMA, copies, values_schema
 
 from llama2_server.config.settings import Settings
 
 MINIMAL: Values = {"weights": {"existingClaim": "c"}, "allowUnauthenticated": True}
 CARD_WITHOUT_SLOTS = "model: {properties: [{property_id: context_length_limit, value: '10'}]}"
 STORES: Values = {"redis": {"secret": "r"}, "usage": {"secret": "l"}}
+
+
+def both_routes(grpc: list[str], http: list[str]) -> Values:
+    """Return values with both routes on one listener, with these host names."""
+    routes = {
+        kind: {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": names}
+        for kind, names in (("grpc", grpc), ("http", http))
+    }
+    return {"demo": True, "envoy": {"enabled": True}, "gateway": routes}
 
 
 def rejection(values: Values) -> str:
@@ -112,6 +121,20 @@ def rejection(values: Values) -> str:
             "serviceMonitor.enabled: autoscaling and alerts need scraped metrics; set it or podMonitor",
         ),
         ({"demo": True, "alerts": {"enabled": True}}, "serviceMonitor.enabled: autoscaling and alerts need scraped"),
+        (
+            {"demo": True, "gateway": {"http": {"enabled": True, "parentRefs": [{"name": "g"}]}}},
+            "gateway.http.enabled: Envoy converts JSON and gRPC-Web to gRPC; set envoy.enabled to true",
+        ),
+        ({"demo": True, "gateway": {"grpc": {"enabled": True}}}, "gateway.grpc.parentRefs: not set; name the Gateway"),
+        (both_routes([], ["b.example.com"]), "gateway: one listener accepts either the GRPCRoute or the HTTPRoute"),
+        (
+            both_routes(["a.example.com", "*.b.example.com"], ["a.b.example.com"]),
+            "gateway.grpc.hostnames: *.b.example.com overlaps with a.b.example.com of gateway.http.hostnames",
+        ),
+        (
+            MINIMAL | {"tls": {"secret": "t", "clientCaSecret": "ca"}, "envoy": {"enabled": True}},
+            "envoy.clientSecret: the servers require client certificates (tls.clientCaSecret); set the Secret",
+        ),
         (
             {"demo": True, "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "0%"}},
             "rollingUpdate: no pod can be replaced if maxSurge and maxUnavailable are both 0; raise one",
@@ -227,8 +250,8 @@ def test_the_default_settings_equal_the_server_defaults() -> None:
 def test_cards_and_settings_match_the_server() -> None:
     """The chart's copies are current; `python -m tools.chart` updates them."""
     assert SCHEMA.read_text(encoding="utf-8") == values_schema()
-    copies = {path: path.read_text(encoding="utf-8") for path in (CHART / "files/cards").iterdir()}
-    assert copies == cards()
+    found = {path: path.read_bytes() for folder in ("cards", "envoy") for path in (CHART / "files" / folder).iterdir()}
+    assert found == copies()
 
 
 def test_the_values_of_the_readme_are_valid() -> None:

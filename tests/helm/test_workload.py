@@ -51,11 +51,12 @@ def test_the_connection_grace_covers_queue_and_generation(release: Rendered) -> 
 
 
 def test_all_containers_use_one_image(release: Rendered) -> None:
-    """Server, init container and test use one image, by digest, else by tag, else by the chart's appVersion."""
+    """Server, init container, Jobs and test use one image, by digest, else by tag, else by the chart's appVersion."""
     image = release.values["image"]
     version = image["tag"] or helm_python.Chart.load(CHART).metadata["appVersion"]
     expected = f"{image['repository']}@{image['digest']}" if image["digest"] else f"{image['repository']}:{version}"
-    assert {container["image"] for pod in release.pods() for container in containers_of(pod)} == {expected}
+    pods = [pod for pod in release.pods() if pod not in release.envoys]
+    assert {container["image"] for pod in pods for container in containers_of(pod)} == {expected}
 
 
 def test_the_gpu_is_requested_and_its_taint_tolerated(release: Rendered) -> None:

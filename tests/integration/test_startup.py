@@ -138,6 +138,22 @@ def test_a_later_start_of_the_demo_imports_no_slow_library(tmp_path: Path) -> No
     assert done.stdout == "set()\n"
 
 
+def test_a_current_database_needs_no_migrations(tmp_path: Path) -> None:
+    """Alembic is imported by the start that creates the usage database, and not by later ones."""
+    program = (
+        "import sys; from pathlib import Path; import llama2_server.usage.ledger; "
+        "from llama2_server.usage.local.database import Database; "
+        f"imported = 'alembic' in sys.modules; Database.open(Path({str(tmp_path)!r}) / 'usage.db'); "
+        "print(imported, 'alembic' in sys.modules)"
+    )
+    outputs = []
+    for _ in range(2):
+        call = [sys.executable, "-c", program]
+        done = subprocess.run(call, capture_output=True, text=True, check=True, env=environment())
+        outputs.append(done.stdout)
+    assert outputs == ["False True\n", "False False\n"]
+
+
 def test_preflight_imports_no_torch() -> None:
     """The checks of stores and files come before the import of torch, which takes seconds."""
     program = "import sys, llama2_server.lifecycle.preflight, llama2_server.__main__; print('torch' in sys.modules)"

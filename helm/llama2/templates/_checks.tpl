@@ -65,6 +65,7 @@
 {{- if and $v.serviceMonitor.enabled $v.podMonitor.enabled -}}
 {{- fail "podMonitor.enabled: serviceMonitor.enabled is also true, so Prometheus would scrape every pod twice; set only one" -}}
 {{- end -}}
+{{- include "llama2.checkGateway" . -}}
 {{- if eq $d.workload "StatefulSet" -}}
 {{- if not (and (kindIs "invalid" $v.rollingUpdate.maxSurge) (kindIs "invalid" $v.rollingUpdate.maxUnavailable)) -}}
 {{- fail "rollingUpdate: a StatefulSet replaces its pods one by one; leave maxSurge and maxUnavailable empty, or set workload to Deployment" -}}
@@ -77,6 +78,38 @@
 {{- $rolling := include "llama2.rollingUpdate" . | fromYaml -}}
 {{- if and (eq (toString $rolling.maxSurge | trimSuffix "%") "0") (eq (toString $rolling.maxUnavailable | trimSuffix "%") "0") -}}
 {{- fail "rollingUpdate: no pod can be replaced if maxSurge and maxUnavailable are both 0; raise one" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "llama2.checkGateway" -}}
+{{- $v := .Values -}}
+{{- $gateway := $v.gateway -}}
+{{- if and $v.envoy.enabled $v.tls.clientCaSecret (not $v.envoy.clientSecret) -}}
+{{- fail "envoy.clientSecret: the servers require client certificates (tls.clientCaSecret); set the Secret with Envoy's certificate" -}}
+{{- end -}}
+{{- if and $gateway.http.enabled (not $v.envoy.enabled) -}}
+{{- fail "gateway.http.enabled: Envoy converts JSON and gRPC-Web to gRPC; set envoy.enabled to true" -}}
+{{- end -}}
+{{- range $kind := list "grpc" "http" -}}
+{{- if and (index $gateway $kind).enabled (not (index $gateway $kind).parentRefs) -}}
+{{- fail (printf "gateway.%s.parentRefs: not set; name the Gateway of the route" $kind) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $gateway.grpc.enabled $gateway.http.enabled -}}
+{{- range $parent := $gateway.grpc.parentRefs -}}
+{{- if has $parent $gateway.http.parentRefs -}}
+{{- if or (not $gateway.grpc.hostnames) (not $gateway.http.hostnames) -}}
+{{- fail "gateway: one listener accepts either the GRPCRoute or the HTTPRoute for a host name; set different gateway.grpc.hostnames and gateway.http.hostnames, or parentRefs with different listeners (sectionName)" -}}
+{{- end -}}
+{{- range $name := $gateway.grpc.hostnames -}}
+{{- range $other := $gateway.http.hostnames -}}
+{{- if or (eq $name $other) (and (hasPrefix "*" $name) (hasSuffix (trimPrefix "*" $name) $other)) (and (hasPrefix "*" $other) (hasSuffix (trimPrefix "*" $other) $name)) -}}
+{{- fail (printf "gateway.grpc.hostnames: %s overlaps with %s of gateway.http.hostnames, and a listener accepts only one of the routes then; set different names" $name $other) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 

@@ -105,6 +105,35 @@ maxSurge: {{ ternary (ternary 0 1 $gpu) $v.maxSurge (kindIs "invalid" $v.maxSurg
 maxUnavailable: {{ ternary (ternary 1 0 $gpu) $v.maxUnavailable (kindIs "invalid" $v.maxUnavailable) }}
 {{- end -}}
 
+{{/*
+Peers that may call the pods of a Service, in a NetworkPolicy. Clients of a LoadBalancer or NodePort come from outside of the
+cluster, or with a node's address. Argument: (list $ service labels); labels select pods of the release that always may call.
+*/}}
+{{- define "llama2.clients" -}}
+{{- $clients := (index . 0).Values.networkPolicy.clients -}}
+{{- $service := index . 1 -}}
+{{- $external := ne $service.type "ClusterIP" -}}
+{{- if or $clients (not $external) $service.loadBalancerSourceRanges }}
+from:
+  {{- if $clients }}
+  {{- toYaml $clients | nindent 2 }}
+  {{- else }}
+  - podSelector: {}
+  {{- end }}
+  {{- if and $external (not $clients) }}
+  {{- range $service.loadBalancerSourceRanges }}
+  - ipBlock: {cidr: {{ . | quote }}}
+  {{- end }}
+  {{- end }}
+  {{- if $clients }}
+  {{- range index . 2 }}
+  - podSelector:
+      matchLabels: {{- toYaml . | nindent 8 }}
+  {{- end }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* The spec of a claim for the data directory. */}}
 {{- define "llama2.dataClaim" -}}
 accessModes: [ReadWriteOnce]

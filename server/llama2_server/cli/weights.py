@@ -1,7 +1,5 @@
 """`llama2-server weights`: fetch and check checkpoints."""
 
-import os
-import signal
 from pathlib import Path
 
 import click
@@ -32,11 +30,10 @@ def fetch(hub_id: str, directory: Path, revision: str | None) -> None:
     later call resumes an interrupted fetch, and fetches a complete checkpoint only once. Gated models need HF_TOKEN in
     the environment.
     """
-    from llama2_server.engine.checkpoint.hub import download_to
+    from llama2_server.engine.checkpoint.hub.download import download_to
 
-    # The first process of a container ignores SIGTERM unless it has a handler. Files that are complete are kept.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-    click.echo(f"{directory}: {'fetched' if download_to(directory, hub_id, revision) else 'already present'}")
+    fetched = download_to(directory, hub_id, revision, announce=click.echo)
+    click.echo(f"{directory}: {'fetched' if fetched else 'already present'}")
 
 
 @weights.command()

@@ -106,6 +106,10 @@ class Settings(BaseSettings):
     """Bits per weight on a CPU; 12 only where this is exact.
     auto selects the faster one for the processor and the slots; replies are the same. Weights that were converted from
     bfloat16, as Llama-2's were, fit in 12 bits and take a quarter less memory; others stay at 16 bits."""
+    threads: Annotated[PositiveInt | None, Group.MODEL] = None
+    """Number of CPU threads of the model, one per core by default.
+    Physical cores count, and the affinity and the CPU quota of the process limit them. By default, a model below 32 MiB
+    has one thread, because that is faster."""
     prompt_lookup: Annotated[bool, Group.MODEL] = True
     """Guess tokens from repeated text and check several in one step.
     Replies are the same, but those that quote or edit their prompt are faster. Only the native CPU step does it."""

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -18,8 +19,8 @@ from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.chat_template import check_chat_template
 from llama2_server.engine.checkpoint.config_cache import read_metadata
 from llama2_server.engine.checkpoint.formats import check_format
+from llama2_server.engine.checkpoint.hub.download import fetch_checkpoint, find_checkpoint
 from llama2_server.engine.checkpoint.layout import read_headers
-from llama2_server.engine.checkpoint.loader import fetch_checkpoint
 from llama2_server.engine.checkpoint.loader import load_model as load_weights
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.cuda.build import build_step_runner
@@ -86,7 +87,7 @@ def load_model(settings: Settings, card: ModelCard) -> LoadedModel:
 
 def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     started_at = time.monotonic()
-    checkpoint = demo_checkpoint() if uses_demo_weights(settings) else fetch_checkpoint(settings.weights or "")
+    checkpoint = _checkpoint(settings)
     check_format(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
     check_chat_template(checkpoint, tokenizer, allow_other=settings.allow_other_chat_template)
@@ -109,6 +110,7 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
             progress=progress.show,
             cpu_kernels=settings.cpu_kernels,
             cpu_weight_bits=settings.cpu_weight_bits,
+            threads=settings.threads,
         )
     seconds = time.monotonic() - started_at
     step_runner = build_step_runner(
@@ -121,6 +123,18 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     add_weights(fingerprint, files, settings.data_directory / "weights.json", model.weights.quick_digest())
     step_policy = StepPolicy(settings.prompt_lookup, settings.max_mixed_step_seconds)
     return LoadedModel(tokenizer, model, metadata.eos_ids, fingerprint, step_runner, step_policy)
+
+
+def _checkpoint(settings: Settings) -> Path:
+    if uses_demo_weights(settings):
+        return demo_checkpoint()
+    weights = settings.weights or ""
+    directory = find_checkpoint(weights)
+    if directory is None:
+        STARTUP_LOG.step(f"downloading {weights}")
+        directory = fetch_checkpoint(weights)
+        STARTUP_LOG.step("loading the model")
+    return directory
 
 
 def _fingerprint(inputs: dict[str, str], model: LlamaModel, step_runner: StepRunner) -> Fingerprint:

@@ -37,6 +37,8 @@ def configure(level: str, log_format: Literal["auto", "console", "json"], stream
     root.setLevel(max(threshold, logging.INFO))
     logging.getLogger(PACKAGE_LOGGER).setLevel(threshold)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs each of its plugins at every start
+    for library in ("httpx", "httpx2"):  # the Hub library's transport logs each request
+        logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # its debug mode logs the arguments of slow callbacks
     logging.captureWarnings(True)
     threading.excepthook = _on_thread_exception

@@ -7,6 +7,10 @@ class LedgerError(ConfigurationError):
     """The ledger cannot be opened with the current settings; the message is one line without passwords."""
 
 
+class NewerSchema(Exception):
+    """A newer version of this service has migrated the database."""
+
+
 class StoreUnavailable(Exception):
     """An operation on the usage store failed; `temporary` is True only if the cause is certainly temporary."""
 

@@ -8,14 +8,13 @@ from datetime import date
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
-from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from llama2_server.usage.budgets import statements as budgets
 from llama2_server.usage.budgets.budget import BudgetUse, Month, Reservation
 from llama2_server.usage.database import STATEMENT_SECONDS, create_engine
-from llama2_server.usage.errors import LedgerError, StoreUnavailable
+from llama2_server.usage.errors import LedgerError, NewerSchema, StoreUnavailable
 from llama2_server.usage.migrations import upgrade
 from llama2_server.usage.records import DailyUsage, UsageRecord
 from llama2_server.usage.schema import (
@@ -57,7 +56,7 @@ class Store:
         try:
             async with self._connection() as connection, _alembic_lock(), connection.begin():
                 await connection.run_sync(upgrade)
-        except CommandError as error:
+        except NewerSchema as error:
             raise LedgerError(
                 "--usage-url: a newer version of llama2-server has migrated the store; use that version"
             ) from error
@@ -147,7 +146,7 @@ class Store:
         try:
             async with asyncio.timeout(timeout_seconds), self._engine.connect() as connection:
                 yield connection
-        except CommandError:
+        except NewerSchema:
             raise
         except Exception as error:  # the exceptions of the drivers have no common base
             cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error

@@ -26,7 +26,9 @@ async def test_the_differences_are_the_listed_exceptions() -> None:
     assert await compare(ENOUGH_BODIES, seed=1, json_share=20, on_line=lambda _: None) == []
 
 
-@pytest.mark.parametrize("rule", ["_max_tokens_exceptions", "_role_exceptions", "_field_exceptions"])
+@pytest.mark.parametrize(
+    "rule", ["_max_tokens_exceptions", "_role_exceptions", "_field_exceptions", "_idempotency_exceptions"]
+)
 def test_an_unlisted_difference_is_found(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule of the service that the list of exceptions lacks is a difference without an explanation."""
     judge = Oracle(CARD, TOKENIZER / "tokenizer.model")

@@ -49,10 +49,10 @@ for tile in filter(None, VARIANTS):
         check_loop(build(matmul_kernels._matmul_kernel, tile.num_warps, **fused, **block), tile.block_n)
     check_loop(build(matmul_kernels._swiglu_kernel, tile.num_warps, **block), 2 * tile.block_n)
 build(attention_kernels._rotate_and_store_kernel, 1, BLOCK_HALF=64)
-split = {"SPLIT": attention_kernels.SPLIT_TOKENS, "BLOCK": attention_kernels.BLOCK_TOKENS}
+split = {"BLOCK": attention_kernels.BLOCK_TOKENS}
 build(attention_kernels._split_attention_kernel, 4, **split, GROUP=1, BLOCK_GROUP=16, BLOCK_DIM=128)
 build(attention_kernels._split_attention_kernel, 4, **split, GROUP=8, BLOCK_GROUP=16, BLOCK_DIM=128)
-build(attention_kernels._combine_kernel, 4, BLOCK_SPLITS=32, BLOCK_DIM=128)
+build(attention_kernels._combine_kernel, 4, BLOCK_SPLITS=8, BLOCK_DIM=128)
 """
 
 

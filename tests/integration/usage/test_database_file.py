@@ -6,13 +6,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+from alembic.script import ScriptDirectory
 from tests.integration.usage.conftest import LedgerOpener, stored
 from tests.integration.usage.expected_records import FINISHED, check_all, record_request, until_writable
 
 from llama2_server.errors import UsageUnavailable
+from llama2_server.usage import migrations
 from llama2_server.usage.errors import LedgerError
 from llama2_server.usage.local import file_system
 from llama2_server.usage.pricing import TokenUsage
+
+
+def test_the_current_version_is_the_last_migration() -> None:
+    """A database at this version is not migrated."""
+    scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+    assert scripts.get_heads() == [migrations.CURRENT_VERSION]
 
 
 def delete_all(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""A real Envoy for tests, run from `examples/envoy` with other addresses and more frequent health checks."""
+"""A real Envoy for tests, run with other addresses and more frequent health checks than its configuration has."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ class Envoy:
     admin: str
     http: httpx2.AsyncClient
     log: list[str]
+    health_port: int = 0  # of the chart's readiness probe
 
     async def post(self, body: object, path: str = "/v1/generate", **headers: str) -> httpx2.Response:
         """Post JSON; send a string unchanged."""
@@ -54,9 +55,10 @@ def _adapt(config: Any, address: str, names: NameServer | None, filter_chain: di
     """Return the configuration with free ports, for one server or for all addresses of the name server's name."""
     host, _, port = address.rpartition(":")
     config["admin"]["address"] = {"socket_address": {"address": "127.0.0.1", "port_value": 0}}
-    (listener,) = config["static_resources"]["listeners"]
-    listener["address"]["socket_address"]["port_value"] = 0
-    listener["filter_chains"][0] |= filter_chain
+    listeners = config["static_resources"]["listeners"]
+    for listener in listeners:
+        listener["address"]["socket_address"]["port_value"] = 0
+    listeners[0]["filter_chains"][0] |= filter_chain
     (cluster,) = config["static_resources"]["clusters"]
     (endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
     endpoint["endpoint"]["address"]["socket_address"] = {
@@ -83,13 +85,24 @@ async def running_envoy(
 
     `filter_chain` is merged into the listener's filter chain.
     """
-    command = envoy_command()
-    copy = copy_example(folder)
+    envoy_command()
+    async with running_copy(copy_example(folder), address, names, filter_chain) as envoy:
+        yield envoy
+
+
+@asynccontextmanager
+async def running_copy(
+    copy: Path,
+    address: str,
+    names: NameServer | None = None,
+    filter_chain: dict[str, Any] | None = None,
+    flags: Sequence[str] = ("-c", "envoy.yaml", "--disable-hot-restart", "--concurrency", "1"),
+) -> AsyncIterator[Envoy]:
+    """Run Envoy as `running_envoy` does, from a folder with `envoy.yaml` and the files that it names."""
     config = copy / "envoy.yaml"
     config.write_text(_adapt(yaml.safe_load(config.read_text()), address, names, filter_chain or {}))
-    flags = ["--disable-hot-restart", "--concurrency", "1", "--admin-address-path", "admin.txt"]
     process = await asyncio.create_subprocess_exec(
-        command, "-c", config.name, *flags, cwd=copy, stderr=asyncio.subprocess.PIPE
+        envoy_command(), *flags, "--admin-address-path", "admin.txt", cwd=copy, stderr=asyncio.subprocess.PIPE
     )
     assert process.stderr is not None
     log: list[str] = []
@@ -105,10 +118,13 @@ async def running_envoy(
         admin = (copy / "admin.txt").read_text()
         async with httpx2.AsyncClient(trust_env=False, timeout=30) as client:
             listeners = (await client.get(f"http://{admin}/listeners?format=json")).json()
-            local = listeners["listener_statuses"][0]["local_address"]["socket_address"]
-            address = f"{local['address']}:{local['port_value']}"
+            ports = {
+                found["name"]: found["local_address"]["socket_address"]["port_value"]
+                for found in listeners["listener_statuses"]
+            }
+            address = f"127.0.0.1:{ports['http']}"
             client.base_url = httpx2.URL(f"http://{address}")
-            yield Envoy(address, admin, client, log)
+            yield Envoy(address, admin, client, log, ports.get("health", 0))
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

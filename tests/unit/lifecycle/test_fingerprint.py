@@ -181,6 +181,7 @@ class CudaModel:
         self.device = SimpleNamespace(type="cuda")
         self.dtype = torch.float16
         self.slots = slots
+        self.prefill_chunk_tokens = 512
         self.rotary = (torch.zeros(2, 2), torch.ones(2, 2))
 
 
@@ -197,6 +198,7 @@ CUDA_CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Any, Any], None]] = {
     "precision": lambda patch, model, runner: patch.setattr(model, "dtype", torch.bfloat16),
     "tables": lambda patch, model, runner: patch.setattr(model, "rotary", (torch.ones(2, 2), torch.ones(2, 2))),
     "variants": lambda patch, model, runner: patch.setattr(runner, "kernel_choices", {"matmul variants": "b"}),
+    "chunk": lambda patch, model, runner: patch.setattr(model, "prefill_chunk_tokens", 1024),
     "kind": lambda patch, model, runner: patch.setattr(runner, "kind", StepKind.TORCH),
 }
 

@@ -1,6 +1,7 @@
 """Loading with the settings and the card, on small checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.checkpoints import edit_json
@@ -9,6 +10,8 @@ from tools.make_checkpoint import Shape, make_checkpoint
 from llama2_server.card import load_card
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
+from llama2_server.engine.model import llama
+from llama2_server.lifecycle import model_loading
 from llama2_server.lifecycle.model_loading import LoadedModel, load_model
 
 
@@ -40,3 +43,35 @@ def test_another_chat_template_needs_a_setting(tmp_path: Path, caplog: pytest.Lo
         load(weights, tmp_path)
     load(weights, tmp_path, allow_other_chat_template=True)
     assert "the server uses Llama-2's template" in caplog.text
+
+
+def test_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for a small model, the cores of this process for a large one, or the setting."""
+    weights = make_checkpoint(tmp_path / "weights", Shape(context=1024))
+
+    def threads(**settings: Any) -> int:
+        model = load(weights, tmp_path, **settings).model
+        assert isinstance(model, llama.LlamaModel)
+        return model.threads
+
+    monkeypatch.setattr(llama, "CPU_THREADS", 3)
+    assert threads() == 1
+    assert threads(threads=2) == 2
+    monkeypatch.setattr(llama, "SMALL_MODEL_BYTES", 0)
+    assert threads() == 3
+    assert threads(threads=2) == 2
+
+
+@pytest.mark.parametrize("has_device", [True, False])
+def test_a_gpu_that_torch_cannot_use_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_device: bool
+) -> None:
+    """With --device auto, the CPU runs the model; the warning has torch's reason. Without a GPU there is no warning."""
+    weights = make_checkpoint(tmp_path / "weights", Shape(context=1024))
+    monkeypatch.setattr(model_loading, "unusable_reason", lambda: "the driver is too old")
+    monkeypatch.setattr(model_loading, "has_nvidia_device", lambda: has_device)
+    assert load(weights, tmp_path, device="auto").model.device.type == "cpu"
+    warning = "running on the CPU, although this machine has an NVIDIA device: the driver is too old; install a CUDA"
+    assert (warning in caplog.text) is has_device
+    with pytest.raises(ConfigurationError, match="--device: cuda was requested, but torch cannot use it: the driver"):
+        load(weights, tmp_path, device="cuda")

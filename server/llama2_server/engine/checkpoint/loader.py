@@ -12,12 +12,17 @@ from torch import Tensor
 from llama2_server.engine.checkpoint.digests import verify_digests
 from llama2_server.engine.checkpoint.files import TensorEntry, read_config, read_tensor_table
 from llama2_server.engine.checkpoint.formats import check_format
-from llama2_server.engine.checkpoint.hub import fetch_checkpoint
 from llama2_server.engine.checkpoint.layout import check_context
-from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file
+from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, equal_in_file, reader_threads
 from llama2_server.engine.checkpoint.tokenizer_files import open_tokenizer
 from llama2_server.engine.errors import WeightsError
-from llama2_server.engine.memory import LOWER_MEMORY_USE, MemoryNeed, available_bytes, check_memory
+from llama2_server.engine.memory import (
+    CUDA_RESERVE_BYTES,
+    LOWER_MEMORY_USE,
+    MemoryNeed,
+    available_bytes,
+    check_memory,
+)
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.llama import CpuKernels, LlamaModel
 from llama2_server.engine.model.packed_weights import (
@@ -33,12 +38,7 @@ from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaW
 from llama2_server.engine.native.library import NativeUnavailable, find_instructions
 from llama2_server.engine.text.tokenizer import Tokenizer
 
-__all__ = ["fetch_checkpoint", "load_model"]
-
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Number of threads that read tensors. One thread would spend more time on new memory pages than on reading.
-CPU_READERS = 2
-
 MATCHING_FILES = "use the config.json and the weights of the same checkpoint"
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def load_model(
     progress: Progress | None = None,
     cpu_kernels: CpuKernels = "auto",
     cpu_weight_bits: CpuWeightBits = "auto",
+    threads: int | None = None,
 ) -> LlamaModel:
     """Load a checkpoint as a model with `slots` slots of `context_length` tokens each.
 
@@ -74,11 +75,10 @@ def load_model(
         progress: called after each tensor.
         cpu_kernels: "auto" uses the native kernels on a CPU if they are available.
         cpu_weight_bits: bits per weight that the native kernels read; 12 only where this is exact.
+        threads: number of CPU threads; None selects it.
 
     Raises:
-        WeightsError: the checkpoint is incomplete, has another architecture, does not match its tokenizer, contains
-            values that are not finite in `dtype`, or does not fit in memory. Errors that the headers reveal are raised
-            before memory is allocated.
+        WeightsError: it is incomplete, not a Llama, not finite in `dtype`, or too large; the headers are checked first.
     """
     config = config or read_config(directory)
     check_context(directory, config.max_positions, context_length)
@@ -94,7 +94,8 @@ def load_model(
         weights = _allocate_packed(config, cache_bytes) if packed else LlamaWeights.allocate(config, device, dtype)
         _read_tensors(stored, tensor_destinations(config, weights), progress or _no_progress)
         _log_packed_share(weights)
-        return LlamaModel(config, weights, context_length=context_length, slots=slots, cpu_kernels=cpu_kernels)
+        shape = {"context_length": context_length, "slots": slots}
+        return LlamaModel(config, weights, cpu_kernels=cpu_kernels, threads=threads, **shape)
     except (PackedMemoryFull, torch.OutOfMemoryError) as error:
         raise WeightsError(f"{directory}: {_memory_problem(device, error)}; {LOWER_MEMORY_USE}") from error
 
@@ -139,6 +140,7 @@ def _allocate_packed(config: LlamaConfig, cache_bytes: int) -> Weights:
 def _check_memory(directory: Path, device: str, need: MemoryNeed) -> None:
     """Raise WeightsError before any tensor is read, if the free memory of the device is too small."""
     if torch.device(device).type == "cuda":
+        need = need._replace(reserve_bytes=CUDA_RESERVE_BYTES)
         check_memory(directory, device, need, *torch.cuda.mem_get_info(device))
     else:
         check_memory(directory, device, need, available_bytes())
@@ -237,7 +239,7 @@ def _read_tensors(stored: dict[str, TensorEntry], destinations: dict[str, Destin
         return tensor.size_bytes
 
     order = sorted(stored.items(), key=lambda item: (item[1].path, item[1].offset))
-    with ThreadPoolExecutor(CPU_READERS if device.type == "cpu" else 1, initializer=create_buffers) as pool:
+    with ThreadPoolExecutor(reader_threads(device), initializer=create_buffers) as pool:
         for size_bytes in pool.map(read, order):
             done_bytes += size_bytes
             progress(done_bytes, total_bytes)

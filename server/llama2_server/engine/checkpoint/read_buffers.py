@@ -14,6 +14,14 @@ from llama2_server.engine.checkpoint.files import TensorEntry
 BUFFER_BYTES = 4 * 2**20
 # Rows that are packed together stay in a core's cache.
 PACKED_BUFFER_BYTES = 2**20
+# Number of threads that read tensors. On a CPU, one thread would spend more time on new memory pages than on reading.
+# On a GPU, one thread copies less from the page cache than the bus to the card can transfer.
+CPU_READERS, CUDA_READERS = 2, 4
+
+
+def reader_threads(device: torch.device) -> int:
+    """Return the number of threads that read tensors to a device."""
+    return CUDA_READERS if device.type == "cuda" else CPU_READERS
 
 
 def equal_in_file(one: TensorEntry, other: TensorEntry) -> bool:
@@ -37,10 +45,15 @@ def _read_float32(file: BufferedReader, dtype: torch.dtype, count: int) -> Tenso
 
 
 class ReadBuffers:
-    """Buffers that a file is read into; on CUDA, one is read into while the device copies the other."""
+    """Buffers of one thread that a file is read into; on CUDA, one is read into while the device copies the other.
+
+    Each thread copies on its own stream, so that the device does not wait for the slowest reader.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._buffers = itertools.cycle([_Buffer(device) for _ in range(2 if device.type == "cuda" else 1)])
+        on_cuda = device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._buffers = itertools.cycle([_Buffer(device) for _ in range(2 if on_cuda else 1)])
 
     def fill(self, destination: Tensor, dtype: torch.dtype, file: BufferedReader) -> bool:
         """Read a contiguous tensor, stored as `dtype`, from the current position of the file.
@@ -53,12 +66,14 @@ class ReadBuffers:
         flat = destination.view(-1)  # parts of a fused matrix are contiguous rows
         extremes: list[Tensor] = []
         step = BUFFER_BYTES // dtype.itemsize
-        for start in range(0, flat.shape[0], step):
-            target = flat[start : start + step]
-            next(self._buffers).copy_into(target, dtype, file)
-            # Minimum and maximum reveal NaN and infinity, in a fiftieth of the time of checking each number.
-            extremes += torch.aminmax(target)
-        return bool(torch.stack(extremes).isfinite().all()) if extremes else True
+        with torch.cuda.stream(self._stream):  # without a stream, this changes nothing
+            for start in range(0, flat.shape[0], step):
+                target = flat[start : start + step]
+                next(self._buffers).copy_into(target, dtype, file)
+                # Minimum and maximum reveal NaN and infinity, in a fiftieth of the time of checking each number.
+                extremes += torch.aminmax(target)
+            # The result waits for the stream, so that other streams may read the weights from here on.
+            return bool(torch.stack(extremes).isfinite().all()) if extremes else True
 
     def read_rows(self, tensor: TensorEntry, file: BufferedReader) -> Iterator[tuple[int, Tensor]]:
         """Read a matrix from the current position of the file; yield blocks of rows, each with its first row's index.
@@ -82,7 +97,8 @@ class _Buffer:
         self._device = device
         self._memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_cuda)
         self._bytes: Any = self._memory.numpy()  # the same memory, in the form that `readinto` accepts
-        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        # A blocking event, because any other keeps a core busy that another thread could read with.
+        self._copied = torch.cuda.Event(blocking=True) if on_cuda else None  # type: ignore[no-untyped-call]
 
     def read(self, size_bytes: int, file: BufferedReader) -> Tensor:  # (size_bytes,) uint8
         """Read bytes into the buffer and return them."""
@@ -102,6 +118,6 @@ class _Buffer:
         if direct:
             return
         # Copied in the stored dtype; the device converts it if necessary.
-        target.copy_(self._memory[:size_bytes].view(dtype).to(self._device, non_blocking=True))
+        target.copy_(self._memory[:size_bytes].view(dtype).to(target.device, non_blocking=True))
         if self._copied:
             self._copied.record()

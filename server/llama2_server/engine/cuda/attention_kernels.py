@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens of a slot's KV cache that one program attends to, in total and per iteration.
-SPLIT_TOKENS = 128
+# Tokens of a slot's KV cache that one program attends to per iteration.
 BLOCK_TOKENS = 64
+# Programs per row over which a row's tokens are split: enough that one row fills a large card.
+PROGRAMS_PER_ROW = 256
 MIN_QUERIES = 16  # minimum number of rows of tl.dot
 
 
@@ -91,7 +92,6 @@ def _split_attention_kernel(
     context_length,
     head_dim,
     factor,
-    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -99,15 +99,17 @@ def _split_attention_kernel(
 ):
     """Attend to one split of the context with the queries that share a key; store partial means and log-sum-exps.
 
-    Dao et al. 2023 (Flash-Decoding): the splits are processed in parallel and combined afterwards.
+    Dao et al. 2023 (Flash-Decoding): the splits are processed in parallel and combined afterwards. Their length follows
+    from the row's own number of tokens, so that a short context has few and a long one has balanced splits.
     """
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tokens = tl.load(positions + row) + 1
+    split_tokens = tl.cdiv(tl.cdiv(tokens, BLOCK), tl.num_programs(2)) * BLOCK
     member, dim = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
     in_group, in_head, head = member < GROUP, dim < head_dim, kv_head * GROUP + member
     mask = in_group[:, None] & in_head[None, :]
     index = (row * heads + head) * tl.num_programs(2) + split
-    begin = split * SPLIT
+    begin = split * split_tokens
     if begin >= tokens:
         tl.store(log_sum_exps + index, tl.full((BLOCK_GROUP,), float("-inf"), tl.float32), mask=in_group)
     else:
@@ -116,7 +118,7 @@ def _split_attention_kernel(
         max_score = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
         weight_sum = tl.zeros((BLOCK_GROUP,), tl.float32)
         sums = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
-        for start in range(begin, tl.minimum(begin + SPLIT, tokens), BLOCK):
+        for start in range(begin, tl.minimum(begin + split_tokens, tokens), BLOCK):
             token = start + tl.arange(0, BLOCK)
             seen = token < tokens
             offset = base + token[:, None].to(tl.int64) * head_dim + dim[None, :]
@@ -185,6 +187,12 @@ def rotate_and_store(
     return queries
 
 
+def split_count(kv_heads: int, context_length: int) -> int:
+    """Return the maximum number of splits of a row's tokens per head that holds keys, a power of two."""
+    blocks = triton.cdiv(context_length, BLOCK_TOKENS)
+    return int(min(triton.next_power_of_2(triton.cdiv(PROGRAMS_PER_ROW, kv_heads)), triton.next_power_of_2(blocks)))
+
+
 def attend(
     queries: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:  # (rows, heads, head_dim) -> (rows, heads * head_dim)
@@ -192,7 +200,7 @@ def attend(
     _, kv_heads, context_length, head_dim = keys.shape
     rows, heads, _ = queries.shape
     group = heads // kv_heads
-    splits = triton.cdiv(context_length, SPLIT_TOKENS)
+    splits = split_count(kv_heads, context_length)
     partials = queries.new_empty((rows, heads, splits, head_dim), dtype=torch.float32)
     log_sum_exps = queries.new_empty((rows, heads, splits), dtype=torch.float32)
     out = queries.new_empty((rows, heads * head_dim))
@@ -210,7 +218,6 @@ def attend(
         context_length,
         head_dim,
         head_dim**-0.5,
-        SPLIT=SPLIT_TOKENS,
         BLOCK=BLOCK_TOKENS,
         GROUP=group,
         BLOCK_GROUP=max(MIN_QUERIES, triton.next_power_of_2(group)),

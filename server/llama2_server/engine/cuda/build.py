@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama2_server.engine.errors import EngineError
+from llama2_server.engine.errors import EngineError, OutOfMemory, WeightsError
+from llama2_server.engine.memory import LOWER_MEMORY_USE
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import HostStepRunner, StepRunner, host_step_runner
 
@@ -22,12 +23,39 @@ VERIFICATION_TOKENS = 48
 def build_step_runner(model: LlamaModel, *, compiled: bool, cache_directory: Path | None) -> StepRunner:
     """Return the fastest available step runner; if CUDA runs in plain torch, one log record gives the reason.
 
-    Compiled kernels and autotuning results are cached under `cache_directory` for the next start.
+    Compiled kernels and autotuning results are cached under `cache_directory` for the next start. On CUDA, a prompt of
+    the full context is prefilled once.
+
+    Raises:
+        WeightsError: such a prompt does not fit into the memory of the card.
     """
     if model.device.type != "cuda":
         return host_step_runner(model)
+    step_runner = _cuda_or_torch_step_runner(model, compiled=compiled, cache_directory=cache_directory)
+    prefill_full_context(model)
+    return step_runner
+
+
+def prefill_full_context(model: LlamaModel) -> None:
+    """Prefill the longest prompt in the engine's chunks, so that a long prompt cannot be the first to need the memory.
+
+    Raises:
+        WeightsError: the device is out of memory.
+    """
+    token_ids = [1 + index % (model.vocab_size - 1) for index in range(model.context_length)]
+    try:
+        for start in range(0, model.context_length, model.prefill_chunk_tokens):
+            model.prefill(0, token_ids[start : start + model.prefill_chunk_tokens], start)
+    except OutOfMemory as error:
+        raise WeightsError(
+            f"a prompt of {model.context_length} tokens does not fit on {model.device} next to the weights and the KV "
+            f"cache: {error}; {LOWER_MEMORY_USE}"
+        ) from error
+
+
+def _cuda_or_torch_step_runner(model: LlamaModel, *, compiled: bool, cache_directory: Path | None) -> StepRunner:
     if not compiled:
-        logger.info("running in plain torch, which is slower: --gpu-kernels is torch")
+        logger.warning("running in plain torch, which is slower: --gpu-kernels is torch")
         return HostStepRunner(model)
     try:
         return _build_cuda_step_runner(model, cache_directory)

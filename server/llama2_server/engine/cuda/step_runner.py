@@ -41,20 +41,21 @@ class _HostBuffers:
         on_cuda = device.type == "cuda"
         self.table = torch.empty(rows, COLUMNS, dtype=torch.float64, pin_memory=on_cuda)
         self.token_ids = torch.empty(rows, dtype=torch.long, pin_memory=on_cuda)
-        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        # A blocking event, because any other keeps a core busy until the device has copied the tokens.
+        self._copied = torch.cuda.Event(blocking=True) if on_cuda else None  # type: ignore[no-untyped-call]
 
-    def fetch(self, token_ids: Tensor) -> Iterator[TokenOrError]:  # (rows,)
-        """Start to copy the tokens to the host; reading the first one waits for the copy."""
+    def fetch(self, token_ids: Tensor) -> None:  # (rows,)
+        """Start to copy the tokens to the host."""
         self.token_ids[: token_ids.shape[0]].copy_(token_ids, non_blocking=True)
         if self._copied:
             self._copied.record()
-        return self._read(token_ids.shape[0])
 
-    def _read(self, rows: int) -> Iterator[TokenOrError]:
+    def read(self, rows: int) -> list[int]:
+        """Wait for the copy and return the tokens of the first rows."""
         if self._copied:
             self._copied.synchronize()
-        for token_id in self.token_ids[:rows].tolist():
-            yield NonFiniteLogits() if token_id == NO_TOKEN else token_id
+        found: list[int] = self.token_ids[:rows].tolist()
+        return found
 
 
 class CudaStepRunner:
@@ -76,10 +77,9 @@ class CudaStepRunner:
         self._batch_sizes = _batch_sizes(model.slots)
         self._table = torch.zeros(self._batch_sizes[-1], COLUMNS, dtype=torch.float64, device=model.device)
         self._token_ids = torch.zeros(self._batch_sizes[-1], dtype=torch.long, device=model.device)
-        # The host writes one buffer while the device still reads the other.
-        self._host_buffers = itertools.cycle(
-            _HostBuffers(self._batch_sizes[-1], model.device) for _ in range(self.lookahead + 1)
-        )
+        # Buffers of steps whose tokens have been read. Nothing else may be written: the device may still read a table,
+        # and the tokens of an earlier step may be unread when a later step raises.
+        self._read_buffers: list[_HostBuffers] = []
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
@@ -109,7 +109,7 @@ class CudaStepRunner:
             self._penalty_state.reset(sequence.slot, sequence.prompt_ids)
         buffers = self._upload([sequence], 1)
         self._sample(logits[None], is_argmax(sequence.params))
-        return buffers.fetch(self._token_ids[:1])
+        return self._fetch(buffers, 1)
 
     @torch.inference_mode()
     def decode(self, rows: SequenceOf[Sequence]) -> Iterable[TokenOrError]:
@@ -122,13 +122,26 @@ class CudaStepRunner:
             graph.replay()
         else:
             self._step(size, argmax_only)
-        return buffers.fetch(self._token_ids[: len(rows)])
+        return self._fetch(buffers, len(rows))
+
+    def _fetch(self, buffers: _HostBuffers, rows: int) -> Iterator[TokenOrError]:
+        """Start to copy the tokens of the first rows to the host; reading the first one waits for the copy."""
+        buffers.fetch(self._token_ids[:rows])
+        return self._read(buffers, rows)
+
+    def _read(self, buffers: _HostBuffers, rows: int) -> Iterator[TokenOrError]:
+        token_ids = buffers.read(rows)
+        self._read_buffers.append(buffers)
+        for token_id in token_ids:
+            yield NonFiniteLogits() if token_id == NO_TOKEN else token_id
 
     def _upload(self, rows: SequenceOf[Sequence], size: int) -> _HostBuffers:
         padding = [0.0] * COLUMNS
         padding[SLOT], padding[POSITION], padding[REPETITION] = self._model.slots, PADDING_POSITION, 1.0
         table = [*map(self._row, rows), *[padding] * (size - len(rows))]
-        buffers = next(self._host_buffers)
+        buffers = (
+            self._read_buffers.pop() if self._read_buffers else _HostBuffers(self._batch_sizes[-1], self._model.device)
+        )
         buffers.table[:size] = torch.tensor(table, dtype=torch.float64)
         self._table[:size].copy_(buffers.table[:size], non_blocking=True)
         return buffers

@@ -57,6 +57,8 @@ def execution_inputs(model: LlamaModel, step_runner: StepRunner) -> dict[str, st
         return inputs
     inputs["torch"] = f"{torch.__version__}, {_digest(torch.__config__.show())}"
     inputs["variables"] = _digest(dict(_library_variables()))
+    # The chunks of a prompt decide the order of sums.
+    inputs["prefill chunk"] = str(model.prefill_chunk_tokens)
     if model.device.type == "cuda":
         return inputs | _cuda_inputs(model.device) | step_runner.kernel_choices
     return inputs | {

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
+from llama2_server.engine.control_groups import available_cores
 from llama2_server.engine.errors import EngineError, OutOfMemory
 from llama2_server.engine.model.kv_cache import KVCache, Slot
 from llama2_server.engine.model.native_decoder import NativeDecoder
 from llama2_server.engine.model.packed_weights import PackedMatrix
+from llama2_server.engine.model.prefill_chunks import cuda_chunk_tokens
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.native.library import NativeUnavailable
 
@@ -26,11 +28,11 @@ CpuKernels = Literal["auto", "torch"]  # auto: the native kernels if they are av
 # A smaller model runs on one CPU thread. Two threads would wait for each other longer than one thread needs for the
 # step, above all if other programs use the CPU.
 SMALL_MODEL_BYTES = 32 * 1024 * 1024
-# torch's default number of threads: one per core, or the value of OMP_NUM_THREADS.
-CPU_THREADS = torch.get_num_threads()
+# torch's default, one per physical core or the value of OMP_NUM_THREADS, but not more than this process can use.
+CPU_THREADS = min(torch.get_num_threads(), available_cores())
 # Matrix products in torch are fast from some hundreds of rows on. The native kernels take at most 48 rows at a time.
-# Even larger chunks would be faster on a GPU, but only whole chunks are reused there (engine/prefix_cache.py), and the
-# other sequences wait for each chunk.
+# The chunks of a GPU depend on the card (model/prefill_chunks.py). Only whole chunks are reused in torch
+# (engine/prefix_cache.py), and the other sequences wait for each chunk.
 TORCH_CHUNK_TOKENS = 512
 NATIVE_CHUNK_TOKENS = 48
 # From this number of rows on, a CPU multiplies float32 copies of float16 weight blocks faster than the weight itself.
@@ -44,7 +46,7 @@ class LlamaModel:
 
     The model runs on the device and in the dtype of `weights`; packed weights need the native kernels.
     `context_length` is the number of tokens per slot, and `slots` is the maximum number of concurrent sequences.
-    `native` runs the model natively; None if it runs in torch.
+    `threads` is the number of CPU threads; None selects it. `native` runs the model natively; None if it runs in torch.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class LlamaModel:
         context_length: int,
         slots: int,
         cpu_kernels: CpuKernels = "auto",
+        threads: int | None = None,
     ) -> None:
         self.config = config
         self.weights: LlamaWeights[Any] = weights
@@ -73,10 +76,13 @@ class LlamaModel:
             self._linear = _fp16_linear_cpu
         # On a CPU, attention over 16-bit keys is slower and less exact than attention over float32 copies of them.
         self._widen = self.device.type == "cpu" and self.dtype != torch.float32
-        self.threads = 1 if weights.parameters * self.dtype.itemsize < SMALL_MODEL_BYTES else CPU_THREADS
+        is_small = weights.parameters * self.dtype.itemsize < SMALL_MODEL_BYTES
+        self.threads = threads or (1 if is_small else CPU_THREADS)
         self.native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
         self.chunk_invariant = self.native is not None
         self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self.native else TORCH_CHUNK_TOKENS
+        if self.device.type == "cuda":
+            self.prefill_chunk_tokens = cuda_chunk_tokens(torch.cuda.get_device_name(self.device), weights.parameters)
 
     def _native_decoder(self, cpu_kernels: CpuKernels) -> NativeDecoder | None:
         """Return the decoder in C++, or log why it is unavailable and return None."""
@@ -227,10 +233,15 @@ class LlamaModel:
         attended = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
         return attended.to(self.dtype) if self._widen else attended
 
-    def _chunk_mask(self, position: int, end: int) -> Tensor | None:  # (tokens, end) bool
+    def _chunk_mask(self, position: int, end: int) -> Tensor | None:  # (tokens, end)
         """Return the causal mask of a chunk after cached tokens; None at position 0, where torch's causal mask fits."""
         if position == 0:
             return None
+        if self.device.type == "cuda":  # flash attention takes this mask, but no mask of numbers
+            # Imported late, because it imports Triton, whose environment build.py sets.
+            from torch.nn.attention.bias import causal_lower_right
+
+            return causal_lower_right(end - position, end)
         return torch.ones(end - position, end, dtype=torch.bool, device=self.device).tril(position)
 
     def _finish_layer(

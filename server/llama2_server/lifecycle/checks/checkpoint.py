@@ -7,7 +7,8 @@ from llama2_server.card import ModelCard
 from llama2_server.config.settings import DEMO_CARD, Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.formats import check_format
-from llama2_server.engine.checkpoint.hub import find_checkpoint
+from llama2_server.engine.checkpoint.hub.download import find_checkpoint
+from llama2_server.engine.checkpoint.hub.plan import cached_checkpoint
 from llama2_server.engine.checkpoint.layout import check_context, read_headers, read_json
 from llama2_server.engine.cuda.driver import has_nvidia_device
 from llama2_server.engine.errors import WeightsError
@@ -29,7 +30,7 @@ def demo_checkpoint() -> Path:
 
 
 def check_checkpoint(settings: Settings, card: ModelCard) -> None:
-    """Check the format, the files and the memory of a checkpoint on this machine; a download is checked later.
+    """Check the format, the files and the memory of a checkpoint on this machine, or the disk space of a download.
 
     Raises:
         ConfigurationError: the server cannot serve it.
@@ -42,7 +43,7 @@ def check_checkpoint(settings: Settings, card: ModelCard) -> None:
             "meta-llama/Llama-2-7b-chat-hf, or demo for the weights of the demo model"
         )
     try:
-        directory = find_checkpoint(settings.weights)
+        directory = find_checkpoint(settings.weights) or cached_checkpoint(settings.weights)
         if directory is not None:
             _check_files(directory, settings, card)
     except WeightsError as error:

@@ -14,9 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
-from alembic.util import CommandError
 
-from llama2_server.usage.errors import LedgerError
+from llama2_server.usage.errors import LedgerError, NewerSchema
 from llama2_server.usage.migrations import upgrade
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class Database:
             return cls(path)
         except OSError as error:
             raise LedgerError(f"--data-directory: {path}: {error.strerror}") from error
-        except CommandError as error:
+        except NewerSchema as error:
             raise LedgerError(
                 f"--data-directory: a newer version of llama2-server has migrated {path}; use that version"
             ) from error

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from llama2_server.engine.checkpoint.hub import fetch_checkpoint
+from llama2_server.engine.checkpoint.hub.download import fetch_checkpoint
 from llama2_server.engine.errors import WeightsError
 
 

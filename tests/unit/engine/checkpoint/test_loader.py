@@ -158,7 +158,8 @@ def test_a_model_too_large_for_the_gpu_is_rejected_before_it_is_read(
     """One line reports the needed memory, its parts and the free memory."""
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (500_000, 80_000_000_000))
     expected = (
-        r"needs 2\.6 GB on cuda \(0\.0 GB of weights, 2\.6 GB of KV cache for 40000 x 128 tokens\), "
+        r"needs 3\.2 GB on cuda \(0\.0 GB of weights, 2\.6 GB of KV cache for 40000 x 128 tokens, "
+        r"0\.6 GB to compute with\), "
         r"but only 0\.0 of 80\.0 GB are free; free memory, or lower context_length_limit or max_concurrent_requests"
     )
     with pytest.raises(WeightsError, match=expected) as rejection:

@@ -1,7 +1,8 @@
 """Tests of the choice of the step runner, of autotuning, and of the verification of the logits."""
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
+from llama2_server.engine.cuda import build
 from llama2_server.engine.cuda.build import build_step_runner, verify_logits
-from llama2_server.engine.errors import EngineError
+from llama2_server.engine.errors import EngineError, OutOfMemory, WeightsError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import HostStepRunner
 
@@ -31,9 +33,40 @@ def model(checkpoint: MakeCheckpoint) -> LlamaModel:
     )
 
 
-def on_fake_gpu(model: LlamaModel) -> Any:
+def on_fake_gpu(model: LlamaModel, prefill: Callable[..., object] = lambda *_: None) -> Any:
     """Return a stand-in for the model that claims to be on a GPU."""
-    return SimpleNamespace(device=torch.device("cuda"), slots=model.slots, config=model.config, weights=model.weights)
+    names = ("slots", "config", "weights", "vocab_size", "context_length")
+    parts = {name: getattr(model, name) for name in names}
+    return SimpleNamespace(device=torch.device("cuda"), prefill=prefill, prefill_chunk_tokens=50, **parts)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prompt_of_the_full_context_is_prefilled_before_serving(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """The start computes each chunk of the longest prompt, with custom kernels and without."""
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr(build, "_build_cuda_step_runner", lambda *_: HostStepRunner(model))
+    chunks: list[tuple[int, int, int]] = []
+
+    def prefill(slot: int, token_ids: list[int], position: int) -> None:
+        chunks.append((slot, position, len(token_ids)))
+
+    build_step_runner(on_fake_gpu(model, prefill), compiled=compiled, cache_directory=None)
+    assert chunks == [(0, 0, 50), (0, 50, 50), (0, 100, 28)]
+
+
+def test_a_card_too_small_for_a_long_prompt_is_rejected(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one line with the remedy; the server does not start and fail later."""
+
+    def prefill(slot: int, token_ids: list[int], position: int) -> None:
+        if position == 100:
+            raise OutOfMemory("out of memory in a prefill of 28 tokens: no")
+
+    monkeypatch.setattr(build, "_build_cuda_step_runner", lambda *_: HostStepRunner(model))
+    expected = r"a prompt of 128 tokens does not fit on cuda next to .* 28 tokens: no; free memory, or lower context"
+    with pytest.raises(WeightsError, match=expected):
+        build_step_runner(on_fake_gpu(model, prefill), compiled=True, cache_directory=None)
 
 
 def test_a_model_on_the_cpu_is_sampled_on_the_host(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,16 +141,42 @@ def test_the_fastest_correct_variant_is_selected(
 ) -> None:
     """The fastest variant is selected; variants with wrong results are rejected and logged."""
     workloads = dict(autotuning._workloads(model))
-    seconds = iter([0.3, 0.2, 0.1, *[0.4] * (len(autotuning.VARIANTS) - 3)])
     name, workload = list(workloads.items())[1]  # the smallest matmul, because the interpreter is slow
-    assert autotuning.fastest_variant(workload, 1e-5, name, lambda run: next(seconds)) == autotuning.VARIANTS[2]
+    timers = iter([[0.3], [0.2], [0.1], *[[0.4]] * (len(autotuning.VARIANTS) - 3)])
+    assert autotuning.fastest_variant(workload, 1e-5, name, timer_of(timers)) == autotuning.VARIANTS[2]
 
     def wrong_in_custom_kernels(matmul: Any) -> Tensor:
         result: Tensor = workload(matmul)
         return result if matmul.variants.get(name) is None else result * 1.1
 
-    assert autotuning.fastest_variant(wrong_in_custom_kernels, 1e-5, name, lambda run: 1.0) is None
+    assert autotuning.fastest_variant(wrong_in_custom_kernels, 1e-5, name, timer_of(iter([[1.0]]))) is None
     assert caplog.text.count("has a relative error of 0.100") == len(autotuning.VARIANTS) - 1
+
+
+def timer_of(seconds: Iterator[list[float]]) -> Callable[[Callable[[], Tensor]], Callable[[], float]]:
+    """Return a made timer: each variant has a list of the seconds of its rounds, which repeats."""
+    return lambda run: itertools.cycle(next(seconds)).__next__
+
+
+def test_variants_take_turns_and_the_minimum_counts(autotuning: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card whose clock rises during the measurement does not favor the last variant."""
+    monkeypatch.setattr(autotuning, "_correct_variants", lambda *_: ((index, lambda: None) for index in range(3)))
+    measured: list[int] = []
+    clock, variants = itertools.count(1), itertools.count()
+
+    def timer(run: object) -> Callable[[], float]:
+        variant = next(variants)
+
+        def measure() -> float:
+            measured.append(variant)
+            return (1.0 if variant == 1 else 1.5) / next(clock)
+
+        return measure
+
+    rounds = autotuning.ROUNDS
+    clocks = [1.5 / (1 + 3 * (rounds - 1)), 1.0 / (2 + 3 * (rounds - 1)), 1.5 / (3 + 3 * (rounds - 1))]
+    assert autotuning.fastest_variant(None, 1e-5, "name", timer) == clocks.index(min(clocks)) == 1
+    assert measured == [0, 1, 2] * rounds
 
 
 def test_every_matmul_of_a_step_is_autotuned(autotuning: Any, model: LlamaModel) -> None:
@@ -142,7 +201,10 @@ def test_every_matmul_of_a_step_is_autotuned(autotuning: Any, model: LlamaModel)
 def test_variants_are_cached_for_the_same_device_and_software(
     autotuning: Any, model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second start measures nothing; another device, another version or a broken file is measured again."""
+    """The second start measures nothing.
+
+    After a change of device, driver, version or kernel source, or with a broken file, the variants are measured again.
+    """
     measured: list[str] = []
 
     def fastest_variant(workload: object, epsilon: float, name: str) -> Any:
@@ -151,6 +213,7 @@ def test_variants_are_cached_for_the_same_device_and_software(
 
     monkeypatch.setattr(autotuning, "fastest_variant", fastest_variant)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 1, raising=False)
     file = tmp_path / "there" / "variants.json"
     first = autotuning.autotune(model, file)
     assert list(first) == measured
@@ -162,7 +225,16 @@ def test_variants_are_cached_for_the_same_device_and_software(
     autotuning.autotune(model, file)
     file.write_text("{")
     autotuning.autotune(model, file)
-    assert len(measured) == 4 * len(first)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 2)
+    autotuning.autotune(model, file)
+    monkeypatch.setattr(autotuning, "kernel_module", lambda: "another module")
+    autotuning.autotune(model, file)
+    (tmp_path / "kernels.py").write_text("another source")
+    monkeypatch.setattr(autotuning.matmul_kernels, "__file__", str(tmp_path / "kernels.py"))
+    autotuning.autotune(model, file)
+    assert len(measured) == 7 * len(first)
+    autotuning.autotune(model, file)
+    assert len(measured) == 7 * len(first)
     (tmp_path / "file").write_text("")
     autotuning.autotune(
         model, tmp_path / "file" / "variants.json"

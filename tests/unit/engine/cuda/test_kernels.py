@@ -104,16 +104,42 @@ def test_rotate_and_store(kernels: Any, random: RandomTensors, dtype: torch.dtyp
     assert torch.equal(values, expected_values)
 
 
+def attention_kernels() -> Any:
+    """Return the module, which needs Triton."""
+    from llama2_server.engine.cuda import attention_kernels
+
+    return attention_kernels
+
+
+def test_a_row_has_as_many_splits_as_fill_a_card(kernels: Any) -> None:
+    """7B has 8 splits of 32 heads, a model with 8 key heads has 32, and no split is shorter than a block."""
+    assert [kernels.split_count(*sizes) for sizes in ((32, 3072), (8, 4096), (40, 3072), (2, 64))] == [8, 32, 8, 1]
+
+
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_attend(kernels: Any, random: RandomTensors, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
-    """Attention over a slot's tokens: the first token, ends of blocks and splits, a full slot, and a padding row."""
+def test_attend(
+    kernels: Any,
+    random: RandomTensors,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Attention over a slot's tokens: the first token, ends of blocks and splits, a full slot, and a padding row.
+
+    Keys and values after a row's position are not numbers, and change nothing.
+    """
     count, kv_count, head_dim = heads
-    split, block = kernels.SPLIT_TOKENS, kernels.BLOCK_TOKENS
-    context = 2 * split + 10
-    positions = [0, block - 1, block, split - 1, split, split + block, context - 1, -1]
+    monkeypatch.setattr(attention_kernels(), "PROGRAMS_PER_ROW", 4 * kv_count)  # four splits
+    block = kernels.BLOCK_TOKENS
+    context = 5 * block + 10
+    positions = [0, block - 1, block, 2 * block + 5, 4 * block - 1, 4 * block, context - 1, -1]
     slots = [3, 1, 0, 2, 3, 1, 0, len(positions)]
     queries = random(len(positions), count, head_dim)
     keys, values = random(4, kv_count, context, head_dim), random(4, kv_count, context, head_dim)
+    for row, slot in enumerate(slots[:2]):
+        keys[slot, :, positions[row] + 1 :] = values[slot, :, positions[row] + 1 :] = float("nan")
+    slots[5:6] = [2]  # slots 3 and 1 end early
+    slots[4:5] = [0]
     rows = (torch.tensor(slots, device=queries.device), torch.tensor(positions, device=queries.device))
     found = kernels.attend(queries, *rows, keys, values)
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):

@@ -12,7 +12,7 @@ from tests.support.sampling.token_reader import Reader
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.step_runner import CudaStepRunner, _batch_sizes
+from llama2_server.engine.cuda.step_runner import CudaStepRunner, _batch_sizes, _HostBuffers
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sampling import GenerationParams
@@ -43,11 +43,15 @@ class PlainForward:
         self.rows: list[int] = []
         self.sizes: list[int] = []
         self.broken_slot: int | None = None
+        self.raising_steps: set[int] = set()
         self.entered = threading.Semaphore(0)
         self.gate: threading.Semaphore | None = None
 
     def __call__(self, token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:  # (rows, vocab_size)
         self.entered.release()
+        if len(self.sizes) in self.raising_steps:
+            self.sizes.append(len(slots))
+            raise RuntimeError("the device cannot run this step")
         if self.gate:
             self.gate.acquire()
         used = positions >= 0
@@ -180,6 +184,47 @@ def test_a_row_without_a_token_fails_alone(engine: Engine, forward: PlainForward
     submit(engine, after, seed=1)
     assert after.result().reason is FinishReason.MAX_TOKENS
     assert after.token_ids == intact.token_ids
+
+
+def test_a_step_that_raises_leaves_unread_tokens_alone(checkpoint: MakeCheckpoint) -> None:
+    """Tokens of an earlier step can be unread then; no later step overwrites them.
+
+    The first step has sequences 0 and 1, and is the last one of sequence 0. The second step raises before the engine
+    reads the first. Sequence 2 starts in between, so its own first token is ready before sequence 0 gets its last one.
+    """
+    model = load(checkpoint(heads=4, kv_heads=2))
+    forward = PlainForward(model)
+    runner = CudaStepRunner(model, forward)
+    expected = plain_tokens(load(checkpoint(heads=4, kv_heads=2)), seed=0, max_tokens=2)
+    sequences = [sequence_of(seed, slot=seed) for seed in range(3)]
+    for sequence in sequences[:2]:
+        (token,) = runner.prefill(sequence, sequence.prompt_ids)
+        assert isinstance(token, int)
+        sequence.output_ids.append(token)
+        sequence.position = len(sequence.prompt_ids)
+    unread = runner.decode(sequences[:2])
+    forward.raising_steps = {1}
+    with pytest.raises(RuntimeError, match="cannot run this step"):
+        runner.decode(sequences[1:2])
+    later = runner.prefill(sequences[2], sequences[2].prompt_ids)
+    assert [sequences[0].output_ids[0], next(iter(unread))] == expected
+    assert list(later) == plain_tokens(load(checkpoint(heads=4, kv_heads=2)), seed=2, max_tokens=1)
+
+
+def sequence_of(seed: int, slot: int) -> Sequence:
+    params = GenerationParams(max_tokens=8, temperature=0, seed=seed)
+    sequence = Sequence(some_ids(5, seed), params, Reader(), None)
+    sequence.slot, sequence.position = slot, 0
+    return sequence
+
+
+def test_waiting_for_the_device_uses_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event is a blocking one; CUDA's default spins until the device has finished."""
+    arguments: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **options: torch.zeros(1) if options["pin_memory"] else None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: arguments.append(options))
+    _HostBuffers(1, torch.device("cuda"))
+    assert arguments == [{"blocking": True}]
 
 
 def test_a_prompt_with_nan_logits_fails(engine: Engine, model: LlamaModel) -> None:

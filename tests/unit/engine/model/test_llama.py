@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,35 @@ def test_16_bit_logits_are_close_to_float32(checkpoint: MakeCheckpoint, dtype: t
     ids = some_ids(100)
     assert relative_error(narrow.prefill(0, ids, 0), wide.prefill(0, ids, 0)) < bound
     assert relative_error(narrow.decode([0], [7], [100]), wide.decode([0], [7], [100])) < bound
+
+
+@pytest.mark.parametrize("shape", [SHAPES["multi-head"], SHAPES["grouped"]], ids=["multi-head", "grouped"])
+def test_later_chunks_on_a_gpu_can_use_flash_attention(
+    checkpoint: MakeCheckpoint, shape: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their mask is torch's lower-right causal bias, with the same logits as the mask of numbers on a CPU."""
+    directory, ids = checkpoint(**shape), some_ids(100)
+    models = [
+        load_model(directory, device="cpu", dtype=torch.float32, context_length=CONTEXT, slots=1, cpu_kernels="torch")
+        for _ in range(2)
+    ]
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    masks: list[Any] = []
+
+    def chunk_mask(position: int, end: int) -> Tensor | None:
+        mask = LlamaModel._chunk_mask(on_gpu, position, end)
+        masks.append(mask)
+        return mask
+
+    monkeypatch.setattr(models[1], "_chunk_mask", chunk_mask)
+    for start, end in ((0, 60), (60, 99), (99, 100)):
+        expected, found = (model.prefill(0, ids[start:end], start) for model in models)
+        assert torch.equal(found, expected)
+    assert masks[0] is None
+    assert [(mask.variant.name, mask.seq_len_q, mask.seq_len_kv) for mask in masks[1:]] == [
+        ("LOWER_RIGHT", 39, 99),
+        ("LOWER_RIGHT", 1, 100),
+    ]
 
 
 @pytest.mark.parametrize("shape", [SHAPES["multi-head"], SHAPES["grouped"]])

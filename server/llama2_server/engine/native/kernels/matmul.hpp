@@ -47,25 +47,26 @@ void matmul_block(const Half *weights, const Half *prefetch_from, int width, con
         for (int output = 0; output < OUTPUTS; ++output) out[row * out_stride + output] = sum(sums[output][row]);
 }
 
-struct Blocking {
-    int outputs;  // in a block
-    decltype(&matmul_block<1, 1>) block, single;
-};
-
-template <int ROWS, int OUTPUTS>
-constexpr Blocking blocking() {
-    return {OUTPUTS, matmul_block<ROWS, OUTPUTS>, matmul_block<ROWS, 1>};
-}
-
-// Indexed by the number of rows - 1: as many sums as fit in the registers. One row reads the weights in memory order,
-// one output after another, so that the processor's hardware prefetcher helps too.
+// Indexed by the number of rows - 1. As many sums as possible stay in the registers.
+using Block = decltype(&matmul_block<1, 1>);
 #if defined(LLAMA2_AVX512)
-constexpr Blocking BLOCKINGS[] = {blocking<1, 1>(), blocking<2, 4>(), blocking<3, 4>(),
-                                  blocking<4, 4>(), blocking<5, 4>(), blocking<6, 4>()};
+template <int OUTPUTS>
+constexpr Block BLOCKS[] = {matmul_block<1, OUTPUTS>, matmul_block<2, OUTPUTS>, matmul_block<3, OUTPUTS>,
+                            matmul_block<4, OUTPUTS>, matmul_block<5, OUTPUTS>, matmul_block<6, OUTPUTS>};
+constexpr int MAX_BLOCK_ROWS = 6, MAX_BLOCK_OUTPUTS = 4;
 #else
-constexpr Blocking BLOCKINGS[] = {blocking<1, 1>(), blocking<2, 2>(), blocking<3, 2>()};
+template <int OUTPUTS>
+constexpr Block BLOCKS[] = {matmul_block<1, OUTPUTS>, matmul_block<2, OUTPUTS>, matmul_block<3, OUTPUTS>};
+constexpr int MAX_BLOCK_ROWS = 3, MAX_BLOCK_OUTPUTS = 2;
 #endif
-constexpr int MAX_BLOCK_ROWS = sizeof BLOCKINGS / sizeof *BLOCKINGS;
+
+// One row reads the weights in memory order, one output after another, so that the processor's hardware prefetcher helps
+// too. Two and three rows still wait for memory rather than for arithmetic, and read fewer outputs at a time.
+inline int block_outputs_for(int rows) { return rows == 1 ? 1 : rows <= 3 ? 2 : MAX_BLOCK_OUTPUTS; }
+
+inline const Block *blocks_of(int outputs) {
+    return outputs == 1 ? BLOCKS<1> : outputs == 2 ? BLOCKS<2> : BLOCKS<MAX_BLOCK_OUTPUTS>;
+}
 
 // out[row][output] = x[row] . weights[output]; x is zero from `width` to the next multiple of 16. More rows than one
 // block takes are split into passes of nearly equal size; all passes except the first find the weights in the cache.
@@ -73,7 +74,7 @@ constexpr int MAX_BLOCK_ROWS = sizeof BLOCKINGS / sizeof *BLOCKINGS;
 void matmul(const Half *weights, int outputs, int width, const float *x, std::size_t stride, int rows, float *out,
             std::size_t out_stride, const Half *next = nullptr) {
     const int passes = (rows + MAX_BLOCK_ROWS - 1) / MAX_BLOCK_ROWS;
-    const int block_outputs = BLOCKINGS[rows / passes - 1].outputs;
+    const int block_outputs = block_outputs_for(rows);
     while (outputs > 0) {
         const int count = outputs >= block_outputs ? block_outputs : 1;
         const std::size_t size = static_cast<std::size_t>(count) * width;
@@ -83,9 +84,8 @@ void matmul(const Half *weights, int outputs, int width, const float *x, std::si
         if (next != nullptr) prefetch_from = std::exchange(next, next + size);
         for (int pass = 0; pass < passes; ++pass) {
             const int begin = rows * pass / passes, end = rows * (pass + 1) / passes;
-            const Blocking &blocking = BLOCKINGS[end - begin - 1];
-            (count == 1 ? blocking.single : blocking.block)(weights, prefetch_from, width, x + begin * stride, stride,
-                                                            out + begin * out_stride, out_stride);
+            blocks_of(count)[end - begin - 1](weights, prefetch_from, width, x + begin * stride, stride,
+                                              out + begin * out_stride, out_stride);
         }
         weights += size;
         out += count;

@@ -3,8 +3,6 @@
 // larger than 2^124. kernels.hpp includes this file once per instruction set.
 
 constexpr std::size_t PACKED_PREFETCH_BYTES = 6144;
-// Outputs that are computed together for one row of activations: several sums hide the latency of the additions.
-constexpr int DOT_OUTPUTS = 2;
 
 struct PackedRow {
     int format;
@@ -27,14 +25,28 @@ inline PackedRow packed_row(const Matrix &matrix, int row) {
     return {static_cast<int>(entry % ROW_ALIGNMENT), matrix.memory + entry / ROW_ALIGNMENT * ROW_ALIGNMENT};
 }
 
-// Multiplies one row of x by OUTPUTS rows of the matrix, none of which is float16.
-template <int OUTPUTS, bool BASES>
-void packed_dots(const PackedRow (&rows)[OUTPUTS], int width, const float *x, float *out) {
+// Multiplies ROWS rows of x by OUTPUTS rows of the matrix, none of which is float16.
+template <int ROWS, int OUTPUTS, bool BASES>
+void packed_block(const PackedRow (&rows)[OUTPUTS], int width, const float *x, std::size_t stride, float *out,
+                  std::size_t out_stride) {
     const int blocks = width / BLOCK_WEIGHTS, whole = blocks * BLOCK_WEIGHTS;
     const std::uint8_t *prefetch_from =
         rows[0].codes + std::max<std::size_t>(OUTPUTS == 1 ? 0 : OUTPUTS * bases_offset(width), PACKED_PREFETCH_BYTES);
-    Vector sums[OUTPUTS];
-    for (int output = 0; output < OUTPUTS; ++output) sums[output] = broadcast(0);
+    Vector sums[OUTPUTS][ROWS];
+#pragma GCC unroll 4
+    for (int output = 0; output < OUTPUTS; ++output)
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; ++row) sums[output][row] = broadcast(0);
+    const auto add = [&](const Vector(&w)[OUTPUTS], int i) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; ++row) {
+            const Vector activations = keep_in_register(load(x + row * stride + i));
+#pragma GCC unroll 4
+            for (int output = 0; output < OUTPUTS; ++output)
+                sums[output][row] = fma(w[output], activations, sums[output][row]);
+        }
+    };
+    Vector w[OUTPUTS];
     for (int block = 0; block < blocks; ++block) {
         Vector scales[OUTPUTS];
 #pragma GCC unroll 4
@@ -45,19 +57,24 @@ void packed_dots(const PackedRow (&rows)[OUTPUTS], int width, const float *x, fl
         }
 #pragma GCC unroll 8
         for (int index = 0; index < BLOCK_WEIGHTS / LANES; ++index) {
-            const Vector activations = load(x + block * BLOCK_WEIGHTS + index * LANES);
 #pragma GCC unroll 4
             for (int output = 0; output < OUTPUTS; ++output) {
-                const Vector w = widen(load_codes(rows[output].codes + block * BLOCK_BYTES, index));
-                sums[output] = fma(BASES ? multiply(w, scales[output]) : w, activations, sums[output]);
+                w[output] = widen(load_codes(rows[output].codes + block * BLOCK_BYTES, index));
+                if (BASES) w[output] = multiply(w[output], scales[output]);
             }
+            add(w, block * BLOCK_WEIGHTS + index * LANES);
         }
     }
-    for (int output = 0; output < OUTPUTS; ++output) {
-        for (int i = whole; i < width; i += LANES)
-            sums[output] = fma(load_tail(rows[output], width, i), load(x + i), sums[output]);
-        out[output] = sum(sums[output]) * (1.0f / CODE_SCALE);
+    for (int i = whole; i < width; i += LANES) {
+#pragma GCC unroll 4
+        for (int output = 0; output < OUTPUTS; ++output) w[output] = load_tail(rows[output], width, i);
+        add(w, i);
     }
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+        for (int output = 0; output < OUTPUTS; ++output)
+            out[row * out_stride + output] = sum(sums[output][row]) * (1.0f / CODE_SCALE);
 }
 
 // Calls `use` with each vector of a packed row, times CODE_SCALE, and its index.
@@ -108,22 +125,50 @@ int float16_run(const MatrixRows &weights, int first) {
     return end - first;
 }
 
-// Multiplies one row of x by `count` packed rows.
-void packed_dots(const MatrixRows &weights, int first, int count, const float *x, float *out) {
-    PackedRow rows[DOT_OUTPUTS], single[1];
+// Returns how many rows, at most `limit`, are packed before the next float16 row.
+int packed_run(const MatrixRows &weights, int first, int limit) {
+    int end = first;
+    while (end < weights.outputs && end - first < limit &&
+           weights.matrix.rows[weights.begin + end] % ROW_ALIGNMENT != FLOAT16)
+        ++end;
+    return end - first;
+}
+
+// Multiplies ROWS rows of x by up to OUTPUTS packed rows of the matrix and returns their number.
+template <int ROWS, int OUTPUTS>
+int packed_dots(const MatrixRows &weights, int first, const float *x, std::size_t stride, float *out,
+                std::size_t out_stride) {
+    PackedRow rows[OUTPUTS];
+    const int count = packed_run(weights, first, OUTPUTS);
     bool bases = false;
     for (int i = 0; i < count; ++i) {
         rows[i] = packed_row(weights.matrix, weights.begin + first + i);
         bases |= rows[i].format == TWELVE_BITS_WITH_BASES;
     }
-    if (count == DOT_OUTPUTS && !bases) return packed_dots<DOT_OUTPUTS, false>(rows, weights.width, x, out);
-    for (int i = 0; i < count; ++i) {
-        single[0] = rows[i];
-        (rows[i].format == TWELVE_BITS ? packed_dots<1, false> : packed_dots<1, true>)(single, weights.width, x, out + i);
+    if (count == OUTPUTS && !bases) {
+        packed_block<ROWS, OUTPUTS, false>(rows, weights.width, x, stride, out, out_stride);
+        return count;
     }
+    for (int i = 0; i < count; ++i) {
+        const PackedRow single[1] = {rows[i]};
+        (rows[i].format == TWELVE_BITS ? packed_block<ROWS, 1, false> : packed_block<ROWS, 1, true>)(
+            single, weights.width, x, stride, out + i, out_stride);
+    }
+    return count;
 }
 
-// Multiplies several rows of x by `count` packed rows. They use the unpacked weights while these are in the cache.
+// Indexed by the number of rows - 1: as many sums as fit in the registers, next to the weights. Decoding in registers is
+// faster than `unpack_and_multiply` up to the last of them.
+#if defined(LLAMA2_AVX512)
+constexpr decltype(&packed_dots<1, 1>) PACKED_DOTS[] = {
+    packed_dots<1, 2>, packed_dots<2, 3>, packed_dots<3, 3>, packed_dots<4, 3>,
+    packed_dots<5, 3>, packed_dots<6, 3>, packed_dots<7, 3>, packed_dots<8, 3>};
+#else
+constexpr decltype(&packed_dots<1, 1>) PACKED_DOTS[] = {packed_dots<1, 2>, packed_dots<2, 2>};
+#endif
+constexpr int MAX_PACKED_ROWS = sizeof PACKED_DOTS / sizeof *PACKED_DOTS;
+
+// Multiplies many rows of x by `count` packed rows. They use the unpacked weights while these are in the cache.
 void unpack_and_multiply(const MatrixRows &weights, int first, int count, const float *x, std::size_t stride, int rows,
                          float *out, std::size_t out_stride, Half *unpacked) {
     float factors[UNPACKED_ROWS];
@@ -135,15 +180,6 @@ void unpack_and_multiply(const MatrixRows &weights, int first, int count, const 
     matmul(unpacked, count, weights.width, x, stride, rows, out, out_stride, reinterpret_cast<const Half *>(next));
     for (int row = 0; row < rows; ++row)
         for (int i = 0; i < count; ++i) out[row * out_stride + i] *= factors[i];
-}
-
-// Returns how many rows, at most `limit`, are packed before the next float16 row.
-int packed_run(const MatrixRows &weights, int first, int limit) {
-    int end = first;
-    while (end < weights.outputs && end - first < limit &&
-           weights.matrix.rows[weights.begin + end] % ROW_ALIGNMENT != FLOAT16)
-        ++end;
-    return end - first;
 }
 
 void matmul(const MatrixRows &weights, const float *x, std::size_t stride, int rows, float *out,
@@ -160,9 +196,8 @@ void matmul(const MatrixRows &weights, const float *x, std::size_t stride, int r
         if (run > 0) {
             const std::uint8_t *halves = packed_row(matrix, weights.begin + first).codes;
             matmul(reinterpret_cast<const Half *>(halves), run, width, x, stride, rows, out + first, out_stride);
-        } else if (rows == 1) {
-            run = packed_run(weights, first, DOT_OUTPUTS);
-            packed_dots(weights, first, run, x, out + first);
+        } else if (rows <= MAX_PACKED_ROWS) {
+            run = PACKED_DOTS[rows - 1](weights, first, x, stride, out + first, out_stride);
         } else {
             run = packed_run(weights, first, UNPACKED_ROWS);
             unpack_and_multiply(weights, first, run, x, stride, rows, out + first, out_stride, unpacked);

@@ -1,31 +1,26 @@
 """Find a checkpoint in a directory, or download it from the Hugging Face Hub."""
 
 import fcntl
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from llama2_server.engine.checkpoint.hub.errors import named_hub_errors
+from llama2_server.engine.checkpoint.hub.plan import ALLOW_PATTERNS, DIRECTORY_REMEDY, Announce, plan_download
 from llama2_server.engine.errors import WeightsError
 
+logger = logging.getLogger(__name__)
+
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-ALLOW_PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "adapter_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "added_tokens.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 # Names the source of a complete download, inside its directory.
 SOURCE_FILE = "fetched-from.txt"
+# The Hub library gives each process its own name for an unfinished file.
+UNFINISHED_FILES = ".cache/huggingface/download/**/*." + "[0-9a-f]" * 8 + ".incomplete"
 
 
 def fetch_checkpoint(weights: str) -> Path:
@@ -60,14 +55,16 @@ def find_checkpoint(weights: str) -> Path | None:
     return None
 
 
-def download_to(directory: Path, repository: str, revision: str | None = None) -> bool:
+def download_to(
+    directory: Path, repository: str, revision: str | None = None, announce: Announce = logger.info
+) -> bool:
     """Download an `org/name` of the Hub to a directory, which appears only when the download is complete.
 
     Return False if the directory already contains this download. A partial download is stored next to the directory,
     and the next call resumes it. If several processes download to one directory, one downloads and the others wait.
 
     Raises:
-        WeightsError: as in `fetch_checkpoint`, or the directory contains other files.
+        WeightsError: as in `fetch_checkpoint`, the disk has too little space, or the directory contains other files.
     """
     if not HUB_ID.fullmatch(repository):
         raise WeightsError(
@@ -82,6 +79,8 @@ def download_to(directory: Path, repository: str, revision: str | None = None) -
                 return False
             # The source is part of the name, so that files of another checkpoint never get in.
             partial = directory.with_name(f".{directory.name}.{source.replace('/', '--')}.partial")
+            _remove_unfinished_files(partial)
+            plan_download(repository, revision, directory, partial).check_space(DIRECTORY_REMEDY, announce)
             _download(repository, revision=revision, local_dir=partial)
             (partial / SOURCE_FILE).write_text(f"{source}\n", encoding="utf-8")
             os.sync()  # otherwise a power failure could keep the directory and lose its content
@@ -109,6 +108,12 @@ def _download_lock(directory: Path) -> Iterator[None]:
         yield
 
 
+def _remove_unfinished_files(partial: Path) -> None:
+    """Free the space of files that a killed process was downloading; the Hub library never continues them."""
+    for path in partial.glob(UNFINISHED_FILES):
+        path.unlink(missing_ok=True)
+
+
 def _is_complete(directory: Path, source: str) -> bool:
     """Return whether the directory is a complete download of the source; raise WeightsError for any other content."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
@@ -122,32 +127,18 @@ def _is_complete(directory: Path, source: str) -> bool:
 
 def _download(repository: str, *, revision: str | None = None, local_dir: Path | None = None) -> Path:
     from huggingface_hub import snapshot_download  # not needed to start from a directory
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils.tqdm import tqdm
 
-    try:
+    class Bar(tqdm):
+        """A progress bar on a terminal; in a log, a bar would break the lines."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": not sys.stderr.isatty()})  # type: ignore[no-untyped-call]
+
+    patterns = list(ALLOW_PATTERNS)
+    with named_hub_errors(repository, revision):
         return Path(
-            snapshot_download(repository, revision=revision, local_dir=local_dir, allow_patterns=list(ALLOW_PATTERNS))
+            snapshot_download(
+                repository, revision=revision, local_dir=local_dir, allow_patterns=patterns, tqdm_class=Bar
+            )
         )
-    except GatedRepoError as error:
-        raise WeightsError(
-            f"{repository}: gated on the Hugging Face Hub; accept its license there and set HF_TOKEN, "
-            "or download it on another machine and pass the directory"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"{repository}: neither a directory nor a model on the Hugging Face Hub that this HF_TOKEN can read; "
-            "check the name, accept the license and set HF_TOKEN, or pass a directory"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise WeightsError(
-            f"{repository}: has no revision {revision} on the Hugging Face Hub; "
-            "pass a branch, a tag or a commit, or pass a directory"
-        ) from error
-    # The library's other exceptions depend on its version and transport: HTTP errors, timeouts, full disks, its cache.
-    # They are all mapped here to one line for the operator.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise WeightsError(
-            f"{repository}: download from the Hugging Face Hub failed ({type(error).__name__}: {reason}); "
-            "check the network and HF_TOKEN, or download it on another machine and pass the directory"
-        ) from error
