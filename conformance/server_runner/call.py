@@ -95,7 +95,8 @@ async def _grpc(target: Target, step: pb.Step, key: str | None, on_first: Callab
     except grpc.aio.AioRpcError as error:
         _fill_error(outcome, error)
     except asyncio.CancelledError:
-        if not call.cancelled():
+        task = asyncio.current_task()
+        if not call.cancelled() or (task is not None and task.cancelling()):  # the kit ends the case
             raise
         outcome.code = "OK" if step.raw_call.messages and outcome.messages else "CANCELLED"
     return outcome

@@ -1,9 +1,12 @@
 """The conformance kit against this repository's server."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
-from conformance.server_runner.run import run_cases
+from conformance.server_runner.call import make_call
+from conformance.server_runner.outcome import Outcome
+from conformance.server_runner.run import run_case, run_cases
 from conformance.server_runner.suite import PROFILES, load_cases
 from conformance.server_runner.target import Target
 
@@ -16,6 +19,7 @@ NUMBERS = (
 )
 
 
+@pytest.mark.timeout(300)  # 20 seconds on two idle cores
 async def test_this_server_conforms(target: Target) -> None:
     """Every case of every profile passes."""
     cases = load_cases()
@@ -59,3 +63,19 @@ async def test_a_difference_fails(target: Target) -> None:
         (result,) = await run_cases(target, [case], claimed=PROFILES, known_failures=known)
         assert result.outcome == outcome
         assert result.differences == ("step 1: text: want 'other', got ' one two three seven hundred twice'",)
+
+
+async def test_a_cancelled_call_ends_no_repetition(target: Target) -> None:
+    """A step that cancels its calls makes all of them."""
+    (case,) = [case for case in load_cases() if case.name == "cancel/many"]
+    calls = 0
+
+    async def count(*arguments: Any) -> Outcome:
+        nonlocal calls
+        calls += 1
+        return await make_call(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conformance.server_runner.run.make_call", count)
+        assert await run_case(target, case) == []
+    assert calls >= sum(step.repeat or 1 for step in case.expand().steps) > len(case.document["steps"])
