@@ -63,11 +63,12 @@ class TextStream:
         return self._stop_matcher.matched
 
     def on_finish(self, result: SequenceResult) -> None:
-        """Take the result, and deliver the text that was held back."""
+        """Take the result, and deliver the text of a complete reply that was held back."""
         self.finished_at = time.monotonic()
         self.first_token_at = self.first_token_at or self.finished_at  # the first token was the end-of-sequence token
         try:
-            if not self._stop_matcher.matched:
+            # A text that breaks off can be continued, so it never ends within a character.
+            if result.reason not in (FinishReason.CANCELLED, FinishReason.FAILED) and not self._stop_matcher.matched:
                 self._push(self._stop_matcher.push(self._detokenizer.flush()))
                 self._push(self._stop_matcher.flush())
         except Exception as error:  # without a result, the call and its slot would wait for it

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llama2_server.engine.sequence import FinishReason, SequenceResult
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.generation.text_stream import TextStream
 
@@ -68,3 +69,20 @@ async def test_no_text_is_lost_between_the_threads(tokenizer: Tokenizer) -> None
         text += await deltas.get()
     engine.join()
     assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("reason", "last"), [(FinishReason.CANCELLED, ""), (FinishReason.FAILED, ""), (FinishReason.MAX_TOKENS, 3 * "\ufffd")]
+)
+async def test_a_text_that_breaks_off_never_ends_within_a_character(
+    tokenizer: Tokenizer, reason: FinishReason, last: str
+) -> None:
+    """Only a complete reply shows that its last character is incomplete: a client continues a text that broke off."""
+    deltas: asyncio.Queue[str] = asyncio.Queue()
+    stream = stream_into(deltas, tokenizer)
+    token_ids = tokenizer.encode_raw("a 🦊")[1:]
+    for token_id in token_ids[:-1]:
+        stream.on_token(token_id)
+    stream.on_finish(SequenceResult(reason, 1, len(token_ids) - 1))
+    await asyncio.sleep(0)
+    assert deltas.get_nowait() == f"a {last}"
