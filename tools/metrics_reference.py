@@ -17,6 +17,7 @@ from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.health import HealthServicer, ReadinessCollector
 from llama2_server.card import RequestsPerMinute
 from llama2_server.generation.response_cache import ResponseCacheCollector
+from llama2_server.idempotency.metrics import KeyMetrics
 from llama2_server.telemetry.metrics import Metrics
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.metrics import LedgerCollector
@@ -56,6 +57,7 @@ async def _metrics() -> list[Metric]:
             ResponseCacheCollector(None),
             ReadinessCollector(HealthServicer(())),
             LedgerCollector(ledger),
+            KeyMetrics(),
         )
         # A metric with labels shows them only if it has a series.
         metrics.register("", _NoModel(), "", ["some.Service/Method"], collectors)

@@ -51,6 +51,8 @@ class Reply:
     cached: bool  # True: from the response cache, or shared with an identical request in progress
     request_id: str
     fingerprint: str | None = None  # names everything else that decided the text; None if the server has none
+    # True: the call's idempotency key holds only on the replica that served it, because its store did not answer.
+    idempotency_local: bool = False
     queue_time_seconds: float
     time_to_first_token_seconds: float
     total_time_seconds: float
@@ -81,6 +83,7 @@ class Reply:
             cached=completion.cached,
             request_id=completion.request_id,
             fingerprint=completion.fingerprint or None,
+            idempotency_local=completion.idempotency_local,
             queue_time_seconds=_seconds(timings.queue_time),
             time_to_first_token_seconds=_seconds(timings.time_to_first_token),
             total_time_seconds=_seconds(timings.total_time),

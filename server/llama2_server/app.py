@@ -132,7 +132,8 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, *model)
     interceptor = make_interceptor(settings, service.telemetry, authenticator, card, loaded.tokenizer)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
-    collectors = (queue, quota, ResponseCacheCollector(cache), LedgerCollector(ledger), ReadinessCollector(health))
+    stores = (quota, ResponseCacheCollector(cache), LedgerCollector(ledger))
+    collectors = (queue, *stores, ReadinessCollector(health), text_generation.key_metrics)
     service.telemetry.metrics.register(card.name, loaded.model, engine.step_kind, METHODS, collectors)
     await warm_up_unless_cancelled(engine, loaded, settings, card, exit_code)
     try:

@@ -48,7 +48,9 @@ class Completions:
         timings.total_time.CopyFrom(duration(stats.total_seconds))
         return completion
 
-    def describe(self, request: pb.GenerateRequest, request_id: str, stats: ReplyStats) -> pb.Completion:
+    def describe(
+        self, request: pb.GenerateRequest, request_id: str, stats: ReplyStats, *, idempotency_local: bool = False
+    ) -> pb.Completion:
         """Return the completion without its timings."""
         price = Decimal(0) if stats.cached else neurons(stats.tokens, self._card.neuron_costs)
         completion = pb.Completion(
@@ -63,6 +65,7 @@ class Completions:
             cached=stats.cached,
             request_id=request_id,
             fingerprint=self._fingerprint.value,
+            idempotency_local=idempotency_local,
         )
         if self._receipt_keys is not None:
             receipt = sign(self._receipt_keys, _statement(request, completion, stats.text))

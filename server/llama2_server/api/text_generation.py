@@ -25,6 +25,7 @@ from llama2_server.generation.reply_source import ReplyRequest, ReplySource
 from llama2_server.generation.response_cache import CacheKey, ResponseCache
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.idempotency.keyed_replies import IdempotencyOptions, KeyedReplies
+from llama2_server.idempotency.metrics import KeyMetrics
 from llama2_server.idempotency.request import KeyedRequest, key_digest
 from llama2_server.receipts.keys import ReceiptKeys
 from llama2_server.telemetry.call import CALL, Attribute, Call
@@ -69,6 +70,11 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         self._keyed = KeyedReplies(
             self._replies, ledger, quota, queue, card.name, lambda: fingerprint.value, idempotency
         )
+
+    @property
+    def key_metrics(self) -> KeyMetrics:
+        """The metrics of calls with an idempotency key."""
+        return self._keyed.metrics
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Return the whole reply in one message."""
@@ -140,8 +146,9 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         if not request.HasField("idempotency_key"):
             return self._replies.reply(call, reply_request)
 
-        def describe(request_id: str, stats: ReplyStats) -> bytes:
-            return self._completions.describe(request, request_id, stats).SerializeToString()
+        def describe(request_id: str, stats: ReplyStats, is_local: bool) -> bytes:
+            completion = self._completions.describe(request, request_id, stats, idempotency_local=is_local)
+            return completion.SerializeToString()
 
         digest = key_digest(self._card.name, reply_request.account_id, request.idempotency_key)
         fields, resume_after = compared_fields(request), request.resume_after_characters

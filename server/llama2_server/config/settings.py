@@ -179,6 +179,9 @@ class Settings(BaseSettings):
     GetModelCard lists them, so that old receipts stay valid. The public key of --receipt-key is listed in any case."""
     idempotency_retention_seconds: Annotated[PositiveFloat, Group.IDEMPOTENCY] = 24 * 3600.0
     """Time for which an idempotency key is stored, in seconds. Then it names a new call."""
+    idempotency_fallback: Annotated[Literal["reject", "local"], Group.IDEMPOTENCY] = "local"
+    """Behavior of calls with a key while PostgreSQL does not answer.
+    With local, their keys hold only on this replica; with reject, the calls are rejected."""
     resume_window_seconds: Annotated[NonNegativeFloat, Group.IDEMPOTENCY] = 30.0
     """Time for which a broken stream continues, in seconds.
     Only streams with an idempotency key continue, as long as no other request waits for a slot. Then a client that

@@ -7,7 +7,6 @@ record, whose id starts with the id of the first one.
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 from llama2_server.admission.quota import Quota
 from llama2_server.errors import ServiceError
@@ -16,10 +15,9 @@ from llama2_server.generation.coalescing import Subscription
 from llama2_server.generation.reply import ReplyStats
 from llama2_server.generation.text_stream import OnProgress
 from llama2_server.telemetry.call import Call, RecordedUsage
-from llama2_server.usage.keys import statements
-from llama2_server.usage.keys.key_ledger import Claim
-from llama2_server.usage.keys.records import KeyState
+from llama2_server.usage.keys.records import Claim, KeyRecord, KeyState
 from llama2_server.usage.ledger import Ledger
+from llama2_server.usage.local.writer import Change, no_change
 from llama2_server.usage.pricing import ZERO_TOKENS, TokenUsage
 from llama2_server.usage.records import UsageRecord
 
@@ -37,18 +35,21 @@ class KeyAccounting:
         self._quota = quota
         self._model = model
         self.record_of_key = claim.record
-        self._is_new = claim.is_new
+        self.is_local = claim.is_local
+        """Whether the key holds only on this server."""
+        self._claim = claim
         self.source: Source | None = None
         """Where the reply comes from; None before the call has a usage record."""
         self.read_tokens: TokenUsage | None = None
         """The tokens computed when the last reader left; None while the reply has readers."""
         self._records: list[str] = []
         self._finished = False
+        self._withdrawn = False
 
     @property
     def admitted(self) -> bool:
-        """Whether quota was consumed, and the usage record opened."""
-        return self.source is not None
+        """Whether quota was consumed, and the usage record opened; False again if the call was rejected after that."""
+        return self.source is not None and not self._withdrawn
 
     @property
     def _is_paid(self) -> bool:
@@ -56,7 +57,7 @@ class KeyAccounting:
 
     def charge(self, account_id: str) -> AbstractAsyncContextManager[None]:
         """Consume one request of the quota for the body, unless the key has done so."""
-        return self._quota.charge(account_id) if self._is_new or self._is_paid else nullcontext()
+        return self._quota.charge(account_id) if self._claim.is_new or self._is_paid else nullcontext()
 
     def reserve(self, call: Call, account_id: str, most: TokenUsage) -> AbstractAsyncContextManager[None]:
         """Reserve the price of the computation for the body, unless it is free."""
@@ -64,7 +65,7 @@ class KeyAccounting:
         if not self._is_paid and key.state is KeyState.COMPLETE:
             return nullcontext()
         # A reservation needs an id without a record. A record that continues has one, so that call's own id is used.
-        request_id = key.request_id if self._is_new else call.request_id
+        request_id = key.request_id if self._claim.is_new else call.request_id
         if self._is_paid and key.state is KeyState.COMPLETE:
             request_id = f"{key.request_id}-{key.computations}"
         return self._ledger.reserved(request_id, account_id, self._model, most)
@@ -108,7 +109,7 @@ class KeyAccounting:
 
     async def _admit(self, call: Call, account_id: str, source: Source) -> None:
         key = self.record_of_key
-        if self._is_new:
+        if self._claim.is_new:
             shared = isinstance(source, ReplyStats) or source.shared
             seed = source.seed if isinstance(source, ReplyStats) else source.generation.params.seed
             key = replace(key, seed=seed, cached=shared)
@@ -117,13 +118,20 @@ class KeyAccounting:
             self._records.append(key.request_id)
         if self._is_paid:
             self._records.append(f"{key.request_id}-{key.computations}")
+        await self._share_seed(key)
         self.record_of_key = key
-        put = partial(statements.put, record=key)
+        put = self._ledger.keys.storing(key)
         if self._records:
             call.mark_admitted()
         self.source = source
         for request_id in self._records:
             await self._ledger.admit(request_id, account_id, self._model, put)
+
+    async def _share_seed(self, key: KeyRecord) -> None:
+        """Store the seed of another call's generation before its text is sent: all servers must continue this text."""
+        claimed = self._claim.record
+        if self._claim.is_shared and (key.seed, key.cached) != (claimed.seed, claimed.cached):
+            await self._ledger.keys.share(key)
 
     def _finish(self, call: Call, outcome: str) -> None:
         self._finished = True
@@ -132,7 +140,7 @@ class KeyAccounting:
         key = replace(self.record_of_key, fingerprint=self.record_of_key.fingerprint or self._fingerprint())
         if tokens.input_tokens and outcome not in _BY_THE_SERVER:
             key = replace(key, computations=key.computations + 1)
-        put = partial(statements.put, record=key)
+        put = self._ledger.keys.storing(key)
         if not self._records:
             self._ledger.keys.put(key)
         for request_id in self._records:
@@ -142,10 +150,10 @@ class KeyAccounting:
             self._report(call, record)
 
     def _withdraw(self, call: Call) -> None:
-        self._finished = True
-        release = partial(statements.release, record=self.record_of_key)
+        self._finished = self._withdrawn = True
+        release: Change = self._ledger.keys.releasing(self.record_of_key) if self._claim.is_new else no_change
         for request_id in self._records:
-            self._ledger.withdraw(request_id, release if self._is_new else lambda connection: None)
+            self._ledger.withdraw(request_id, release)
         call.mark_unrecorded()
 
     def _report(self, call: Call, record: UsageRecord | None) -> None:

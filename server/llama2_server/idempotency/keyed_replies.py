@@ -17,15 +17,15 @@ from datetime import UTC, datetime, timedelta
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.config.settings import Settings
-from llama2_server.errors import FingerprintChanged, IdempotencyKeyReused, IdempotencyKeyUnknown
+from llama2_server.errors import FingerprintChanged, IdempotencyKeyUnknown
 from llama2_server.generation.reply import CachedReply
 from llama2_server.generation.reply_source import ReplySource
 from llama2_server.idempotency.key_accounting import KeyAccounting
-from llama2_server.idempotency.request import KeyedRequest, differing_field, field_digests
+from llama2_server.idempotency.metrics import KeyMetrics
+from llama2_server.idempotency.request import KeyedRequest, check_fields, field_digests
 from llama2_server.idempotency.run import KeyedReply, KeyRun
 from llama2_server.telemetry.call import Call
-from llama2_server.usage.keys.key_ledger import Claim
-from llama2_server.usage.keys.records import KeyRecord, KeyState
+from llama2_server.usage.keys.records import Claim, KeyRecord, KeyState
 from llama2_server.usage.ledger import Ledger
 
 
@@ -66,7 +66,10 @@ class KeyedReplies:
         self._fingerprint = fingerprint
         self._options = options
         self._runs: dict[str, KeyRun] = {}
+        self.metrics = KeyMetrics()
+        """The results of the calls with a key."""
         queue.on_contention = self._free_slots
+        ledger.keys.on_wanted(self._on_wanted)
 
     @asynccontextmanager
     async def reply(self, call: Call, request: KeyedRequest) -> AsyncIterator[KeyedReply]:
@@ -90,8 +93,10 @@ class KeyedReplies:
                 record = await run.bound()
                 if record is None and run.call is not call:
                     continue  # the other call did not get the key, so this one tries
-                if record is not None and (field := differing_field(record, request.fields)) is not None:
-                    raise IdempotencyKeyReused(field)
+                if record is not None and run.call is not call:
+                    with self.metrics.conflicts():
+                        check_fields(record, request.fields)
+                    self.metrics.count("joined")
                 yield KeyedReply(run, await run.admitted(), call, request.resume_after)
                 return
 
@@ -115,32 +120,39 @@ class KeyedReplies:
         for run in list(self._runs.values()):
             run.free_slot()
 
+    def _on_wanted(self, digest: str) -> None:
+        if (run := self._runs.get(digest)) is not None:
+            run.hand_over()
+
     async def _serve(self, run: KeyRun) -> None:
         """Claim the key of a run, and deliver its reply."""
         claim = await self._claim(run.call, run.request)
         accounting = KeyAccounting(self._ledger, self._quota, self._model, claim, self._fingerprint)
+        if claim.is_local:
+            self.metrics.count_fallback()
         try:
             run.bind(claim.record, accounting)
             if claim.is_new:
+                self.metrics.count("new")
                 await self._generate(run, accounting, run.request.reply.params.seed, stores=True)
             else:
                 await self._serve_again(run, accounting, claim.record)
         finally:
-            if claim.is_new and not accounting.admitted:
-                await self._ledger.keys.release(claim.record)
+            await self._ledger.keys.end(claim, admitted=accounting.admitted)
 
     async def _claim(self, call: Call, request: KeyedRequest) -> Claim:
         """Return the key's record, and whether this call claimed it; raises as `reply`."""
-        if request.resume_after:
-            found = await self._ledger.keys.find(request.key_digest)
-            if found is None:
+
+        def check(record: KeyRecord) -> None:
+            check_fields(record, request.fields)
+
+        with self.metrics.conflicts():
+            if not request.resume_after:
+                return await self._ledger.keys.claim(self._new_record(call, request), check)
+            claim = await self._ledger.keys.find(request.key_digest, check)
+            if claim is None:
                 raise IdempotencyKeyUnknown
-            claim = Claim(found, is_new=False)
-        else:
-            claim = await self._ledger.keys.claim(self._new_record(call, request))
-        if (field := differing_field(claim.record, request.fields)) is not None:
-            raise IdempotencyKeyReused(field)
-        return claim
+            return claim
 
     def _new_record(self, call: Call, request: KeyedRequest) -> KeyRecord:
         salt = secrets.token_hex(16)
@@ -160,6 +172,7 @@ class KeyedReplies:
         """Deliver the reply of a key that an earlier call has used."""
         cached = await self._source.cached_reply(run.request.cache_key)
         if cached is not None and cached.stats().seed == record.seed:
+            self.metrics.count("cached")
             await self._deliver_cached(run, accounting, cached)
             return
         fingerprint = self._fingerprint()
@@ -167,6 +180,7 @@ class KeyedReplies:
             if record.state is KeyState.COMPLETE or run.request.resume_after:
                 raise FingerprintChanged
             accounting.record_of_key = replace(record, fingerprint=fingerprint)  # no client has text of it
+        self.metrics.count("recomputed")
         await self._generate(run, accounting, record.seed, stores=False)
 
     async def _deliver_cached(self, run: KeyRun, accounting: KeyAccounting, cached: CachedReply) -> None:

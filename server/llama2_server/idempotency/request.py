@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from llama2_server.errors import InvalidRequest, Violation
+from llama2_server.errors import IdempotencyKeyReused, InvalidRequest, Violation
 from llama2_server.generation.reply import ReplyStats
 from llama2_server.generation.reply_source import ReplyRequest
 from llama2_server.generation.response_cache import CacheKey
@@ -25,8 +25,9 @@ class KeyedRequest:
     """Identifies equal requests, also if this one does not use the response cache; None without a cache."""
     resume_after: int
     """Number of characters that the client has already."""
-    describe: Callable[[str, ReplyStats], bytes]
-    """Returns the completion, without timings, for a request id and the statistics of the reply."""
+    describe: Callable[[str, ReplyStats, bool], bytes]
+    """Returns the completion, without timings, for a request id, the statistics of the reply, and whether the key holds
+    only on this server."""
 
 
 def key_digest(model: str, account_id: str, key: str) -> str:
@@ -45,8 +46,13 @@ def beyond_the_text(characters: int) -> InvalidRequest:
     return InvalidRequest([Violation("resume_after_characters", message)])
 
 
-def differing_field(record: KeyRecord, fields: Mapping[str, bytes]) -> str | None:
-    """Return the first field that differs from the request that used the key first; None without a difference."""
+def check_fields(record: KeyRecord, fields: Mapping[str, bytes]) -> None:
+    """Check that a request is the one that used the key first.
+
+    Raises:
+        IdempotencyKeyReused: a field differs.
+    """
     digests = field_digests(record.salt, fields)
-    names = [*digests, *(name for name in record.field_digests if name not in digests)]
-    return next((name for name in names if digests.get(name) != record.field_digests.get(name)), None)
+    for name in [*digests, *(name for name in record.field_digests if name not in digests)]:
+        if digests.get(name) != record.field_digests.get(name):
+            raise IdempotencyKeyReused(name)

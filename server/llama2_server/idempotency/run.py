@@ -43,6 +43,7 @@ class KeyRun:
         """The completion without timings, after the usage record is durable."""
         self.stopping = False
         """Whether it ends without a reply; a new call of the key must wait for its end."""
+        self._is_wanted = False
         self._queue = queue
         self._window_seconds = window_seconds
         self._accounting: KeyAccounting | None = None
@@ -114,7 +115,7 @@ class KeyRun:
             await self._changed.wait()
         key = accounting.record_of_key
         stats = replace(reply.stats(), cached=key.cached)
-        completion = key.completion or self.request.describe(key.request_id, stats)
+        completion = key.completion or self.request.describe(key.request_id, stats, accounting.is_local)
         await accounting.finish(self.call, stats.finish_reason.name, completion)
         self.complete(reply, completion)
 
@@ -135,6 +136,13 @@ class KeyRun:
         """Stop, if the generation holds or waits for a slot without a reader."""
         generation = self._generation
         if generation is not None and generation.unread and not generation.complete:
+            self.stop()
+
+    def hand_over(self) -> None:
+        """Stop once the last reader has left, because a call of the key waits on another server."""
+        self._is_wanted = True
+        has_readers = self._readers or self._is_read_by_others
+        if self._reply is not None and self.completion is None and not has_readers:
             self.stop()
 
     def stop(self) -> None:
@@ -189,7 +197,9 @@ class KeyRun:
             return
         accounting.read_tokens = generation.computed_tokens
         generation.unread = True
-        if not generation.admitted_at or self._queue.waiting or self._queue.closed:
+        if self._is_wanted:
+            self.stop()
+        elif not generation.admitted_at or self._queue.waiting or self._queue.closed:
             self.free_slot()
 
     def _end_window(self) -> None:

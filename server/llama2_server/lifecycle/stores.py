@@ -35,6 +35,7 @@ async def open_ledger(settings: Settings, inputs: StartupInputs) -> AsyncIterato
         store=inputs.usage_store,
         max_pending_records=settings.usage_max_pending_records,
         budget_of=lambda account_id: inputs.authenticator.limits(account_id).neurons_per_month,
+        keys_fall_back=settings.idempotency_fallback == "local",
     )
     try:
         yield ledger

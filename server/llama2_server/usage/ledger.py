@@ -24,6 +24,8 @@ from llama2_server.usage.budgets.budgets import Budgets
 from llama2_server.usage.errors import LedgerError, StoreUnavailable
 from llama2_server.usage.forwarder import Forwarder
 from llama2_server.usage.keys.key_ledger import KeyLedger
+from llama2_server.usage.keys.local_keys import LocalKeys
+from llama2_server.usage.keys.shared_keys import SharedKeys
 from llama2_server.usage.local import statements
 from llama2_server.usage.local.local_ledger import LocalLedger
 from llama2_server.usage.local.writer import Change, DatabaseUnavailable, Writer, both, no_change
@@ -56,11 +58,16 @@ class Ledger:
         max_pending_records: int,
         now: Callable[[], datetime],
         budget_of: BudgetOf,
+        keys_fall_back: bool,
     ) -> None:
         self._local = local
         self._writer = Writer(local.database)
         self._forwarder = None if store is None else Forwarder(store, self._writer)
-        self.keys = KeyLedger(self._writer, local.instance, now)
+        local_keys = LocalKeys(self._writer, local.instance, now)
+        shared_keys = None
+        if store is not None and self._forwarder is not None:
+            shared_keys = SharedKeys(store.keys, self._forwarder.state, self._writer, local.instance, now)
+        self.keys = KeyLedger(local_keys, shared_keys, self._writer, falls_back=keys_fall_back)
         """The idempotency keys of requests."""
         self._neuron_costs = neuron_costs
         self._budgets = Budgets(budget_of, neuron_costs, now, self._writer.read, self._forwarder)
@@ -81,6 +88,7 @@ class Ledger:
         max_pending_records: int = MAX_PENDING_RECORDS,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         budget_of: BudgetOf = lambda account_id: None,
+        keys_fall_back: bool = True,
     ) -> Self:
         """Open the local database, and mark the running requests of killed servers as INTERRUPTED.
 
@@ -91,10 +99,11 @@ class Ledger:
         """
         check_prices(neuron_costs)
         local = await asyncio.to_thread(LocalLedger.open, data_directory)
-        ledger = cls(local, store, neuron_costs, max_pending_records, now, budget_of)
+        ledger = cls(local, store, neuron_costs, max_pending_records, now, budget_of, keys_fall_back)
         try:
             if ledger._forwarder is not None:
                 await ledger._forwarder.start()
+                ledger.keys.start(local.ended)
         except BaseException:
             await ledger.close(0)
             raise
@@ -303,6 +312,7 @@ class Ledger:
         if self._closed:
             return
         self._closed = True
+        await self.keys.close(timeout_seconds)
         if self._forwarder is not None:
             if timeout_seconds and not await self.flush(timeout_seconds):
                 logger.warning("%d usage records stay in the data directory until the next start", self.pending)

@@ -121,7 +121,13 @@ idempotency_keys = Table(
     Column("cached", Boolean, nullable=False),
     Column("computations", Integer, nullable=False),
     Column("completion", LargeBinary, nullable=False),
+    # In a usage store: which server works on the key, until when in milliseconds since 1970 by the store's clock, and
+    # whether another server waits for it.
+    Column("holder", Text, nullable=False),
+    Column("held_until", BigInteger, nullable=False),
+    Column("wanted", Boolean, nullable=False),
     Index("ix_idempotency_keys_expires_at", "expires_at"),
+    Index("ix_idempotency_keys_holder", "holder"),
 )
 # A reservation counts until its request has a record.
 budget_reservations = Table(
@@ -149,6 +155,13 @@ running_requests = Table(
     Column("input_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
     Column("neuron_costs", Text, nullable=False),  # JSON
+)
+# Keys that have changed since the usage store got them.
+unsent_keys = Table(
+    "unsent_keys",
+    LOCAL_METADATA,
+    Column("digest", Text, primary_key=True),
+    Column("revision", BigInteger, nullable=False),
 )
 rejected_records = Table(
     "rejected_records",

@@ -2,19 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import date
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from llama2_server.usage.budgets import statements as budgets
 from llama2_server.usage.budgets.budget import BudgetUse, Month, Reservation
-from llama2_server.usage.database import STATEMENT_SECONDS, create_engine
+from llama2_server.usage.database import STATEMENT_SECONDS, connected, create_engine
 from llama2_server.usage.errors import LedgerError, NewerSchema, StoreUnavailable
+from llama2_server.usage.keys.key_store import KeyStore, PostgresKeyStore
 from llama2_server.usage.migrations import upgrade
 from llama2_server.usage.records import DailyUsage, UsageRecord
 from llama2_server.usage.schema import (
@@ -46,6 +46,8 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._engine = create_engine(url)
+        self.keys: KeyStore = PostgresKeyStore(url)
+        """The idempotency keys."""
 
     async def migrate(self) -> None:
         """Migrate the schema to the current version, if necessary.
@@ -138,22 +140,11 @@ class Store:
 
     async def close(self) -> None:
         """Close all connections."""
+        await self.keys.close()
         await self._engine.dispose()
 
-    @asynccontextmanager
-    async def _connection(self, timeout_seconds: float = OPERATION_SECONDS) -> AsyncIterator[AsyncConnection]:
-        """Connect for one operation, and translate exceptions of the drivers to StoreUnavailable."""
-        try:
-            async with asyncio.timeout(timeout_seconds), self._engine.connect() as connection:
-                yield connection
-        except NewerSchema:
-            raise
-        except Exception as error:  # the exceptions of the drivers have no common base
-            cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-            sqlstate = str(getattr(cause, "sqlstate", None) or "")
-            raise StoreUnavailable(
-                _reason(cause), temporary=_is_temporary(cause, sqlstate), sqlstate=sqlstate
-            ) from error
+    def _connection(self, timeout_seconds: float = OPERATION_SECONDS) -> AbstractAsyncContextManager[AsyncConnection]:
+        return connected(self._engine, timeout_seconds)
 
 
 async def _budget_use(connection: AsyncConnection, account_id: str, month: Month) -> BudgetUse:
@@ -184,14 +175,3 @@ class StoreState:
 
 def _alembic_lock() -> asyncio.Lock:
     return _migration_locks.setdefault(asyncio.get_running_loop(), asyncio.Lock())
-
-
-def _reason(cause: BaseException) -> str:
-    """Return one line for the log; drivers include hosts and users, but never passwords."""
-    text = str(cause).partition("\n")[0]
-    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
-
-
-def _is_temporary(cause: BaseException, sqlstate: str) -> bool:
-    # PostgreSQL's classes: connection failures, too many connections, starting up or shutting down.
-    return isinstance(cause, OSError | TimeoutError | sa.exc.TimeoutError) or sqlstate.startswith(("08", "53", "57"))

@@ -59,6 +59,7 @@ async def crash(ledger: Ledger) -> None:
     if ledger._closed:
         return
     ledger._closed = True
+    await ledger.keys.close(0)
     if ledger._forwarder is not None:
         await ledger._forwarder.close()
     writer: Any = ledger._writer

@@ -213,6 +213,7 @@ async def test_older_database_is_migrated(database: UsageDatabase) -> None:
             await database.execute(f"DROP TRIGGER usage_records_{event}")
         await database.execute("DROP TABLE running_requests")
         await database.execute("DROP TABLE rejected_records")
+        await database.execute("DROP TABLE unsent_keys")
     await database.execute("DROP TABLE idempotency_keys")
     await database.execute("DROP TABLE budget_reservations")
     await database.execute("DROP TABLE usage_daily_totals")

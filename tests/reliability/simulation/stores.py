@@ -4,8 +4,8 @@ import asyncio
 import random
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from datetime import date
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, date, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,6 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from tests.support.simulated.threads import Process
 
 from llama2_server.usage.errors import StoreUnavailable
+from llama2_server.usage.keys.key_store import KeyStore
 from llama2_server.usage.local import statements
 from llama2_server.usage.migrations import upgrade
 from llama2_server.usage.records import DailyUsage, UsageRecord
@@ -59,22 +60,23 @@ class SimulatedStore(Store):
     def __init__(self, database: UsageDatabase, process: Process) -> None:
         self._database = database
         self._process = process
+        self.keys = SimulatedKeyStore(database, self.answer)
 
     async def migrate(self) -> None:
         """Check that the store answers."""
-        await self._answer()
+        await self.answer()
 
     async def connect(self) -> None:
         """Check that the store answers."""
-        await self._answer()
+        await self.answer()
 
     async def ping(self) -> None:
         """Check that the store answers."""
-        await self._answer()
+        await self.answer()
 
     async def upsert(self, records: Sequence[UsageRecord]) -> None:
         """Write the records, some of them again later; a part of the replies is lost."""
-        await self._answer()
+        await self.answer()
         database, draw = self._database, self._database.draw
         if any(record.account_id == database.poisoned for record in records):
             raise StoreUnavailable("a character is not allowed", temporary=False, sqlstate="22021")
@@ -88,18 +90,54 @@ class SimulatedStore(Store):
 
     async def totals(self, account_id: str | None, since: date | None, until: date | None) -> list[DailyUsage]:
         """Return the totals."""
-        await self._answer()
+        await self.answer()
         return statements.totals(self._database.connection, account_id, since, until)
 
     async def close(self) -> None:
         """Do nothing."""
 
-    async def _answer(self) -> None:
+    async def answer(self) -> None:
+        """Wait as long as the network takes; fail during an outage."""
         await asyncio.sleep(self._database.draw.uniform(0, 0.01))
         if not self._process.alive:
             await asyncio.Event().wait()
         if not self._database.up:
             raise StoreUnavailable("connection refused", temporary=True)
+
+
+class SimulatedKeyStore(KeyStore):
+    """One replica's connection to the keys of the usage store; statements and their results get lost and late."""
+
+    def __init__(self, database: UsageDatabase, answer: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(":now_ms")
+        self._database = database
+        self._answer = answer
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+    async def _execute(
+        self, statement: str, parameters: list[dict[str, Any]], *, returns: bool = False
+    ) -> list[tuple[Any, ...]]:
+        await self._answer()
+        database, rows = self._database, []
+        for values in parameters:
+            rows = database.connection.execute(statement, for_sqlite(values)).fetchall()
+        await asyncio.sleep(database.draw.uniform(0, 0.01))
+        if database.loses_replies and database.draw.random() < 0.5:
+            raise StoreUnavailable("the connection was closed", temporary=True, sqlstate="08006")
+        return rows if returns else []
+
+
+def for_sqlite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a statement with times as SQLite has them, and the store's time."""
+    now_ms = round(asyncio.get_running_loop().time() * 1000)
+    return {
+        name: value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+        if isinstance(value, datetime)
+        else value
+        for name, value in values.items()
+    } | {"now_ms": now_ms}
 
 
 class RedisState:

@@ -67,6 +67,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "api_keys_file": ("/one", "/two"),
     # These settings have only two values: the file has the default, and the environment the other value.
     "quota_fallback": ("reject", "local"),
+    "idempotency_fallback": ("local", "reject"),
     "gpu_kernels": ("auto", "torch"),
     "prompt_lookup": (True, False),
     "reflection": (True, False),

@@ -72,7 +72,8 @@ async def test_no_text_is_lost_between_the_threads(tokenizer: Tokenizer) -> None
 
 
 @pytest.mark.parametrize(
-    ("reason", "last"), [(FinishReason.CANCELLED, ""), (FinishReason.FAILED, ""), (FinishReason.MAX_TOKENS, 3 * "\ufffd")]
+    ("reason", "last"),
+    [(FinishReason.CANCELLED, ""), (FinishReason.FAILED, ""), (FinishReason.MAX_TOKENS, 3 * "\ufffd")],
 )
 async def test_a_text_that_breaks_off_never_ends_within_a_character(
     tokenizer: Tokenizer, reason: FinishReason, last: str

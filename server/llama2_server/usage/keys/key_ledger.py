@@ -1,97 +1,153 @@
-"""The idempotency keys of one server, in the local database."""
+"""The idempotency keys of one server: in the usage store if there is one and it answers, otherwise on this server."""
 
-import asyncio
+import logging
 import sqlite3
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from llama2_server.errors import UsageUnavailable
+from llama2_server.usage.errors import StoreUnavailable
 from llama2_server.usage.keys import statements
-from llama2_server.usage.keys.records import KeyRecord, KeyState
-from llama2_server.usage.local.writer import DatabaseUnavailable, Writer
+from llama2_server.usage.keys.local_keys import LocalKeys
+from llama2_server.usage.keys.records import Claim, KeyRecord
+from llama2_server.usage.keys.shared_keys import SharedKeys
+from llama2_server.usage.local.writer import Change, Writer
 
-POLL_SECONDS = 0.05
-# A claim lasts only while its server checks queue and quota. After this time, that server has ended.
-CLAIM_SECONDS = 5.0
+logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-_UNAVAILABLE = "usage cannot be recorded now; retry"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """The result of a claim."""
-
-    record: KeyRecord
-    is_new: bool
-    """Whether the caller claimed the key; it must then admit the request or release the key."""
+Check = Callable[[KeyRecord], None]
+_UNAVAILABLE = "the store of the idempotency keys does not answer; retry"
 
 
 class KeyLedger:
-    """The keys; each claim is one transaction.
+    """The keys. The local database has all keys that this server has admitted, also if a store has them.
 
     Args:
+        local: the keys in the local database.
+        shared: the keys in the usage store; None without a store.
         writer: the thread that changes the local database.
-        instance: the name of this server.
-        now: returns the time.
+        falls_back: whether keys hold only on this server while the store does not answer; otherwise their calls are
+            rejected.
     """
 
-    def __init__(self, writer: Writer, instance: str, now: Callable[[], datetime]) -> None:
-        self.instance = instance
+    def __init__(self, local: LocalKeys, shared: SharedKeys | None, writer: Writer, *, falls_back: bool) -> None:
+        self._local = local
+        self._shared = shared
         self._writer = writer
-        self._now = now
+        self._falls_back = falls_back
+        self._outage_logged = False
 
-    async def claim(self, record: KeyRecord) -> Claim:
-        """Claim a key, or return its record. While another server checks queue and quota for it, wait.
+    @property
+    def instance(self) -> str:
+        """The name of this server."""
+        return self._local.instance
 
-        Raises:
-            UsageUnavailable: the database does not accept the claim.
-        """
-        deadline = asyncio.get_running_loop().time() + CLAIM_SECONDS
-        while True:
-            found = await self._run(partial(statements.claim, record=record, now=self._now()))
-            if found.request_id == record.request_id:
-                return Claim(found, is_new=True)
-            if found.state is not KeyState.CLAIMED:
-                return Claim(found, is_new=False)
-            # This server has at most one claim per key: an older one was not released, because the disk was full.
-            if found.instance == self.instance or asyncio.get_running_loop().time() >= deadline:
-                await self._run(partial(statements.take_over, found=found, record=record))
-            else:
-                await asyncio.sleep(POLL_SECONDS)
+    def on_wanted(self, call: Callable[[str], None]) -> None:
+        """Let the ledger call this with the digest of a key that this server holds, while another server waits."""
+        if self._shared is not None:
+            self._shared.on_wanted = call
 
-    async def find(self, digest: str) -> KeyRecord | None:
-        """Return the record of a key that has a usage record; None otherwise.
+    async def claim(self, record: KeyRecord, check: Check) -> Claim:
+        """Claim a key, or return its record. While another server works on the key, wait.
+
+        The caller calls `end` at last. `check` raises if the record is not that of the caller's request.
 
         Raises:
-            UsageUnavailable: the database cannot be read.
+            UsageUnavailable: the database or the store does not accept the claim.
         """
+        if self._shared is None:
+            return _checked(await self._local.claim(record), check)
+        known = await self._local.find(record.digest)
         try:
-            found = await self._writer.read(lambda connection: statements.find(connection, digest, self._now()))
-        except DatabaseUnavailable as error:
-            raise UsageUnavailable(_UNAVAILABLE) from error
-        return None if found is None or found.state is KeyState.CLAIMED else found
+            claim = await self._shared.claim(record, known, check)
+        except StoreUnavailable as error:
+            self._fall_back(error)
+            return _checked(replace(await self._local.claim(record), is_local=True), check)
+        self._outage_logged = False
+        return claim
 
-    async def release(self, record: KeyRecord) -> None:
-        """Release a key whose call was rejected."""
-        with suppress(DatabaseUnavailable):  # the next claim takes it over
-            await self._writer.run(lambda connection: statements.release(connection, record))
+    async def find(self, digest: str, check: Check) -> Claim | None:
+        """Return the claim of a key that an earlier call has used; None otherwise. Waits as `claim`.
+
+        Raises:
+            UsageUnavailable: the database or the store cannot be read.
+        """
+        known = await self._local.find(digest)
+        if self._shared is None:
+            return None if known is None else _checked(Claim(known, is_new=False), check)
+        try:
+            if known is None:
+                return await self._shared.find(digest, check)
+            return await self._shared.claim(known, known, check)
+        except StoreUnavailable as error:
+            if known is None:  # the store may have it
+                raise UsageUnavailable(_UNAVAILABLE) from error
+            self._fall_back(error)
+            return _checked(Claim(known, is_new=False, is_local=True), check)
+
+    async def share(self, record: KeyRecord) -> None:
+        """Store a change of a shared key now, before a client gets text that depends on it.
+
+        Raises:
+            UsageUnavailable: the store does not answer.
+        """
+        if self._shared is not None:
+            try:
+                await self._shared.share(record)
+            except StoreUnavailable as error:
+                raise UsageUnavailable(_UNAVAILABLE) from error
+
+    async def end(self, claim: Claim, *, admitted: bool) -> None:
+        """End the work on a claimed key; a new key whose call was not admitted is free again."""
+        rejected = claim.is_new and not admitted
+        if rejected and not claim.is_shared:
+            await self._local.release(claim.record)
+        if claim.is_shared and self._shared is not None:
+            self._shared.end(claim.record.digest, claim.record.request_id if rejected else None)
+
+    def storing(self, record: KeyRecord) -> Change:
+        """Return the change of the local database that stores a record, unless the stored one has a higher state."""
+
+        def change(connection: sqlite3.Connection) -> None:
+            statements.put(connection, record)
+            if self._shared is not None:
+                statements.mark(connection, record.digest)
+
+        return change
+
+    def releasing(self, record: KeyRecord) -> Change:
+        """Return the change of the local database that deletes a record, unless it is complete."""
+        return partial(statements.release, record=record)
 
     def put(self, record: KeyRecord) -> None:
         """Store the record later, unless the stored one has a higher state."""
-        self._writer.submit(partial(statements.put, record=record), keep=True)
+        self._writer.submit(self.storing(record), keep=True)
 
     async def purge(self) -> None:
         """Delete the expired records."""
-        with suppress(DatabaseUnavailable):  # the next time
-            await self._writer.run(lambda connection: statements.purge(connection, self._now()))
+        await self._local.purge()
+        if self._shared is not None:
+            await self._shared.purge()
 
-    async def _run(self, change: Callable[[sqlite3.Connection], Result]) -> Result:
-        try:
-            return await self._writer.run(change)
-        except DatabaseUnavailable as error:
+    def start(self, ended_servers: list[str]) -> None:
+        """Start to renew the shared keys; the keys of `ended_servers` are free."""
+        if self._shared is not None:
+            self._shared.start(ended_servers)
+
+    async def close(self, timeout_seconds: float) -> None:
+        """Send the last keys to the store for up to this time."""
+        if self._shared is not None:
+            await self._shared.close(timeout_seconds)
+
+    def _fall_back(self, error: StoreUnavailable) -> None:
+        if not self._falls_back:
             raise UsageUnavailable(_UNAVAILABLE) from error
+        if not self._outage_logged:
+            logger.warning("idempotency keys hold only on this server until the usage store answers")
+        self._outage_logged = True
+
+
+def _checked(claim: Claim, check: Check) -> Claim:
+    check(claim.record)
+    return claim

@@ -40,3 +40,25 @@ class KeyRecord:
     """How often the reply was computed, without attempts that the server broke off."""
     completion: bytes = b""
     """The completion that each call gets, without its timings; empty before the state COMPLETE."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The result of a claim."""
+
+    record: KeyRecord
+    is_new: bool
+    """Whether the caller claimed the key; it must then admit the request or release the key."""
+    is_shared: bool = False
+    """Whether this server holds the key in the usage store."""
+    is_local: bool = False
+    """Whether the key holds only on this server, because the usage store did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldKey:
+    """A key in the usage store."""
+
+    record: KeyRecord
+    holder: str
+    """The server that works on the key."""

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from llama2_server.usage.keys.records import KeyRecord, KeyState
@@ -69,6 +70,33 @@ def purge(connection: sqlite3.Connection, now: datetime, digest: str | None = No
     condition = "" if digest is None else " AND digest = ?"
     parameters = (_text(now),) if digest is None else (_text(now), digest)
     connection.execute(f"DELETE FROM idempotency_keys WHERE expires_at <= ?{condition}", parameters)  # noqa: S608 - constants
+
+
+def mark(connection: sqlite3.Connection, digest: str) -> None:
+    """Mark a key as changed since the usage store got it."""
+    connection.execute(
+        "INSERT INTO unsent_keys VALUES (?, 1) ON CONFLICT (digest) DO UPDATE SET revision = revision + 1", (digest,)
+    )
+
+
+def unsent(connection: sqlite3.Connection, count: int, digest: str | None = None) -> list[tuple[int, KeyRecord]]:
+    """Return the revisions and the records of the oldest marked keys, or of one of them."""
+    condition = "" if digest is None else " WHERE digest = ?"
+    query = f"SELECT revision, {_LIST} FROM unsent_keys JOIN idempotency_keys USING (digest){condition} LIMIT ?"  # noqa: S608 - constants
+    rows = connection.execute(query, (count,) if digest is None else (digest, count)).fetchall()
+    return [(revision, record_of(tuple(row))) for revision, *row in rows]
+
+
+def unmark(connection: sqlite3.Connection, sent: Sequence[tuple[int, KeyRecord]]) -> None:
+    """Remove the marks of keys that the usage store has, unless they have changed in the meantime."""
+    connection.executemany(
+        "DELETE FROM unsent_keys WHERE digest = ? AND revision = ?", [(key.digest, revision) for revision, key in sent]
+    )
+
+
+def purge_marks(connection: sqlite3.Connection) -> None:
+    """Remove the marks of keys that have been deleted."""
+    connection.execute("DELETE FROM unsent_keys WHERE digest NOT IN (SELECT digest FROM idempotency_keys)")
 
 
 def row_of(record: KeyRecord) -> dict[str, object]:

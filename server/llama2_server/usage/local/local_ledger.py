@@ -22,8 +22,10 @@ def file_of(data_directory: Path) -> Path:
 class LocalLedger:
     """The local database, and the lock that shows that this server runs."""
 
-    def __init__(self, database: Database, lock: InstanceLock) -> None:
+    def __init__(self, database: Database, lock: InstanceLock, ended: list[str]) -> None:
         self.database = database
+        self.ended = ended
+        """The names of servers that have ended without a release of their lock."""
         self._lock = lock
 
     @classmethod
@@ -42,14 +44,14 @@ class LocalLedger:
         try:
             database = Database.open(file_of(data_directory))
             try:
-                _recover(database, data_directory / "usage-locks", lock)
+                ended = _recover(database, data_directory / "usage-locks", lock)
             except sqlite3.Error as error:
                 database.close()
                 raise LedgerError(f"--data-directory: {database.path}: {error}; check the file") from error
         except BaseException:
             lock.release()
             raise
-        return cls(database, lock)
+        return cls(database, lock, ended)
 
     @property
     def instance(self) -> str:
@@ -80,7 +82,8 @@ def check_directory(data_directory: Path) -> None:
         )
 
 
-def _recover(database: Database, directory: Path, own: InstanceLock) -> None:
+def _recover(database: Database, directory: Path, own: InstanceLock) -> list[str]:
+    """End the running requests of servers that have ended, and return the names of these servers."""
     ended = {lock.instance: lock for lock in InstanceLock.acquire_ended(directory)}
     with database.transaction() as connection:
         for instance in ended:
@@ -93,3 +96,4 @@ def _recover(database: Database, directory: Path, own: InstanceLock) -> None:
                 logger.info("recovered the usage of a killed server: %d interrupted requests", interrupted)
     for lock in ended.values():
         lock.release()
+    return list(ended)

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from llama2_server.usage.errors import NewerSchema
 
 VERSION_TABLE = "llama2_usage_version"
-CURRENT_VERSION = "0005"
+CURRENT_VERSION = "0006"
 """The last migration in `versions`."""
 # A fixed number of this project: servers that start at the same time migrate one after the other.
 ADVISORY_LOCK = 0x11A3A2
