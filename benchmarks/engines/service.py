@@ -66,7 +66,7 @@ class Service:
         """Return the time to the first token of the next reply of a chat."""
 
         async def measure() -> float:
-            async with Client(self.address, timeout=TIMEOUT_SECONDS) as client:
+            async with Client(self.address, timeout=TIMEOUT_SECONDS, resume=False) as client:
                 await client.health()
                 started_at = time.perf_counter()
                 stream = client.stream(messages=messages, max_tokens=tokens, temperature=0, no_cache=True)
@@ -84,7 +84,7 @@ class Service:
         self._folder.cleanup()
 
     async def _generate(self, prompts: list[Prompt], tokens: int) -> TimedRun:
-        async with Client(self.address, timeout=TIMEOUT_SECONDS) as client:
+        async with Client(self.address, timeout=TIMEOUT_SECONDS, resume=False) as client:
             await self._overwrite_prefix_cache(client)
             started_at = time.perf_counter()
             streams = [

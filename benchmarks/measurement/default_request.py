@@ -105,7 +105,7 @@ def engine_seconds(engine: Engine, prompt_ids: list[int], params: GenerationPara
 
 async def service_seconds(address: str, params: GenerationParams) -> float:
     """Return the seconds per decoded token of one streamed reply."""
-    async with Client(address, timeout=TIMEOUT_SECONDS) as client:
+    async with Client(address, timeout=TIMEOUT_SECONDS, resume=False) as client:
         await client.health()
         # The default request leaves the parameters to the card.
         temperature = 0.0 if params.temperature == 0 else None

@@ -10,9 +10,11 @@ import uuid
 from collections.abc import Callable
 
 from llama2.v1 import text_generation_pb2
-from llama2_client.errors import InternalError, Llama2Error, QuotaExceeded, Unavailable
+from llama2_client.errors import InternalError, Llama2Error, QueueFull, QuotaExceeded, Unavailable
 from llama2_client.reply import Reply
 from llama2_client.settings import ClientSettings
+
+FREE_RESUMPTIONS = 3  # a server computes a reply again as often without a price
 
 
 class Attempts:
@@ -66,10 +68,11 @@ class StreamProgress:
         self.on_complete: Callable[[Reply], None] | None = None
         self.reply: Reply | None = None
         self._attempts = Attempts(settings, timeout)
-        self._resumptions = settings.max_attempts - 1 if settings.resume else 0
+        self._resumptions = min(settings.max_attempts - 1, FREE_RESUMPTIONS) if settings.resume else 0
         self._texts: list[str] = []
         self._completion: text_generation_pb2.Completion | None = None
-        self._interrupted = False
+        self._interruption: Llama2Error | None = None
+        self._unconfirmed = False
 
     @property
     def text(self) -> str:
@@ -81,14 +84,23 @@ class StreamProgress:
         """Whether the call waits for a connection: a server that broke a stream may take longer to restart than
         gRPC's retries last. Without a deadline, the wait could be endless.
         """
-        return self._interrupted and self._attempts.remaining() is not None
+        return self._interruption is not None and self._attempts.remaining() is not None
 
     def remaining(self) -> float | None:
         """Return the seconds until the deadline; None for no deadline."""
         return self._attempts.remaining()
 
     def accept(self, message: text_generation_pb2.GenerateStreamResponse) -> str:
-        """Return the text of a message."""
+        """Return the text of a message.
+
+        Raises:
+            Llama2Error: the error that broke the stream, if the server cannot continue it.
+        """
+        if self._unconfirmed:
+            # An older server ignores the key and the position, and sends the whole text again.
+            if message.resumed_after_characters != self.request.resume_after_characters:
+                raise self._interruption or InternalError("the server does not continue the stream")
+            self._unconfirmed = False
         if message.HasField("completion"):
             self._completion = message.completion
         if message.response:
@@ -110,13 +122,24 @@ class StreamProgress:
 
     def delay(self, error: Llama2Error) -> float | None:
         """Return the seconds to wait before the call is sent again; None to raise the error."""
-        if isinstance(error, Unavailable) and self._resumptions and self._texts:
+        if self._texts and _is_broken_connection(error) and self._resumptions:
             self._resumptions -= 1
-            self._interrupted = True
+            self._interruption = error
             self.request.resume_after_characters = len(self.text)
+            self._unconfirmed = True
             return self._wait_within_deadline(error)
+        if self._interruption is not None and isinstance(error, QueueFull) and self._attempts.remaining() is not None:
+            return self._wait_within_deadline(error)  # the reply was accepted once, and is not paid again
         return self._attempts.delay(error)
 
     def _wait_within_deadline(self, error: Llama2Error) -> float | None:
         wait, remaining = error.retry_after or 0.0, self._attempts.remaining()
         return wait if remaining is None or wait < remaining else None
+
+
+def _is_broken_connection(error: Llama2Error) -> bool:
+    """Return whether the server, or something between it and the client, ended the connection.
+
+    A proxy whose server ends the connection resets the stream, which gRPC reports with other codes and this message.
+    """
+    return isinstance(error, Unavailable) or (error.reason is None and "RST_STREAM" in error.message)

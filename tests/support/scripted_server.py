@@ -80,11 +80,16 @@ class ScriptedServer(
     model_pb2_grpc.ModelServiceServicer,
     account_pb2_grpc.AccountServiceServicer,
 ):
-    """Plays one script per call, in the order they were added. The last script also serves all later calls."""
+    """Plays one script per call, in the order they were added. The last script also serves all later calls.
+
+    A script of a resumed stream has the rest of the text only.
+    """
 
     def __init__(self) -> None:
         self.address = ""
-        self.requests: list[Message] = []
+        self.requests: list[Message] = []  # without their idempotency keys
+        self.keys: list[str] = []  # the idempotency key of each Generate and GenerateStream; empty without one
+        self.knows_keys = True  # False for a server of an older version
         self.metadata: list[dict[str, str | bytes]] = []
         self.remaining_seconds: list[float | None] = []  # per call, until its deadline
         self.hanging = asyncio.Event()  # set when a call reaches the end of `script_hang`
@@ -181,8 +186,11 @@ class ScriptedServer(
         self, request: text_generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[Part]:
         """Stream the messages of the script."""
+        position = request.resume_after_characters if self.knows_keys else 0
         with self._record_cancellation():
             async for part in self._play(request, context):
+                if position:
+                    part.resumed_after_characters, position = position, 0
                 yield part
 
     async def CountTokens(
@@ -222,6 +230,9 @@ class ScriptedServer(
             raise
 
     def _play(self, request: Message, context: Context) -> AsyncIterator[Part]:
+        if isinstance(request, text_generation_pb2.GenerateRequest):
+            self.keys.append(request.idempotency_key)
+            request.ClearField("idempotency_key")
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata() or ()))
         self.remaining_seconds.append(context.time_remaining())

@@ -78,7 +78,7 @@ def _card(path: Path) -> Path:
 
 
 async def _measure(address: str, new_tokens: int) -> ServiceSpeed:
-    async with Client(address) as client:
+    async with Client(address, resume=False) as client:
         text = await _prompt_of(client, PROMPT_TOKENS)
         # Each prompt begins differently, because the service would reuse the prefill of an equal prefix.
         prompts = (f"{first}{second} {text}" for first, second in itertools.permutations(string.ascii_letters, 2))

@@ -42,7 +42,8 @@ class Client:
         print(reply.text, reply.neurons)
     ```
 
-    A call that fails raises a Llama2Error. Cancelling the task of a call cancels the call on the server immediately.
+    A call that fails raises a Llama2Error. Cancelling the task of a call cancels the call on the server immediately;
+    the model stops within one decode step if another call waits for it, and otherwise after the server's resume window.
     Each event loop gets its own connections, so that one client works across several calls of `asyncio.run`.
 
     Args:
@@ -56,8 +57,8 @@ class Client:
         max_attempts: how often gRPC attempts a call that ends with UNAVAILABLE before its first message, from 1 to 5.
         quota_wait: the longest time in seconds that a call waits for a used-up quota, within its deadline; 0 raises
             QuotaExceeded immediately.
-        resume: True continues a stream that breaks off: calls have an idempotency key, so that a repeated call costs
-            nothing.
+        resume: True continues a stream that breaks off, and sends an idempotency key with each call, so that a repeated
+            call costs nothing. False sends no key, and the model stops within one decode step after a cancelled call.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Client:
         server_name: str | None = None,
         max_attempts: int = MAX_ATTEMPTS,
         quota_wait: float = 0.0,
-        resume: bool = False,
+        resume: bool = True,
     ) -> None:
         self._settings = ClientSettings.create(
             target,

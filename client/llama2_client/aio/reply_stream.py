@@ -30,7 +30,8 @@ class ReplyStream:
     print(stream.reply.finish_reason)
     ```
 
-    Leaving the `async with` block early, or calling `aclose`, cancels the call: the model stops within one decode step.
+    Leaving the `async with` block early, or calling `aclose`, cancels the call. A waiting call then gets the slot
+    within one decode step; without one, the model continues for the server's resume window, at no price.
     """
 
     def __init__(

@@ -87,9 +87,10 @@ connection_options = options(
         help="Longest time to wait for a used-up quota, within --timeout.",
     ),
     click.option(
-        "--resume",
-        is_flag=True,
-        help="Continue a reply whose connection breaks, at no extra cost, as long as the server allows.",
+        "--resume/--no-resume",
+        default=True,
+        show_default=True,
+        help="Continue a reply whose connection breaks, also after a restart of the server, at no extra cost.",
     ),
 )
 
@@ -114,7 +115,7 @@ class ServerConnection:
     client_certificate: ClientCertificate | None = None
     server_name: str | None = None
     quota_wait: float = 0.0
-    resume: bool = False
+    resume: bool = True
 
     def client(self) -> Client:
         """Create the client; it connects at its first call."""

@@ -103,15 +103,13 @@ def generate(
     async def call(client: Client) -> None:
         from llama2_client.cli import output
 
+        stream = client.stream(prompt, messages=conversation, raw=raw, **sampling)  # it survives a broken connection
         if no_stream:
-            reply = await client.generate(prompt, messages=conversation, raw=raw, **sampling)
-            output.print_reply(reply, as_json=as_json)
+            await output.print_whole(stream, as_json=as_json)
         else:
-            stream = client.stream(prompt, messages=conversation, raw=raw, **sampling)
             await output.print_stream(stream, as_json=as_json)
-            reply = stream.reply
         if save_receipt is not None:
-            output.write_receipt(reply, save_receipt)
+            output.write_receipt(stream.reply, save_receipt)
 
     connection.run(call, as_json=as_json)
 

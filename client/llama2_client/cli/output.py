@@ -43,8 +43,12 @@ async def print_stream(stream: ReplyStream, *, as_json: bool) -> None:
     print_statistics(stream.reply)
 
 
-def print_reply(reply: Reply, *, as_json: bool) -> None:
-    """Print a whole reply and its statistics."""
+async def print_whole(stream: ReplyStream, *, as_json: bool) -> None:
+    """Read a reply to its end, then print it and its statistics. The stream is closed in every case."""
+    async with stream:
+        async for _ in stream:
+            pass
+    reply = stream.reply
     if as_json:
         _print_json(text_generation_pb2.GenerateResponse(response=reply.text, completion=reply.completion))
     else:

@@ -41,8 +41,9 @@ class SyncClient:
         print(reply.text, reply.neurons)
     ```
 
-    A call that fails raises a Llama2Error. Ctrl-C cancels the call on the server immediately. Threads can
-    share a client.
+    A call that fails raises a Llama2Error. Ctrl-C cancels the call on the server immediately; the model stops within
+    one decode step if another call waits for it, and otherwise after the server's resume window. Threads can share a
+    client.
 
     Args:
         target: `host:port`, resolved by DNS, or any gRPC target such as `ipv4:10.0.0.1:50051,10.0.0.2:50051` or
@@ -55,8 +56,8 @@ class SyncClient:
         max_attempts: how often gRPC attempts a call that ends with UNAVAILABLE before its first message, from 1 to 5.
         quota_wait: the longest time in seconds that a call waits for a used-up quota, within its deadline; 0 raises
             QuotaExceeded immediately.
-        resume: True continues a stream that breaks off: calls have an idempotency key, so that a repeated call costs
-            nothing.
+        resume: True continues a stream that breaks off, and sends an idempotency key with each call, so that a repeated
+            call costs nothing. False sends no key, and the model stops within one decode step after a cancelled call.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class SyncClient:
         server_name: str | None = None,
         max_attempts: int = MAX_ATTEMPTS,
         quota_wait: float = 0.0,
-        resume: bool = False,
+        resume: bool = True,
     ) -> None:
         self._settings = ClientSettings.create(
             target,

@@ -36,7 +36,8 @@ class SyncReplyStream:
     print(stream.reply.finish_reason)
     ```
 
-    Leaving the `with` block early, or calling `close`, cancels the call: the model stops within one decode step.
+    Leaving the `with` block early, or calling `close`, cancels the call. A waiting call then gets the slot
+    within one decode step; without one, the model continues for the server's resume window, at no price.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ async def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         key = command.get("key")
-        client = clients.setdefault(key, Client(sys.argv[1], api_key=key))
+        client = clients.setdefault(key, Client(sys.argv[1], api_key=key, resume=False))
         print(json.dumps(await call(client, command)), flush=True)
 
 

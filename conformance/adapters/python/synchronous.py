@@ -42,5 +42,5 @@ clients: dict[str | None, SyncClient] = {}
 for line in sys.stdin:
     command = json.loads(line)
     key = command.get("key")
-    client = clients.setdefault(key, SyncClient(sys.argv[1], api_key=key))
+    client = clients.setdefault(key, SyncClient(sys.argv[1], api_key=key, resume=False))
     print(json.dumps(call(client, command)), flush=True)

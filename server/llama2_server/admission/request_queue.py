@@ -90,7 +90,7 @@ class RequestQueue(Collector):
             ShuttingDown: the server is shutting down.
         """
         self.check_open()
-        if self._occupied() >= self._slots:
+        if self._granted + len(self._waiting) >= self._slots:
             self.on_contention()
         returning = self.retry_times.claim(call_key, _now())
         displaces = not self._has_space(returning=returning is not None)
@@ -208,7 +208,7 @@ class RequestQueue(Collector):
         self._waits.check(order, limit_seconds, returning=returning)
 
     def _occupied(self) -> int:
-        return self._granted + len(self._waiting)
+        return self._granted - self._waits.yielding + len(self._waiting)
 
     def _has_space(self, *, returning: bool = False) -> bool:
         kept = 0 if returning or self._occupied() < self._slots else self._waits.kept_space(self._max_queue_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llama2_server.errors import ServiceError
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class SlotLease:
     """A slot in use."""
 
@@ -15,6 +15,8 @@ class SlotLease:
     """Time in the queue."""
     started_at: float
     """When the slot was granted, by the event loop's clock."""
+    yields: bool = False
+    """Whether its holder frees the slot within one step if another request needs it."""
 
 
 Order = tuple[int, int]

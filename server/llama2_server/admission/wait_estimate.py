@@ -44,6 +44,11 @@ class WaitEstimate:
         """The time between two retry times."""
         return self.seconds_per_request / RETURNING_SHARE
 
+    @property
+    def yielding(self) -> int:
+        """The number of slots in use that another request gets within one step."""
+        return sum(lease.yields for lease in self.leases)
+
     def add_hold(self, seconds: float) -> None:
         """Add the duration of a lease to the averages."""
         self._holds += 1
@@ -53,7 +58,8 @@ class WaitEstimate:
     def seconds_until_slot(self, position: int) -> float:
         """Return the wait of a request with `position` requests in front of it."""
         mean, now = self.mean_hold_seconds, asyncio.get_running_loop().time()
-        remaining = sorted(max(0.0, lease.started_at + mean - now) for lease in self.leases)
+        ends = (now if lease.yields else lease.started_at + mean for lease in self.leases)
+        remaining = sorted(max(0.0, end - now) for end in ends)
         remaining += [mean] * (self._slots - len(remaining))
         # No slot is free later than one mean from now: the slots become free in the same order in each round.
         return remaining[position % self._slots] + position // self._slots * mean

@@ -87,9 +87,15 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
     ) -> None:
         """Send the reply while it is generated; the last message has the completion."""
         async with self.serve(request, context, streaming=True) as reply:
+            message = pb.GenerateStreamResponse()
+            if request.resume_after_characters:
+                message.resumed_after_characters = request.resume_after_characters
             async for delta in reply.deltas():
-                await context.write(pb.GenerateStreamResponse(response=delta))
-            await context.write(pb.GenerateStreamResponse(completion=self._completions.of(request, reply)))
+                message.response = delta
+                await context.write(message)
+                message = pb.GenerateStreamResponse()
+            message.completion.CopyFrom(self._completions.of(request, reply))
+            await context.write(message)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """Return the input tokens of a request, the output tokens that fit, and what a call would meet now."""

@@ -40,8 +40,8 @@ class Generation:
         """The computed tokens, however the generation ends."""
         self.reused_input_tokens = 0
         """Input tokens reused from the KV cache."""
-        self.unread = False
-        """Whether it continues without a reader, until one returns; other requests then do not share it."""
+        self._unread = False
+        self._lease: SlotLease | None = None
         self.queued_at = 0.0
         self.admitted_at = 0.0
         self._prompt = prompt
@@ -54,6 +54,17 @@ class Generation:
         self._tokenizer = tokenizer
         self._on_progress = on_progress
         self._text: TextStream | None = None
+
+    @property
+    def unread(self) -> bool:
+        """Whether it continues without a reader, until one returns; other requests then do not share it."""
+        return self._unread
+
+    @unread.setter
+    def unread(self, unread: bool) -> None:
+        self._unread = unread
+        if self._lease is not None:
+            self._lease.yields = unread
 
     @property
     def complete(self) -> bool:
@@ -159,7 +170,7 @@ class Generation:
         self, slot: AbstractAsyncContextManager[SlotLease], engine: SupervisedEngine, account_id: str | None
     ) -> None:
         try:
-            async with slot:
+            async with slot as self._lease:
                 self.admitted_at = time.monotonic()
                 self._text = self._text_stream()
                 self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, account_id)

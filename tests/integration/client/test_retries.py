@@ -25,13 +25,14 @@ async def test_unavailable_is_retried_before_the_first_message(client: Client, s
     assert "".join([delta async for delta in client.stream("Hi")]) == "Hello world"
 
 
-async def test_nothing_is_retried_after_the_first_message(client: Client, server: ScriptedServer) -> None:
-    """After the first text, an error is raised: the reply does not start again."""
+async def test_nothing_is_retried_after_the_first_message(server: ScriptedServer) -> None:
+    """Without `resume`, an error after the first text is raised: the reply does not start again."""
     server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Once",), pushback_ms=1)
-    stream = client.stream("Hi")
-    assert await anext(stream) == "Once"
-    with pytest.raises(Unavailable):
-        await anext(stream)
+    async with Client(server.address, timeout=10, resume=False) as client:
+        stream = client.stream("Hi")
+        assert await anext(stream) == "Once"
+        with pytest.raises(Unavailable):
+            await anext(stream)
     assert len(server.requests) == 1
 
 

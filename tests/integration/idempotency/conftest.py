@@ -19,9 +19,12 @@ def keyed(key: str = "key", prompt: str = "a story", **fields: Any) -> pb.Genera
 
 
 async def read_stream(service: Service, request: pb.GenerateRequest) -> tuple[str, pb.Completion]:
-    """Read a stream to its end, and return its text and its completion."""
-    text, completion = "", pb.Completion()
+    """Read a stream to its end, and return its text and its completion; only its first message has the position."""
+    text, completion, position = "", pb.Completion(), request.resume_after_characters or None
     async for part in service.text.GenerateStream(request):
+        assert part.HasField("resumed_after_characters") == (position is not None)
+        assert part.resumed_after_characters == (position or 0)
+        position = None
         text += part.response
         completion = part.completion
     return text, completion

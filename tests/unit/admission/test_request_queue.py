@@ -208,6 +208,30 @@ def test_wait_beyond_the_deadline_is_rejected_at_once() -> None:
     run_virtual(main())
 
 
+def test_a_yielding_slot_adds_no_wait() -> None:
+    """A slot whose holder frees it for another request neither adds to the estimated wait nor fills the queue."""
+
+    async def main() -> None:
+        queue = make_queue(max_queue_size=0)
+        await hold_slot(queue, "a", 6)
+        holder = asyncio.Event()
+        queue.on_contention = holder.set
+        async with queue.slot(queue.enter("a", None), None) as lease:
+            with pytest.raises(QueueFull):
+                queue.enter("b", None)
+            assert queue.estimated_wait_seconds("b") == 6
+            lease.yields = True
+            assert queue.estimated_wait_seconds("b") == 0
+            waiting = asyncio.create_task(hold_slot(queue, "b", 1, deadline=asyncio.get_running_loop().time() + 1))
+            await holder.wait()
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                queue.enter("c", None)
+        assert await waiting == 0
+
+    run_virtual(main())
+
+
 @pytest.mark.parametrize("account_id", ["a", "b", "c", "new"])
 def test_estimate_is_the_wait(account_id: str) -> None:
     """If all requests take equally long, the estimate is exactly the later wait, for each account in the round."""

@@ -260,11 +260,15 @@ async def test_quota_wait_waits(server: ScriptedServer) -> None:
     assert (await run(server.address, "--quota-wait", "5", "generate", "Hi")).out == "Hi\n"
 
 
-async def test_resume_continues_a_broken_reply(server: ScriptedServer) -> None:
-    """--resume prints each part of a reply once although its connection breaks."""
+@pytest.mark.parametrize("options", [[], ["--no-stream"]])
+async def test_a_broken_reply_continues(server: ScriptedServer, options: list[str]) -> None:
+    """Each part of a reply is printed once although its connection breaks; with --no-resume, it is an error."""
     server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hello",))
     server.script_reply(" world")
-    assert (await run(server.address, "--resume", "generate", "Hi")).out == "Hello world\n"
+    server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hello",))
+    assert (await run(server.address, "generate", "Hi", *options)).out == "Hello world\n"
+    assert (await run(server.address, "--no-resume", "generate", "Hi", *options)).code == 3
+    assert (len(set(server.keys)), server.keys[-1]) == (2, "")
 
 
 async def test_server_name_is_checked_instead_of_the_host(places: dict[str, str]) -> None:

@@ -77,7 +77,7 @@ async def test_both_raise_the_same_error(
     server.script_error(code, "the reason", *details, after=("Once",), pushback_ms=-1)
     raised: list[tuple[object, ...]] = []
     for kind in (Client, SyncClient):
-        async with Twin.connected(kind, server.address, timeout=10) as twin:
+        async with Twin.connected(kind, server.address, timeout=10, resume=False) as twin:
             deltas: list[str] = []
             for call in (twin.call("generate", "Hi"), twin.read(deltas, "Hi")):
                 with pytest.raises(Llama2Error) as caught:

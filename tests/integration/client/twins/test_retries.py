@@ -1,8 +1,6 @@
-"""The options `max_attempts`, `quota_wait` and `resume`."""
+"""The options `max_attempts` and `quota_wait`."""
 
 from __future__ import annotations
-
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -12,8 +10,7 @@ from tests.integration.client.samples import REPLY
 from tests.integration.client.twins.twin import Twin
 from tests.support.scripted_server import ScriptedServer
 
-from llama2.v1 import text_generation_pb2
-from llama2_client import Client, FailedPrecondition, QueueFull, QuotaExceeded, SyncClient, Unavailable
+from llama2_client import Client, QueueFull, QuotaExceeded, SyncClient, Unavailable
 
 Kind = type[Client] | type[SyncClient]
 
@@ -22,13 +19,6 @@ def script_quota_exceeded(server: ScriptedServer, seconds: int = 0, nanos: int =
     """Reject a call because the quota is used up for this time."""
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=seconds, nanos=nanos))
     server.script_error(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", error_details_pb2.QuotaFailure(), retry)
-
-
-@pytest.fixture
-async def resuming(kind: Kind, server: ScriptedServer) -> AsyncIterator[Twin]:
-    """Connect a client that continues broken streams."""
-    async with Twin.connected(kind, server.address, timeout=60, resume=True) as twin:
-        yield twin
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 5])
@@ -91,56 +81,3 @@ async def test_a_full_queue_is_not_waited_for(kind: Kind, server: ScriptedServer
         with pytest.raises(QueueFull):
             await twin.call("generate", "Hi")
     assert len(server.requests) == 1
-
-
-async def test_a_broken_stream_continues(resuming: Twin, server: ScriptedServer) -> None:
-    """The same request with the same key asks for the rest by code points, and no text is yielded twice."""
-    server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hel",))
-    server.script_error(grpc.StatusCode.UNAVAILABLE, after=("l", "o🦊"))
-    server.script_reply(" w", "orld")
-    deltas: list[str] = []
-    await resuming.read(deltas, "Hi")
-    assert deltas == ["Hel", "l", "o🦊", " w", "orld"]
-    requests = [request for request in server.requests if isinstance(request, text_generation_pb2.GenerateRequest)]
-    assert len(requests[0].idempotency_key) == 32
-    assert [request.resume_after_characters for request in requests] == [0, 3, 6]
-    for request in requests:
-        request.ClearField("resume_after_characters")
-    assert requests[1:] == [requests[0]] * 2
-
-
-async def test_calls_have_different_keys(resuming: Twin, server: ScriptedServer) -> None:
-    """Each call of the program has its own key; a given seed is kept, and no seed is chosen."""
-    await resuming.call("generate", "Hi", seed=7)
-    await resuming.call("generate", "Hi")
-    first, second = server.requests
-    assert isinstance(first, text_generation_pb2.GenerateRequest)
-    assert isinstance(second, text_generation_pb2.GenerateRequest)
-    assert (first.seed, second.HasField("seed")) == (7, False)
-    assert first.idempotency_key != second.idempotency_key
-
-
-async def test_another_model_is_an_error(resuming: Twin, server: ScriptedServer) -> None:
-    """If the server cannot compute the rest, the stream fails instead of mixing texts."""
-    server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hello",))
-    server.script_error(grpc.StatusCode.FAILED_PRECONDITION, "another model")
-    deltas: list[str] = []
-    with pytest.raises(FailedPrecondition, match="another model"):
-        await resuming.read(deltas, "Hi")
-    assert deltas == ["Hello"]
-
-
-async def test_a_stream_is_resumed_a_limited_number_of_times(resuming: Twin, server: ScriptedServer) -> None:
-    """A stream that breaks again and again fails after as many calls as gRPC attempts."""
-    server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hello",))
-    with pytest.raises(Unavailable):
-        await resuming.read([], "Hi")
-    assert len(server.requests) == 5
-
-
-async def test_by_default_a_broken_stream_is_an_error(twin: Twin, server: ScriptedServer) -> None:
-    """Without `resume`, a stream that breaks off is not repeated, and the client sends no key."""
-    server.script_error(grpc.StatusCode.UNAVAILABLE, after=("Hello",))
-    with pytest.raises(Unavailable):
-        await twin.read([], "Hi")
-    assert server.requests == [text_generation_pb2.GenerateRequest(prompt="Hi")]
