@@ -35,20 +35,24 @@ class Forks:
             yield cls(process, folder)
             # The end of its input ends it.
 
-    def start(self, data_directory: Path, *flags: str, commit_seconds: float = 0) -> "ForkedServer":
+    def start(
+        self, data_directory: Path, *flags: str, commit_seconds: float = 0, step_seconds: float = 0
+    ) -> "ForkedServer":
         """Start a server on a free port, and return when it serves.
 
         Args:
             data_directory: its data directory.
-            flags: further flags.
+            flags: further flags; a second `--listen` counts.
             commit_seconds: time by which each commit of the usage database is delayed.
+            step_seconds: time by which each decode step is delayed.
         """
         arguments = ["--listen", "127.0.0.1:0", "--data-directory", str(data_directory)]
         arguments += ["--log-level", "warning", *flags]
         pipe = self._folder / f"stdout-{uuid.uuid4().hex}"
         os.mkfifo(pipe)
         paths = {"stdout": str(pipe), "stderr": str(self.log)}
-        pid = self._answer({"flags": arguments, "commit_seconds": commit_seconds, **paths})
+        delays = {"commit_seconds": commit_seconds, "step_seconds": step_seconds}
+        pid = self._answer({"flags": arguments, **delays, **paths})
         output = pipe.open()
         pipe.unlink()
         serving = re.match(r"SERVING on (\S+)\.", output.readline())

@@ -1,6 +1,7 @@
 """Reports of the server to the history: its calls through telemetry, its slots, its quota and its health."""
 
 import math
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -41,8 +42,8 @@ def observe(patch: pytest.MonkeyPatch, history: History) -> None:
     _observe_quota(patch, history)
     admit = Ledger.admit
 
-    async def admitted(self: Ledger, request_id: str, account_id: str, model: str) -> None:
-        await admit(self, request_id, account_id, model)
+    async def admitted(self: Ledger, request_id: str, account_id: str, model: str, *also: Any) -> None:
+        await admit(self, request_id, account_id, model, *also)
         history.add("admit", process=_process(), id=request_id, account=account_id)
 
     patch.setattr(Ledger, "admit", admitted)

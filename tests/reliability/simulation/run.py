@@ -44,7 +44,7 @@ def simulate(
         shape: the configuration; None for the one of the seed.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simulation-", dir=MEMORY)))
         runner = stack.enter_context(asyncio.Runner(loop_factory=SimulationLoop))
         loop = runner.get_loop()
@@ -154,7 +154,7 @@ def _all_records(connection: sqlite3.Connection) -> list[UsageRecord]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Log nothing: thousands of injected faults would."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

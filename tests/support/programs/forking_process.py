@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypedDict
 
@@ -17,6 +17,7 @@ import transformers.models.llama  # noqa: F401 - reads checkpoints; the server i
 
 from llama2_server import app  # noqa: F401 - the server imports it late
 from llama2_server.cli.main import main
+from llama2_server.engine.step_runner import NativeStepRunner
 from llama2_server.usage.local.database import Database
 
 
@@ -30,6 +31,8 @@ class Fork(TypedDict):
     """Path of a file to which its log is appended."""
     commit_seconds: float
     """Time by which each commit of the usage database is delayed."""
+    step_seconds: float
+    """Time by which each decode step is delayed."""
 
 
 def serve(fork: Fork) -> NoReturn:
@@ -39,6 +42,8 @@ def serve(fork: Fork) -> NoReturn:
     os.dup2(os.open(fork["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     if fork["commit_seconds"]:
         _delay_commits(fork["commit_seconds"])
+    if fork["step_seconds"]:
+        _delay_steps(fork["step_seconds"])
     sys.argv = ["llama2-server", *fork["flags"]]
     try:
         main()
@@ -59,6 +64,16 @@ def _delay_commits(seconds: float) -> None:
             time.sleep(seconds if writes else 0)
 
     Database.transaction = delayed  # type: ignore[method-assign, assignment]
+
+
+def _delay_steps(seconds: float) -> None:
+    decode = NativeStepRunner.decode
+
+    def delayed(runner: NativeStepRunner, rows: Sequence[Any]) -> Any:
+        time.sleep(seconds)
+        return decode(runner, rows)
+
+    NativeStepRunner.decode = delayed  # type: ignore[method-assign, assignment]
 
 
 def fork_servers() -> None:
