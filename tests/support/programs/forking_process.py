@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypedDict
 
@@ -17,6 +17,7 @@ import transformers.models.llama  # noqa: F401 - reads checkpoints; the server i
 
 from llama2_server import app  # noqa: F401 - the server imports it late
 from llama2_server.cli.main import main
+from llama2_server.engine.step_planner import Step
 from llama2_server.engine.step_runner import NativeStepRunner
 from llama2_server.usage.local.database import Database
 
@@ -67,13 +68,13 @@ def _delay_commits(seconds: float) -> None:
 
 
 def _delay_steps(seconds: float) -> None:
-    decode = NativeStepRunner.decode
+    run = NativeStepRunner.run
 
-    def delayed(runner: NativeStepRunner, rows: Sequence[Any]) -> Any:
-        time.sleep(seconds)
-        return decode(runner, rows)
+    def delayed(runner: NativeStepRunner, step: Step) -> Any:
+        time.sleep(seconds if step.decoding else 0)
+        return run(runner, step)
 
-    NativeStepRunner.decode = delayed  # type: ignore[method-assign, assignment]
+    NativeStepRunner.run = delayed  # type: ignore[method-assign, assignment]
 
 
 def fork_servers() -> None:
