@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from llama2_server.engine.model.weights import LlamaConfig
+from llama2_server.engine.native.library import use_huge_pages
 
 Slot = tuple[Tensor, Tensor]  # one layer's keys and values of one slot, each (1, kv_heads, context_length, head_dim)
 
@@ -16,8 +17,11 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, slots: int, context_length: int, like: Tensor) -> None:
         shape = (slots, config.kv_heads, context_length, config.head_dim)
-        self.keys = [like.new_empty(shape) for _ in range(config.layers)]
-        self.values = [like.new_empty(shape) for _ in range(config.layers)]
+        memory = like.new_empty((config.layers, 2, *shape))  # in one block, which fills huge pages
+        if memory.device.type == "cpu":
+            use_huge_pages(memory)
+        self.keys = [memory[layer, 0] for layer in range(config.layers)]
+        self.values = [memory[layer, 1] for layer in range(config.layers)]
         self.nbytes = self.size_bytes(config, slots, context_length, like.dtype)
         # Views of each slot, made once, because slicing in each layer of each step takes as long as a small kernel.
         self.layers: list[list[Slot]] = [

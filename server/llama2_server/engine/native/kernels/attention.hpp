@@ -1,5 +1,7 @@
 // Attention kernels, which work on the KV cache. kernels.hpp includes this file once per instruction set.
 
+constexpr int KV_PREFETCH_DISTANCE = 3072;  // keys or values, in numbers
+
 // Rotary embedding with the pairing of transformers' rotate_half: a head's first half with its second.
 void rotate(const float *x, const float *cosines, const float *sines, int dim, float scale, float *out) {
     const int half = dim / 2;
@@ -18,10 +20,23 @@ void narrow(const float *from, int count, Half *to) {
     store_partial(to + i, load(last), count - i);
 }
 
+float largest_of(const float *scores, int count) {
+    float largest = scores[0];
+    int i = 1;
+    if (count >= LANES) {
+        Vector found = load(scores);
+        for (i = LANES; i + LANES <= count; i += LANES) found = maximum(load(scores + i), found);
+        float lanes[LANES];
+        store(lanes, found);
+        for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, lanes[lane]);
+    }
+    for (; i < count; ++i) largest = std::max(largest, scores[i]);
+    return largest;
+}
+
 // Replaces scores by weights that add up to 1.
 void softmax(float *scores, int count) {
-    float largest = scores[0];
-    for (int i = 1; i < count; ++i) largest = std::max(largest, scores[i]);
+    const float largest = largest_of(scores, count);
     for (int i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
     for (int i = count; i < padded(count); ++i) scores[i] = 0;
     Vector total = broadcast(0);
@@ -40,6 +55,9 @@ void weighted_sum_block(const float *weights, std::size_t weights_stride, const 
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; ++j) v[row][j] = load(sums + row * stride + j * LANES);
     for (int i = 0; i < count; ++i, values += head_dim) {
+        if (ROWS == 1)
+#pragma GCC unroll 2
+            for (int j = 0; j < VECTORS; j += 2) __builtin_prefetch(values + KV_PREFETCH_DISTANCE + j * LANES, 0, 2);
         Vector value[VECTORS];
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; ++j) value[j] = load(values + j * LANES);
@@ -79,6 +97,64 @@ void weighted_sum(const float *weights, std::size_t weights_stride, const Half *
     }
 }
 
+#if defined(LLAMA2_AVX512)
+// out[row][key] = queries[row] . keys[key] for LANES / ROWS keys. A key is short, so most of a product alone would be
+// the sum of its lanes.
+template <int ROWS>
+void score_tile(const Half *keys, int dim, const float *queries, std::size_t stride, float *out, std::size_t out_stride) {
+    constexpr int KEYS = LANES / ROWS;
+    Vector sums[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) sums[i] = broadcast(0);
+    const auto add = [&](int i, const auto &load_key) __attribute__((always_inline)) {
+        Vector query[ROWS];
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) query[row] = load(queries + row * stride + i);
+#pragma GCC unroll 16
+        for (int key = 0; key < KEYS; ++key) {
+            const Vector numbers = keep_in_register(load_key(keys + static_cast<std::size_t>(key) * dim + i));
+#pragma GCC unroll 4
+            for (int row = 0; row < ROWS; ++row) sums[row * KEYS + key] = fma(numbers, query[row], sums[row * KEYS + key]);
+        }
+    };
+    for (int i = 0; i < KEYS * dim; i += 2 * LANES) __builtin_prefetch(keys + KV_PREFETCH_DISTANCE + i, 0, 2);
+    int i = 0;
+    for (; i + LANES <= dim; i += LANES) add(i, [](const Half *from) { return load(from); });
+    if (i < dim) add(i, [&](const Half *from) { return load_partial(from, dim - i); });
+    float scores[LANES];
+    store(scores, sum_each(sums));
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row) std::memcpy(out + row * out_stride, scores + row * KEYS, KEYS * sizeof(float));
+}
+
+template <int ROWS>
+void score_rows(const Half *keys, int count, int dim, const float *queries, std::size_t stride, float *out,
+                std::size_t out_stride) {
+    constexpr int KEYS = LANES / ROWS;
+    int key = 0;
+    for (; key + KEYS <= count; key += KEYS)
+        score_tile<ROWS>(keys + static_cast<std::size_t>(key) * dim, dim, queries, stride, out + key, out_stride);
+    matmul(keys + static_cast<std::size_t>(key) * dim, count - key, dim, queries, stride, ROWS, out + key, out_stride);
+}
+
+// out[row][key] = queries[row] . keys[key], with the bits of `matmul`.
+void score(const Half *keys, int count, int dim, const float *queries, std::size_t stride, int rows, float *out,
+           std::size_t out_stride) {
+    int row = 0;
+    for (; row + 4 <= rows; row += 4)
+        score_rows<4>(keys, count, dim, queries + row * stride, stride, out + row * out_stride, out_stride);
+    for (; row + 2 <= rows; row += 2)
+        score_rows<2>(keys, count, dim, queries + row * stride, stride, out + row * out_stride, out_stride);
+    for (; row < rows; ++row)
+        score_rows<1>(keys, count, dim, queries + row * stride, stride, out + row * out_stride, out_stride);
+}
+#else
+void score(const Half *keys, int count, int dim, const float *queries, std::size_t stride, int rows, float *out,
+           std::size_t out_stride) {
+    matmul(keys, count, dim, queries, stride, rows, out, out_stride);
+}
+#endif
+
 void append_to_cache(const Attention &a) {
     const int dim = a.head_dim;
     for (int token = 0; token < a.tokens; ++token) {
@@ -103,7 +179,7 @@ void attend(const Attention &a) {
         rotate(a.queries + token * a.stride + head * dim, a.cosines + token * dim, a.sines + token * dim, dim, scale,
                queries + row * stride);
     }
-    matmul(a.keys, all_keys, dim, queries, stride, rows, scores, scores_stride);
+    score(a.keys, all_keys, dim, queries, stride, rows, scores, scores_stride);
     for (int row = 0; row < rows; ++row) softmax(scores + row * scores_stride, common + row / a.group);
     std::fill(sums, sums + rows * stride, 0.0f);
     for (int begin = 0; begin < common; begin += BLOCK) {

@@ -15,6 +15,7 @@ inline void store(Half *to, Vector v) {
 }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+inline Vector maximum(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 inline Vector keep_in_register(Vector v) {
     asm("" : "+v"(v));
     return v;
@@ -45,6 +46,7 @@ inline Vector fma(Vector a, Vector b, Vector c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 inline Vector multiply(Vector a, Vector b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Vector maximum(Vector a, Vector b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
 inline Vector keep_in_register(Vector v) {
     asm("" : "+x"(v.low), "+x"(v.high));
     return v;
@@ -80,6 +82,10 @@ inline Vector multiply(Vector a, Vector b) {
     for (int i = 0; i < 4; ++i) a.part[i] = vmulq_f32(a.part[i], b.part[i]);
     return a;
 }
+inline Vector maximum(Vector a, Vector b) {
+    for (int i = 0; i < 4; ++i) a.part[i] = vmaxq_f32(a.part[i], b.part[i]);
+    return a;
+}
 inline Vector keep_in_register(Vector v) { return v; }  // NEON arithmetic has no memory operands
 #endif
 
@@ -97,6 +103,28 @@ inline float sum(Vector v) {
     const float32x4_t four = vaddq_f32(low, high);
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+#endif
+
+#if defined(LLAMA2_AVX512)
+// The sum of each of 16 vectors: the additions of `sum`, in the same order, for several vectors at once.
+inline Vector sum_each(const Vector (&v)[LANES]) {
+    Vector eight[8], four[4], two[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44),
+                                 _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[2 * i], eight[2 * i + 1], 0x88),
+                                _mm512_shuffle_f32x4(eight[2 * i], eight[2 * i + 1], 0xdd));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+        two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44),
+                               _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0xee));
+    const Vector sums = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
+    // Number 4 * i + j of the sums is that of vector 4 * j + i.
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
 }
 #endif
 
