@@ -34,14 +34,15 @@ def serve(**flags: Any) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Imports create no garbage; the collector would take a tenth of the startup time to find none.
     gc.disable()
-    # These imports are slow, and torch takes seconds, so errors that need neither are reported first.
-    from llama2_server.lifecycle import preflight
+    # The imports are slow, and torch takes seconds, so errors that need neither are reported first.
     from llama2_server.telemetry import logging as logs
     from llama2_server.telemetry.startup_log import STARTUP_LOG
 
     logs.configure(resolved.settings.log_level, resolved.settings.log_format)
     STARTUP_LOG.start("checking the settings")
     try:
+        from llama2_server.lifecycle import preflight
+
         with resolved.naming_sources():
             inputs = preflight.check(resolved.settings)
             STARTUP_LOG.step("importing torch")

@@ -1,12 +1,15 @@
 """The end of the process by a signal, before an event loop handles signals.
 
-This module imports only the standard library, so that the handlers exist before any slow import.
+This module imports only what is necessary, so that the handlers exist early; `typing` would take most of the time.
 """
 
 import os
 import signal
-from types import FrameType
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -35,7 +38,7 @@ def stopped_by(exit_code: int) -> str | None:
     return f"llama2-server: stopped by {signal.Signals(exit_code - 128).name}\n"
 
 
-def _exit(number: int, frame: FrameType | None) -> NoReturn:
+def _exit(number: int, frame: "FrameType | None") -> "NoReturn":
     # An exception could be caught or reported by the code that the signal interrupts.
     os.write(2, (stopped_by(128 + number) or "").encode())
     os._exit(128 + number)

@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM at named moments of a server process: one line, one exit code, no traceback."""
 
 import json
+import random
 import signal
 import subprocess
 from pathlib import Path
@@ -19,6 +20,8 @@ IMPORTS = {
     "torch": "torch",
     "service": "llama2_server.app",
 }
+# The same by the number of the import: moments that no test names.
+RANDOM_IMPORTS = sorted(random.Random(20).sample(range(1, 1500), 4))
 # A moment in the event loop, by the script of tests/support/scripted_process.py and the line that announces it.
 SCRIPTS = {
     "loading": ("announces-and-never-loads", "loading"),
@@ -50,6 +53,13 @@ def end_before_serving(arguments: list[str], announcement: str, number: signal.S
 def test_signal_during_an_import_ends_the_process(moment: str, number: signal.Signals, tmp_path: Path) -> None:
     """Whatever the process imports, SIGINT ends it with 130 and SIGTERM with 143."""
     flags = [IMPORTS[moment], "--data-directory", str(tmp_path), "--listen", "127.0.0.1:0"]
+    end_before_serving(command(*flags, module="tests.support.programs.paused_process"), PAUSED, number)
+
+
+@pytest.mark.parametrize(("moment", "number"), [*zip(RANDOM_IMPORTS, SIGNALS * 2, strict=True)])
+def test_signal_at_a_random_import_ends_the_process(moment: int, number: signal.Signals, tmp_path: Path) -> None:
+    """A signal inside any import of any library has the same result."""
+    flags = [str(moment), "--data-directory", str(tmp_path), "--listen", "127.0.0.1:0"]
     end_before_serving(command(*flags, module="tests.support.programs.paused_process"), PAUSED, number)
 
 

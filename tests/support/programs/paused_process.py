@@ -1,5 +1,6 @@
 """A server process that pauses before an import: `python -m tests.support.programs.paused_process MODULE FLAGS`.
 
+MODULE is a name, or a number: the import with this number, whatever its module.
 It prints a line, and waits in this import until a signal ends it.
 """
 
@@ -15,16 +16,18 @@ PAUSED = "paused"
 
 
 class PausingFinder:
-    """Finder of modules that pauses at the first import of one module, and finds none."""
+    """Finder of modules that pauses at one import, and finds none."""
 
     def __init__(self, module: str) -> None:
         self._module = module
+        self._imports = 0
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Pause if it is the module."""
-        if name == self._module:
+        """Pause if it is that import."""
+        self._imports += 1
+        if self._module in (name, str(self._imports)):
             print(PAUSED, flush=True)
             threading.Event().wait()
         return None

@@ -1,5 +1,6 @@
 """Loading with the settings and the card, on small checkpoints."""
 
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from llama2_server.card import load_card
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.model import llama
+from llama2_server.engine.text.tokenizer import ChatMessage
 from llama2_server.lifecycle import model_loading
 from llama2_server.lifecycle.model_loading import LoadedModel, load_model
 
@@ -43,6 +45,19 @@ def test_another_chat_template_needs_a_setting(tmp_path: Path, caplog: pytest.Lo
         load(weights, tmp_path)
     load(weights, tmp_path, allow_other_chat_template=True)
     assert "the server uses Llama-2's template" in caplog.text
+
+
+@pytest.mark.parametrize("context", [3072, 4096])
+def test_the_demo_weights_work_with_any_card(tmp_path: Path, context: int) -> None:
+    """Also with a card whose context is longer than the one of the demo model."""
+    shipped = resources.files("llama2_server") / "cards" / "llama-2-7b-chat-fp16.yaml"
+    card = tmp_path / "card.yaml"
+    card.write_text(shipped.read_text().replace("3072", str(context)))
+    loaded = load(Path("demo"), tmp_path, str(card))
+    assert loaded.model.context_length == context
+    assert isinstance(loaded.model, llama.LlamaModel)
+    prompt_ids = loaded.tokenizer.encode_chat([ChatMessage("user", "Hello")])
+    assert loaded.model.prefill(0, prompt_ids, 0).isfinite().all()
 
 
 def test_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
