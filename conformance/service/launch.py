@@ -22,7 +22,7 @@ from conformance.service.keys import write_keys, write_receipt_key
 ROOT = Path(__file__).parent.parent.parent
 CARD = Path(__file__).parent / "card.yaml"
 QUEUE_SIZE = 4
-START_TIMEOUT_SECONDS = 120
+START_TIMEOUT_SECONDS = 300
 
 
 @dataclass(frozen=True, slots=True)

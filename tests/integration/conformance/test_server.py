@@ -13,9 +13,9 @@ from conformance.server_runner.target import Target
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 NUMBERS = (
-    "text 14, stream 12, schema 34, limits 10, sampling 12, stop 8, seeds 4, errors 14, auth 8, quota 7, queue 9,"
+    "text 14, stream 12, schema 34, limits 10, sampling 12, stop 8, seeds 4, errors 14, auth 8, quota 8, queue 9,"
     " cancel 8, cache 10, counting 11, card 4, usage 5, health 6, reflection 4, wire 9, json 18, free_calls 3,"
-    " budget 11, idempotency 16, fingerprint 5, receipt 7"
+    " budget 10, idempotency 16, fingerprint 5, receipt 7"
 )
 
 
