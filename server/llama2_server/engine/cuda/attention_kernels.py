@@ -100,7 +100,7 @@ def _split_attention_kernel(
     """Attend to one split of the context with the queries that share a key; store partial means and log-sum-exps.
 
     Dao et al. 2023 (Flash-Decoding): the splits are processed in parallel and combined afterwards. Their length follows
-    from the row's own number of tokens, so that a short context has few and a long one has balanced splits.
+    from the row's own number of tokens.
     """
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tokens = tl.load(positions + row) + 1
@@ -108,8 +108,7 @@ def _split_attention_kernel(
     member, dim = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
     in_group, in_head, head = member < GROUP, dim < head_dim, kv_head * GROUP + member
     mask = in_group[:, None] & in_head[None, :]
-    index = (row * heads + head) * tl.num_programs(2) + split
-    begin = split * split_tokens
+    index, begin = (row * heads + head) * tl.num_programs(2) + split, split * split_tokens
     if begin >= tokens:
         tl.store(log_sum_exps + index, tl.full((BLOCK_GROUP,), float("-inf"), tl.float32), mask=in_group)
     else:
