@@ -6,19 +6,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
-import pytest
-from click.testing import CliRunner
 from tests.helm.chart import Manifest, Rendered, Values, environment_of, render, rendered
 from tests.support.processes import command, environment
+from tests.support.servers.hub_server import COMMIT, HubServer, Repository, running_hub
 
 from llama2.v1 import model_pb2, model_pb2_grpc
 from llama2_client import SyncClient
 from llama2_client.receipts import receipt_document, verify_receipt
 from llama2_server.admission.keys.keys_file import new_key
-from llama2_server.cli.main import program
 from llama2_server.config.settings import Settings
 from llama2_server.receipts.keys import public_file, write_new_key
 
@@ -99,24 +96,51 @@ def test_the_mounted_secret_signs_receipts(tmp_path: Path) -> None:
     verify_receipt(document, [card.receipt_keys[0].public_key])
 
 
-def test_the_init_container_downloads_the_served_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`llama2-server` accepts the command, which downloads to the directory of the server's setting."""
-    release = rendered("production-gpu")
-    (init,) = release.pod["spec"]["initContainers"]
-    requested: list[tuple[str, str | None]] = []
+def start(container: Manifest, volume: Path, **variables: str) -> "subprocess.Popen[str]":
+    """Start the command of a container, with a directory in place of the volume of the weights."""
+    arguments = [argument.replace("=/weights/", f"={volume}/") for argument in container["args"]]
+    call = command(*container["command"][1:], *arguments)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, env=environment(**variables))
 
-    def download(repository: str, *, revision: str | None, local_dir: Path, **_: Any) -> str:
-        requested.append((repository, revision))
-        local_dir.mkdir(parents=True)
-        return str(local_dir)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    arguments = [argument.replace("=/weights/", f"={tmp_path}/") for argument in init["args"]]
-    result = CliRunner().invoke(program, [*init["command"][1:], *arguments])
-    assert result.exit_code == 0, result.output
-    values = release.values["weights"]
-    assert requested == [(values["hubId"], values["revision"])]
+@contextmanager
+def hub_of(release: Rendered) -> Iterator[HubServer]:
+    """Run a Hub that has the repository of the values, with small files."""
+    weights = release.values["weights"]
+    files = {"config.json": b"{}", "model.safetensors": b"tensors"}
+    with running_hub() as hub:
+        hub.repositories = {weights["hubId"]: Repository(files, commit=weights["revision"] or COMMIT)}
+        yield hub
+
+
+def served_weights(release: Rendered, volume: Path) -> bytes:
+    """Return the weights in the directory of the server's setting, in the volume."""
     served = Settings.model_validate({"card": "x", "weights": release.env["LLAMA2_WEIGHTS"]}).weights
     assert served is not None
-    assert (tmp_path / Path(served).name).is_dir()
+    return (volume / Path(served).name / "model.safetensors").read_bytes()
+
+
+def test_the_init_container_downloads_the_served_weights(tmp_path: Path) -> None:
+    """The container's command downloads the repository to the directory of the server's setting."""
+    release = rendered("production-gpu")
+    (init,) = release.pod["spec"]["initContainers"]
+    with hub_of(release) as hub, start(init, tmp_path, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home")) as process:
+        assert process.wait(60) == 0, process.communicate()
+    assert served_weights(release, tmp_path) == b"tensors"
+
+
+def test_one_download_serves_waiting_replicas(tmp_path: Path) -> None:
+    """The commands of the Job and of two pods, which wait for it, end with the complete checkpoint, fetched once."""
+    release = rendered("download-job")
+    (job,) = release.one("Job")["spec"]["template"]["spec"]["containers"]
+    (init,) = release.pod["spec"]["initContainers"]
+    with hub_of(release) as hub, start(init, tmp_path) as first, start(init, tmp_path) as second:
+        for waiting in (first, second):
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline().startswith("waiting for the download of meta-llama/")
+        with start(job, tmp_path, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home")) as downloading:
+            assert downloading.wait(60) == 0, downloading.communicate()
+        assert [waiting.wait(60) for waiting in (first, second)] == [0, 0]
+        assert sorted(hub.downloads) == ["config.json", "model.safetensors"]
+    assert served_weights(release, tmp_path) == b"tensors"

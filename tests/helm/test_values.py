@@ -122,6 +122,10 @@ def rejection(values: Values) -> str:
         ),
         ({"demo": True, "alerts": {"enabled": True}}, "serviceMonitor.enabled: autoscaling and alerts need scraped"),
         (
+            {"allowUnauthenticated": True, "weights": {"hubId": "a/b", "download": "job"}},
+            "weights.download: the Job and the pods may run on different nodes, which cannot share a ReadWriteOnce",
+        ),
+        (
             {"demo": True, "gateway": {"http": {"enabled": True, "parentRefs": [{"name": "g"}]}}},
             "gateway.http.enabled: Envoy converts JSON and gRPC-Web to gRPC; set envoy.enabled to true",
         ),

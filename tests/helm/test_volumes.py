@@ -12,6 +12,7 @@ from tests.helm.chart import (
     environment_of,
     render,
     rendered,
+    selects,
     values_of,
     volumes_of,
 )
@@ -102,19 +103,40 @@ def test_claims_that_a_scale_down_left_are_forwarded() -> None:
 
 
 def test_weights_are_downloaded_to_the_served_directory(release: Rendered) -> None:
-    """The init container downloads to the path of --weights, in the same volume, with the Hub token."""
+    """The init container or the Job downloads to the path of --weights, in the same volume, with the Hub token."""
     values = release.values["weights"]
     inits = release.pod["spec"].get("initContainers", [])
     if not values["hubId"]:
         assert inits == []
         return
     (init,) = inits
+    if values["download"] == "job":
+        assert init["command"] == ["llama2-server", "weights", "wait"]
+        (init,) = (job["spec"]["template"]["spec"]["containers"][0] for job in release.of("Job"))
     assert init["command"] == ["llama2-server", "weights", "fetch"]
     assert init["args"][:2] == [values["hubId"], f"--to={release.env['LLAMA2_WEIGHTS']}"]
     assert init["args"][2:] == ([f"--revision={values['revision']}"] if values["revision"] else [])
     token = {"secretKeyRef": {"name": values["hubToken"]["secret"], "key": values["hubToken"]["key"]}}
     assert environment_of(init)["HF_TOKEN"] == token
     assert {"name": "weights", "mountPath": "/weights"} in init["volumeMounts"]
+
+
+def test_one_job_downloads_for_all_replicas() -> None:
+    """The pods have no token, no access to the Hub and a read-only volume; a changed Job has another name."""
+    release = rendered("download-job")
+    job = release.one("Job")
+    pod = job["spec"]["template"]
+    (volume,) = (volume for volume in release.pod["spec"]["volumes"] if volume["name"] == "weights")
+    assert volume["persistentVolumeClaim"] == {"claimName": "llama2-weights", "readOnly": True}
+    assert {"name": "weights", "persistentVolumeClaim": {"claimName": "llama2-weights"}} in pod["spec"]["volumes"]
+    assert "HF_TOKEN" not in str(release.pod)
+    for _, service in release.services():
+        assert not selects(service["selector"], pod)
+    without_stores = {"replicas": 1, "redis": {"secret": ""}, "usage": {"secret": ""}}
+    closed = render(values_of("download-job") | without_stores)
+    assert len(closed.one("NetworkPolicy")["spec"]["egress"]) == 1
+    other = render(values_of("download-job") | {"image": {"tag": "0.2.0"}}).one("Job")
+    assert other["metadata"]["name"] != job["metadata"]["name"]
 
 
 def test_weights_of_an_existing_claim_are_served_from_their_directory() -> None:

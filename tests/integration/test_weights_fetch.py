@@ -101,6 +101,44 @@ def test_space_of_a_killed_fetch_is_freed(hub: HubServer, tmp_path: Path) -> Non
     assert not list(folder.glob("*.incomplete"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_file_is_fetched_again(hub: HubServer, tmp_path: Path, name: str) -> None:
+    """A file with another digest than the Hub's fails the fetch; the next fetch replaces it and keeps the others."""
+    directory = tmp_path / "name"
+    hub.repositories["org/name"].damaged = {name}
+    rejected = fetch(directory)
+    assert rejected.exit_code == 2
+    assert f"org/name: after the download, {name} has another digest than on the Hugging Face Hub;" in rejected.output
+    assert not directory.exists()
+    hub.repositories["org/name"].damaged = set()
+    hub.downloads.clear()
+    assert fetch(directory).exit_code == 0
+    assert hub.downloads == [name]
+    assert files_in(directory) == {**CHECKPOINT, "fetched-from.txt": b"org/name\n"}
+
+
+def test_replicas_wait_for_one_fetch(hub: HubServer, tmp_path: Path) -> None:
+    """`weights wait` ends with the fetch of another process, without the Hub, and rejects another revision."""
+    directory = tmp_path / "name"
+    hub.before_download.clear()
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(download_to, directory, "org/name")
+        assert hub.downloading.wait(30)
+        call = [sys.executable, "-m", "llama2_server", "weights", "wait", "org/name", "--in", str(directory)]
+        variables = environment(HF_HUB_OFFLINE="1")
+        with subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=variables) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"waiting for the download of org/name to {directory}\n"
+            assert process.poll() is None
+            hub.before_download.set()
+            assert fetching.result(30)
+            assert process.communicate(timeout=30)[0] == f"{directory}: complete\n"
+        assert process.returncode == 0
+    other = [*call[3:], "--revision", COMMIT]
+    rejected = CliRunner().invoke(program, other)
+    assert (rejected.exit_code, "contains org/name, not org/name@" in rejected.output) == (2, True)
+
+
 def test_partial_files_of_another_checkpoint_are_not_used(hub: HubServer, tmp_path: Path) -> None:
     """After an interrupted fetch, a fetch of another checkpoint into the same directory starts from the beginning."""
     hub.repositories["org/other"].fails_after = 2

@@ -32,6 +32,9 @@
 {{- if and $d.createWeightsClaim (gt (int $d.maxReplicas) 1) (hasPrefix "ReadWriteOnce" $v.weights.accessMode) -}}
 {{- fail (printf "weights.accessMode: %d replicas cannot share a %s volume; set ReadWriteMany and a weights.storageClass that supports it, or set weights.existingClaim" (int $d.maxReplicas) $v.weights.accessMode) -}}
 {{- end -}}
+{{- if and $d.downloadJob $d.createWeightsClaim (hasPrefix "ReadWriteOnce" $v.weights.accessMode) -}}
+{{- fail (printf "weights.download: the Job and the pods may run on different nodes, which cannot share a %s volume; set weights.accessMode to ReadWriteMany and a weights.storageClass that supports it, or set weights.download to pods" $v.weights.accessMode) -}}
+{{- end -}}
 {{- range $kind, $amounts := pick $v.resources "requests" "limits" -}}
 {{- range $name, $_ := $amounts -}}
 {{- if or (eq $name $v.gpu.resource) (hasPrefix "nvidia.com/" $name) (hasPrefix "amd.com/" $name) -}}

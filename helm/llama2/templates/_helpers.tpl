@@ -30,6 +30,12 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: usage-forward
 {{- end -}}
 
+{{- define "llama2.downloadSelector" -}}
+app.kubernetes.io/name: {{ include "llama2.appName" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+app.kubernetes.io/component: weights-download
+{{- end -}}
+
 {{- define "llama2.commonLabels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -73,6 +79,7 @@ annotations: {{- toYaml $all | nindent 2 }}
 {{- $ownClaim := and (eq $workload "Deployment") (not $v.demo) (not $v.usage.secret) (eq $replicas 1) -}}
 {{- $persistentData := or (not (empty $v.data.existingClaim)) $ownClaim -}}
 {{- $createWeightsClaim := and (not $v.demo) (not (empty $v.weights.hubId)) (not $v.weights.existingClaim) -}}
+{{- $downloadJob := and (not $v.demo) (not (empty $v.weights.hubId)) (eq $v.weights.download "job") }}
 name: {{ include "llama2.name" . | quote }}
 workload: {{ $workload }}
 maxReplicas: {{ $replicas }}
@@ -85,6 +92,7 @@ gpus: {{ ternary (ternary 0 1 $v.demo) ($v.gpu.count | int) (kindIs "invalid" $v
 unauthenticated: {{ and (not $v.apiKeys.secret) (or $v.demo $v.allowUnauthenticated) }}
 weights: {{ ternary "" (printf "/weights/%s" (ternary $v.weights.directory $hubDirectory (empty $v.weights.hubId)) | trimSuffix "/") $v.demo | quote }}
 createWeightsClaim: {{ $createWeightsClaim }}
+downloadJob: {{ $downloadJob }}
 persistentData: {{ $persistentData }}
 createDataClaim: {{ and $persistentData (not $v.data.existingClaim) }}
 recreate: {{ or $persistentData (and $createWeightsClaim (hasPrefix "ReadWriteOnce" $v.weights.accessMode)) }}
@@ -92,7 +100,7 @@ maxGenerationSeconds: {{ $maxGenerationSeconds }}
 terminationGraceSeconds: {{ add $v.drain.preStopSeconds $maxGenerationSeconds $v.drain.flushSeconds }}
 {{- /* A request may arrive just before its connection ends, wait in the queue and then generate; 60 s is a margin. */}}
 connectionAgeGraceSeconds: {{ add ($v.settings.queue_timeout_seconds | default 300 | ceil | int) $maxGenerationSeconds 60 }}
-connectsOut: {{ or (not (empty (cat $v.weights.hubId $v.redis.secret $v.usage.secret ($v.settings.otlp_endpoint | default "") | trim))) false }}
+connectsOut: {{ or (not (empty (cat (ternary "" $v.weights.hubId $downloadJob) $v.redis.secret $v.usage.secret ($v.settings.otlp_endpoint | default "") | trim))) false }}
 testable: {{ and $v.test.enabled (or (not $v.apiKeys.secret) (not (empty $v.test.apiKey.secret))) (or (not $v.tls.clientCaSecret) (not (empty $v.test.clientSecret))) }}
 {{- end -}}
 

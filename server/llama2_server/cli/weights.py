@@ -27,13 +27,35 @@ def fetch(hub_id: str, directory: Path, revision: str | None) -> None:
     """Fetch HUB_ID from the Hugging Face Hub into DIRECTORY.
 
     An example of HUB_ID is meta-llama/Llama-2-7b-chat-hf. DIRECTORY appears only when the checkpoint is complete. A
-    later call resumes an interrupted fetch, and fetches a complete checkpoint only once. Gated models need HF_TOKEN in
-    the environment.
+    later call resumes an interrupted fetch, and fetches a complete checkpoint only once. Each file must have the digest
+    that the Hub lists. Gated models need HF_TOKEN in the environment.
     """
     from llama2_server.engine.checkpoint.hub.download import download_to
 
     fetched = download_to(directory, hub_id, revision, announce=click.echo)
     click.echo(f"{directory}: {'fetched' if fetched else 'already present'}")
+
+
+@weights.command()
+@click.argument("hub_id")
+@click.option(
+    "--in",
+    "directory",
+    type=click.Path(path_type=Path),
+    metavar="DIRECTORY",
+    required=True,
+    help="Directory that another process fetches HUB_ID into.",
+)
+@click.option("--revision", metavar="REVISION", help="Revision of the fetch; the main branch by default.")
+def wait(hub_id: str, directory: Path, revision: str | None) -> None:
+    """Wait until a fetch of HUB_ID into DIRECTORY by another process is complete.
+
+    It needs neither the Hub nor a token, and only reads DIRECTORY. Replicas wait with it for one fetch for all of them.
+    """
+    from llama2_server.engine.checkpoint.hub.download import wait_for_download
+
+    wait_for_download(directory, hub_id, revision, announce=click.echo)
+    click.echo(f"{directory}: complete")
 
 
 @weights.command()

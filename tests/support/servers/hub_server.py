@@ -28,6 +28,8 @@ class Repository:
     """Whether the license must be accepted, which this account has not done."""
     fails_after: int | None = None
     """Number of files after which downloads fail."""
+    damaged: set[str] = field(default_factory=set)
+    """Files whose first byte changes on the way."""
 
     def size(self, name: str) -> int:
         return self.sizes.get(name, len(self.files[name]))
@@ -38,7 +40,9 @@ class Repository:
     def entry(self, name: str) -> dict[str, Any]:
         """Return the metadata of a file."""
         digest, size = self.sha256(name), self.size(name)
-        entry: dict[str, Any] = {"size": size, "oid": digest[:40], "blobId": digest[:40]}
+        content = self.files[name]
+        blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+        entry: dict[str, Any] = {"size": size, "oid": blob, "blobId": blob}
         if name.endswith(".safetensors"):
             entry["lfs"] = {"oid": digest, "sha256": digest, "size": size, "pointerSize": 134}
         return entry
@@ -86,7 +90,10 @@ class HubServer:
             if repository.fails_after is not None and len(self.downloads) >= repository.fails_after:
                 return 400, {"X-Error-Message": "the test rejects this file"}, b""
             self.downloads.append(name)
-        return 200, headers, repository.files[name]
+        content = repository.files[name]
+        if name in repository.damaged:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        return 200, headers, content
 
 
 def _metadata(repository: Repository, repository_id: str, parts: list[str]) -> tuple[int, dict[str, str], bytes]:

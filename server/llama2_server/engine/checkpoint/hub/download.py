@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 
 from llama2_server.engine.checkpoint.hub.errors import named_hub_errors
 from llama2_server.engine.checkpoint.hub.plan import ALLOW_PATTERNS, DIRECTORY_REMEDY, Announce, plan_download
+from llama2_server.engine.checkpoint.hub.verify import verify_download
 from llama2_server.engine.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+POLL_SECONDS = 1.0
 # Names the source of a complete download, inside its directory.
 SOURCE_FILE = "fetched-from.txt"
 # The Hub library gives each process its own name for an unfinished file.
@@ -60,11 +63,13 @@ def download_to(
 ) -> bool:
     """Download an `org/name` of the Hub to a directory, which appears only when the download is complete.
 
-    Return False if the directory already contains this download. A partial download is stored next to the directory,
-    and the next call resumes it. If several processes download to one directory, one downloads and the others wait.
+    Every file has the digest that the Hub lists. Return False if the directory already contains this download. A
+    partial download is stored next to the directory, and the next call resumes it. If several processes download to one
+    directory, one downloads and the others wait.
 
     Raises:
-        WeightsError: as in `fetch_checkpoint`, the disk has too little space, or the directory contains other files.
+        WeightsError: as in `fetch_checkpoint`, the disk has too little space, a file arrived with another digest, or
+            the directory contains other files.
     """
     if not HUB_ID.fullmatch(repository):
         raise WeightsError(
@@ -80,8 +85,10 @@ def download_to(
             # The source is part of the name, so that files of another checkpoint never get in.
             partial = directory.with_name(f".{directory.name}.{source.replace('/', '--')}.partial")
             _remove_unfinished_files(partial)
-            plan_download(repository, revision, directory, partial).check_space(DIRECTORY_REMEDY, announce)
-            _download(repository, revision=revision, local_dir=partial)
+            plan = plan_download(repository, revision, directory, partial)
+            plan.check_space(DIRECTORY_REMEDY, announce)
+            _download(repository, revision=plan.revision, local_dir=partial)
+            verify_download(repository, partial, plan.digests)
             (partial / SOURCE_FILE).write_text(f"{source}\n", encoding="utf-8")
             os.sync()  # otherwise a power failure could keep the directory and lose its content
             partial.rename(directory)
@@ -97,6 +104,30 @@ def _expand_home(path: Path | str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:  # an unknown account, or no home directory
         raise WeightsError(f"{path}: the home directory is unknown; pass a path without ~") from error
+
+
+def wait_for_download(
+    directory: Path, repository: str, revision: str | None = None, announce: Announce = logger.info
+) -> None:
+    """Return when `download_to` of another process, which may run on another machine, has completed the directory.
+
+    Raises:
+        WeightsError: the directory contains other files, or is not readable.
+    """
+    source = repository if revision is None else f"{repository}@{revision}"
+    directory = _expand_home(directory).absolute()
+    waits = False
+    try:
+        while not _is_complete(directory, source):
+            if not waits:
+                announce(f"waiting for the download of {source} to {directory}")
+            waits = True
+            # A network file system reports no changes of other machines, so there is no event to wait for.
+            time.sleep(POLL_SECONDS)
+    except OSError as error:
+        raise WeightsError(
+            f"{directory}: cannot be read: {error.strerror or error}; mount the volume that the download writes to"
+        ) from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +47,10 @@ class DownloadPlan:
     """Where they will be."""
     files: int
     size_bytes: int
+    revision: str | None = None
+    """The commit, which does not change during the download."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """The digest of each file, as the Hub lists it: the SHA-256 in Git LFS, otherwise the id of a Git object."""
 
     def check_space(self, remedy: str, announce: Announce) -> None:
         """Check the disk, and announce the size of the download if there is one.
@@ -111,9 +115,11 @@ def plan_download(repository: str, revision: str | None, directory: Path, unfini
         WeightsError: the Hub does not provide the checkpoint.
     """
     with named_hub_errors(repository, revision):
-        needed = _needed_files(_model_info(repository, revision))
+        info = _model_info(repository, revision)
+    needed = _needed_files(info)
     missing = [file for file in needed if not (unfinished / file.rfilename).is_file()]
-    return _plan(repository, directory, missing)
+    digests = {file.rfilename: _etag(file) for file in needed}
+    return replace(_plan(repository, directory, missing), revision=info.sha or revision, digests=digests)
 
 
 def _plan(repository: str, directory: Path, missing: "list[RepoSibling]") -> DownloadPlan:
