@@ -12,7 +12,7 @@ SOURCES := server client tests tools benchmarks examples conformance hatch_build
 PROTOS := $(wildcard protos/llama2/*/*.proto protos/llama2/*/*/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
-.PHONY: run quick test chaos soak determinism audit mutants check format proto docs lock dist conformance conformance-full simulation bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test chaos soak determinism audit checkov mutants check format proto docs lock dist conformance conformance-full simulation bench bench-gpu gpu-packages demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -23,6 +23,7 @@ help:
 	@echo "make determinism compare 100,000 texts of equal and of different fingerprints (docs/exactly-once.md)"
 	@echo "make soak        mixed traffic for 20 minutes; check that memory, files and threads do not grow"
 	@echo "make audit       write the SBOMs of the container's packages, and look for known vulnerabilities"
+	@echo "make checkov     check the chart's manifests and the Dockerfile; helm/checkov.yaml explains what may fail"
 	@echo "make mutants     change the server's code in 300 places, and check that the tests find it (hours; ARGS='--first 30')"
 	@echo "make format      format the code and the contract"
 	@echo "make proto       generate the Python stubs"
@@ -59,6 +60,9 @@ soak: $(VENV)/.dev
 
 audit: $(VENV)/.dev
 	$(BIN)/python -m tools.audit $(ARGS)
+
+checkov: $(VENV)/.dev
+	$(BIN)/python -m tools.audit.checkov
 
 mutants: $(VENV)/.dev
 	$(BIN)/python -m tools.mutants $(ARGS)

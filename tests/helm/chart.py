@@ -1,6 +1,7 @@
 """The chart, rendered by Helm's engine, and helpers that read the manifests."""
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any, TypeAlias
 import helm_python
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
+from kubernetes_validate.utils import all_versions, major_minor, schema_contents
+from referencing import Registry, Resource
 from tools.chart import CHART
 
 from llama2_server.card import ModelCard, load_card, parse_card
@@ -42,6 +46,30 @@ def render(values: Values, release: str = "llama2") -> "Rendered":
 def rendered(value_set: str) -> "Rendered":
     """Render a value set under `ci`."""
     return render(values_of(value_set))
+
+
+@cache
+def _definitions(folder: str) -> Registry[Any]:
+    """Return the definitions of a version of Kubernetes, which take most of the time to read."""
+    contents = schema_contents(f"kubernetes-json-schema/{folder}/_definitions.json", folder)
+    return (Resource.from_contents(contents) @ Registry()).crawl()
+
+
+@cache
+def _validator(kind: str, api_version: str, kubernetes: str) -> Draft202012Validator:
+    folder = next(f"v{version}-local-strict" for version in all_versions() if major_minor(version) == kubernetes)
+    group = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", api_version)
+    schema = schema_contents(f"kubernetes-json-schema/{folder}/{kind.lower()}-{group}.json", kubernetes)
+    return Draft202012Validator(schema, registry=Resource.from_contents(schema) @ _definitions(folder))
+
+
+def validate(manifest: Manifest, kubernetes: str = "1.37") -> None:
+    """Check a manifest strictly, as `kubernetes_validate.validate` does, which reads all schemas for each manifest.
+
+    Raises:
+        jsonschema.ValidationError: it is not valid.
+    """
+    _validator(manifest["kind"], manifest["apiVersion"], kubernetes).validate(manifest)
 
 
 class Rendered:

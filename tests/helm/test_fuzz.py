@@ -1,15 +1,16 @@
 """No values render manifests that an API server rejects: random values that fit the schema, without free-form keys."""
 
 import json
+import os
 import re
 from decimal import Decimal
 from typing import Any
 
 import helm_python
-import kubernetes_validate
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tests.helm.chart import Manifest, Rendered, Values, containers_of, environment_of, render
+from tests.helm.chart import Manifest, Rendered, Values, containers_of, environment_of, render, validate
 from tests.helm.test_validity import CUSTOM, KUBERNETES
 from tools.chart import SCHEMA
 
@@ -24,6 +25,7 @@ DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 MAX_CHARACTERS = {"Service": 63, "StatefulSet": 52, "Job": 63}  # a StatefulSet's pods have its name in a label
 MAX_CHANGED_VALUES = 5
+EXAMPLES = int(os.environ.get("CHART_FUZZ_EXAMPLES", "100"))  # about five in a second
 # Texts that YAML reads as something else if a template does not quote them.
 YAML_WORDS = ["true", "null", "on", "1e3", "123", "0x1f", "1.5", "y"]
 
@@ -130,9 +132,10 @@ def check_pod(release: Rendered, pod: Manifest) -> None:
         assert pre_stop <= pod["spec"]["terminationGracePeriodSeconds"]
 
 
+@pytest.mark.timeout(max(120, 2 * EXAMPLES))
 @given(values=top_level(), name=st.sampled_from(["llama2", "a" * 53, "true", "7b"]))
 @settings(
-    max_examples=60,
+    max_examples=EXAMPLES,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -149,7 +152,7 @@ def test_no_values_render_invalid_manifests(values: Values, name: str) -> None:
     for manifest in release.manifests:
         check_names_and_labels(manifest)
         if manifest["kind"] not in CUSTOM:
-            kubernetes_validate.validate(manifest, KUBERNETES[-1], strict=True)
+            validate(manifest, KUBERNETES[-1])
     for claim in release.of("PersistentVolumeClaim"):
         assert quantity(claim["spec"]["resources"]["requests"]["storage"]) > 0
     for pod in release.pods():

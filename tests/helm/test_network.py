@@ -127,3 +127,12 @@ def test_a_pod_monitor_scrapes_the_server_only() -> None:
     assert label["targetLabel"] == "service"
     assert f'service="{label["replacement"]}"' in str(release.one("PrometheusRule"))
     assert own == release.values["podMonitor"]["relabelings"][0]
+
+
+def test_nothing_may_connect_to_the_test_and_the_jobs(release: Rendered) -> None:
+    """A policy without rules selects every pod of the release; the other policies open the ports of the servers."""
+    if not release.values["networkPolicy"]["enabled"]:
+        return
+    (policy,) = (policy["spec"] for policy in release.of("NetworkPolicy") if "ingress" not in policy["spec"])
+    assert policy["policyTypes"] == ["Ingress"]
+    assert all(selects(policy["podSelector"]["matchLabels"], pod) for pod in release.pods())

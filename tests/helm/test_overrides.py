@@ -4,9 +4,8 @@ import base64
 from typing import Any
 
 import helm_python
-import kubernetes_validate
 import pytest
-from tests.helm.chart import Rendered, Values, environment_of, render, rendered, selects
+from tests.helm.chart import Rendered, Values, environment_of, render, rendered, selects, validate
 
 GPU: Values = {"weights": {"hubId": "meta-llama/Llama-2-7b-chat-hf"}, "apiKeys": {"secret": "keys"}}
 DEMO: Values = {"demo": True}
@@ -17,7 +16,7 @@ def valid(values: Values, release: str = "llama2") -> Rendered:
     """Render the values, and check each manifest against Kubernetes' schema."""
     result = render(values, release)
     for manifest in result.manifests:
-        kubernetes_validate.validate(manifest, "1.37", strict=True)
+        validate(manifest)
     return result
 
 
@@ -163,7 +162,9 @@ def test_the_strategy_and_the_probes_can_be_replaced() -> None:
 def peers(values: Values) -> Any:
     """Return the peers that may connect to the gRPC port; None if everyone may."""
     (rule,) = (
-        rule for rule in valid(values).one("NetworkPolicy")["spec"]["ingress"] if rule["ports"] == [{"port": "grpc"}]
+        rule
+        for rule in valid(values).component("NetworkPolicy")["spec"]["ingress"]
+        if rule["ports"] == [{"port": "grpc"}]
     )
     return rule.get("from")
 

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import helm_python
+import jsonschema
 import kubernetes_validate
 import pytest
-from tests.helm.chart import NAMESPACE, VALUE_SETS, Rendered, render, rendered, selects, values_of
+from tests.helm.chart import NAMESPACE, VALUE_SETS, Rendered, render, rendered, selects, validate, values_of
 from tools.chart import CHART
 
 # The oldest version that Chart.yaml allows, the newest version, and one in between.
@@ -40,7 +41,17 @@ def test_manifests_match_the_schemas_of_kubernetes(release: Rendered, kubernetes
         if manifest["kind"] in CUSTOM:
             assert manifest["apiVersion"] == CUSTOM[manifest["kind"]]
         else:
-            assert kubernetes_validate.validate(manifest, kubernetes, strict=True) == kubernetes
+            validate(manifest, kubernetes)
+
+
+def test_invalid_manifests_are_rejected() -> None:
+    """The cached schemas reject what `kubernetes_validate` rejects: a wrong type, and an unknown field."""
+    (service, _), _ = rendered("demo").services()
+    for change in ({"spec": {"ports": "http"}}, {"spec": service["spec"] | {"port": 1}}):
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(service | change, KUBERNETES[-1], strict=True)
+        with pytest.raises(jsonschema.ValidationError):
+            validate(service | change, KUBERNETES[-1])
 
 
 def test_the_oldest_allowed_kubernetes_is_tested() -> None:
@@ -74,7 +85,7 @@ def test_long_release_names_are_truncated() -> None:
         for manifest in render(values_of("everything-on"), release).manifests:
             assert len(manifest["metadata"]["name"]) <= 63
             if manifest["kind"] not in CUSTOM:
-                kubernetes_validate.validate(manifest, KUBERNETES[-1], strict=True)
+                validate(manifest, KUBERNETES[-1])
 
 
 def test_the_packaged_chart_renders_the_same(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_one_job_downloads_for_all_replicas() -> None:
         assert not selects(service["selector"], pod)
     without_stores = {"replicas": 1, "redis": {"secret": ""}, "usage": {"secret": ""}}
     closed = render(values_of("download-job") | without_stores)
-    assert len(closed.one("NetworkPolicy")["spec"]["egress"]) == 1
+    assert len(closed.component("NetworkPolicy")["spec"]["egress"]) == 1
     other = render(values_of("download-job") | {"image": {"tag": "0.2.0"}}).one("Job")
     assert other["metadata"]["name"] != job["metadata"]["name"]
 

@@ -24,6 +24,12 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: server
 {{- end -}}
 
+{{/* All pods of the release. */}}
+{{- define "llama2.releaseSelector" -}}
+app.kubernetes.io/name: {{ include "llama2.appName" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end -}}
+
 {{- define "llama2.forwardSelector" -}}
 app.kubernetes.io/name: {{ include "llama2.appName" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}

@@ -65,7 +65,7 @@ def _adapt(config: Any, address: str, names: NameServer | None, filter_chain: di
         "address": host if names is None else NAME,
         "port_value": int(port),
     }
-    cluster["health_checks"][0] |= {"interval": "0.2s", "no_traffic_interval": "0.2s"}
+    cluster["health_checks"][0] |= {"interval": "0.2s", "no_traffic_interval": "0.2s", "timeout": "20s"}
     if names is not None:
         cluster["typed_dns_resolver_config"] = {
             "name": "envoy.network.dns_resolver.cares",
