@@ -1,6 +1,6 @@
 """Check the chart's manifests and the Dockerfile with checkov: `python -m tools.audit.checkov`.
 
-checkov runs in an environment of its own, because it pins other versions of many libraries. Only the failures that
+checkov runs in a separate environment, because it pins other versions of many libraries. Only the failures that
 `helm/checkov.yaml` explains are allowed.
 """
 
@@ -55,7 +55,17 @@ def run_checkov(folder: Path) -> list[dict[str, Any]]:
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         subprocess.run([ENVIRONMENT / "bin/python", "-m", "pip", "install", "--quiet", REQUIREMENT], check=True)
     frameworks = ["--framework", "kubernetes", "dockerfile"]
-    call: list[str | Path] = [program, "-d", folder, *frameworks, "--skip-download", "--compact", "--quiet", "--output", "json"]
+    call: list[str | Path] = [
+        program,
+        "-d",
+        folder,
+        *frameworks,
+        "--skip-download",
+        "--compact",
+        "--quiet",
+        "--output",
+        "json",
+    ]
     # Exit code 1 means failed checks; the report lists them.
     done = subprocess.run(call, capture_output=True, text=True, check=False, env=os.environ | {"LOG_LEVEL": "ERROR"})
     try:
