@@ -1,0 +1,1 @@
+"""Measurements of steps with several rows: prompt lookup, and prompts that arrive among running replies."""
