@@ -21,7 +21,7 @@ def new_results(threads: int) -> Results:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": threads,
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -70,7 +70,7 @@ def save(results: Results, path: Path) -> None:
     path.write_text(f'{head[:-2]},\n  "measurements": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name and the vector instructions that affect the measurements."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
