@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools.mutants.mutations import Mutant, mutants
-from tools.mutants.runner import ROOT, copied_repository, passes
-from tools.mutants.suites import TESTS, files_of, modules, package_of
+from tools.mutants.runner import ROOT, copied_repository, first_failure
+from tools.mutants.suites import TESTS, closest_first, files_of, modules, package_of
 
 SAMPLE = 300
 GOAL_PERCENT = 90
@@ -29,8 +29,8 @@ def main() -> int:
     chosen = [one for one in found[:SAMPLE] if options.package in (None, package_of(one.path))][: options.first]
     for package in sorted({package_of(one.path) for one in chosen}):
         with copied_repository() as copy:
-            if not passes(copy, files_of(package)):
-                sys.exit(f"{package}: its tests fail without a mutant; run them first")
+            if failure := first_failure(copy, files_of(package)):
+                sys.exit(f"{package}: {failure} fails without a mutant; repair it first")
     with ThreadPoolExecutor(options.jobs) as workers:
         survivors = [one for one, survived in zip(chosen, workers.map(survives, chosen), strict=True) if survived]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -45,9 +45,9 @@ def survives(mutant: Mutant) -> bool:
     """Return whether the tests of its package pass with the mutant, and print it."""
     with copied_repository() as copy:
         (copy / mutant.path).write_text(mutant.source, encoding="utf-8")
-        survived = passes(copy, files_of(package_of(mutant.path)))
-    print(f"{'SURVIVED' if survived else 'found':<9} {mutant}", flush=True)
-    return survived
+        failure = first_failure(copy, closest_first(mutant.path))
+    print(f"{'found' if failure else 'SURVIVED':<9} {mutant} {f'({failure})' if failure else ''}", flush=True)
+    return failure is None
 
 
 if __name__ == "__main__":

@@ -38,21 +38,41 @@ def copied_repository() -> Iterator[Path]:
         yield Path(name)
 
 
-def passes(copy: Path, tests: list[str]) -> bool:
-    """Run tests in a copy of the repository until the first one fails."""
-    process = _PROCESSES.Process(target=_run_tests, args=(copy, tests))
+def first_failure(copy: Path, tests: list[str]) -> str | None:
+    """Run tests in a copy of the repository until the first one fails, and return its name; None if all pass."""
+    report = copy / "first-failure.txt"
+    process = _PROCESSES.Process(target=_run_tests, args=(copy, tests, report))
     process.start()
     process.join(SUITE_SECONDS)
-    passed = process.exitcode == 0
+    code = process.exitcode
     if process.pid is not None:
         # A mutant can leave server processes behind, which are in the group of its tests.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.join()
-    return passed
+    if code == 0:
+        return None
+    return report.read_text(encoding="utf-8") if report.exists() else f"exit code {code}"
 
 
-def _run_tests(copy: Path, tests: list[str]) -> None:
+class _FirstFailure:
+    """Writes the name of the first test or test file that fails."""
+
+    def __init__(self, report: Path) -> None:
+        self._report = report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._add(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._add(report)
+
+    def _add(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed and not self._report.exists():
+            self._report.write_text(report.nodeid, encoding="utf-8")
+
+
+def _run_tests(copy: Path, tests: list[str], report: Path) -> None:
     """Run the tests in this process, and exit with pytest's code."""
     os.setsid()
     silence = os.open(os.devnull, os.O_RDWR)
@@ -65,5 +85,5 @@ def _run_tests(copy: Path, tests: list[str]) -> None:
     sys.path[:0] = folders
     # The imported libraries include plugins of pytest, whose assertions need no rewriting.
     warning = "-Wignore::pytest.PytestAssertRewriteWarning"
-    code = pytest.main(["-x", "-q", warning, f"--timeout={TEST_SECONDS}", *tests])
+    code = pytest.main(["-x", "-q", warning, f"--timeout={TEST_SECONDS}", *tests], [_FirstFailure(report)])
     os._exit(int(code))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tests.support.repository import ROOT
 from tools.mutants.mutations import mutants
-from tools.mutants.runner import passes
-from tools.mutants.suites import TESTS, files_of, modules, package_of
+from tools.mutants.runner import first_failure
+from tools.mutants.suites import CLOSEST, SERVER, TESTS, closest_first, modules, package_of
 
 MODULE = '''
 LIMIT = 2
@@ -59,7 +59,10 @@ def test_each_module_has_tests() -> None:
     """Each mutated module belongs to a package with tests, and all of them exist."""
     packages = {package_of(path) for path in modules(ROOT)}
     assert packages == TESTS.keys()
-    assert [test for package in TESTS for test in files_of(package) if not (ROOT / test).exists()] == []
+    tests = {test for path in modules(ROOT) for test in closest_first(path)}
+    assert [test for test in sorted(tests) if not (ROOT / test.partition("::")[0]).exists()] == []
+    names = [str(path.relative_to(SERVER)) for path in modules(ROOT)]
+    assert [prefix for prefix in CLOSEST if not any(name.startswith(prefix) for name in names)] == []
     assert not any("cuda" in path.parts for path in modules(ROOT))
 
 
@@ -68,6 +71,6 @@ def test_tests_run_on_the_copy(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     test = tmp_path / "test_one.py"
     test.write_text("def test_one():\n    assert True\n")
-    assert passes(tmp_path, ["test_one.py"])
+    assert first_failure(tmp_path, ["test_one.py"]) is None
     test.write_text("def test_one():\n    assert False\n")
-    assert not passes(tmp_path, ["test_one.py"])
+    assert first_failure(tmp_path, ["test_one.py"]) == "test_one.py::test_one"
