@@ -87,7 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         try:
             account_id = self._admit(method, handler_call_details.invocation_metadata)
-        except ServiceError as error:
+        except Exception as error:  # gRPC would send the text of one that is not a ServiceError to the client
             return self._rejecting_handler(method, error, handler.response_serializer)
         deserializer = safe_deserializer(handler.request_deserializer, self.max_message_bytes)
         if handler.stream_stream is not None:
@@ -141,7 +141,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return account_id
 
     def _rejecting_handler(
-        self, method: str, error: ServiceError, serializer: Callable[[Any], bytes] | None
+        self, method: str, error: Exception, serializer: Callable[[Any], bytes] | None
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         """Return a handler that ends the call with the error.
 

@@ -6,9 +6,11 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
+from tests.support.faults import FaultPoint
 from tests.support.service import ServiceMaker, details, generate
 
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_server.admission.call_budget import CallBudget
 from llama2_server.api.validation.card_schema import MAX_VIOLATIONS
 from llama2_server.engine.engine import Engine
 
@@ -68,6 +70,20 @@ async def test_malformed_bytes_on_the_stream(serve_scripted: ServiceMaker) -> No
         with pytest.raises(grpc.aio.AioRpcError) as rejected:
             await call(b"\x0a\x02\xff\xfe").read()
         assert rejected.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream", "CountTokens"])
+async def test_a_fault_before_the_message_is_read_is_internal(
+    serve_scripted: ServiceMaker, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """A fault in the interceptor gets INTERNAL without its text, not UNKNOWN with it."""
+    FaultPoint(monkeypatch, CallBudget, "check").arm()
+    async with serve_scripted() as service:
+        call: Any = service.channel.unary_unary(METHOD + method, None, None)
+        with pytest.raises(grpc.aio.AioRpcError) as rejected:
+            await call(pb.GenerateRequest(prompt="x").SerializeToString())
+        assert rejected.value.code() is grpc.StatusCode.INTERNAL
+        assert "check" not in str(rejected.value.details())
 
 
 async def test_unknown_method_is_unimplemented(serve_scripted: ServiceMaker) -> None:
