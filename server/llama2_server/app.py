@@ -135,7 +135,8 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     stores = (quota, ResponseCacheCollector(cache), LedgerCollector(ledger))
     collectors = (queue, *stores, ReadinessCollector(health), text_generation.key_metrics)
     service.telemetry.metrics.register(card.name, loaded.model, engine.step_kind, METHODS, collectors)
-    await warm_up_unless_cancelled(engine, loaded, settings, card, exit_code)
+    speed = await warm_up_unless_cancelled(engine, loaded, settings, card, exit_code)
+    queue.waits.expected_hold_seconds = speed.expected_hold_seconds(card)
     try:
         service.inputs.ports.release("--listen")
         address = add_port(server, settings.listen, service.inputs.certificates)

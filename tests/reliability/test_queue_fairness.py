@@ -13,6 +13,9 @@ from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import SlotLease
 from llama2_server.errors import QueueFull, ServiceError, ShuttingDown
 
+CLIENTS = {"a": 60, "b": 30, "c": 15}
+"""Clients per account that return when they are told to."""
+
 
 class Machine:
     """A queue with one slot, whose generations take between 0.5 and 1.5 s and are counted when they start."""
@@ -43,6 +46,32 @@ class Machine:
             except QueueFull:
                 self.rejected[account_id] += 1
                 await asyncio.sleep(0.01)
+
+    async def call_when_told(self, account_id: str) -> None:
+        """Call again at once after each reply, and after a rejection when it states."""
+        while True:
+            call_key = self._random.getrandbits(60)
+            while not await self._call_equal(account_id, call_key):
+                pass
+
+    async def _call_equal(self, account_id: str, call_key: int) -> bool:
+        """Run one generation, or wait until the retry time; return whether it was served.
+
+        A start counts if all accounts wait: an account whose calls are all told to return later gets no slot then.
+        """
+        try:
+            reservation = self.queue.reserve(account_id, None, call_key)
+            self.queue.confirm(reservation)
+            async with self.queue.slot(reservation, None):
+                if all(other == account_id or self.queue._waiting.count(other) for other in CLIENTS):
+                    self.started.append(account_id)
+                await asyncio.sleep(self._random.uniform(0.5, 1.5))
+        except QueueFull as error:
+            earliest = error.retry_after_seconds or 0.0
+            told = self.queue.add_retry_time(account_id, call_key, earliest, 600, keeps_order=error.keeps_order)
+            await asyncio.sleep(told + self._random.uniform(0, 1))
+            return False
+        return True
 
     def flood(self, account_id: str, clients: int) -> list[asyncio.Task[None]]:
         return [asyncio.create_task(self.call_forever(account_id)) for _ in range(clients)]
@@ -89,6 +118,48 @@ def test_accounts_that_always_wait_are_served_equally(seed: int) -> None:
             await asyncio.sleep(0.1)
         served = Counter(machine.started) - before
         assert jain_index([served[account_id] for account_id in accounts]) >= 0.95
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_calls_that_return_are_served_once_per_round(seed: int) -> None:
+    """Accounts with 60, 30 and 15 clients, which return when they are told to, get equal shares while all wait."""
+
+    async def main() -> None:
+        machine = Machine(16, seed)
+        clients = [
+            asyncio.create_task(machine.call_when_told(account_id))
+            for account_id, number in CLIENTS.items()
+            for _ in range(number)
+        ]
+        await asyncio.sleep(1000)
+        served = Counter(machine.started)
+        assert served.total() > 100
+        assert jain_index([served[account_id] for account_id in CLIENTS]) >= 0.99, served
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+
+    run_virtual(main())
+
+
+def test_requests_that_leave_let_their_account_move_up() -> None:
+    """An account whose clients hang up keeps its share: its other requests take their rounds."""
+
+    async def main() -> None:
+        queue = RequestQueue(1, max_queue_size=16, queue_timeout_seconds=300)
+        running = queue.enter("x", None)
+        waiting = [queue.enter(account_id, None) for account_id in "aaaaaabbb"]
+        for left in (waiting[0], waiting[2], waiting[3]):
+            queue.release(left)
+        served = []
+        while queue.waiting:
+            queue.release(running)
+            [running] = [one for one in waiting if one.granted]
+            served.append(running.account_id)
+        assert "".join(served) == "ababab"
+        queue.release(running)
 
     run_virtual(main())
 

@@ -139,6 +139,25 @@ def test_calls_that_do_not_return_hold_no_slot(seed: int) -> None:
     assert simulation.busy_seconds > 0.9 * SECONDS
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_times_before_the_first_generation_ends_are_kept(seed: int) -> None:
+    """All calls of a burst right after the start return once, with a duration that is only expected.
+
+    The first generations are much shorter, and do not count yet.
+    """
+
+    async def main() -> None:
+        simulation = Simulation(Load(400, 60), seed)
+        simulation.queue.waits.expected_hold_seconds = 1.5
+        short, hold_seconds = iter([0.05] * 3), simulation.hold_seconds
+        simulation.hold_seconds = lambda: next(short, None) or hold_seconds()  # type: ignore[method-assign]
+        await asyncio.gather(*(simulation.call(f"a{index}") for index in range(200)))
+        assert simulation.returned == 200 - 65
+        assert not simulation.broken
+
+    run_virtual(main())
+
+
 def test_a_call_that_returns_too_early_keeps_its_time() -> None:
     """A client that repeats a rejected request all the time is told the same time, and then served."""
 

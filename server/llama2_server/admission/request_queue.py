@@ -48,7 +48,7 @@ class RequestQueue(Collector):
         self._waiting = FairQueue()
         self.retry_times = RetryTimes()
         """The times at which rejected calls are told to return."""
-        self._waits = WaitEstimate(slots, self._waiting, self.retry_times)
+        self.waits = WaitEstimate(slots, self._waiting, self.retry_times)
         self.on_contention: Callable[[], None] = lambda: None  # a request may have to wait, or the queue closes
         self.closed = False
         self._grant_retry: asyncio.TimerHandle | None = None
@@ -70,7 +70,7 @@ class RequestQueue(Collector):
         slots = "Number of slots: the card's max_concurrent_requests."
         yield GaugeMetricFamily("llama2_max_concurrent_requests", slots, self._slots)
         mean = "Moving average of the time that a request holds its slot; 0 before the first one."
-        yield GaugeMetricFamily("llama2_mean_slot_time_seconds", mean, self._waits.mean_hold_seconds)
+        yield GaugeMetricFamily("llama2_mean_slot_time_seconds", mean, self.waits.mean_hold_seconds)
 
     def reserve(self, account_id: str, deadline: float | None, call_key: int = 0) -> Reservation:
         """Reserve a slot or space in the queue for a request; the caller must `confirm` or `release` it.
@@ -96,7 +96,7 @@ class RequestQueue(Collector):
         displaces = not self._has_space(returning=returning is not None)
         if displaces and not self._waiting.may_displace(account_id, counts_displacing=True):
             raise self._queue_full()
-        order = returning.order if returning is not None and returning.order else self._waiting.next_order(account_id)
+        order = self._waiting.order(account_id, None if returning is None else returning.order)
         reservation = Reservation(account_id, order, displaces=displaces, displaceable=returning is None)
         self._check_wait(order, deadline, returning=returning is not None)
         if displaces:
@@ -158,7 +158,7 @@ class RequestQueue(Collector):
         finally:
             self._report_wait(_now() - started_at)
         lease = SlotLease(_now() - started_at, _now())
-        self._waits.leases.add(lease)
+        self.waits.leases.add(lease)
         try:
             yield lease
         finally:
@@ -183,7 +183,7 @@ class RequestQueue(Collector):
     def estimated_wait_seconds(self, account_id: str) -> float:
         """Return how long a new request of this account would wait; 0 before the first measurement."""
         order = self._waiting.next_order(account_id)
-        return 0.0 if self._occupied() < self._slots else self._waits.until_slot(order, returning=False)
+        return 0.0 if self._occupied() < self._slots else self.waits.until_slot(order, returning=False)
 
     def add_retry_time(
         self, account_id: str, call_key: int, earliest_seconds: float, per_minute: int, *, keeps_order: bool
@@ -193,11 +193,11 @@ class RequestQueue(Collector):
         `per_minute` is the account's quota. If asked, the call then has the order that it would have now.
         """
         now = _now()
-        ahead = len(self.retry_times.of_account(account_id, now))
+        ahead = self.retry_times.count(account_id, now)
         order = self._waiting.next_order(account_id, ahead) if keeps_order else None
         earliest = now + max(earliest_seconds, self._seconds_until_space())
         call = ExpectedCall(account_id, call_key, order)
-        return self.retry_times.add(call, earliest, self._waits.spacing_seconds, per_minute, now) - now
+        return self.retry_times.add(call, earliest, self.waits.spacing_seconds, per_minute, now) - now
 
     def _check_wait(self, order: Order, deadline: float | None, *, returning: bool) -> None:
         if self._occupied() < self._slots:
@@ -205,18 +205,18 @@ class RequestQueue(Collector):
         limit_seconds = self._queue_timeout_seconds
         if deadline is not None:
             limit_seconds = min(limit_seconds, deadline - _now())
-        self._waits.check(order, limit_seconds, returning=returning)
+        self.waits.check(order, limit_seconds, returning=returning)
 
     def _occupied(self) -> int:
-        return self._granted - self._waits.yielding + len(self._waiting)
+        return self._granted - self.waits.yielding + len(self._waiting)
 
     def _has_space(self, *, returning: bool = False) -> bool:
-        kept = 0 if returning or self._occupied() < self._slots else self._waits.kept_space(self._max_queue_size)
+        kept = 0 if returning or self._occupied() < self._slots else self.waits.kept_space(self._max_queue_size)
         return self._occupied() < self._slots + self._max_queue_size - kept
 
     def _seconds_until_space(self) -> float:
         """Return the time until the queue has space for a rejected call, if one generation takes twice the mean."""
-        return 0.0 if self._has_space() else self._waits.until_space(self._max_queue_size)
+        return 0.0 if self._has_space() else self.waits.until_space(self._max_queue_size)
 
     def _make_space(self, account_id: str) -> None:
         """Displace the newest request of the largest account, unless there is space; raises QueueFull."""
@@ -241,13 +241,12 @@ class RequestQueue(Collector):
             if deadline is not None and deadline <= timeout_at:
                 raise DeadlineExceeded("the deadline passed in the request queue") from None
             estimate = self.estimated_wait_seconds(reservation.account_id)
-            raise self._waits.too_long(estimate, self._queue_timeout_seconds) from None
+            raise self.waits.too_long(estimate, self._queue_timeout_seconds) from None
         if reservation.error is not None:
             raise reservation.error
 
     def _queue_full(self) -> QueueFull:
-        message = f"the request queue is full ({self._max_queue_size} waiting)"
-        return QueueFull(message, self._seconds_until_space())
+        return QueueFull(f"the request queue is full ({self._max_queue_size} waiting)", self._seconds_until_space())
 
     def _report_wait(self, seconds: float) -> None:
         try:
@@ -257,7 +256,7 @@ class RequestQueue(Collector):
 
     def _end_lease(self, lease: SlotLease, reservation: Reservation) -> None:
         """Free the slot of a lease, whatever fails."""
-        self._waits.leases.discard(lease)
+        self.waits.leases.discard(lease)
         try:
             self._update_mean_hold(_now() - lease.started_at)
         except Exception:  # the next request needs the slot; only its estimated wait is less exact
@@ -290,7 +289,7 @@ class RequestQueue(Collector):
         return True
 
     def _update_mean_hold(self, hold_seconds: float) -> None:
-        self._waits.add_hold(hold_seconds)
+        self.waits.add_hold(hold_seconds)
 
 
 def _now() -> float:

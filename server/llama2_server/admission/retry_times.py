@@ -49,6 +49,11 @@ class RetryTimes:
         self._expire(now)
         return [time.at for time in self._by_account.get(account_id, ())]
 
+    def count(self, account_id: str, now: float) -> int:
+        """Return the number of times of an account."""
+        self._expire(now)
+        return len(self._by_account.get(account_id, ()))
+
     def of_call(self, call_key: int, now: float) -> float | None:
         """Return the time of an equal call that is not due yet; None without one."""
         return next((time.at for time in self._by_call.get(call_key, ()) if time.at > now), None)

@@ -11,6 +11,7 @@ from llama2_server.errors import QueueWaitTooLong
 EMA_ALPHA = 0.3
 # The spacing of retry times adds up over many requests, so it needs a mean with less noise.
 SLOW_ALPHA = 0.05
+MIN_HOLDS = 10
 # Calls that return at their retry times use this share of the slots, so that they find space although some generations
 # take longer than the mean. New requests use the rest.
 RETURNING_SHARE = 1 / 1.4
@@ -31,13 +32,15 @@ class WaitEstimate:
         self.leases: set[SlotLease] = set()
         """The slots in use."""
         self.mean_hold_seconds = 0.0
+        self.expected_hold_seconds = 0.0
+        """The least duration of a lease for retry times until `MIN_HOLDS` have ended: the first ones may be short."""
         self._slow_mean_seconds = 0.0
         self._holds = 0
 
     @property
     def seconds_per_request(self) -> float:
         """The mean time between two requests that get a slot."""
-        return self._slow_mean_seconds / self._slots
+        return self._at_least_expected(self._slow_mean_seconds) / self._slots
 
     @property
     def spacing_seconds(self) -> float:
@@ -104,4 +107,8 @@ class WaitEstimate:
 
     def until_space(self, max_queue_size: int) -> float:
         """Return the time until a full queue has space for a rejected call, if one generation takes twice the mean."""
-        return self.seconds_until_slot(self.kept_space(max_queue_size) // 2) + self.mean_hold_seconds
+        hold_seconds = self._at_least_expected(self.mean_hold_seconds)
+        return self.seconds_until_slot(self.kept_space(max_queue_size) // 2) + hold_seconds
+
+    def _at_least_expected(self, mean_seconds: float) -> float:
+        return mean_seconds if self._holds >= MIN_HOLDS else max(mean_seconds, self.expected_hold_seconds)

@@ -23,9 +23,15 @@ class Speed:
     prefill_seconds: float
     decode_seconds: float
 
+    def expected_hold_seconds(self, card: ModelCard) -> float:
+        """Return how long a reply holds its slot if it has half of the default `max_tokens`."""
+        return self.decode_seconds * card.default_max_tokens / 2
 
-async def warm_up(engine: SupervisedEngine, loaded: LoadedModel, settings: Settings, card: ModelCard) -> None:
+
+async def warm_up(engine: SupervisedEngine, loaded: LoadedModel, settings: Settings, card: ModelCard) -> Speed:
     """Generate twice, so that the first request does not pay for one-time initialization; warn of short timeouts.
+
+    Returns the speed of this machine.
 
     Raises:
         ConfigurationError: the model cannot generate.
@@ -39,6 +45,7 @@ async def warm_up(engine: SupervisedEngine, loaded: LoadedModel, settings: Setti
         decode_seconds=generation.finished_at - generation.first_token_at,
     )
     warn_if_timeouts_too_short(settings, card, speed, loaded.model.prefill_chunk_tokens)
+    return speed
 
 
 async def warm_up_unless_cancelled(
@@ -47,7 +54,7 @@ async def warm_up_unless_cancelled(
     settings: Settings,
     card: ModelCard,
     exit_code: "asyncio.Future[int]",
-) -> None:
+) -> Speed:
     """Warm up, the last step of the start; if `exit_code` is set first, close the engine.
 
     Raises:
@@ -56,7 +63,7 @@ async def warm_up_unless_cancelled(
     """
     STARTUP_LOG.step("warming up")
     try:
-        await cancel_on(exit_code, warm_up(engine, loaded, settings, card))
+        return await cancel_on(exit_code, warm_up(engine, loaded, settings, card))
     except StartupCancelled:
         await engine.close(0)  # no client waits for the step in progress
         raise

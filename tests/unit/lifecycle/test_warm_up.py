@@ -17,3 +17,9 @@ def test_short_timeouts_are_logged(demo_card: ModelCard, caplog: pytest.LogCaptu
         "--max-connection-age-grace-seconds",
         "--engine-step-timeout-seconds",
     ]
+
+
+def test_expected_duration_is_that_of_half_the_default_tokens(demo_card: ModelCard) -> None:
+    """The queue expects it until it has measured one."""
+    speed = Speed(prefill_seconds=0.001, decode_seconds=0.5)
+    assert speed.expected_hold_seconds(demo_card) == demo_card.default_max_tokens / 4
