@@ -6,6 +6,7 @@ Run it with `python -m benchmarks.measurement.overload`; it serves the demo mode
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ ARRIVALS = 1_000
 REJECTIONS = 4_000
 CONCURRENT_CALLS = 50  # below the streams that the server allows on a connection
 HOLD = "hold"  # a file: while it exists, the next generation holds the slot and uses no CPU
+HOLDS = "holds"  # a file: if it exists at the start, the server writes the longest hold of its event loop to it
 MODULE = "benchmarks.measurement.overload"
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -69,8 +71,33 @@ def running(command: Sequence[str]) -> Iterator[tuple[int, str]]:
             process.kill()
 
 
+def record_loop_holds(path: Path) -> None:
+    """Write the longest CPU time of one callback of the event loop since the last SIGUSR1, in ms, to a file.
+
+    Only the CPU time of the loop's thread counts: other processes do not change it.
+    """
+    longest, run = [0.0], asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        started_at = time.thread_time()
+        run(handle)
+        milliseconds = (time.thread_time() - started_at) * 1e3
+        if milliseconds > longest[0]:
+            longest[0] = milliseconds
+            path.write_text(f"{milliseconds:.3f}")
+
+    def reset(*_: object) -> None:
+        longest[0] = 0.0
+        path.write_text("0")
+
+    asyncio.Handle._run = timed  # type: ignore[method-assign, assignment]
+    signal.signal(signal.SIGUSR1, reset)
+
+
 def _serve(folder: Path) -> None:
-    """Serve the demo model without a queue and with an unlimited quota."""
+    """Serve the demo model without a queue and with an unlimited quota; record the holds of the loop if asked."""
+    if (folder / HOLDS).exists():
+        record_loop_holds(folder / HOLDS)
     listed = load_card("demo").constellation_config.model_copy(
         update={"max_requests_per_min": RequestsPerMinute(default=10**9), "infer_response_cache": None}
     )

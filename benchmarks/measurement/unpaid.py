@@ -1,4 +1,5 @@
-"""Measure what calls that generate nothing cost the server: CPU per rejected request, and health checks in a flood.
+"""Measure what calls that generate nothing cost the server: CPU per rejected request, the time for which one holds the
+event loop, and health checks in a flood.
 
 Run it with `python -m benchmarks.measurement.unpaid`; it serves the demo model in another process, without a limit of
 such calls.
@@ -6,6 +7,8 @@ such calls.
 
 import asyncio
 import itertools
+import os
+import signal
 import statistics
 import tempfile
 import time
@@ -16,7 +19,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.measurement.overload import cpu_seconds, running_server
+from benchmarks.measurement.overload import HOLDS, cpu_seconds, running_server
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
 
@@ -105,8 +108,30 @@ async def measure(pid: int, address: str) -> None:
             print(f"{callers} callers, {rate:.0f} rejected calls per second: health p99 {p99:.1f} ms (goal: under 50)")
 
 
+async def reject_often(pid: int, address: str, name: str) -> None:
+    """Let a server reject requests of one kind; its longest hold of the loop is that of these calls."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = text_generation_pb2_grpc.TextGenerationServiceStub(channel)
+        await rejected(stub, REJECTED[name])
+        os.kill(pid, signal.SIGUSR1)
+        for _ in range(CALLS_PER_KIND):
+            await rejected(stub, REJECTED[name])
+
+
+def measure_holds(pid: int, address: str, file: Path) -> None:
+    """Print the longest CPU time of one callback of a server's event loop, by the kind of rejected request."""
+    for name in REJECTED:
+        asyncio.run(reject_often(pid, address, name))
+        print(f"{name}: holds the event loop for at most {float(file.read_text()):.2f} ms (goal: 5)")
+
+
 def main() -> None:
     """Print all figures."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / HOLDS
+        file.touch()  # in a dedicated server: the measurement makes each callback slower
+        with running_server(Path(name)) as (pid, address):
+            measure_holds(pid, address, file)
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as (pid, address):
         asyncio.run(measure(pid, address))
 
