@@ -166,6 +166,9 @@ def test_close_cancels_all_sequences(model: ScriptedModel) -> None:
         submit(engine, reader)
     assert model.in_step.wait(10)
     assert not engine.close(timeout_seconds=0)
+    assert not engine.alive
+    with pytest.raises(EngineError):
+        submit(engine, Reader())
     model.open_gate()
     assert engine.close(timeout_seconds=10)
     reasons = {reader.result().reason for reader in readers}
