@@ -1,16 +1,18 @@
 """Two replicas in virtual time, with faults; their history is checked against the model of the service."""
 
+from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 from tests.reliability.simulation.history import History
-from tests.reliability.simulation.model import violations
+from tests.reliability.simulation.model.rules import RULES, Judgment, judge, violations
 from tests.reliability.simulation.planted import PLANTED
 from tests.reliability.simulation.run import simulate
 from tests.reliability.simulation.world import Shape
 
-SEEDS = range(1, 11)
+SEEDS = (*range(1, 11), 15)  # every fifth one is an overload
 REQUESTS = 2000
 BUSY = Shape(
     accounts=5,
@@ -26,12 +28,28 @@ BUSY = Shape(
 CASES = Path(__file__).parent / "simulation" / "cases"
 FOUND = {"a-dropped-record.jsonl.gz": ["one_record_per_request", "metrics_are_exact"]}
 """By file, the rules that it violates."""
+MIN_EVENTS = {"health_shows_faults": 3, "accounts_share_the_slots": 3, "totals_are_exact": 20, "metrics_are_exact": 5}
+"""By rule, the number of events that it judges at least in all seeds."""
+MIN_EVENTS |= {"processes_end_for_a_reason": 20, "retry_times_are_kept": 300}
+
+
+@cache
+def judged(seed: int) -> Judgment:
+    return judge(simulate(seed, REQUESTS))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_simulation(seed: int) -> None:
     """Replay a failing seed: `python -m tests.reliability.simulation --seed SEED`."""
-    assert violations(simulate(seed, REQUESTS)) == []
+    assert judged(seed).violations == []
+
+
+def test_each_rule_judges_many_events() -> None:
+    """A rule that judges no event proves nothing."""
+    met: Counter[str] = sum((judged(seed).met for seed in SEEDS), Counter())
+    names = [rule.__name__ for rule in RULES]
+    assert {name: met[name] for name in names if met[name] < MIN_EVENTS.get(name, 100)} == {}, met
+    assert sum(judged(seed).broken_promises for seed in SEEDS) < 0.01 * met["retry_times_are_kept"]
 
 
 def test_a_seed_replays() -> None:
@@ -44,7 +62,10 @@ def test_the_model_finds_a_planted_error(name: str) -> None:
     """Without the error, the same simulation violates no rule."""
     planted = PLANTED[name]
     settings = {**BUSY.settings, "max_queue_size": planted.max_queue_size}
-    shape = replace(BUSY, accounts=planted.accounts, per_minute=planted.per_minute, settings=settings)
+    overload = planted.overload
+    shape = replace(
+        BUSY, accounts=planted.accounts, per_minute=planted.per_minute, settings=settings, overload=overload
+    )
     found = violations(simulate(1, planted.requests, planted.faults, planted.plant, shape))
     assert any(line.startswith(planted.rule) for line in found), found
     assert violations(simulate(1, planted.requests, planted.faults, shape=shape)) == []

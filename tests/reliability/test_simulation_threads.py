@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from tests.reliability.simulation import model
-from tests.reliability.simulation.facts import Facts
 from tests.reliability.simulation.history import Event, History
+from tests.reliability.simulation.model import calls, queue
+from tests.reliability.simulation.model.facts import MET, Facts
 from tests.reliability.simulation.observer import HistoryTelemetry, observe
 from tests.reliability.simulation.run import add_database, counters
 from tests.support.accounts import AccountByHeader
@@ -28,14 +28,14 @@ CALLS = 20
 ACCOUNTS = 3
 # The other rules need virtual time: on a busy machine, a free slot can wait for its thread.
 RULES = (
-    model.every_call_ends,
-    model.statuses_are_true,
-    model.replies_are_exact,
-    model.one_record_per_request,
-    model.records_are_exact,
-    model.totals_are_exact,
-    model.slots_are_limited_and_free_again,
-    model.quota_is_never_exceeded,
+    calls.every_call_ends,
+    calls.statuses_are_true,
+    calls.replies_are_exact,
+    calls.one_record_per_request,
+    calls.records_are_exact,
+    calls.totals_are_exact,
+    queue.slots_are_limited_and_free_again,
+    queue.quota_is_never_exceeded,
 )
 
 
@@ -112,7 +112,7 @@ async def test_threads(
     with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as connection:
         add_database(history, "local", connection)
     facts = Facts(history)
-    assert [line for rule in RULES for line in rule(facts)] == []
+    assert [line for rule in RULES for line in rule(facts) if line is not MET] == []
     assert len(facts.ends) == CLIENTS * CALLS
     computed = [records[0] for records in facts.records.values() if not records[0]["cached"]]
     counted = counters(telemetry.metrics.registry)

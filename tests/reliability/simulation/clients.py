@@ -17,9 +17,11 @@ from llama2.v1 import text_generation_pb2 as pb
 
 TEXT = "/llama2.v1.TextGenerationService/"
 KINDS = ("obeys", "obeys", "obeys", "blind", "hangs up", "reads slowly", "never reads", "short deadline", "odd")
+OVERLOAD_KINDS = ("obeys",) * 9 + ("hangs up",)
 PROMPTS = 24
 MAX_ATTEMPTS = 12
 RETURN_SECONDS = 0.9
+ARRIVAL_SECONDS = 60.0
 NEVER_READS_SECONDS = 40.0
 CALL_SECONDS = 900.0
 """The deadline of patient calls: longer than the queue timeout and the longest fault."""
@@ -45,16 +47,18 @@ class Traffic:
     async def run(self) -> None:
         """Run all clients until the requests are sent and answered."""
         shape, draw = self._world.shape, self._world.draw
-        clients = []
+        clients, kinds = [], OVERLOAD_KINDS if shape.overload else KINDS
         for index in range(shape.clients):
             # The first account has many more clients than the others.
             account = 0 if draw.random() < 0.3 else index % shape.accounts
-            clients.append(asyncio.create_task(self._client(f"a{account}", KINDS[index % len(KINDS)])))
+            clients.append(asyncio.create_task(self._client(f"a{account}", kinds[index % len(kinds)])))
         await asyncio.gather(*clients)
 
     async def _client(self, account: str, kind: str) -> None:
         draw = self._world.draw
         replica = draw.choice(self._replicas)
+        if self._world.shape.overload:  # the servers first measure how long replies take
+            await asyncio.sleep(draw.uniform(0, ARRIVAL_SECONDS))
         while not self.exhausted:
             await asyncio.sleep(draw.expovariate(1 / self._world.shape.pause_seconds))
             if kind == "odd":
@@ -146,7 +150,7 @@ class Traffic:
             "call", call=number, account=account, kind=kind, method=method, process=process, **attributes
         )
         path = method if method.startswith("/") else TEXT + method
-        metadata = (("account", account), ("call", str(number)))
+        metadata = (*self._world.keys.header(account), ("call", str(number)))
         return replica.call(path, content, metadata, timeout), number
 
     def _end(self, number: int, call: InProcessCall, completion: Any, text: str) -> Status:

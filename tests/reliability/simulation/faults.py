@@ -106,6 +106,8 @@ class Faults:
             "the device for good": self._break_device,
             "a lost KV slot": self._lose_slot,
             "a hanging step": self._hang,
+            "changed keys": self._change_keys,
+            "an invalid keys file": self._break_keys,
             "the quota store": self._stop_redis,
             "a slow quota store": self._slow_redis,
             "the usage store": self._stop_store,
@@ -162,6 +164,21 @@ class Faults:
     async def _hang(self, replica: Replica) -> None:
         if replica.process is not None:
             await self._set_for(replica.process.steps, "hang_seconds", self._draw.choice([2.0, 100.0]), 10)
+
+    async def _change_keys(self, replica: Replica) -> None:
+        """Change the file while it cannot be read; it is read after the next change."""
+        self._armed["reading the keys"] = 1
+        self._world.keys.write()
+        await asyncio.sleep(2)
+        self._armed["reading the keys"] = 0
+        self._world.keys.write()
+
+    async def _break_keys(self, replica: Replica) -> None:
+        self._world.keys.write("keys: [")
+        try:
+            await asyncio.sleep(self._draw.uniform(0.5, 5))
+        finally:
+            self._world.keys.write()
 
     async def _stop_redis(self, replica: Replica) -> None:
         await self._set_for(self._world.redis, "up", False, self._draw.uniform(0.1, 15))

@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from llama2_server.admission.accounts import ApiKeyAuthenticator
+from llama2_server.admission.fair_queue import FairQueue
+from llama2_server.admission.keys import keys_file
 from llama2_server.admission.quota import _LocalWindows
 from llama2_server.admission.request_queue import RequestQueue
+from llama2_server.admission.reservation import Order, Reservation
 from llama2_server.api import interceptor
 from llama2_server.api.health import HealthServicer
 from llama2_server.generation.generation import Generation
@@ -62,6 +66,26 @@ def _return_at_once(*arguments: Any, **options: Any) -> float:
     return 0.01
 
 
+def _halve(original: Callable[..., float]) -> Callable[..., float]:
+    return lambda *arguments, **options: original(*arguments, **options) / 2
+
+
+def _serve_one_last(self: FairQueue, account_id: str, kept: Order | None) -> Order:
+    order = self.next_order(account_id)
+    return (order[0] + 1000, order[1]) if account_id == "a1" else order
+
+
+def _keep_round(self: FairQueue, reservation: Reservation) -> None:
+    self._remove_entries(reservation)
+
+
+async def _lose_keys(self: ApiKeyAuthenticator) -> None:
+    try:
+        self._table = keys_file.read(self._path)
+    except keys_file.KeysFileError:
+        self._table = keys_file.KeyTable({})
+
+
 def _do_nothing(*arguments: Any) -> None:
     pass
 
@@ -93,6 +117,7 @@ class Planted(NamedTuple):
     accounts: int = 5
     max_queue_size: int = 16
     requests: int = 800
+    overload: bool = False
 
 
 KILLS = frozenset({"SIGKILL", "SIGKILL at completion", "SIGKILL after a commit"})
@@ -109,7 +134,21 @@ PLANTED = {
     "a wrong price": Planted("records_are_exact", _replace(records, "neurons", _charge_double)),
     "one request more than the quota": Planted("quota_is_never_exceeded", _allow_one_more, per_minute=5),
     "retry times that are too early": Planted(
-        "retry_times_are_kept", _always(RequestQueue, "add_retry_time", _return_at_once)
+        "retry_times_are_kept", _always(RequestQueue, "add_retry_time", _return_at_once), overload=True
+    ),
+    "retry times that are half as long": Planted(
+        "retry_times_are_kept",
+        _always(RequestQueue, "add_retry_time", _halve(RequestQueue.add_retry_time)),
+        overload=True,
+    ),
+    "an account that is served last": Planted(
+        "accounts_share_the_slots", _always(FairQueue, "order", _serve_one_last), requests=2000, overload=True
+    ),
+    "requests that leave keep their rounds": Planted(
+        "accounts_share_the_slots", _always(FairQueue, "remove", _keep_round), accounts=3, requests=2000, overload=True
+    ),
+    "keys that a faulty reload loses": Planted(
+        "keys_are_accepted", _always(ApiKeyAuthenticator, "_reload", _lose_keys), frozenset({"an invalid keys file"})
     ),
     "a reader that is not notified": Planted("every_call_ends", _replace(Generation, "_notify", lambda self: None)),
     "the text of an exception": Planted("statuses_are_true", _always(interceptor, "_errors_as_statuses", _no_statuses)),

@@ -4,6 +4,8 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any
 
+from llama2_server.admission.call_budget import CallBudget
+from llama2_server.admission.keys import keys_file
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.validation.request_validator import RequestValidator
@@ -28,6 +30,10 @@ POINTS: dict[str, tuple[Any, str]] = {
     "the retry time": (RequestQueue, "add_retry_time"),
     "giving quota back": (Quota, "refund"),
     # A budget for unpaid work
+    "the budget of wrong keys": (CallBudget, "take_keyless"),
+    "checking the budget": (CallBudget, "check"),
+    "the budget of free calls": (CallBudget, "spend"),
+    "reading the keys": (keys_file, "read_in_child"),
     "validation": (RequestValidator, "validate_generate"),
     "counting tokens": (RequestValidator, "validate_count_tokens"),
     "reading the response cache": (MemoryResponseCache, "get"),

@@ -39,7 +39,7 @@ def simulate(
     Args:
         seed: determines configuration, clients, faults and their order.
         requests: number of calls.
-        faults: the names of the possible faults; None for all.
+        faults: the names of the possible faults; None for all of the shape.
         plant: changes the server, so that the model must find an error.
         shape: the configuration; None for the one of the seed.
     """
@@ -54,6 +54,8 @@ def simulate(
         patch = stack.enter_context(simulated(world, loop))
         if plant is not None:
             plant(patch)
+        if faults is None and world.shape.overload:
+            faults = frozenset()
         injected = Faults(world, patch, faults)
         observe(patch, world.history)
         runner.run(_simulate(world, injected, requests))

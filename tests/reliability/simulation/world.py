@@ -19,6 +19,7 @@ import grpc.aio
 import pytest
 import redis.asyncio
 from tests.reliability.simulation.history import History
+from tests.reliability.simulation.keys import Keys, patch_reload
 from tests.reliability.simulation.stores import RedisState, SimulatedRedis, UsageDatabase
 from tests.support.scripted_model import ScriptedModel, scripted_fingerprint
 from tests.support.service import with_config
@@ -26,12 +27,11 @@ from tests.support.simulated import threads
 from tests.support.simulated.threads import Process
 from tests.support.virtual_time import VirtualTimeLoop
 
-from llama2_server.admission.accounts import Account, AnonymousAuthenticator, Metadata
+from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.config.settings import Settings
 from llama2_server.engine import engine
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.errors import AccountDisabled, Unauthenticated
 from llama2_server.generation import response_cache
 from llama2_server.lifecycle import stores as lifecycle_stores
 from llama2_server.lifecycle import tasks
@@ -44,19 +44,6 @@ if TYPE_CHECKING:
 
 SCRIPT = "Once upon a time, a fox lived by the sea and told the gulls what it had seen."
 STARTED_AT = datetime(2026, 11, 22, 23, 50, tzinfo=UTC)  # the day changes during the simulation
-
-
-class AccountsByHeader(AnonymousAuthenticator):
-    """Trusts the metadata `account`; `keyless` has no valid key, and `disabled` is disabled."""
-
-    def authenticate(self, metadata: Metadata) -> Account:
-        """Return the account that the metadata names."""
-        account_id = str(dict(metadata).get("account", "keyless"))
-        if account_id == "keyless":
-            raise Unauthenticated
-        if account_id == "disabled":
-            raise AccountDisabled
-        return Account(account_id)
 
 
 @dataclass(frozen=True)
@@ -72,6 +59,8 @@ class Shape:
     forwards: bool
     pause_seconds: float
     settings: dict[str, Any]
+    overload: bool = False
+    """Whether no fault occurs, and most clients obey their retry times: then all of them are kept."""
 
     @classmethod
     def of(cls, draw: random.Random) -> "Shape":
@@ -99,6 +88,27 @@ class Shape:
             settings=settings,
         )
 
+    @classmethod
+    def overloaded(cls, draw: random.Random) -> "Shape":
+        """Draw a configuration with many more clients than the queue has space for."""
+        settings = {"max_queue_size": draw.choice([16, 32]), "queue_timeout_seconds": 300}
+        return cls(
+            accounts=draw.choice([3, 5, 20]),
+            clients=80,
+            per_minute=draw.choice([12, 60, 600]),
+            slots=draw.choice([1, 3]),
+            caches=draw.random() < 0.5,
+            shares_quota=False,
+            forwards=True,
+            pause_seconds=0.5,
+            settings=settings,
+            overload=True,
+        )
+
+
+OVERLOAD_EVERY = 5
+"""Every fifth seed is an overload without faults."""
+
 
 class World:
     """The parts that the replicas and the clients of one simulation share."""
@@ -108,12 +118,13 @@ class World:
         self.draw = random.Random(seed)
         self.folder = folder
         self.history = History()
-        drawn = Shape.of(self.draw)
+        drawn = Shape.of(self.draw) if seed % OVERLOAD_EVERY else Shape.overloaded(self.draw)
         self.shape = shape or drawn
         self.card = _card(self.shape)
         self.tokenizer = _tokenizer()
         self.script = self.tokenizer.encode_raw(SCRIPT)[1:]
-        self.authenticator = AccountsByHeader()
+        self.keys = Keys(folder)
+        self.authenticator = ApiKeyAuthenticator(self.keys.path)
         self.fingerprint = scripted_fingerprint("scripted")
         options = {"data_directory": folder, "listen": "127.0.0.1:0", **self.shape.settings}
         self.settings = Settings.model_validate(options)
@@ -178,6 +189,7 @@ def simulated(world: World, loop: VirtualTimeLoop) -> Iterator[pytest.MonkeyPatc
         patch.setattr(redis.asyncio, "Redis", SimulatedRedis)
         _patch_time(patch, loop)
         _patch_migrations(patch, world.folder)
+        patch_reload(patch, world.draw)
         patch.setattr(guard, "_logged_at", {})
         patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=world.draw.getrandbits(128), version=4))
         yield patch

@@ -2,10 +2,14 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from decimal import Decimal
 
 from tests.reliability.simulation.history import Event, History
 
+Verdicts = Iterator[str | None]
+"""The results of a rule: a line per violation, and `MET` per event that it judges."""
+MET = None
 ENGINE_FAULTS = frozenset(
     {
         "the device for good",
@@ -74,7 +78,7 @@ class Facts:
         for event in history.of("end of process", "kill", "exit"):
             self.ended.setdefault(event["process"], event["at"])
         self.disturbed: dict[str, list[float]] = defaultdict(list)
-        for event in history.of("raised", "fault", "fault end", "start", "exit", "kill", "end of process"):
+        for event in history.of("raised", "fault", "fault end", "exit", "kill", "end of process"):
             self.disturbed[event.get("process", "")].append(event["at"])
 
     def price(self, reply: Event) -> Decimal:
@@ -95,44 +99,3 @@ class Facts:
     def raised(self, process: str, since: float, until: float) -> bool:
         """Return whether a fault was injected into the process in this time."""
         return any(since <= at <= until for at in self.raised_at[process])
-
-    def long_holds(self) -> dict[str, list[float]]:
-        """Return by process the ends of all generations that took more than twice the mean."""
-        started: dict[tuple[str, int], float] = {}
-        holds: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for event in self.history.of("grant", "release"):
-            key = (event["process"], event["number"])
-            if event["event"] == "grant":
-                started[key] = event["at"]
-            elif key in started:
-                holds[event["process"]].append((event["at"], event["at"] - started.pop(key)))
-        means = {process: sum(seconds for _, seconds in ends) / len(ends) for process, ends in holds.items()}
-        return defaultdict(
-            list, {one: [at for at, seconds in ends if seconds > 2 * means[one]] for one, ends in holds.items()}
-        )
-
-
-def promises(facts: Facts) -> tuple[int, int]:
-    """Count the calls that returned in time, and the ones of them that were rejected for the same reason.
-
-    Nothing is promised after a displacement, a generation over twice the mean or a fault, with a short queue, and by
-    one replica for the quota that others use, too.
-    """
-    returned = broken = 0
-    long_holds = facts.long_holds()
-    for number, call in facts.calls.items():
-        first, end = facts.ends.get(call.get("retry_of") or 0), facts.ends[number]
-        if first is None or first["code"] != "RESOURCE_EXHAUSTED" or first.get("displaced") or call["kind"] != "obeys":
-            continue
-        told = facts.calls[first["call"]]
-        quota = first["reason"] == "QUOTA_EXCEEDED"
-        if told["process"] != call["process"] or (
-            facts.shape["shared"]["quota"] if quota else facts.shape["queue"] < 16
-        ):
-            continue
-        disturbed = [*facts.disturbed[call["process"]], *facts.disturbed[""], *long_holds[call["process"]]]
-        if any(told["at"] - 10 <= at <= end["at"] for at in disturbed):
-            continue
-        returned += 1
-        broken += end.get("reason") == first["reason"]
-    return returned, broken
