@@ -77,7 +77,7 @@ def measure_engine(target: Target) -> Measured:
     """Measure the engine without the service."""
     model = target.model(target.rows)
     started_at = time.perf_counter()
-    step_runner = build_step_runner(model, compiled=True, cache_directory=None)
+    step_runner = build_step_runner(model, kernels="auto", cache_directory=None)
     yield "step runner", {"seconds": time.perf_counter() - started_at, "kind": step_runner.kind.value}
     engine = Engine(model, frozenset(), step_runner=step_runner)
     try:
@@ -99,7 +99,7 @@ def measure_profile(target: Target) -> Measured:
     from benchmarks.gpu.measurement.kernel_profile import profile_step  # needs CUDA
 
     model = target.model(1)
-    step_runner = build_step_runner(model, compiled=True, cache_directory=None)
+    step_runner = build_step_runner(model, kernels="auto", cache_directory=None)
     if step_runner.kind is not StepKind.CUDA_GRAPHS:
         raise SystemExit(f"the step runs as {step_runner.kind}, not in CUDA graphs; see its messages above")
     prompt = [3 + index % (model.vocab_size - 3) for index in range(PROFILED_PROMPT_TOKENS)]

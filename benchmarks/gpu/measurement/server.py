@@ -29,7 +29,7 @@ def random_load(shape: str, device: str, settings: Settings, card: ModelCard) ->
         tokenizer = Tokenizer(path)
     model = random_model(shape, device, slots=card.max_concurrent_requests, context_length=card.context_length_limit)
     step_runner = build_step_runner(
-        model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
+        model, kernels=settings.gpu_kernels, cache_directory=settings.data_directory / "cuda"
     )
     return LoadedModel(tokenizer, model, frozenset(), Fingerprint({}, "random"), step_runner)
 

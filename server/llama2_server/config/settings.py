@@ -116,8 +116,9 @@ class Settings(BaseSettings):
     max_mixed_step_seconds: Annotated[PositiveFloat, Group.MODEL] = 0.1
     """Target time of a CPU step that reads a prompt while others generate.
     A longer time shortens the prompt's first token and lengthens the pauses of the others. In seconds."""
-    gpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"
-    """GPU kernels: Triton, compiled and tuned at startup (auto), or torch."""
+    gpu_kernels: Annotated[Literal["auto", "fused", "torch"], Group.MODEL] = "auto"
+    """GPU kernels: Triton, compiled and tuned at startup (auto), or torch.
+    fused has fewer kernels, which overlap; they have not run on a GPU yet."""
 
     require_stores: Annotated[bool, Group.USAGE] = False
     """Refuse to start while Redis or the usage database does not answer.

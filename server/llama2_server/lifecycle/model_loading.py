@@ -114,7 +114,7 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
         )
     seconds = time.monotonic() - started_at
     step_runner = build_step_runner(
-        model, compiled=settings.gpu_kernels == "auto", cache_directory=settings.data_directory / "cuda"
+        model, kernels=settings.gpu_kernels, cache_directory=settings.data_directory / "cuda"
     )
     name, kind = f"{card.name}, weights {settings.weights or 'demo'}", step_runner.kind
     logger.info("loaded %s on %s as %s in %.1f s; step: %s", name, model.device, model.dtype, seconds, kind)

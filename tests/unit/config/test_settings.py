@@ -69,7 +69,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     # These settings have only two values: the file has the default, and the environment the other value.
     "quota_fallback": ("reject", "local"),
     "idempotency_fallback": ("local", "reject"),
-    "gpu_kernels": ("auto", "torch"),
+    "gpu_kernels": ("auto", "fused"),
     "prompt_lookup": (True, False),
     "reflection": (True, False),
     "allow_unauthenticated": (False, True),

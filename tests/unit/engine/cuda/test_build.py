@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.cuda import build
-from llama2_server.engine.cuda.build import build_step_runner, verify_logits
+from llama2_server.engine.cuda.build import GpuKernels, build_step_runner, proven_fused_forward, verify_logits
 from llama2_server.engine.errors import EngineError, OutOfMemory, WeightsError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import HostStepRunner
@@ -40,19 +41,19 @@ def on_fake_gpu(model: LlamaModel, prefill: Callable[..., object] = lambda *_: N
     return SimpleNamespace(device=torch.device("cuda"), prefill=prefill, prefill_chunk_tokens=50, **parts)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kernels", ["torch", "fused", "auto"])
 def test_a_prompt_of_the_full_context_is_prefilled_before_serving(
-    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, compiled: bool
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, kernels: GpuKernels
 ) -> None:
     """The start computes each chunk of the longest prompt, with custom kernels and without."""
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    monkeypatch.setattr(build, "_build_cuda_step_runner", lambda *_: HostStepRunner(model))
+    monkeypatch.setattr(build, "_build_cuda_step_runner", lambda *_, **options: HostStepRunner(model))
     chunks: list[tuple[int, int, int]] = []
 
     def prefill(slot: int, token_ids: list[int], position: int) -> None:
         chunks.append((slot, position, len(token_ids)))
 
-    build_step_runner(on_fake_gpu(model, prefill), compiled=compiled, cache_directory=None)
+    build_step_runner(on_fake_gpu(model, prefill), kernels=kernels, cache_directory=None)
     assert chunks == [(0, 0, 50), (0, 50, 50), (0, 100, 28)]
 
 
@@ -63,16 +64,16 @@ def test_a_card_too_small_for_a_long_prompt_is_rejected(model: LlamaModel, monke
         if position == 100:
             raise OutOfMemory("out of memory in a prefill of 28 tokens: no")
 
-    monkeypatch.setattr(build, "_build_cuda_step_runner", lambda *_: HostStepRunner(model))
+    monkeypatch.setattr(build, "_build_cuda_step_runner", lambda *_, **options: HostStepRunner(model))
     expected = r"a prompt of 128 tokens does not fit on cuda next to .* 28 tokens: no; free memory, or lower context"
     with pytest.raises(WeightsError, match=expected):
-        build_step_runner(on_fake_gpu(model, prefill), compiled=True, cache_directory=None)
+        build_step_runner(on_fake_gpu(model, prefill), kernels="auto", cache_directory=None)
 
 
 def test_a_model_on_the_cpu_is_sampled_on_the_host(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
     """The runner is HostStepRunner, and nothing is logged."""
     with caplog.at_level(logging.INFO):
-        assert isinstance(build_step_runner(model, compiled=True, cache_directory=None), HostStepRunner)
+        assert isinstance(build_step_runner(model, kernels="auto", cache_directory=None), HostStepRunner)
     assert not caplog.records
 
 
@@ -85,7 +86,7 @@ def test_plain_torch_replaces_kernels_that_cannot_be_built(
         monkeypatch.setattr("torch.cuda.get_device_name", _fail)
     with caplog.at_level(logging.INFO):
         assert isinstance(
-            build_step_runner(on_fake_gpu(model), compiled=True, cache_directory=tmp_path), HostStepRunner
+            build_step_runner(on_fake_gpu(model), kernels="auto", cache_directory=tmp_path), HostStepRunner
         )
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -99,7 +100,7 @@ def _fail(*_: object) -> str:
 def test_gpu_kernels_torch_does_not_touch_the_device(model: LlamaModel, caplog: pytest.LogCaptureFixture) -> None:
     """The model runs in torch at once, and the log states that it is slower."""
     with caplog.at_level(logging.INFO):
-        assert isinstance(build_step_runner(on_fake_gpu(model), compiled=False, cache_directory=None), HostStepRunner)
+        assert isinstance(build_step_runner(on_fake_gpu(model), kernels="torch", cache_directory=None), HostStepRunner)
     assert "running in plain torch, which is slower: --gpu-kernels is torch" in caplog.text
 
 
@@ -126,6 +127,69 @@ def test_verification_rejects_a_wrong_step(model: LlamaModel, unwritten: float) 
     for wrong in (mixed_up_slots, omitted_token):
         with pytest.raises(EngineError, match="differ"):
             verify_logits(model, wrong)
+
+
+class Graph:
+    """A stand-in for a CUDA graph, whose work is done when it is captured."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        """Count."""
+        Graph.replays += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    """CUDA graphs that run at once."""
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+    monkeypatch.setattr("torch.cuda.graph", lambda graph: nullcontext())
+    monkeypatch.setattr(Graph, "replays", 0)
+    return Graph
+
+
+@pytest.fixture
+def small_model(checkpoint: MakeCheckpoint, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> LlamaModel:
+    """A model of one layer and slot, and two splits, because the interpreter is slow."""
+    from llama2_server.engine.cuda import attention_kernels
+
+    monkeypatch.setattr(attention_kernels, "PROGRAMS_PER_ROW", 4)
+    directory = checkpoint(heads=4, kv_heads=2, layers=1)
+    return load_model(directory, device="cpu", dtype=torch.float32, context_length=128, slots=1, cpu_kernels="torch")
+
+
+def wide_tiles(model: LlamaModel) -> dict[str, Any]:
+    """Return tiles of many rows for all matmuls: the interpreter needs a long time for many programs."""
+    from llama2_server.engine.cuda.matmul import matmul_name
+    from llama2_server.engine.cuda.matmul_kernels import TileConfig
+
+    layer = model.weights.layers[0]
+    weights = {"rmsnorm_linear": [layer.qkv], "linear_residual": [layer.output, layer.down], "swiglu": [layer.gate_up]}
+    weights["lm_head"] = [model.weights.head]
+    return {matmul_name(kind, weight): TileConfig(64, 64, 4) for kind, found in weights.items() for weight in found}
+
+
+def test_fused_kernels_are_proven_before_they_are_used(
+    small_model: LlamaModel, graphs: type[Graph], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one split and with several, in replayed graphs; the logits equal torch's."""
+    with caplog.at_level(logging.INFO), torch.inference_mode():
+        assert proven_fused_forward(small_model, wide_tiles(small_model))
+    assert graphs.replays == 2 * build.GRAPH_REPLAYS
+    assert "relative error of the fused kernels at 1000 tokens: 0.0000" in caplog.text
+
+
+@pytest.mark.usefixtures("graphs")
+def test_wrong_fused_kernels_are_not_used(
+    small_model: LlamaModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning has the reason, and the server uses the other kernels."""
+    from llama2_server.engine.cuda.fused.forward import FusedForward
+
+    monkeypatch.setattr(FusedForward, "__call__", lambda self, ids, *_: torch.ones(len(ids), small_model.vocab_size))
+    with torch.inference_mode():
+        assert proven_fused_forward(small_model, wide_tiles(small_model)) is None
+    assert "running without the fused kernels: EngineError: logits of the CUDA kernels differ" in caplog.text
 
 
 @pytest.fixture

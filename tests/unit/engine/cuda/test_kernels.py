@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from tests.support.gpu.tensors import HEADS, RandomTensors, assert_near
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 EPSILON = 1e-5
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +25,9 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return dtype
 
 
-class RandomTensors:
-    """A factory of random tensors of one device and dtype, the same in every run."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._device, self._dtype = device, dtype
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator).to(self._device, self._dtype)
-
-
 @pytest.fixture
 def random(device: torch.device, dtype: torch.dtype) -> RandomTensors:
     return RandomTensors(device, dtype)
-
-
-def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    assert found.shape == expected.shape
-    assert (found.double() - expected.double()).norm() <= TOLERANCE[dtype] * expected.double().norm()
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (33, 100), (8, 17)], ids=str)
@@ -74,9 +57,6 @@ def test_swiglu(kernels: Any, random: RandomTensors, dtype: torch.dtype, shape: 
     gate, up = linear(normalized, weight.double()).chunk(2, dim=1)
     found = kernels.swiglu(x, weight, norm=norm, epsilon=EPSILON, config=kernels.TileConfig(8, 64, num_warps=4))
     assert_near(found, silu(gate) * up, dtype)
-
-
-HEADS = {"multi-head": (4, 4, 16), "grouped": (8, 2, 32), "one key head": (3, 1, 24)}
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())

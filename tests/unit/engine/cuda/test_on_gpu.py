@@ -49,7 +49,7 @@ def load(directory: Path, device: str = "cuda", dtype: torch.dtype = torch.float
 @contextmanager
 def running(model: LlamaModel) -> Iterator[Engine]:
     """Run an engine whose steps are CUDA graphs."""
-    step_runner = build_step_runner(model, compiled=True, cache_directory=None)
+    step_runner = build_step_runner(model, kernels="auto", cache_directory=None)
     assert isinstance(step_runner, CudaStepRunner)
     engine = Engine(model, NO_EOS, step_runner=step_runner)
     yield engine

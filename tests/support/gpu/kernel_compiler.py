@@ -1,0 +1,61 @@
+"""Compile Triton kernels to machine code without a GPU, and read what ptxas made of them."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import compiler
+from triton.backends.compiler import GPUTarget
+
+HALF, FLOAT, NUMBERS = "*fp16", "*fp32", "*i64"
+KINDS = {"partials": FLOAT, "log_sum_exps": FLOAT, "statistics": FLOAT, "slots": NUMBERS, "positions": NUMBERS}
+KINDS |= {"epsilon": "fp32", "factor": "fp32", "arrived": "*i32"}
+COUNTS = ("N", "K", "heads", "kv_heads", "context_length", "half", "head_dim", "splits", "next_elements")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# The shared memory of a block on every GPU since Ampere.
+MAX_SHARED_BYTES = 99 * 1024
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel in PTX, its SASS instructions in their order, and the bytes per thread that it spills to memory."""
+
+    ptx: str
+    instructions: list[str]
+    spilled_bytes: int
+
+    def before(self, instruction: str) -> list[str]:
+        """Return the instructions before the first of this name."""
+        return self.instructions[: self.instructions.index(instruction)]
+
+
+def build(capability: int, kernel: Any, warps: int, **constants: Any) -> Built:
+    """Compile a kernel for 16-bit weights whose sizes and addresses are multiples of 16, as Llama-2-7B's are."""
+    names = kernel.arg_names
+    types = {name: KINDS.get(name, "i32" if name in COUNTS else HALF) for name in names}
+    types |= dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    even = [index for index, name in enumerate(names) if types[name] not in ("constexpr", "fp32")]
+    source = compiler.ASTSource(
+        kernel, types, constexprs=values, attrs={(index,): [["tt.divisibility", 16]] for index in even}
+    )
+    options = {"num_warps": warps} | ({"launch_pdl": True} if constants.get("PDL") else {})
+    built = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert built.metadata.shared <= MAX_SHARED_BYTES, (kernel, built.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, code = (_dump(flag, file.name) for flag in ("--dump-resource-usage", "-sass"))
+    spilled = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert spilled, usage
+    # A line is: /*0010*/ @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    return Built(built.asm["ptx"], instructions, int(spilled[1]) + int(spilled[2]))
+
+
+def _dump(flag: str, file: str) -> str:
+    return subprocess.run([CUOBJDUMP, flag, file], capture_output=True, text=True, check=True).stdout
