@@ -1,6 +1,6 @@
 """Measure how fast a decode step reads the KV cache, next to the weights and to the memory's read bandwidth.
 
-    python -m benchmarks.measurement.attention --checkpoint DIR --position 2048
+    python -m benchmarks.native.attention --checkpoint DIR --position 2048
 
 A step at position 0 reads the weights. A step at a later position also reads that many keys and values; the difference
 of the lowest times is theirs. With one thread, the times are CPU times of that thread.

@@ -1,6 +1,6 @@
 """Compare weights of 12 and 16 bits in memory: steps of the native decoder, loading time and memory.
 
-    python -m benchmarks.measurement.weight_bits --checkpoint DIR --instructions AVX-512 AVX2
+    python -m benchmarks.native.weight_bits --checkpoint DIR --instructions AVX-512 AVX2
 
 Each round runs the same step with both, one after another. It prints the ratio of the lowest times and the median of
 the ratios within a round: above 1 means that 12 bits are faster. The logits of both must have the same bits. With one
