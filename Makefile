@@ -12,7 +12,7 @@ SOURCES := server client tests tools benchmarks examples conformance hatch_build
 PROTOS := $(wildcard protos/llama2/*/*.proto protos/llama2/*/*/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
-.PHONY: run quick test chaos soak determinism audit checkov mutants check format proto docs lock dist conformance conformance-full simulation bench bench-gpu gpu-packages demo-model clean help
+.PHONY: run quick test chaos soak determinism audit checkov mutants check format proto docs lock dist conformance conformance-full simulation bench bench-gpu gpu-packages triton-versions demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -34,6 +34,7 @@ help:
 	@echo "make conformance-full  the same, every case against every wrong server and client, and a million bodies"
 	@echo "make simulation  simulate a million requests with faults, and check them (ARGS='--seed 7' for a part)"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
+	@echo "make triton-versions  test the GPU kernels in the interpreters of the locked and of the oldest Triton"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model (under an hour on two cores)"
 	@echo "make clean       delete .venv and everything that was generated"
@@ -126,6 +127,13 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m tools.api_reference
 	$(BIN)/python -m tools.chart
 	$(BIN)/python -m tools.metrics_reference
+
+# The interpreter of Triton 3.6 converts arrays to numbers in a way that NumPy 2.4 removed.
+triton-versions: $(VENV)/.dev
+	set -e; for packages in $$(grep -o '^triton==[0-9.]*' requirements/server-cuda.lock) "triton==3.6.0 numpy==2.3.5"; do \
+	  folder=$$(mktemp -d); $(PIP) install -q --no-deps --target $$folder $$packages; \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -W default::DeprecationWarning -q tests/unit/engine/cuda/test_kernels.py \
+	    tests/unit/engine/cuda/test_fused_kernels.py; rm -r $$folder; done
 
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m tools.demo_model.train
