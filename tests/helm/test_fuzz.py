@@ -132,7 +132,7 @@ def check_pod(release: Rendered, pod: Manifest) -> None:
         assert pre_stop <= pod["spec"]["terminationGracePeriodSeconds"]
 
 
-@pytest.mark.timeout(max(120, 2 * EXAMPLES))
+@pytest.mark.timeout(max(600, 2 * EXAMPLES))
 @given(values=top_level(), name=st.sampled_from(["llama2", "a" * 53, "true", "7b"]))
 @settings(
     max_examples=EXAMPLES,

@@ -82,6 +82,7 @@ def test_the_pod_equals_the_chart() -> None:
     assert ports == {port["name"]: port["containerPort"] for port in server["ports"]}
 
 
+@pytest.mark.timeout(600)
 def test_the_container_serves_the_mounted_checkpoint(tmp_path: Path) -> None:
     """The pod's settings start a server with the checkpoint that KServe mounts; a key of the Secret may call."""
     (container,) = pod_spec()["containers"]
