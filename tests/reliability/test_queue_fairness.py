@@ -45,7 +45,7 @@ class Machine:
                 await self.call(account_id)
             except QueueFull:
                 self.rejected[account_id] += 1
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
 
     async def call_when_told(self, account_id: str) -> None:
         """Call again at once after each reply, and after a rejection when it states."""

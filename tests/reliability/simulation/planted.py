@@ -142,10 +142,10 @@ PLANTED = {
         overload=True,
     ),
     "an account that is served last": Planted(
-        "accounts_share_the_slots", _always(FairQueue, "order", _serve_one_last), requests=2000, overload=True
+        "accounts_share_the_slots", _always(FairQueue, "order", _serve_one_last), requests=1400, overload=True
     ),
     "requests that leave keep their rounds": Planted(
-        "accounts_share_the_slots", _always(FairQueue, "remove", _keep_round), accounts=3, requests=2000, overload=True
+        "accounts_share_the_slots", _always(FairQueue, "remove", _keep_round), accounts=3, requests=1400, overload=True
     ),
     "keys that a faulty reload loses": Planted(
         "keys_are_accepted", _always(ApiKeyAuthenticator, "_reload", _lose_keys), frozenset({"an invalid keys file"})
