@@ -17,7 +17,7 @@ from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import StepKind, StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """The version of our own arithmetic, sampling, tokenization and chat template. A change of any bit raises it; the table
 of `tests/support/sampling/sampled_texts.py` finds such a change, and `python -m tools.algorithm` asks at each change of
 the sources whether there is one."""
