@@ -43,6 +43,8 @@ class KeyAccounting:
         self.read_tokens: TokenUsage | None = None
         """The tokens computed when the last reader left; None while the reply has readers."""
         self._records: list[str] = []
+        self.server_drains = False
+        """Whether the drain of this server broke off the computation."""
         self._finished = False
         self._withdrawn = False
 
@@ -138,7 +140,7 @@ class KeyAccounting:
         tokens = self._tokens() if self.read_tokens is None else self.read_tokens
         # The weights may have been hashed in the meantime.
         key = replace(self.record_of_key, fingerprint=self.record_of_key.fingerprint or self._fingerprint())
-        if tokens.input_tokens and outcome not in _BY_THE_SERVER:
+        if tokens.input_tokens and outcome not in _BY_THE_SERVER and not self.server_drains:
             key = replace(key, computations=key.computations + 1)
         put = self._ledger.keys.storing(key)
         if not self._records:

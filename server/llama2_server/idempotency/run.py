@@ -148,6 +148,8 @@ class KeyRun:
     def stop(self) -> None:
         """End the run; its generation leaves the queue, or stops within one step."""
         self.stopping = True
+        if self._accounting is not None:
+            self._accounting.server_drains = self._queue.closed
         if self._task is not None:
             self._task.cancel()
 
