@@ -2,7 +2,7 @@
 
 import grimp
 import pytest
-from tools.import_contracts import AllowedLibraries
+from tools.checks.import_contracts import AllowedLibraries
 
 ENGINE = "llama2_server.engine"
 

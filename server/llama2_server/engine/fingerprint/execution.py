@@ -18,9 +18,8 @@ from llama2_server.engine.step_runner import StepKind, StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
 
 ALGORITHM_VERSION = 2
-"""The version of our own arithmetic, sampling, tokenization and chat template. A change of any bit raises it; the table
-of `tests/support/sampling/sampled_texts.py` finds such a change, and `python -m tools.algorithm` asks at each change of
-the sources whether there is one."""
+"""The version of our own arithmetic, sampling, tokenization and chat template. A change of any bit raises it. The table
+of `tests/support/sampling/sampled_texts.py` finds such a change; `python -m tools.checks.algorithm` reminds of it."""
 # Variables that change the results of torch and of the libraries that it calls.
 LIBRARY_VARIABLES = ("ATEN_", "CUBLAS", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_", "PYTORCH_", "TORCH_")
 # Lines of /proc/cpuinfo by which libraries select their kernels and block sizes, on x86 and on Arm.

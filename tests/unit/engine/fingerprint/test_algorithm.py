@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tools import algorithm
+from tools.checks import algorithm
 
 from llama2_server.engine.fingerprint.execution import ALGORITHM_VERSION
 

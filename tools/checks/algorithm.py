@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llama2_server.engine.fingerprint.execution import ALGORITHM_VERSION
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "server" / "llama2_server" / "engine"
 STORED = ROOT / "tests" / "unit" / "engine" / "fingerprint" / "algorithm.json"
 SOURCES = ("sampling.py", "step_runner.py", "model/*.py", "text/*.py", "cuda/*.py", "native/**/*.[ch]pp")
@@ -39,11 +39,11 @@ def problem() -> str | None:
     if stored == {"version": ALGORITHM_VERSION, "sources": digest()}:
         return None
     if stored["version"] != ALGORITHM_VERSION:
-        return "ALGORITHM_VERSION has changed; run python -m tools.algorithm"
+        return "ALGORITHM_VERSION has changed; run python -m tools.checks.algorithm"
     return (
         "sources that decide the bits of a text have changed, and both versions would have one fingerprint; "
-        "raise ALGORITHM_VERSION in engine/fingerprint/execution.py and run python -m tools.algorithm, or if no result "
-        "can differ in any bit, run python -m tools.algorithm --same-bits"
+        "raise ALGORITHM_VERSION in engine/fingerprint/execution.py and run python -m tools.checks.algorithm, or if no "
+        "result can differ in any bit, run python -m tools.checks.algorithm --same-bits"
     )
 
 
