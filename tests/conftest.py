@@ -1,6 +1,7 @@
 """Fixtures for all test folders."""
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -50,6 +51,16 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not Path("/dev/nvidiactl").exists():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _restore_log_levels() -> Iterator[None]:
+    """Restore the levels of the loggers that a start in this process changes: later tests count records."""
+    loggers = [logging.getLogger(name) for name in (None, "llama2_server", "asyncio", "alembic", "httpx", "httpx2")]
+    levels = [one.level for one in loggers]
+    yield
+    for one, level in zip(loggers, levels, strict=True):
+        one.setLevel(level)
 
 
 DEMO = Path(str(resources.files("llama2_server") / "demo"))

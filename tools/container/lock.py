@@ -4,9 +4,9 @@
     python -m tools.container.lock --check  list, offline, the entries that do not match those two files
 
 `requirements/build.lock` contains the build dependencies of our package. `server-cpu.lock` and `server-cuda.lock`
-contain the dependencies of the server: every extra except `dev` and `bench`, for the Python of the Dockerfile on x86-64
-Linux. constraints.txt determines the versions. Packages that it does not name keep their version in the lock file;
-delete the file to get the newest versions.
+contain the dependencies of the server: every extra except `dev`, `bench` and `conformance`, for the Python of the
+Dockerfile on x86-64 Linux. constraints.txt determines the versions. Packages that it does not name keep their version
+in the lock file; delete the file to get the newest versions.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent.parent
 ACCELERATORS = ("cpu", "cuda")
-NOT_IN_THE_IMAGE = {"dev", "bench"}
+NOT_IN_THE_IMAGE = {"dev", "bench", "conformance"}
 RUN_MAKE_LOCK = "run `make lock`"
 
 

@@ -4,6 +4,7 @@ The first FREE_RECOMPUTATIONS recomputations of a reply are free. Each later one
 record, whose id starts with the id of the first one.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
@@ -45,6 +46,8 @@ class KeyAccounting:
         self._records: list[str] = []
         self.server_drains = False
         """Whether the drain of this server broke off the computation."""
+        self.left_in_drain = False
+        """Whether the last reader left while this server drained."""
         self._finished = False
         self._withdrawn = False
 
@@ -94,7 +97,10 @@ class KeyAccounting:
             await self._admit(call, account_id, source)
             yield self
         except BaseException as error:
-            status, rejected = status_of(error, call), isinstance(error, ServiceError) and error.refunds_quota
+            left = self.read_tokens is not None and not self.left_in_drain
+            drained = self.server_drains and isinstance(error, asyncio.CancelledError) and not left
+            status = "UNAVAILABLE" if drained else status_of(error, call)
+            rejected = isinstance(error, ServiceError) and error.refunds_quota
             raise
         finally:
             if not self._finished:

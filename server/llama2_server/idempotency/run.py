@@ -197,7 +197,7 @@ class KeyRun:
         generation, accounting = self._generation, self._accounting
         if generation is None or accounting is None or self.completion is not None or self._is_read_by_others:
             return
-        accounting.read_tokens = generation.computed_tokens
+        accounting.read_tokens, accounting.left_in_drain = generation.computed_tokens, self._queue.closed
         generation.unread = True
         if self._is_wanted:
             self.stop()

@@ -235,7 +235,7 @@ async def test_records_of_a_request_share_its_ids(serve_scripted: ServiceMaker, 
             await service.text.Generate(pb.GenerateRequest(prompt="x"))
         await until(lambda: len(requests_of(stream)) == 1)
     # The probes after the error fail too.
-    engine_record = next(record for record in records_of(stream) if record["logger"] == "llama2_server.engine.engine")
+    engine_record = next(record for record in records_of(stream) if record["event"] == "sequence failed in the engine")
     assert "RuntimeError" in engine_record["exception"]
     assert "scripted_model.py" in engine_record["exception"]
     for name in ("request_id", "trace_id", "span_id"):

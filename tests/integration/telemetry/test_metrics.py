@@ -43,7 +43,7 @@ GENERATE = "llama2.v1.TextGenerationService/Generate"
 STREAM = "llama2.v1.TextGenerationService/GenerateStream"
 OPENMETRICS = {"Accept": "application/openmetrics-text; version=1.0.0"}
 UNITS = ("seconds", "bytes")
-LABELS = {"method", "code", "type", "phase", "version", "model", "device", "dtype", "step", "le"}
+LABELS = {"method", "code", "type", "phase", "version", "model", "device", "dtype", "step", "result", "le"}
 
 
 def problems(family: Metric) -> list[str]:

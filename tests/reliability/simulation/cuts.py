@@ -28,6 +28,7 @@ from tests.support.simulated.grpc_server import EOF
 from tests.support.simulated.threads import SimulationLoop
 
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_server.admission.accounts import Account, AnonymousAuthenticator, Metadata
 from llama2_server.usage.pricing import TokenUsage, neurons
 
 CLIENTS = 6
@@ -38,6 +39,14 @@ CALL_SECONDS = 900.0
 KINDS = ("connection", "connection", "connection", "connection", "client", "SIGKILL", "SIGTERM")
 """Causes of cuts: the connection breaks, the client restarts without the text, or the server restarts."""
 PLACES = ("before the first text", "after a delta", "after a delta", "after a delta", "before the completion")
+
+
+class AccountsByHeader(AnonymousAuthenticator):
+    """Trusts the metadata `account`: each reply has an account of its own."""
+
+    def authenticate(self, metadata: Metadata) -> Account:
+        """Return the account that the metadata names."""
+        return Account(str(dict(metadata)["account"]))
 
 
 @dataclass
@@ -178,6 +187,7 @@ def simulate_cuts(seed: int, cuts: int, plant: Plant | None = None) -> Outcome:
         loop = runner.get_loop()
         assert isinstance(loop, SimulationLoop)
         world = World(seed, folder, _shape(random.Random(seed)))
+        world.authenticator = AccountsByHeader()
         stack.callback(world.close)
         patch = stack.enter_context(simulated(world, loop))
         observe(patch, world.history)

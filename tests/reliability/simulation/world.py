@@ -27,7 +27,7 @@ from tests.support.simulated import threads
 from tests.support.simulated.threads import Process
 from tests.support.virtual_time import VirtualTimeLoop
 
-from llama2_server.admission.accounts import ApiKeyAuthenticator
+from llama2_server.admission.accounts import ApiKeyAuthenticator, Authenticator
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
 from llama2_server.config.settings import Settings
 from llama2_server.engine import engine
@@ -124,7 +124,7 @@ class World:
         self.tokenizer = _tokenizer()
         self.script = self.tokenizer.encode_raw(SCRIPT)[1:]
         self.keys = Keys(folder)
-        self.authenticator = ApiKeyAuthenticator(self.keys.path)
+        self.authenticator: Authenticator = ApiKeyAuthenticator(self.keys.path)
         self.fingerprint = scripted_fingerprint("scripted")
         options = {"data_directory": folder, "listen": "127.0.0.1:0", **self.shape.settings}
         self.settings = Settings.model_validate(options)

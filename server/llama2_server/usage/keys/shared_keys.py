@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from llama2_server.usage.errors import StoreUnavailable
 from llama2_server.usage.keys import statements
 from llama2_server.usage.keys.key_store import KeyStore
-from llama2_server.usage.keys.records import Claim, KeyRecord, KeyState
+from llama2_server.usage.keys.records import Claim, HeldKey, KeyRecord, KeyState
 from llama2_server.usage.local.writer import DatabaseUnavailable, Writer
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class SharedKeys:
         try:
             while True:
                 held = await self._answer(self._store.claim(known or record, self._server, self._now()))
-                check(held.record)
+                self._check(held, check)
                 if held.holder == self._server:
                     break
                 await asyncio.sleep(POLL_SECONDS)
@@ -115,7 +115,7 @@ class SharedKeys:
                 if held is None:
                     self._held.discard(digest)
                     return None
-                check(held.record)
+                self._check(held, check)
         except BaseException:
             self.end(digest)
             raise
@@ -145,6 +145,11 @@ class SharedKeys:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _check(self, held: HeldKey, check: Callable[[KeyRecord], None]) -> None:
+        # Another server may still reject the call that claimed the key, and then the key is free.
+        if held.record.state is not KeyState.CLAIMED or held.holder == self._server:
+            check(held.record)
 
     async def _check_up(self, digest: str) -> None:
         if (ending := self._endings.get(digest)) is not None:  # it would end the new hold
@@ -222,6 +227,8 @@ class SharedKeys:
                     self.on_wanted(digest)
         marked = await self._marked()
         for holds in (True, False):
-            batch = [(revision, record) for revision, record in marked if (record.digest in self._held) is holds]
+            # An ending sends its own key: what was read before it would end the hold with an older state.
+            sendable = [one for one in marked if one[1].digest not in self._endings]
+            batch = [(revision, record) for revision, record in sendable if (record.digest in self._held) is holds]
             if batch := [one for one in batch if one[1].state is not KeyState.CLAIMED]:
                 await self._put(batch, holds=holds)

@@ -17,6 +17,7 @@ COMPLETION_JSON = {
     "cached": False,
     "request_id": "6d1a4a7d1f3e4c0e9a3b5c7d9e1f2a3b",
     "fingerprint": "f0" * 32,
+    "idempotency_local": False,
     "timings": {"queue_time": "0.250s", "time_to_first_token": "0.500s", "total_time": "2s"},
 }
 
