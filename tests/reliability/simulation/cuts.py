@@ -7,6 +7,8 @@ call.
 
 import asyncio
 import contextlib
+import gc
+import os
 import random
 import sqlite3
 import tempfile
@@ -29,6 +31,7 @@ from tests.support.simulated.threads import SimulationLoop
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.accounts import Account, AnonymousAuthenticator, Metadata
+from llama2_server.usage.local.instance_lock import InstanceLock
 from llama2_server.usage.pricing import TokenUsage, neurons
 
 CLIENTS = 6
@@ -187,6 +190,7 @@ def simulate_cuts(seed: int, cuts: int, plant: Plant | None = None) -> Outcome:
         loop = runner.get_loop()
         assert isinstance(loop, SimulationLoop)
         world = World(seed, folder, _shape(random.Random(seed)))
+        stack.callback(_close_files, folder)
         world.authenticator = AccountsByHeader()
         stack.callback(world.close)
         patch = stack.enter_context(simulated(world, loop))
@@ -194,6 +198,19 @@ def simulate_cuts(seed: int, cuts: int, plant: Plant | None = None) -> Outcome:
         if plant is not None:
             plant(patch)
         return runner.run(_simulate(world, cuts))
+
+
+def _close_files(folder: Path) -> None:
+    """Close what killed processes have open: their threads never end, and keep it."""
+    for one in gc.get_objects():
+        if type(one) is sqlite3.Connection:
+            with contextlib.suppress(sqlite3.Error):  # already closed
+                if one.execute("PRAGMA database_list").fetchone()[2].startswith(str(folder)):
+                    one.close()
+        elif type(one) is InstanceLock:
+            with contextlib.suppress(OSError):  # released
+                if os.readlink(f"/proc/self/fd/{one._descriptor}").startswith(str(folder)):
+                    os.close(one._descriptor)
 
 
 async def _simulate(world: World, cuts: int) -> Outcome:

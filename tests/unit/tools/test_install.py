@@ -119,7 +119,9 @@ def wait_until_gone(pid: int) -> bool:
     with suppress(ProcessLookupError):
         descriptor = os.pidfd_open(pid)
         try:
-            return bool(select.select([descriptor], [], [], 30)[0])
+            poll = select.poll()  # select.select accepts only 1,024 descriptors
+            poll.register(descriptor, select.POLLIN)
+            return bool(poll.poll(30_000))
         finally:
             os.close(descriptor)
     return True
