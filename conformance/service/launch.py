@@ -50,7 +50,8 @@ async def running_service(folder: Path, *flags: str) -> AsyncIterator[RunningSer
         *(sys.executable, "-m", "llama2_server", "--listen", "127.0.0.1:0", "--card", str(CARD)),
         *("--weights", str(checkpoint), "--data-directory", str(folder / "data"), "--log-level", "error"),
         *("--api-keys-file", str(folder / "keys.yaml"), "--receipt-key", str(folder / "receipts.key")),
-        *("--max-queue-size", str(QUEUE_SIZE), *flags),
+        # The made model repeats its text: with guesses, a reply could end before a case breaks it off.
+        *("--max-queue-size", str(QUEUE_SIZE), "--no-prompt-lookup", *flags),
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA2_")}
     with (folder / "server.log").open("w") as log:
