@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +265,12 @@ async def test_metrics_are_served_until_the_drain_is_over(
 ) -> None:
     """While running calls finish in a drain, the metrics report that the server is not ready; then the port closes."""
     address = f"127.0.0.1:{free_port()}"
-    async with AsyncExitStack() as stack:
+    async with AsyncExitStack() as streams, AsyncExitStack() as stack:
         service: Service = await stack.enter_async_context(serve_scripted(REPLY, metrics_listen=address))
         assert sample(await scrape(address), "llama2_ready") == 1
-        held = await hold_slot(service)
+        # Its own channel: the fixture closes the other one at the end of the drain, whatever the client has read.
+        channel = await streams.enter_async_context(grpc.aio.insecure_channel(service.address))
+        held = await hold_slot(replace(service, text=type(service.text)(channel)))
         release = service.model.open_gate
         monkeypatch.setattr(service.model, "open_gate", lambda: None)  # which the fixture calls at its end
         ending = asyncio.create_task(stack.pop_all().aclose())
