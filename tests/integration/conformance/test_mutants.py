@@ -24,4 +24,7 @@ async def test_mutants_are_found_by_their_cases() -> None:
     failed = await run_mutants(cases, {"": [case.name for case in cases], **kills}, lambda *_: None)
     assert failed.pop("") == []
     survived = {name: sorted(set(kills[name]) - set(found)) for name, found in failed.items()}
-    assert not {name: cases for name, cases in survived.items() if cases}
+    survived = {name: names for name, names in survived.items() if names}
+    # Some cases depend on calls that meet in time, which a busy machine can prevent: these are tried once more, alone.
+    again = await run_mutants(cases, survived, lambda *_: None) if survived else {}
+    assert not {name: names for name, names in survived.items() if set(names) - set(again[name])}
