@@ -115,6 +115,12 @@ class Call:
         key = random.choice(self.keys.by_role[role])
         self.metadata = [*kept, ("authorization", f"Bearer {key}")]
 
+    def share_key(self) -> None:
+        """Replace the API key by the first one that a call of this behavior had."""
+        own = next(pair for pair in self.metadata if pair[0] == "authorization")
+        shared = self.state.setdefault("key", own)
+        self.metadata = [*(pair for pair in self.metadata if pair[0] != "authorization"), shared]
+
     async def send_another(self, request: Message, method: str = "Generate") -> list[Any]:
         """Make another call of the same client on the correct server, and return its messages."""
         path = f"/llama2.v1.{'AccountService' if method == 'GetUsage' else 'TextGenerationService'}/{method}"

@@ -214,9 +214,7 @@ async def rejected_budget_costs_quota(call: Call) -> None:
 def one_budget_for_all(call: Call) -> None:
     """Subtracts the prices of all accounts from one budget."""
     if call.role == "budget":
-        own = next(pair for pair in call.metadata if pair[0] == "authorization")
-        shared = call.state.setdefault("key", own)
-        call.metadata = [*(pair for pair in call.metadata if pair[0] != "authorization"), shared]
+        call.share_key()
 
 
 @on_call(GENERATION)

@@ -75,9 +75,7 @@ async def invalid_requests_cost_quota(call: Call) -> None:
 def one_quota_for_all(call: Call) -> None:
     """Counts all accounts in one quota."""
     if call.role == "quota":
-        own = next(pair for pair in call.metadata if pair[0] == "authorization")
-        shared = call.state.setdefault("key", own)
-        call.metadata = [*(pair for pair in call.metadata if pair[0] != "authorization"), shared]
+        call.share_key()
 
 
 @on_call(EVERY_LLAMA2_METHOD)
