@@ -23,17 +23,6 @@ def kernels(device: torch.device) -> Any:
     )
 
 
-@pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    dtype: torch.dtype = request.param
-    return dtype
-
-
-@pytest.fixture
-def random(device: torch.device, dtype: torch.dtype) -> RandomTensors:
-    return RandomTensors(device, dtype)
-
-
 @pytest.mark.parametrize("shape", [(8, 128), (9, 100), (4, 17), (5, 300)], ids=str)
 def test_fused_matmuls_equal_the_plain_ones(
     kernels: Any, random: RandomTensors, dtype: torch.dtype, shape: tuple[int, int]

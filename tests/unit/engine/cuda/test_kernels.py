@@ -19,17 +19,6 @@ def kernels(device: torch.device) -> Any:
     return SimpleNamespace(**(vars(attention_kernels) | vars(matmul_kernels)))
 
 
-@pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    dtype: torch.dtype = request.param
-    return dtype
-
-
-@pytest.fixture
-def random(device: torch.device, dtype: torch.dtype) -> RandomTensors:
-    return RandomTensors(device, dtype)
-
-
 @pytest.mark.parametrize("shape", [(64, 128), (33, 100), (8, 17)], ids=str)
 @pytest.mark.parametrize("block", [(4, 32), (16, 64)], ids=str)
 def test_matmul(
