@@ -7,15 +7,11 @@ call.
 
 import asyncio
 import contextlib
-import gc
-import os
 import random
 import sqlite3
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,15 +19,13 @@ from tests.reliability.simulation.clients import TEXT
 from tests.reliability.simulation.observer import observe
 from tests.reliability.simulation.planted import Plant
 from tests.reliability.simulation.replica import Replica
-from tests.reliability.simulation.run import MEMORY, add_database, quiet
+from tests.reliability.simulation.run import add_database, simulated_world
 from tests.reliability.simulation.steps import reply_tokens
-from tests.reliability.simulation.world import Shape, World, simulated
+from tests.reliability.simulation.world import Shape, World
 from tests.support.simulated.grpc_server import EOF
-from tests.support.simulated.threads import SimulationLoop
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.accounts import Account, AnonymousAuthenticator, Metadata
-from llama2_server.usage.local.instance_lock import InstanceLock
 from llama2_server.usage.pricing import TokenUsage, neurons
 
 CLIENTS = 6
@@ -183,34 +177,12 @@ class CutReplies:
 
 def simulate_cuts(seed: int, cuts: int, plant: Plant | None = None) -> Outcome:
     """Cut streams as often as asked, and check what the clients got and paid."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cuts-", dir=MEMORY)))
-        runner = stack.enter_context(asyncio.Runner(loop_factory=SimulationLoop))
-        loop = runner.get_loop()
-        assert isinstance(loop, SimulationLoop)
-        world = World(seed, folder, _shape(random.Random(seed)))
-        stack.callback(_close_files, folder)
+    with simulated_world(seed, _shape(random.Random(seed))) as (world, runner, patch):
         world.authenticator = AccountsByHeader()
-        stack.callback(world.close)
-        patch = stack.enter_context(simulated(world, loop))
         observe(patch, world.history)
         if plant is not None:
             plant(patch)
         return runner.run(_simulate(world, cuts))
-
-
-def _close_files(folder: Path) -> None:
-    """Close what killed processes have open: their threads never end, and keep it."""
-    for one in gc.get_objects():
-        if type(one) is sqlite3.Connection:
-            with contextlib.suppress(sqlite3.Error):  # already closed
-                if one.execute("PRAGMA database_list").fetchone()[2].startswith(str(folder)):
-                    one.close()
-        elif type(one) is InstanceLock:
-            with contextlib.suppress(OSError):  # released
-                if os.readlink(f"/proc/self/fd/{one._descriptor}").startswith(str(folder)):
-                    os.close(one._descriptor)
 
 
 async def _simulate(world: World, cuts: int) -> Outcome:

@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
+import os
 import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
 from tests.reliability.simulation.clients import Traffic
 from tests.reliability.simulation.faults import Faults
@@ -20,11 +23,27 @@ from tests.reliability.simulation.world import Shape, World, simulated
 from tests.support.simulated.threads import SimulationLoop
 
 from llama2_server.usage.local import statements
+from llama2_server.usage.local.instance_lock import InstanceLock
 from llama2_server.usage.local.local_ledger import file_of
 from llama2_server.usage.records import UsageRecord
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - a disk syncs slowly
 SETTLE_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def simulated_world(seed: int, shape: Shape | None) -> Iterator[tuple[World, asyncio.Runner, pytest.MonkeyPatch]]:
+    """Create a world, the runner of its virtual time, and the patches of both for the body."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simulation-", dir=MEMORY)))
+        runner = stack.enter_context(asyncio.Runner(loop_factory=SimulationLoop))
+        loop = runner.get_loop()
+        assert isinstance(loop, SimulationLoop)
+        world = World(seed, folder, shape)
+        stack.callback(_close_files, folder)
+        stack.callback(world.close)
+        yield world, runner, stack.enter_context(simulated(world, loop))
 
 
 def simulate(
@@ -43,15 +62,7 @@ def simulate(
         plant: changes the server, so that the model must find an error.
         shape: the configuration; None for the one of the seed.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simulation-", dir=MEMORY)))
-        runner = stack.enter_context(asyncio.Runner(loop_factory=SimulationLoop))
-        loop = runner.get_loop()
-        assert isinstance(loop, SimulationLoop)
-        world = World(seed, folder, shape)
-        stack.callback(world.close)
-        patch = stack.enter_context(simulated(world, loop))
+    with simulated_world(seed, shape) as (world, runner, patch):
         if plant is not None:
             plant(patch)
         if faults is None and world.shape.overload:
@@ -156,7 +167,7 @@ def _all_records(connection: sqlite3.Connection) -> list[UsageRecord]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Log nothing: thousands of injected faults would."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -164,3 +175,16 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(disabled)
+
+
+def _close_files(folder: Path) -> None:
+    """Close what killed processes have open: their threads never end, and keep it."""
+    for one in gc.get_objects():
+        if type(one) is sqlite3.Connection:
+            with contextlib.suppress(sqlite3.Error):  # already closed
+                if one.execute("PRAGMA database_list").fetchone()[2].startswith(str(folder)):
+                    one.close()
+        elif type(one) is InstanceLock:
+            with contextlib.suppress(OSError):  # released
+                if os.readlink(f"/proc/self/fd/{one._descriptor}").startswith(str(folder)):
+                    os.close(one._descriptor)
