@@ -3,24 +3,43 @@
 
 constexpr std::size_t PREFETCH_DISTANCE = 3072;  // weights: far enough to arrive in time, near enough to stay cached
 
-// Multiplies ROWS rows of x by OUTPUTS rows of the matrix, with all sums in registers; prefetches from `prefetch_from`.
+// The sums of a block: ROWS rows of x times OUTPUTS rows of the matrix. Unrolled loops keep them in registers.
 template <int ROWS, int OUTPUTS>
-void matmul_block(const Half *weights, const Half *prefetch_from, int width, const float *x, std::size_t stride,
-                  float *out, std::size_t out_stride) {
-    Vector sums[OUTPUTS][ROWS];  // unrolled loops keep them in registers
+struct BlockSums {
+    Vector sums[OUTPUTS][ROWS];
+
+    __attribute__((always_inline)) BlockSums() {
 #pragma GCC unroll 4
-    for (int output = 0; output < OUTPUTS; ++output)
+        for (int output = 0; output < OUTPUTS; ++output)
 #pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row) sums[output][row] = broadcast(0);
-    const auto add = [&](const Vector(&w)[OUTPUTS], int i) __attribute__((always_inline)) {
+            for (int row = 0; row < ROWS; ++row) sums[output][row] = broadcast(0);
+    }
+
+    // Adds the products of one vector of weights per output and of x from `from` on.
+    __attribute__((always_inline)) void add(const Vector (&w)[OUTPUTS], const float *from, std::size_t stride) {
 #pragma GCC unroll 8
         for (int row = 0; row < ROWS; ++row) {
-            const Vector activations = keep_in_register(load(x + row * stride + i));
+            const Vector activations = keep_in_register(load(from + row * stride));
 #pragma GCC unroll 4
             for (int output = 0; output < OUTPUTS; ++output)
                 sums[output][row] = fma(w[output], activations, sums[output][row]);
         }
-    };
+    }
+
+    __attribute__((always_inline)) void write(float factor, float *out, std::size_t out_stride) const {
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+            for (int output = 0; output < OUTPUTS; ++output)
+                out[row * out_stride + output] = sum(sums[output][row]) * factor;
+    }
+};
+
+// Multiplies ROWS rows of x by OUTPUTS rows of the matrix; prefetches from `prefetch_from`.
+template <int ROWS, int OUTPUTS>
+void matmul_block(const Half *weights, const Half *prefetch_from, int width, const float *x, std::size_t stride,
+                  float *out, std::size_t out_stride) {
+    BlockSums<ROWS, OUTPUTS> sums;
     Vector w[OUTPUTS];
     int i = 0;
     for (; i + 2 * LANES <= width; i += 2 * LANES) {  // a cache line of each row
@@ -29,22 +48,19 @@ void matmul_block(const Half *weights, const Half *prefetch_from, int width, con
             __builtin_prefetch(prefetch_from + OUTPUTS * i + output * 2 * LANES, 0, 2);
             w[output] = load(weights + static_cast<std::size_t>(output) * width + i);
         }
-        add(w, i);
+        sums.add(w, x + i, stride);
         for (int output = 0; output < OUTPUTS; ++output)
             w[output] = load(weights + static_cast<std::size_t>(output) * width + i + LANES);
-        add(w, i + LANES);
+        sums.add(w, x + i + LANES, stride);
     }
     for (; i < width; i += LANES) {
 #pragma GCC unroll 4
         for (int output = 0; output < OUTPUTS; ++output)
             w[output] =
                 load_partial(weights + static_cast<std::size_t>(output) * width + i, std::min(LANES, width - i));
-        add(w, i);
+        sums.add(w, x + i, stride);
     }
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 4
-        for (int output = 0; output < OUTPUTS; ++output) out[row * out_stride + output] = sum(sums[output][row]);
+    sums.write(1, out, out_stride);
 }
 
 // Indexed by the number of rows - 1. As many sums as possible stay in the registers.

@@ -32,20 +32,7 @@ void packed_block(const PackedRow (&rows)[OUTPUTS], int width, const float *x, s
     const int blocks = width / BLOCK_WEIGHTS, whole = blocks * BLOCK_WEIGHTS;
     const std::uint8_t *prefetch_from =
         rows[0].codes + std::max<std::size_t>(OUTPUTS == 1 ? 0 : OUTPUTS * bases_offset(width), PACKED_PREFETCH_BYTES);
-    Vector sums[OUTPUTS][ROWS];
-#pragma GCC unroll 4
-    for (int output = 0; output < OUTPUTS; ++output)
-#pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row) sums[output][row] = broadcast(0);
-    const auto add = [&](const Vector(&w)[OUTPUTS], int i) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row) {
-            const Vector activations = keep_in_register(load(x + row * stride + i));
-#pragma GCC unroll 4
-            for (int output = 0; output < OUTPUTS; ++output)
-                sums[output][row] = fma(w[output], activations, sums[output][row]);
-        }
-    };
+    BlockSums<ROWS, OUTPUTS> sums;
     Vector w[OUTPUTS];
     for (int block = 0; block < blocks; ++block) {
         Vector scales[OUTPUTS];
@@ -62,19 +49,15 @@ void packed_block(const PackedRow (&rows)[OUTPUTS], int width, const float *x, s
                 w[output] = widen(load_codes(rows[output].codes + block * BLOCK_BYTES, index));
                 if (BASES) w[output] = multiply(w[output], scales[output]);
             }
-            add(w, block * BLOCK_WEIGHTS + index * LANES);
+            sums.add(w, x + block * BLOCK_WEIGHTS + index * LANES, stride);
         }
     }
     for (int i = whole; i < width; i += LANES) {
 #pragma GCC unroll 4
         for (int output = 0; output < OUTPUTS; ++output) w[output] = load_tail(rows[output], width, i);
-        add(w, i);
+        sums.add(w, x + i, stride);
     }
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row)
-#pragma GCC unroll 4
-        for (int output = 0; output < OUTPUTS; ++output)
-            out[row * out_stride + output] = sum(sums[output][row]) * (1.0f / CODE_SCALE);
+    sums.write(1.0f / CODE_SCALE, out, out_stride);
 }
 
 // Calls `use` with each vector of a packed row, times CODE_SCALE, and its index.
