@@ -117,7 +117,7 @@ def test_a_prompt_needs_the_rows_more_than_guesses() -> None:
     found, copying = planner(0.1), sequence(100, 3)
     copying.prompt_ids = list(range(3, 53)) * 2
     copying.output_ids = [3, 4, 5]
-    for _ in range(500):
+    for _ in range(2000):
         found._costs.observe(1, SECOND_PER_ROW)
     alone, mixed = found.plan(None, [copying]), found.plan(sequence(100), [copying])
     assert alone is not None

@@ -9,7 +9,7 @@ from llama2_server.engine.speculation.prompt_lookup import MAX_MATCH_TOKENS, Pro
 
 MAX_DRAFT_TOKENS = 15
 # By number of equal tokens before a guess: its chance, before the sequence has learned its own.
-FIRST_CHANCES = (0.0, 0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.87, 0.89, 0.9, 0.9)
+FIRST_CHANCES = (0.0, 0.0, 0.1, 0.3, 0.5, 0.65, 0.75, 0.8, 0.85, 0.87, 0.89, 0.9, 0.9)
 MIN_WEIGHT = 1 / 8  # of a new observation; an observation that is 16 later counts about a tenth
 MAX_CHANCE = 0.99
 

@@ -1,8 +1,8 @@
 """The cost of a step by its number of rows, measured while the engine runs."""
 
 FIRST_ROW_COST = 0.1  # of each additional row, as a share of a step with one row, before it is measured
-FIRST_ROW_WEIGHT = 100.0  # of that share next to the measurements: as much as ten steps with ten additional rows
-DECAY = 0.98  # of the weight of each measurement per later step; after 35 steps it counts half
+FIRST_ROW_WEIGHT = 3.0  # of that share next to the measurements: as much as three steps with one additional row
+DECAY = 0.995  # of the weight of each measurement per later step; after 140 steps it counts half
 MAX_SURPRISE = 3.0  # a step that lost its core for a while counts as this many times the expected time
 
 

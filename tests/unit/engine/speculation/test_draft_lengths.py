@@ -59,7 +59,7 @@ def test_without_measurements_costs_return_to_the_first_value() -> None:
     """An unusual measurement does not decide forever: later, guesses are tried again."""
     costs = cost(1.0)
     assert costs.relative(2) - 1 > 5 * FIRST_ROW_COST
-    for _ in range(500):
+    for _ in range(4000):
         costs.observe(1, 0.05)
     assert costs.relative(2) - 1 == pytest.approx(FIRST_ROW_COST, rel=0.05)
 
