@@ -79,4 +79,5 @@ STOPSIGNAL SIGTERM
 # A 7B takes minutes to load; failures in the start period do not count.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=10m --retries=3 \
     CMD ["llama2", "--address", "127.0.0.1:50052", "--timeout", "8", "health"]
-ENTRYPOINT ["llama2-server"]
+# A signal while Python starts waits until the service can handle it; PID 1 would lose it.
+ENTRYPOINT ["env", "--block-signal=INT,TERM,HUP", "llama2-server"]

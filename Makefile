@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The programs get Ctrl-C, SIGTERM and SIGHUP when they can handle them, not while Python starts. GNU's env can do this.
+DELAY_SIGNALS := $(shell env --block-signal=INT,TERM,HUP true 2>/dev/null && echo env --block-signal=INT,TERM,HUP)
 # The newest release; the contract must stay compatible with it.
 RELEASE = $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
 # Packages of `make bench-gpu` for a GPU machine without network access, and the version of that machine's Python.
@@ -40,7 +42,7 @@ help:
 	@echo "make clean       delete .venv and everything that was generated"
 
 run: $(VENV)/.server
-	@$(BIN)/llama2-server $(ARGS)
+	@$(DELAY_SIGNALS) $(BIN)/llama2-server $(ARGS)
 
 # Without the GPU kernels, which Triton's interpreter runs slowly; `make test` runs them.
 quick: $(VENV)/.dev
@@ -140,15 +142,15 @@ demo-model: $(VENV)/.dev
 
 # Every install runs the build hook (hatch_build.py), which generates the stubs and compiles the native library.
 $(VENV)/.server: pyproject.toml constraints.txt hatch_build.py $(PROTOS) $(NATIVE) | $(BIN)/python
-	@$(BIN)/python -m tools.install server
+	@$(DELAY_SIGNALS) $(BIN)/python -m tools.install server
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt hatch_build.py $(PROTOS) $(NATIVE) | $(BIN)/python
-	@$(BIN)/python -m tools.install server,dev
+	@$(DELAY_SIGNALS) $(BIN)/python -m tools.install server,dev
 	@touch $@ $(VENV)/.server
 
 $(BIN)/python:
-	@$(PYTHON) -m tools.install venv $(VENV)
+	@$(DELAY_SIGNALS) $(PYTHON) -m tools.install venv $(VENV)
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -189,6 +189,7 @@ def main() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, children.exit)
+    _unblock_signals()  # the Makefile blocks them until the handlers exist
     if sys.argv[1] == "venv":
         sys.exit(create(sys.argv[2], children))
     sys.exit(install(sys.argv[1], children))

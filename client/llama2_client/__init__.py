@@ -13,9 +13,8 @@ with SyncClient("localhost:50051") as client:
 ```
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+# Only what is necessary, because the command `llama2` handles signals after this import.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from llama2_client.aio.chat import Chat
     from llama2_client.aio.client import Client
@@ -91,4 +90,6 @@ def __getattr__(name: str) -> object:
     # Load the modules on first use, because `llama2 --help` does not need gRPC and importing gRPC is slow.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from llama2_client.cli.options import options
+from llama2_client.cli.signals import Interruptible
 from llama2_client.cli.usage_errors import name_of
 
 # gRPC is imported when a call starts, because the import is slow and `llama2 --help` does not need it.
@@ -183,12 +184,15 @@ class ServerConnection:
         from llama2_client.cli.errors import exit_code, print_error
         from llama2_client.errors import Llama2Error
 
+        client = self.client()  # imports gRPC; in the event loop, Ctrl-C would cancel a task after the import
+
         async def session() -> T:
-            async with self.client() as client:
+            async with client:
                 return await call(client)
 
         try:
-            return asyncio.run(session())
+            with Interruptible():
+                return asyncio.run(session())
         except Llama2Error as error:
             print_error(error, self.address, as_json=as_json)
             raise click.exceptions.Exit(exit_code(error)) from error

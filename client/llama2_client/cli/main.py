@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -12,6 +13,7 @@ import click
 
 from llama2_client.cli.connection import ClientCertificate, ServerConnection, connection_options
 from llama2_client.cli.options import input_options, json_option, read_conversation, read_input, sampling_options
+from llama2_client.cli.signals import Interruptible, ignore_signals
 from llama2_client.cli.usage_errors import CommandGroup, error_message, print_error_line
 from llama2_client.cli.verify import verify
 
@@ -56,6 +58,7 @@ def cli(
       5    not authenticated or not permitted
       6    the deadline passed
       130  interrupted with Ctrl-C
+      143  stopped by SIGTERM
     """  # noqa: D301 - \b is click's escape that keeps these lines unwrapped
     if (certificate is None) != (key is None):
         raise click.UsageError("--certificate and --key: one of them is missing; give both")
@@ -133,7 +136,7 @@ def chat(
     Ctrl-C stops a reply, /help lists the commands (such as /retry and /save), Ctrl-D or /exit leaves. A pasted text of
     several lines is one turn. If standard input is not a terminal, each of its lines is one turn.
     """
-    from llama2_client.cli import repl
+    from llama2_client.cli.chat import repl
 
     client = connection.client()
     conversation = client.chat(system, **sampling)
@@ -143,7 +146,9 @@ def chat(
         except ValueError as error:
             raise click.UsageError(f"--messages: {messages.name} is not a conversation of `/save` ({error})") from error
         conversation.system = system or conversation.system
-    raise click.exceptions.Exit(repl.run_repl(client, conversation, connection.address, as_json=as_json))
+    with Interruptible():
+        code = repl.run_repl(client, conversation, connection.address, as_json=as_json)
+    raise click.exceptions.Exit(code)
 
 
 @cli.command()
@@ -265,4 +270,8 @@ def main() -> None:
         code = EXIT_WRONG_USAGE
     except click.Abort:
         code = EXIT_INTERRUPTED
+    finally:
+        with suppress(OSError, ValueError):  # the reader of the output has gone
+            sys.stdout.flush()
+        ignore_signals()  # while the interpreter ends, Python would print a traceback
     sys.exit(code if isinstance(code, int) else 0)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from llama2_server.cli.options import SettingsCommand
-from llama2_server.cli.signals import ignore_signals, stopped_by
+from llama2_server.cli.signals import stopped_by
 from llama2_server.config.sources import read_settings
 
 
@@ -48,14 +48,15 @@ def serve(**flags: Any) -> None:
             STARTUP_LOG.step("importing torch")
             from llama2_server import app
             from llama2_server.lifecycle.supervision import EXIT_ENGINE_FAILED
+            from llama2_server.lifecycle.tasks import SignalIgnoringLoop
 
             gc.freeze()
             gc.enable()
-            code = asyncio.run(app.serve(resolved.settings, inputs))
+            with asyncio.Runner(loop_factory=SignalIgnoringLoop) as runner:
+                code = runner.run(app.serve(resolved.settings, inputs))
     finally:  # after a failed start, too
         STARTUP_LOG.finish()
         gc.enable()
-    ignore_signals()  # the event loop has removed its handlers
     sys.stderr.write(stopped_by(code) or "")
     _exit(code, at_once=code == EXIT_ENGINE_FAILED)
 

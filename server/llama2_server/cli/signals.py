@@ -18,17 +18,12 @@ def exit_on_signals() -> None:
     """Handle SIGINT, SIGTERM and SIGHUP with one line and exit code 128 + number; an ignored SIGHUP stays ignored.
 
     Without handlers, SIGINT raises KeyboardInterrupt inside any import, and the first process of a container ignores
-    SIGTERM.
+    SIGTERM. A parent process that blocks the signals delays them until the handlers exist.
     """
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _exit)
-
-
-def ignore_signals() -> None:
-    """Ignore the signals: the process is at its end, and its exit code is known."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def stopped_by(exit_code: int) -> str | None:

@@ -79,6 +79,17 @@ def run_in_thread(name: str, work: Callable[[], Result]) -> "asyncio.Future[Resu
     return future
 
 
+class SignalIgnoringLoop(asyncio.SelectorEventLoop):
+    """Event loop after whose end the signals that it handled are ignored: the exit code of the process is known."""
+
+    def remove_signal_handler(self, sig: int) -> bool:
+        """Ignore a signal; asyncio would restore the default action, which ends the process in another way."""
+        removed = super().remove_signal_handler(sig)
+        if removed:
+            signal.signal(sig, signal.SIG_IGN)
+        return removed
+
+
 def exit_code_on_signals() -> "asyncio.Future[int]":
     """Return a future that the first SIGTERM, SIGINT or SIGHUP sets to 128 + number; the second signal exits at once.
 

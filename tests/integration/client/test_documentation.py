@@ -29,7 +29,7 @@ from tests.support.scripted_server import ScriptedServer
 import llama2_client
 from llama2.v1 import text_generation_pb2
 from llama2_client import Client, GenerationOptions, Llama2Error
-from llama2_client.cli.chat_commands import HELP
+from llama2_client.cli.chat.commands import HELP
 from llama2_client.cli.main import cli
 from llama2_server.errors import ServiceError
 from llama2_server.receipts.receipt import sign
@@ -174,7 +174,7 @@ def test_install_commands_are_valid() -> None:
     """The repository is an installable project that has every extra on the page."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert [block.code for block in blocks() if block.section == "Install"] == ["pip install .\n"]
-    assert project["scripts"]["llama2"] == "llama2_client.cli.main:main"
+    assert project["scripts"]["llama2"] == "llama2_client.cli.__main__:main"
     for extra in re.findall(r"pip install '\.\[(\w+)\]'", PAGE.read_text()):
         assert extra in project["optional-dependencies"]
 

@@ -1,14 +1,15 @@
 """SIGINT and SIGTERM at named moments of a server process: one line, one exit code, no traceback."""
 
 import json
-import random
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tests.support.processes import command, environment, server
 from tests.support.programs.paused_process import PAUSED
+from tests.support.repository import ROOT
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 # A moment before the event loop, by the module whose import the process has reached.
@@ -20,8 +21,6 @@ IMPORTS = {
     "torch": "torch",
     "service": "llama2_server.app",
 }
-# The same by the number of the import: moments that no test names.
-RANDOM_IMPORTS = sorted(random.Random(20).sample(range(1, 1500), 4))
 # A moment in the event loop, by the script of tests/support/scripted_process.py and the line that announces it.
 SCRIPTS = {
     "loading": ("announces-and-never-loads", "loading"),
@@ -56,11 +55,59 @@ def test_signal_during_an_import_ends_the_process(moment: str, number: signal.Si
     end_before_serving(command(*flags, module="tests.support.programs.paused_process"), PAUSED, number)
 
 
-@pytest.mark.parametrize(("moment", "number"), [*zip(RANDOM_IMPORTS, SIGNALS * 2, strict=True)])
-def test_signal_at_a_random_import_ends_the_process(moment: int, number: signal.Signals, tmp_path: Path) -> None:
-    """A signal inside any import of any library has the same result."""
-    flags = [str(moment), "--data-directory", str(tmp_path), "--listen", "127.0.0.1:0"]
-    end_before_serving(command(*flags, module="tests.support.programs.paused_process"), PAUSED, number)
+PROGRAMS = {
+    "llama2-server": ("llama2_server.__main__", "20", "--listen", "127.0.0.1:0"),
+    "llama2": ("llama2_client.cli.__main__", "3", "health"),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_signal_at_any_import_ends_the_process(program: str, tmp_path: Path) -> None:
+    """A signal inside hundreds of imports of any library has the same result, for the server and the client."""
+    arguments = [*PROGRAMS[program], *(("--data-directory", str(tmp_path)) if program == "llama2-server" else ())]
+    call = command(*arguments, module="tests.support.programs.signalled_imports")
+    ended = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    results = json.loads(ended.stdout)
+    assert len(results) > 100
+    for name, number, errors, code in results:
+        line = f"{program}: stopped by {signal.Signals(number).name}\n"
+        assert (name, errors, code) == (name, line, 128 + number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("program", "module"), [("llama2-server", "llama2_server"), ("llama2", "llama2_client.cli")])
+def test_signal_while_python_starts_waits_for_the_handlers(program: str, module: str, number: signal.Signals) -> None:
+    """A parent process that blocks the signals, as `make run` does, delays them until the program handles them."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process = subprocess.Popen(
+            command("--help", module=module), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.send_signal(number)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    assert process.communicate(timeout=60) == ("", f"{program}: stopped by {number.name}\n")
+    assert process.returncode == 128 + number
+
+
+SHOW_MASK = """#!{python}
+import signal, sys
+print(sys.argv[1:], sorted(signal.Signals(n).name for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's env delays the signals")
+def test_make_run_delays_signals_until_the_server_handles_them(tmp_path: Path) -> None:
+    """`make run` starts the server with SIGINT, SIGTERM and SIGHUP blocked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("python", "llama2-server"):
+        (folder / name).write_text(SHOW_MASK.format(python=sys.executable))
+        (folder / name).chmod(0o755)
+    (tmp_path / ".server").touch()
+    call = ["make", "--no-print-directory", "run", f"VENV={tmp_path}", "ARGS=--cpu"]
+    ended = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "['--cpu'] ['SIGHUP', 'SIGINT', 'SIGTERM']\n"
 
 
 @pytest.mark.parametrize("number", SIGNALS)

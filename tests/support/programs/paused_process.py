@@ -1,6 +1,5 @@
 """A server process that pauses before an import: `python -m tests.support.programs.paused_process MODULE FLAGS`.
 
-MODULE is a name, or a number: the import with this number, whatever its module.
 It prints a line, and waits in this import until a signal ends it.
 """
 
@@ -20,14 +19,12 @@ class PausingFinder:
 
     def __init__(self, module: str) -> None:
         self._module = module
-        self._imports = 0
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Pause if it is that import."""
-        self._imports += 1
-        if self._module in (name, str(self._imports)):
+        if name == self._module:
             print(PAUSED, flush=True)
             threading.Event().wait()
         return None

@@ -29,7 +29,7 @@ class Terminal:
         """Start `llama2` with these arguments in a new terminal of this type."""
         # The first terminal that a session leader opens becomes its controlling terminal.
         start = "import os; os.close(os.open(os.ttyname(0), os.O_RDWR));"
-        start += "from llama2_client.cli.main import main; main()"
+        start += "from llama2_client.cli.__main__ import main; main()"
         master, slave = pty.openpty()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", start, *arguments),

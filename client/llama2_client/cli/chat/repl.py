@@ -9,7 +9,7 @@ import click
 
 from llama2_client.aio.chat import Chat
 from llama2_client.aio.client import Client
-from llama2_client.cli.chat_commands import ChatCommands
+from llama2_client.cli.chat.commands import ChatCommands
 from llama2_client.cli.errors import exit_code, print_error
 from llama2_client.cli.output import print_note, print_stream
 from llama2_client.errors import InvalidRequest, Llama2Error

@@ -1,0 +1,1 @@
+"""`llama2 chat`: the conversation and its commands."""
