@@ -159,6 +159,19 @@ def test_wrong_redis_password(tmp_path: Path) -> None:
         assert "wrong" not in line.lower().replace("wrongpass", "")
 
 
+@pytest.mark.parametrize(
+    ("setting", "url", "expected"),
+    [
+        ("redis-url", "redis://{}", "--redis-url: {} does not answer; start it, "),
+        ("usage-url", "postgresql://u:p@{}/d", "--usage-url: the usage database does not answer; start it, "),
+    ],
+)
+def test_silent_store(setting: str, url: str, expected: str, taken: str, tmp_path: Path) -> None:
+    """A store that accepts connections and never answers is an error, too."""
+    flags = ["--listen", "127.0.0.1:0", "--require-stores", f"--{setting}", url.format(taken)]
+    assert last_line(tmp_path, flags).startswith(expected.format(taken))
+
+
 def test_missing_database(postgres: PostgresCluster, tmp_path: Path) -> None:
     """PostgreSQL answers, so waiting would not help."""
     url = f"postgresql://ledger:s3cret@127.0.0.1:{postgres.port}/missing"

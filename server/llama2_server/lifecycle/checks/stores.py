@@ -13,7 +13,7 @@ from llama2_server.redis_client import RedisClient
 from llama2_server.usage.errors import StoreUnavailable
 from llama2_server.usage.store import Store
 
-TIMEOUT_SECONDS = 2.0
+TIMEOUT_SECONDS = 1.5  # a start that cannot succeed ends within three seconds, imports included
 REQUIRED = "start it, correct the address, or pass --no-require-stores to start without it"
 
 
