@@ -22,11 +22,8 @@ from pathlib import Path
 IDLE_TIMEOUT_SECONDS = 3.0
 LARGE_MEGABYTES = 20.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Imports what the first start imports; Python stores the compiled modules.
-COMPILE = (
-    "import llama2_server.app, llama2_server.cli.main, alembic.command; "
-    "from transformers import GenerationConfig, LlamaConfig"
-)
+# Imports what the first start with the demo imports; Python stores the compiled modules.
+COMPILE = "import llama2_server.app, llama2_server.cli.main, alembic.command"
 PLAN = (
     "installing {extras} into {directory}: about {packages} packages, and the native library in C++. PyTorch "
     "is the largest package: 0.2 GB to download as a CPU build, several GB as a CUDA build, nothing if pip has it in "

@@ -17,7 +17,7 @@ from llama2_server.card import ModelCard
 from llama2_server.config.settings import Settings
 from llama2_server.configuration_error import ConfigurationError
 from llama2_server.engine.checkpoint.chat_template import check_chat_template
-from llama2_server.engine.checkpoint.config_cache import read_metadata
+from llama2_server.engine.checkpoint.config_cache import ModelMetadata, read_explicit_metadata, read_metadata
 from llama2_server.engine.checkpoint.formats import check_format
 from llama2_server.engine.checkpoint.hub.download import fetch_checkpoint, find_checkpoint
 from llama2_server.engine.checkpoint.layout import read_headers
@@ -91,7 +91,7 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     check_format(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
     check_chat_template(checkpoint, tokenizer, allow_other=settings.allow_other_chat_template)
-    metadata = read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
+    metadata = _metadata(checkpoint, settings)
     config = metadata.config
     if settings.max_position_embeddings is not None:
         config = replace(config, max_positions=settings.max_position_embeddings)
@@ -123,6 +123,12 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     add_weights(fingerprint, files, settings.data_directory / "weights.json", model.weights.quick_digest())
     step_policy = StepPolicy(settings.prompt_lookup, settings.max_mixed_step_seconds)
     return LoadedModel(tokenizer, model, metadata.eos_ids, fingerprint, step_runner, step_policy)
+
+
+def _metadata(checkpoint: Path, settings: Settings) -> ModelMetadata:
+    if uses_demo_weights(settings):
+        return read_explicit_metadata(checkpoint)
+    return read_metadata(checkpoint, settings.data_directory / "checkpoint.json")
 
 
 def _checkpoint(settings: Settings) -> Path:

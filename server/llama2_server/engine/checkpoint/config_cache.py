@@ -11,6 +11,7 @@ from typing import Any
 
 from llama2_server.engine import disk_cache
 from llama2_server.engine.checkpoint import files
+from llama2_server.engine.checkpoint.layout import read_json
 from llama2_server.engine.model.weights import LlamaConfig
 
 
@@ -38,6 +39,28 @@ def read_metadata(directory: Path, file: Path) -> ModelMetadata:
         metadata = ModelMetadata(config, files.read_eos_ids(directory, config.vocab_size))
         disk_cache.save(file, key, {"config": asdict(metadata.config), "eos_ids": sorted(metadata.eos_ids)})
     return metadata
+
+
+def read_explicit_metadata(directory: Path) -> ModelMetadata:
+    """Return the content of config.json and generation_config.json if both state every value, as the demo's do.
+
+    transformers is not imported: it knows the values of fields that are left out, and rejects invalid ones.
+    """
+    raw, generation = read_json(directory / "config.json"), read_json(directory / "generation_config.json")
+    config = LlamaConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        layers=raw["num_hidden_layers"],
+        heads=raw["num_attention_heads"],
+        kv_heads=raw["num_key_value_heads"],
+        head_dim=raw["head_dim"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        rope_theta=raw["rope_parameters"]["rope_theta"],
+        max_positions=raw["max_position_embeddings"],
+        tied_embeddings=raw["tie_word_embeddings"],
+    )
+    return ModelMetadata(config, frozenset({generation["eos_token_id"]}))
 
 
 def _from_json(value: Any) -> ModelMetadata | None:

@@ -8,8 +8,9 @@ import pytest
 from tests.support.checkpoints import MakeCheckpoint
 
 from llama2_server.engine.checkpoint import config_cache, files
-from llama2_server.engine.checkpoint.config_cache import ModelMetadata, read_metadata
+from llama2_server.engine.checkpoint.config_cache import ModelMetadata, read_explicit_metadata, read_metadata
 from llama2_server.engine.errors import WeightsError
+from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint
 
 
 @pytest.fixture
@@ -112,3 +113,8 @@ def test_a_rejected_configuration_is_not_cached(directory: Path, tmp_path: Path)
     assert not (tmp_path / "checkpoint.json").exists()
     with pytest.raises(WeightsError, match="no such file"):
         read_metadata(tmp_path / "nowhere", tmp_path / "checkpoint.json")
+
+
+def test_the_demo_states_every_value() -> None:
+    """The configuration of the demo without transformers equals the one that transformers reads."""
+    assert read_explicit_metadata(demo_checkpoint()) == uncached(demo_checkpoint())
