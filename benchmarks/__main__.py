@@ -1,5 +1,7 @@
 """Compare our engine and our service with other ways to run the same float16 weights on this CPU.
 
+The requests are the default ones, with the card's sampling; the part "speed" also measures greedy ones.
+
     python -m benchmarks                                          # all parts, then the report
     python -m benchmarks --parts speed --models 1.2b --peers llama.cpp --results FILE    # one part; adds to the file
     python -m benchmarks --checkpoint DIR                         # with your own checkpoint
@@ -17,14 +19,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.make_checkpoint import PRESETS, make_checkpoint
-
 from benchmarks import report, results
 from benchmarks.engines.peers import Peer, find_interpreter, group_by_memory, select_peers
 from benchmarks.engines.service import Service
 from benchmarks.measurement import service_only
 from benchmarks.measurement.disturbance import MAX_ATTEMPTS, Measurement
 from benchmarks.measurement.interleaved_runs import Environment, InterleavedRuns, Workload
+from benchmarks.models import MODELS, make_model
+from benchmarks.reporting.goals import LARGE
 from benchmarks.reporting.metrics import DECODE_PROMPT_TOKENS, PREFILL_PROMPT_TOKENS
 from llama2_server.engine.checkpoint.files import read_config
 
@@ -41,7 +43,7 @@ class Part:
 
 
 PARTS = {
-    "speed": Part([Workload(DECODE_PROMPT_TOKENS, 48)], rounds=5),
+    "speed": Part([Workload(DECODE_PROMPT_TOKENS, 48), Workload(DECODE_PROMPT_TOKENS, 48, greedy=True)], rounds=5),
     "prefill": Part([Workload(PREFILL_PROMPT_TOKENS, 1)], rounds=5, peers="llama.cpp,openvino"),
     "lengths": Part(
         [Workload(tokens, 12) for tokens in (32, 128, 512, 2048)], rounds=3, peers="llama.cpp,openvino bf16"
@@ -64,9 +66,10 @@ class Benchmark:
     def run(self) -> Path:
         """Measure the selected parts and return the path of the results file."""
         models = [str(self._arguments.checkpoint)] if self._arguments.checkpoint else self._arguments.models.split(",")
+        large = models[-1] if LARGE not in models else LARGE
         for part in self._arguments.parts.split(","):
-            # Because the other parts take longer, they run for the last model only.
-            for model in models if part == "speed" else models[-1:]:
+            # Because the other parts take longer, they run for one model only.
+            for model in models if part == "speed" else [large]:
                 environment = self._environment(model)
                 if part in PARTS:
                     self._compare(part, model, environment)
@@ -76,11 +79,12 @@ class Benchmark:
 
     def _environment(self, model: str) -> Environment:
         """Return the environment of a model; make its weights if they do not exist yet."""
-        folder = self._arguments.folder / Path(model).name
-        checkpoint = Path(model) if self._arguments.checkpoint else folder / "checkpoint"
-        if not (checkpoint / "config.json").exists():
+        made = None if self._arguments.checkpoint else MODELS[model]
+        folder = self._arguments.folder / (made.folder_name if made else Path(model).name)
+        checkpoint = folder / "checkpoint" if made else Path(model)
+        if made and not (checkpoint / "config.json").exists():
             print(f"making the weights of {model} …", flush=True)
-            make_checkpoint(checkpoint, PRESETS[model])
+            make_model(checkpoint, made)
         folder.mkdir(parents=True, exist_ok=True)
         self._results["weights"][model] = {
             "bytes": _weights_bytes(checkpoint),
@@ -163,7 +167,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ",".join([*PARTS, *SERVICE_ONLY_ROUNDS])
     parser.add_argument("--parts", default=parts, help="comma-separated parts")
-    parser.add_argument("--models", default="134m,1.2b", help="comma-separated presets of tools.make_checkpoint")
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated names in benchmarks/models.py")
     parser.add_argument("--checkpoint", type=Path, help="directory of a checkpoint, instead of --models")
     parser.add_argument("--peers", default="", help='comma-separated words of peer names, or "all", or "none"')
     parser.add_argument("--rounds", type=int, help="number of rounds, instead of the default of each part")

@@ -4,17 +4,16 @@ python -m benchmarks.report benchmarks/results/FILE.json
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from benchmarks.reporting.charts import draw_svg
 from benchmarks.reporting.tables import report_lines
-from benchmarks.results import Results
+from benchmarks.results import read
 
 
 def write_report(path: Path) -> None:
     """Write FILE.md and FILE.svg next to FILE.json, and print the former."""
-    results: Results = json.loads(path.read_text(encoding="utf-8"))
+    results = read(path)
     text = "\n".join(report_lines(results)) + "\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     path.with_suffix(".svg").write_text(draw_svg(results), encoding="utf-8")

@@ -85,19 +85,21 @@ def make_checkpoint(
     shards: int = 1,
     dtype: torch.dtype = torch.float16,
     trained_dtype: torch.dtype | None = None,
+    logit_deviation: float = 1.0,
     seed: int = 0,
 ) -> Path:
     """Write a checkpoint into `directory`, create the directory if needed, and return it.
 
     The numbers are rounded to `trained_dtype`, if given, before they are stored as `dtype`. Llama-2 was trained in
-    bfloat16 and published in float16.
+    bfloat16 and published in float16. `logit_deviation` is about the standard deviation of the logits of one token;
+    trained models have 3 to 5. It has no effect on a tied output layer.
     """
     directory.mkdir(parents=True, exist_ok=True)
     make_tokenizer(directory / "tokenizer.model", shape.vocab)
     _write_json(directory / "config.json", _config(shape, dtype))
     _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     _write_json(directory / "tokenizer_config.json", _tokenizer_config())
-    _write_weights(directory, shape, shards, (trained_dtype or dtype, dtype), seed)
+    _write_weights(directory, shape, shards, _Numbers((trained_dtype or dtype, dtype), logit_deviation, seed))
     return directory
 
 
@@ -164,18 +166,27 @@ def _tokenizer_config() -> dict[str, object]:
     }
 
 
-def _write_weights(
-    directory: Path, shape: Shape, shards: int, dtypes: tuple[torch.dtype, torch.dtype], seed: int
-) -> None:
+@dataclass(frozen=True)
+class _Numbers:
+    """The random numbers of a checkpoint."""
+
+    dtypes: tuple[torch.dtype, torch.dtype]
+    """What they are rounded to, and what they are stored as."""
+    logit_deviation: float
+    seed: int
+
+
+def _write_weights(directory: Path, shape: Shape, shards: int, numbers: _Numbers) -> None:
     names = list(_tensor_shapes(shape))
     per_shard = -(-len(names) // shards)
-    generator = torch.Generator().manual_seed(seed)
+    generator, dtypes = torch.Generator().manual_seed(numbers.seed), numbers.dtypes
     weight_map: dict[str, str] = {}
     embedding: Tensor | None = None
     for index in range(shards):
         file = f"model-{index + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
         part = dict(names[index * per_shard : (index + 1) * per_shard])
-        tensors = {name: _random(size, generator, dtypes) for name, size in part.items()}
+        factors = {"lm_head.weight": numbers.logit_deviation}
+        tensors = {name: _random(size, generator, dtypes, factors.get(name, 1.0)) for name, size in part.items()}
         embedding = tensors.get("model.embed_tokens.weight", embedding)
         if shape.cycle and embedding is not None:
             _make_cyclic(tensors, embedding, shape.cycle, dtypes)
@@ -204,10 +215,12 @@ def _tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (shape.vocab, shape.hidden)
 
 
-def _random(shape: tuple[int, ...], generator: torch.Generator, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
+def _random(
+    shape: tuple[int, ...], generator: torch.Generator, dtypes: tuple[torch.dtype, torch.dtype], factor: float
+) -> Tensor:
     """Return random values that preserve the magnitude of activations, so that every layer has an effect."""
     values = torch.randn(shape, generator=generator)
-    values = 1 + values / 10 if len(shape) == 1 else values * shape[1] ** -0.5
+    values = 1 + values / 10 if len(shape) == 1 else values * (factor * shape[1] ** -0.5)
     return values.to(dtypes[0]).to(dtypes[1])
 
 
@@ -244,6 +257,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=1, help="number of safetensors files")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--trained-dtype", choices=DTYPES, help="round the numbers to this dtype first")
+    parser.add_argument("--logit-deviation", type=float, default=1.0, help="standard deviation of the logits")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -259,6 +273,7 @@ def main() -> None:
         shards=arguments.shards,
         dtype=DTYPES[arguments.dtype],
         trained_dtype=DTYPES[arguments.trained_dtype] if arguments.trained_dtype else None,
+        logit_deviation=arguments.logit_deviation,
         seed=arguments.seed,
     )
     size = sum(path.stat().st_size for path in arguments.out.glob("*.safetensors"))

@@ -58,9 +58,12 @@ class Service:
         versions = {package: metadata.version(package) for package in packages}
         return {"arithmetic": "float16 weights, float32", "versions": versions}
 
-    def generate(self, prompts: list[Prompt], tokens: int) -> TimedRun:
-        """Stream all replies at once over one connection that is already open."""
-        return asyncio.run(self._generate(prompts, tokens))
+    def generate(self, prompts: list[Prompt], tokens: int, seed: int | None) -> TimedRun:
+        """Stream all replies at once over one connection that is already open.
+
+        With a seed the requests have the card's sampling, and otherwise temperature 0.
+        """
+        return asyncio.run(self._generate(prompts, tokens, seed))
 
     def first_token_seconds(self, messages: list[Message], tokens: int = 2) -> float:
         """Return the time to the first token of the next reply of a chat."""
@@ -83,13 +86,16 @@ class Service:
             self._process.stdout.close()
         self._folder.cleanup()
 
-    async def _generate(self, prompts: list[Prompt], tokens: int) -> TimedRun:
+    async def _generate(self, prompts: list[Prompt], tokens: int, seed: int | None) -> TimedRun:
+        def sampling(index: int) -> dict[str, Any]:
+            return {"temperature": 0} if seed is None else {"seed": seed + index}
+
         async with Client(self.address, timeout=TIMEOUT_SECONDS, resume=False) as client:
             await self._overwrite_prefix_cache(client)
             started_at = time.perf_counter()
             streams = [
-                client.stream(prompt.text, raw=True, max_tokens=tokens, temperature=0, no_cache=True)
-                for prompt in prompts
+                client.stream(prompt.text, raw=True, max_tokens=tokens, no_cache=True, **sampling(index))
+                for index, prompt in enumerate(prompts)
             ]
             firsts, texts = zip(*await asyncio.gather(*(_read(stream, started_at) for stream in streams)), strict=True)
             total_seconds = time.perf_counter() - started_at

@@ -22,14 +22,14 @@ class TimedRun:
 
 
 class EngineUnderTest(Protocol):
-    """A process that continues prompts greedily."""
+    """A process that continues prompts."""
 
     @property
     def process_id(self) -> int:
         """The id of the process that computes, or of its ancestor."""
 
-    def generate(self, prompts: list[Prompt], tokens: int) -> TimedRun:
-        """Continue prompts of equal length, all at once, by `tokens` tokens each."""
+    def generate(self, prompts: list[Prompt], tokens: int, seed: int | None) -> TimedRun:
+        """Continue prompts of equal length, all at once, by `tokens` tokens each; without a seed greedily."""
 
     def describe(self) -> dict[str, Any]:
         """Return its arithmetic and the versions of its libraries."""

@@ -39,9 +39,9 @@ class Worker:
         """Return its arithmetic and the versions of its libraries."""
         return self._description
 
-    def generate(self, prompts: list[Prompt], tokens: int) -> TimedRun:
-        """Continue prompts of equal length, all at once, by `tokens` tokens each."""
-        response = self.call("generate", prompts=[prompt.token_ids for prompt in prompts], tokens=tokens)
+    def generate(self, prompts: list[Prompt], tokens: int, seed: int | None) -> TimedRun:
+        """Continue prompts of equal length, all at once, by `tokens` tokens each; without a seed greedily."""
+        response = self.call("generate", prompts=[prompt.token_ids for prompt in prompts], tokens=tokens, seed=seed)
         generated = Generated(**response)
         lengths = [len(reply) for reply in generated.token_ids]
         if any(length != tokens for length in lengths):

@@ -24,15 +24,22 @@ from benchmarks.workers.protocol import Setup
 WARM_UP_PROMPT_TOKENS = 16
 SETTLE_SECONDS = 0.5
 ENGINE, SERVICE = "engine", "service"  # names in the results files
+GREEDY, DEFAULT = "greedy", "default"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Concurrent requests with prompts and replies of equal length."""
+    """Concurrent requests with prompts and replies of equal length; by default with the card's sampling."""
 
     prompt_tokens: int
     new_tokens: int
     requests: int = 1
+    greedy: bool = False
+
+    @property
+    def request(self) -> str:
+        """The kind of request in the results file."""
+        return GREEDY if self.greedy else DEFAULT
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class InterleavedRuns:
         `not_run` contains the reason for each peer that could not be loaded.
         """
         self._environment, self._workloads = environment, workloads
-        self._prompts = Prompts(environment.checkpoint, random.SystemRandom().getrandbits(32))
+        self._seeds = random.SystemRandom()
+        self._prompts = Prompts(environment.checkpoint, self._seeds.getrandbits(32))
         self._context_length = max(workload.prompt_tokens + workload.new_tokens for workload in workloads)
         self._slots = max(workload.requests for workload in workloads)
         self.not_run: dict[str, str] = {}
@@ -90,14 +98,14 @@ class InterleavedRuns:
         for workload in self._workloads:
             prompts = self._new_prompts(workload)
             runs: dict[str, TimedRun] = {}
+            seed = None if workload.greedy else self._seeds.getrandbits(31)
             for name in self._engines:
                 # Thread pools spin for a while before they go to sleep.
                 time.sleep(SETTLE_SECONDS)
-                measure = partial(self._measure, name, prompts, workload, runs)
+                measure = partial(self._measure, name, prompts, workload, seed, runs)
                 watch = partial(foreign_cpu_share, idle=self._other_processes(name))
                 measurement = measure_undisturbed(measure, attempts=self._environment.attempts, watch=watch)
-                expected = runs[ENGINE].token_ids or []
-                yield measurement | {"contender": name, "agreeing": self._agreeing_tokens(expected, runs[name])}
+                yield measurement | {"contender": name} | self._agreement(runs[ENGINE], runs[name], workload)
 
     def _worker(self, module: str, arithmetic: str, python: str | None = None) -> Worker:
         environment = self._environment
@@ -121,7 +129,9 @@ class InterleavedRuns:
     def _warm_up(self) -> None:
         for engine in self._engines.values():
             for requests in {1, self._slots}:
-                engine.generate(self._new_prompts(Workload(WARM_UP_PROMPT_TOKENS, 4, requests)), 4)
+                prompts = self._new_prompts(Workload(WARM_UP_PROMPT_TOKENS, 4, requests))
+                for seed in (None, 1):
+                    engine.generate(prompts, 4, seed)
 
     def _other_processes(self, name: str) -> set[int]:
         return {engine.process_id for other, engine in self._engines.items() if other != name}
@@ -129,28 +139,37 @@ class InterleavedRuns:
     def _new_prompts(self, workload: Workload) -> list[Prompt]:
         return [self._prompts.of_length(workload.prompt_tokens) for _ in range(workload.requests)]
 
-    def _measure(self, name: str, prompts: list[Prompt], workload: Workload, runs: dict[str, TimedRun]) -> Measurement:
+    def _measure(
+        self, name: str, prompts: list[Prompt], workload: Workload, seed: int | None, runs: dict[str, TimedRun]
+    ) -> Measurement:
         """Measure one run; for our engine also measure the memory bandwidth just before and just after it."""
         reads = [self._engine.call("read_bandwidth")] if name == ENGINE else []
-        runs[name] = run = self._engines[name].generate(prompts, workload.new_tokens)
+        runs[name] = run = self._engines[name].generate(prompts, workload.new_tokens, seed)
         reads += [self._engine.call("read_bandwidth")] if name == ENGINE else []
         measurement = {
             "prompt_tokens": workload.prompt_tokens,
             "requests": workload.requests,
+            "request": workload.request,
             "output_tokens": run.output_tokens,
             "first_seconds": round(run.first_token_seconds, 5),
             "total_seconds": round(run.total_seconds, 5),
         }
         return measurement | ({"read_bytes_a_second": round(sum(reads) / 2)} if all(reads) and reads else {})
 
-    def _agreeing_tokens(self, expected: list[list[int]], run: TimedRun) -> int:
-        """Return the length of the shortest common prefix of a reply and the engine's reply to the same prompt."""
+    def _agreement(self, engine: TimedRun, run: TimedRun, workload: Workload) -> Measurement:
+        """Return the length of the shortest common prefix of a reply and the engine's reply to the same prompt.
+
+        Peers sample with other random numbers, so their sampled replies are not compared.
+        """
+        expected = engine.token_ids or []
         if run.texts is not None:
             if run.texts != [self._prompts.continuation(token_ids) for token_ids in expected]:
                 raise TokensDiffer(f"engine: {expected}; service: {run.texts}")
-            return len(expected[0])
+            return {"agreeing": len(expected[0])}
+        if run is not engine and not workload.greedy:
+            return {}
         pairs = zip(expected, run.token_ids or [], strict=True)
-        return min(_common_prefix(one, other) for one, other in pairs)
+        return {"agreeing": min(_common_prefix(one, other) for one, other in pairs)}
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:

@@ -77,7 +77,8 @@ def _notes(results: Results) -> Panel:
         machine["processor"],
         f"{machine['threads']} threads on {machine['cores']} cores, {machine['memory_gib']} GiB, no GPU",
         *(f"{name} {version}" for name, version in versions_of(results).items()),
-        "Random float16 weights in Llama's shape, greedy, no quantization.",
+        "Random weights in Llama's shape, rounded to bfloat16, stored in float16.",
+        "Sampled at temperature 0.6 and top_p 0.9.",
         "Medians of interleaved rounds; the service is called over gRPC.",
     ]
     return notes_panel(f"Measured on {results['date']}", lines)

@@ -9,7 +9,7 @@ from benchmarks.results import Results
 
 Metric = Callable[[Measurement], float]
 DECODE_PROMPT_TOKENS, PREFILL_PROMPT_TOKENS = 128, 512  # the workloads of the parts "speed" and "prefill"
-PAIRED_BY = ("group", "round", "prompt_tokens", "requests")  # keys on which two engines of one round agree
+PAIRED_BY = ("group", "round", "prompt_tokens", "requests", "request")  # keys on which two engines of one round agree
 
 
 def decode_speed(measurement: Measurement) -> float:
@@ -33,9 +33,22 @@ def select(measurements: Iterable[Measurement], **values: Any) -> list[Measureme
     return [one for one in measurements if all(one.get(key) == value for key, value in values.items())]
 
 
-def select_decoding(results: Results, model: str) -> list[Measurement]:
-    """Return the measurements of the decode speed of a single request."""
-    return select(results["measurements"], part="speed", model=model)
+def default_to_greedy(results: Results, model: str, name: str) -> float | None:
+    """Return the median over rounds of an engine's decode speed of the default request divided by the greedy one's."""
+    sides = [
+        one | {"contender": one["request"], "request": ""}
+        for one in select(results["measurements"], part="speed", model=model, contender=name)
+    ]
+    return ratio(sides, "default", "greedy", decode_speed)
+
+
+def select_decoding(results: Results, model: str, request: str = "default") -> list[Measurement]:
+    """Return the measurements of the decode speed of a single request.
+
+    Runs before 2026-11-26 have only greedy requests, which are returned instead.
+    """
+    measurements = select(results["measurements"], part="speed", model=model)
+    return select(measurements, request=request) or select(measurements, request="greedy")
 
 
 def models_of(results: Results, part: str) -> list[str]:
@@ -70,7 +83,7 @@ def paired_median(
     sides: dict[str, dict[tuple[Any, ...], Measurement]] = {one: {}, other: {}}
     for measurement in measurements:
         if measurement["contender"] in sides:
-            sides[measurement["contender"]][tuple(measurement[key] for key in PAIRED_BY)] = measurement
+            sides[measurement["contender"]][tuple(measurement.get(key) for key in PAIRED_BY)] = measurement
     pairs = [(sides[one][key], sides[other][key]) for key in sides[one].keys() & sides[other].keys()]
     return statistics.median(combine(*pair) for pair in pairs) if pairs else None
 

@@ -7,15 +7,16 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import ctranslate2
 from ctranslate2.converters import TransformersConverter
 
-from benchmarks.workers.protocol import Generated, Setup, serve
+from benchmarks.workers.protocol import TEMPERATURE, TOP_P, Generated, Setup, serve
 
 
 class CTranslate2:
-    """A checkpoint in CTranslate2 with greedy decoding; several prompts form one batch."""
+    """A checkpoint in CTranslate2; several prompts form one batch."""
 
     packages = ("ctranslate2",)
 
@@ -35,8 +36,12 @@ class CTranslate2:
         self.arithmetic = self._generator.compute_type
         self._pieces: list[str] = json.loads((path / "vocabulary.json").read_text(encoding="utf-8"))
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+    def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
         """Continue all prompts with one call of generate_batch."""
+        sampling: dict[str, Any] = {}
+        if seed is not None:
+            ctranslate2.set_random_seed(seed % 2**32)
+            sampling = {"sampling_temperature": TEMPERATURE, "sampling_topp": TOP_P, "sampling_topk": 0}
         started_at = time.perf_counter()
         times: list[float] = []
 
@@ -50,6 +55,7 @@ class CTranslate2:
             min_length=tokens,
             include_prompt_in_result=False,
             callback=record_time,
+            **sampling,
         )
         finished_at = time.perf_counter()
         return Generated(

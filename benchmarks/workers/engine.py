@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.workers.protocol import Generated, Setup, serve
+from benchmarks.workers.protocol import TEMPERATURE, TOP_P, Generated, Setup, serve
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.native.library import NativeUnavailable, read_bandwidth, use_huge_pages
@@ -58,12 +58,12 @@ class EngineOnly:
         self._memory.zero_()
         self.arithmetic = "float16 weights, float32"
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+    def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
         """Continue all prompts at once, one slot per prompt."""
         started_at = time.perf_counter()
         listeners = [TimingListener() for _ in prompts]
-        for prompt_ids, listener in zip(prompts, listeners, strict=True):
-            self._engine.submit(prompt_ids, GenerationParams(tokens, temperature=0), listener)
+        for index, (prompt_ids, listener) in enumerate(zip(prompts, listeners, strict=True)):
+            self._engine.submit(prompt_ids, _params(tokens, None if seed is None else seed + index), listener)
         ends = [listener.finished.get() for listener in listeners]
         if any(result.reason is FinishReason.FAILED for _, result in ends):
             raise SystemExit("the engine failed; the log above has the reason")
@@ -79,6 +79,12 @@ class EngineOnly:
         except NativeUnavailable:
             return None
         return reads[len(reads) // 2]
+
+
+def _params(tokens: int, seed: int | None) -> GenerationParams:
+    if seed is None:
+        return GenerationParams(tokens, temperature=0)
+    return GenerationParams(tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
 
 
 if __name__ == "__main__":

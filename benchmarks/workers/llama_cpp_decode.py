@@ -1,24 +1,24 @@
-"""llama.cpp through its C interface, without its sampler; the only Python per token is one `argmax`.
+"""llama.cpp through its C interface, with llama.cpp's own samplers.
 
 Several prompts are sequences of one context and share each decode step. The KV cache is float16, as in our engine.
 """
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import numpy as np
 
 from benchmarks.workers.gguf_file import write_gguf
-from benchmarks.workers.protocol import Generated, Setup, serve
+from benchmarks.workers.protocol import TEMPERATURE, TOP_P, Generated, Setup, serve
 
 BATCH_TOKENS = 512  # llama.cpp's own default
 
 
 class LlamaCpp:
-    """A checkpoint in llama.cpp with greedy decoding."""
+    """A checkpoint in llama.cpp."""
 
     packages = ("llama-cpp-python",)
 
@@ -34,12 +34,17 @@ class LlamaCpp:
         }[setup.arithmetic]
         self._model, self._context = _load(path, setup)
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._samplers: list[Any] = []
         self._batch: Any = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+    def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
         """Prefill one prompt after another, then decode all together."""
         llama_cpp.llama_memory_clear(self._memory, False)
+        with ExitStack() as samplers:
+            self._samplers = [_sampler(samplers, seed, index) for index in range(len(prompts))]
+            return self._generate(prompts, tokens)
+
+    def _generate(self, prompts: list[list[int]], tokens: int) -> Generated:
         started_at = time.perf_counter()
         latest = [self._prefill(sequence, prompt) for sequence, prompt in enumerate(prompts)]
         first_token_at = time.perf_counter()
@@ -66,11 +71,25 @@ class LlamaCpp:
             batch.logits[index] = needs_logits
         if llama_cpp.llama_decode(self._context, batch) != 0:
             raise SystemExit("llama_decode failed")
-        return [self._argmax(index) for index, row in enumerate(rows) if row[3]]
+        return [
+            int(llama_cpp.llama_sampler_sample(self._samplers[sequence], self._context, index))
+            for index, (sequence, _, _, needs_logits) in enumerate(rows)
+            if needs_logits
+        ]
 
-    def _argmax(self, index: int) -> int:
-        logits = llama_cpp.llama_get_logits_ith(self._context, index)
-        return int(np.argmax(np.ctypeslib.as_array(logits, (self._vocab_size,))))
+
+def _sampler(stack: ExitStack, seed: int | None, index: int) -> Any:
+    """Return the sampler of one sequence, which `stack` frees."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    stack.callback(llama_cpp.llama_sampler_free, chain)
+    if seed is None:
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_greedy())
+        return chain
+    # In the order of the card: the nucleus is that of the probabilities at the temperature.
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(TEMPERATURE))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(TOP_P, 1))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist((seed + index) % 2**32))
+    return chain
 
 
 def _load(path: Path, setup: Setup) -> tuple[Any, Any]:

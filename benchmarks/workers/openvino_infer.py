@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from openvino import opset15
 
 from benchmarks.workers.protocol import Generated, Setup, serve
+from benchmarks.workers.sampling import NucleusSampler
 
 
 class OpenVino:
-    """A checkpoint in OpenVINO with greedy decoding; several prompts form one batch."""
+    """A checkpoint in OpenVINO; several prompts form one batch."""
 
     packages = ("openvino", "optimum-intel")
 
@@ -45,11 +46,13 @@ class OpenVino:
         cache = compiled.get_property("KV_CACHE_PRECISION").get_type_name()
         self.arithmetic = f"float16 weights, {used} (keys and values {cache})"
         self._request: Any = compiled.create_infer_request()
+        self._samplers: list[NucleusSampler] = []
         self._inputs = {name for port in compiled.inputs for name in port.get_names()}
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+    def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
         """Prefill all prompts together, then decode them together."""
         self._request.reset_state()
+        self._samplers = [NucleusSampler(None if seed is None else seed + index) for index in range(len(prompts))]
         length = len(prompts[0])
         started_at = time.perf_counter()
         latest = self._step(np.array(prompts), 0)
@@ -71,8 +74,7 @@ class OpenVino:
         }
         self._request.infer({name: value for name, value in inputs.items() if name in self._inputs}, share_inputs=True)
         logits = self._request.get_tensor("logits").data  # (rows, 1, vocab_size)
-        tokens: NDArray[Any] = logits[:, -1].argmax(axis=-1)
-        return tokens
+        return np.array([sampler.sample(row) for sampler, row in zip(self._samplers, logits[:, -1], strict=True)])
 
 
 def _export(checkpoint: Path, path: Path) -> None:

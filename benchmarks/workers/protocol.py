@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Protocol, TextIO
 
+# The sampling of the default request: the defaults of the 7B card. Every other filter is off.
+TEMPERATURE, TOP_P = 0.6, 0.9
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -27,7 +30,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Generated:
-    """One greedy generation of all prompts at once; it ignores ends of sequence."""
+    """One generation of all prompts at once; it ignores ends of sequence."""
 
     token_ids: list[list[int]]
     first_token_seconds: float  # until every reply has its first token
@@ -45,8 +48,12 @@ class Generator(Protocol):
     def packages(self) -> tuple[str, ...]:
         """Distributions whose versions the results record."""
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
-        """Continue prompts of equal length by `tokens` tokens each."""
+    def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
+        """Continue prompts of equal length by `tokens` tokens each; without a seed greedily, else sampled.
+
+        The random numbers of the prompt with index i start from `seed` + i. Libraries that seed all prompts together
+        use `seed`.
+        """
 
 
 def serve(load: Callable[[Setup], Generator]) -> None:

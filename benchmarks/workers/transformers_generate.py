@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.workers.protocol import Generated, Setup, serve
+from benchmarks.workers.protocol import TEMPERATURE, TOP_P, Generated, Setup, serve
 
 
 class _TokenTimes(transformers.StoppingCriteria):
@@ -21,7 +21,7 @@ class _TokenTimes(transformers.StoppingCriteria):
 
 
 class TransformersGenerate:
-    """A checkpoint in transformers with greedy decoding; several prompts form one static batch."""
+    """A checkpoint in transformers ; several prompts form one static batch."""
 
     packages = ("transformers", "torch")
     arithmetic = "float16"
@@ -32,16 +32,20 @@ class TransformersGenerate:
         self._model: Any = transformers.LlamaForCausalLM.from_pretrained(setup.checkpoint, dtype=torch.float16)
         self._model.generation_config.eos_token_id = None
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> Generated:
+    def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
         """Continue all prompts with one call of generate."""
         inputs = torch.tensor(prompts)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if seed is not None:
+            torch.manual_seed(seed)
+            sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
         token_times, started_at = _TokenTimes(), time.perf_counter()
         with torch.inference_mode():
             output = self._model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=tokens,
-                do_sample=False,
+                **sampling,
                 stopping_criteria=[token_times],
             )
         finished_at = time.perf_counter()

@@ -28,8 +28,8 @@ def test_worker_that_cannot_load_raises_skipped_peer(tmp_path: Path) -> None:
 
 
 def test_round_with_engine_service_and_transformers(checkpoint: Path, tmp_path: Path) -> None:
-    """All three agree on every token, for one request and for three concurrent requests."""
-    workloads = [Workload(32, 4), Workload(16, 3, requests=3)]
+    """All three agree on every greedy token, for one request and for three concurrent requests."""
+    workloads = [Workload(32, 4, greedy=True), Workload(16, 3, requests=3, greedy=True)]
     environment = Environment(checkpoint, tmp_path, 1, attempts=1)
     runs = InterleavedRuns(environment, workloads, {PEERS[0]: sys.executable})
     runs._prompts = Prompts(checkpoint, CLEAR_SEED)
@@ -44,3 +44,17 @@ def test_round_with_engine_service_and_transformers(checkpoint: Path, tmp_path: 
     assert all(0 < measurement["first_seconds"] < measurement["total_seconds"] for measurement in found)
     assert set(runs.describe()) == set(names)
     assert runs.not_run == {}
+
+
+def test_round_of_default_requests(checkpoint: Path, tmp_path: Path) -> None:
+    """The service samples the engine's tokens with the same seeds; a peer's tokens are not compared."""
+    environment = Environment(checkpoint, tmp_path, 1, attempts=1)
+    runs = InterleavedRuns(environment, [Workload(16, 8, requests=2)], {PEERS[0]: sys.executable})
+    try:
+        engine, service, peer = runs.run_round()
+    finally:
+        runs.close()
+    assert engine["request"] == "default"
+    assert engine["agreeing"] == service["agreeing"] == 8
+    assert "agreeing" not in peer
+    assert peer["output_tokens"] == 16

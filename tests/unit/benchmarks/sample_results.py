@@ -18,6 +18,7 @@ def generation(part: str, name: str, round_number: int, first: float, total: flo
         "contender": name,
         "prompt_tokens": 128,
         "requests": 1,
+        "request": "default",
         "output_tokens": 11,
         "first_seconds": first,
         "total_seconds": total,
@@ -34,7 +35,11 @@ def sample_results() -> Results:
         measurements += [
             engine,
             generation("speed", "service", number, 0.52, 0.52 + second),
-            generation("speed", "llama.cpp F16", number, 1.0, 1.0 + 1.6 * second, agreeing=7),
+            generation("speed", "llama.cpp F16", number, 1.0, 1.0 + 1.6 * second),
+        ]
+        measurements += [
+            generation("speed", name, number, 0.5, 0.5 + share * second, request="greedy", agreeing=agreeing)
+            for name, share, agreeing in (("engine", 1.0, 11), ("service", 0.9, 11), ("llama.cpp F16", 1.6, 7))
         ]
     for name, first in (("engine", 1.0), ("service", 1.0), ("llama.cpp F16", 1.4)):
         measurements.append(generation("prefill", name, 0, first, first, prompt_tokens=512, output_tokens=1))

@@ -10,7 +10,7 @@ from benchmarks.reporting.charts import draw_svg
 from benchmarks.reporting.goals import evaluate_goals
 from benchmarks.reporting.metrics import decode_speed, median, ratio, select, select_decoding
 from benchmarks.reporting.tables import report_lines
-from benchmarks.results import add, load, new_results, save
+from benchmarks.results import add, load, new_results, read, save
 from tests.unit.benchmarks.sample_results import generation, sample_results
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -32,7 +32,8 @@ def test_goals() -> None:
         "decode speed of the service / the fastest peer, llama.cpp F16, 1.2B": ("1.60 x", True),
         "decode speed of the service / engine only, 1.2B": ("1.00 x", True),
         "time to first token of the service minus engine only": ("20 ms", True),
-        "share of the memory's read bandwidth, engine only, 1.2B": ("80%", False),
+        "decode speed of the service, default request / greedy, 1.2B": ("0.90 x", False),
+        "decode speed of the engine / reading its weights at 16 bits, 1.2B": ("0.80 x", False),
         "prefill speed of the service / llama.cpp F16, 512 tokens": ("1.40 x", False),
         "throughput of 8 requests / 1 request, engine only": ("8.00 x", True),
         "throughput of 8 requests / 1 request, service": ("8.00 x", True),
@@ -49,8 +50,9 @@ def test_report_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     write_report(path)
     text = (tmp_path / "run.md").read_text()
     assert text in capsys.readouterr().out
-    assert "| **our service**, over gRPC | float16 | 5.0 | 1.00 x | 520 ms | 3 of 3 |" in text
-    assert "| llama.cpp F16 | float16 | 3.1 | 1.60 x | 1,000 ms | 0 of 3 |" in text
+    assert "| **our service**, over gRPC | float16 | 5.0 | 1.00 x | 520 ms | 5.6 | 0.90 x |" in text
+    assert "| llama.cpp F16 | float16 | 3.1 | 1.60 x | 1,000 ms | 3.1 | 1.00 x |" in text
+    assert "Greedy replies that equal our engine's: llama.cpp F16 0 of 3." in text
     assert "| llama.cpp F16 | 1,400 ms | 1.40 x |" in text
     assert "| our engine only | 10.0 | 20.0 | 80.0 |" in text
     assert "- OpenVINO bf16: not installed: openvino" in text
@@ -109,3 +111,25 @@ def test_results_of_another_machine_are_rejected(tmp_path: Path) -> None:
     assert load(path, threads=2) == results
     with pytest.raises(ValueError, match="name another file with --results"):
         load(path, threads=3)
+
+
+@pytest.mark.parametrize(("processor", "goal"), [("Intel Xeon", "1.40 x"), ("AMD EPYC", "1.20 x")])
+def test_goals_depend_on_the_processor(processor: str, goal: str) -> None:
+    """Processors differ in how close to the memory's speed the peers come."""
+    results = sample_results()
+    results["machine"]["processor"] = processor
+    (found,) = (one for one in evaluate_goals(results) if "fastest peer" in one.description)
+    assert found.target == f"at least {goal}"
+
+
+def test_measurements_without_a_kind_of_request_are_greedy(tmp_path: Path) -> None:
+    """Files from before the default request was measured keep their tables."""
+    results = sample_results()
+    results["measurements"] = [
+        {key: value for key, value in one.items() if key != "request"}
+        for one in results["measurements"]
+        if one.get("request") != "default" or one["part"] != "speed"
+    ]
+    save(results, tmp_path / "run.json")
+    found = read(tmp_path / "run.json")
+    assert {one["request"] for one in select_decoding(found, "1.2b")} == {"greedy"}
