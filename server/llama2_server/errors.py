@@ -38,6 +38,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 ERROR_DOMAIN = "llama2.v1"
+TYPE_URL = "type.googleapis.com"
 # gRPC peers accept 8 KB of metadata by default; a status in base64 and the message stay under half of it.
 MAX_VIOLATIONS_BYTES = 1800
 # No call sleeps for longer. The clients also read the pushback as a 32-bit number of milliseconds, which is 24 days.
@@ -75,17 +76,17 @@ class ServiceError(Exception):
         """
         status = status_pb2.Status(code=self.code.value[0], message=str(self))
         trailers: list[tuple[str, str | bytes]] = []
-        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN))
-        for detail in self.details():
-            status.details.add().Pack(detail)
+        details: list[Message] = [error_details_pb2.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN), *self.details()]
         if self.retry_after_seconds is not None:
             milliseconds = max(1, math.ceil(self.retry_after_seconds * 1000))
             delay = Duration(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
-            status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
             limit_seconds = MAX_PUSHBACK_SECONDS if remaining_seconds is None else remaining_seconds
             in_time = milliseconds <= min(limit_seconds, MAX_PUSHBACK_SECONDS) * 1000
             trailers.append(("grpc-retry-pushback-ms", str(milliseconds if in_time else -1)))
-        status.details.add().Pack(error_details_pb2.RequestInfo(request_id=request_id))
+        details.append(error_details_pb2.RequestInfo(request_id=request_id))
+        for detail in details:  # `Pack` takes twice as long
+            status.details.add(type_url=f"{TYPE_URL}/{detail.DESCRIPTOR.full_name}", value=detail.SerializeToString())
         trailers.append(("grpc-status-details-bin", status.SerializeToString()))
         return str(self), trailers
 

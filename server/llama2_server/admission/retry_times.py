@@ -5,8 +5,8 @@ such a time counts as the one that was told.
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Hashable
-from typing import NamedTuple, TypeVar
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, TypeVar, overload
 
 from llama2_server.admission.reservation import Order
 
@@ -34,6 +34,25 @@ class _RetryTime(NamedTuple):
     call: ExpectedCall
 
 
+class _Times(Sequence[float]):
+    """The times of a list. A copy would make each rejection of an account cost as much as it has times."""
+
+    def __init__(self, times: list[_RetryTime]) -> None:
+        self._times = times
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[float]: ...
+
+    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
+        return _Times(self._times[index]) if isinstance(index, slice) else self._times[index].at
+
+
 class RetryTimes:
     """The retry times of all rejected calls that have not returned."""
 
@@ -44,10 +63,10 @@ class RetryTimes:
         self._busy: list[tuple[float, float]] = []  # sorted and disjoint: the times that are taken
         self._number = 0
 
-    def of_account(self, account_id: str, now: float) -> list[float]:
-        """Return the times of an account, sorted."""
+    def of_account(self, account_id: str, now: float) -> Sequence[float]:
+        """Return the times of an account, sorted; valid until the next call of another method."""
         self._expire(now)
-        return [time.at for time in self._by_account.get(account_id, ())]
+        return _Times(self._by_account.get(account_id, []))
 
     def count(self, account_id: str, now: float) -> int:
         """Return the number of times of an account."""

@@ -8,6 +8,7 @@ No label grows with client input: methods are the existing ones, codes are gRPC'
 
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
+from functools import cache
 from importlib.metadata import version
 from typing import Protocol
 
@@ -97,6 +98,9 @@ class Metrics:
         )
         registry.register(self._neurons)
         self._add_histograms()
+        # The lookup of a series takes longer than its update. The number of methods and codes is fixed.
+        self._finished = cache(self._requests.labels)
+        self._seconds = cache(self._request_seconds.labels)
         # Create these series now: a rate over a series that appears with its first event misses that event.
         self._input_tokens, self._output_tokens = (self._tokens.labels(kind) for kind in ("input", "output"))
         self._steps = {phase: self._step.labels(phase) for phase in StepPhase}
@@ -142,8 +146,8 @@ class Metrics:
 
     def call_finished(self, call: Call) -> None:
         """Count a call."""
-        self._requests.labels(call.method, call.code).inc()
-        self._request_seconds.labels(call.method).observe(call.finished_at - call.started_at)
+        self._finished(call.method, call.code).inc()
+        self._seconds(call.method).observe(call.finished_at - call.started_at)
         if isinstance(call.error, QuotaExceeded):
             self._quota_rejections.inc()
         if isinstance(call.error, BudgetExhausted):

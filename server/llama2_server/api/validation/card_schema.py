@@ -1,7 +1,8 @@
 """Run the card's JSON Schema on a body, and return its first violations in plain words.
 
-jsonschema executes the schema, at 15 us per message of a conversation. Two keywords differ, so that a hostile body
-costs little: `oneOf` stops after a number of errors, and `items` skips the items that `quick_proof` finds to be valid.
+A body that `quick_proof` finds to be valid has none. For others jsonschema executes the schema, at 15 us per message of
+a conversation. Two keywords differ, so that a hostile body costs little: `oneOf` stops after a number of errors, and
+`items` skips the items that `quick_proof` finds to be valid.
 """
 
 import json
@@ -26,6 +27,7 @@ class CardSchema:
 
     def __init__(self, input_schema: str) -> None:
         schema = json.loads(input_schema)
+        self._quick = quick_proof(schema)
         self._proofs: dict[int, Proof | None] = {}  # by the id of a subschema, which `schema` keeps alive
         keywords = {"oneOf": _one_of, "items": self._items}
         validators: Any = jsonschema.validators  # its published types lack this function's
@@ -33,6 +35,8 @@ class CardSchema:
 
     def violations(self, body: Any) -> Iterator[Violation]:
         """Yield the violations of a JSON value; more than MAX_VIOLATIONS if it has more, but not all."""
+        if self._quick is not None and self._quick(body):
+            return iter(())
         return _to_violations(self._validator.iter_errors(body))
 
     def _items(self, validator: Any, items: Any, instance: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
