@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
+from tests.reliability.cuts.costs import PLACES
 from tests.reliability.simulation.cuts import simulate_cuts
 
 from llama2_server.idempotency.key_accounting import KeyAccounting
@@ -20,7 +21,7 @@ def test_cuts_in_virtual_time(seed: int) -> None:
     assert outcome.cuts.total() == CUTS
     kinds = {kind for kind, _ in outcome.cuts}
     assert kinds == {"connection", "client", "SIGKILL", "SIGTERM"}
-    assert {place for _, place in outcome.cuts} == {"before the first text", "after a delta", "before the completion"}
+    assert {place for _, place in outcome.cuts} == set(PLACES)
     assert outcome.computations > outcome.replies
 
 

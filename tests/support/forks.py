@@ -36,7 +36,12 @@ class Forks:
             # The end of its input ends it.
 
     def start(
-        self, data_directory: Path, *flags: str, commit_seconds: float = 0, step_seconds: float = 0
+        self,
+        data_directory: Path,
+        *flags: str,
+        commit_seconds: float = 0,
+        step_seconds: float = 0,
+        charges: Path | None = None,
     ) -> "ForkedServer":
         """Start a server on a free port, and return when it serves.
 
@@ -45,6 +50,7 @@ class Forks:
             flags: further flags; a second `--listen` counts.
             commit_seconds: time by which each commit of the usage database is delayed.
             step_seconds: time by which each decode step is delayed.
+            charges: file that gets a line for each quota unit that the server consumes or gives back.
         """
         arguments = ["--listen", "127.0.0.1:0", "--data-directory", str(data_directory)]
         arguments += ["--log-level", "warning", *flags]
@@ -52,7 +58,8 @@ class Forks:
         os.mkfifo(pipe)
         paths = {"stdout": str(pipe), "stderr": str(self.log)}
         delays = {"commit_seconds": commit_seconds, "step_seconds": step_seconds}
-        pid = self._answer({"flags": arguments, **delays, **paths})
+        log = {"charges": None if charges is None else str(charges)}
+        pid = self._answer({"flags": arguments, **delays, **paths, **log})
         output = pipe.open()
         pipe.unlink()
         serving = re.match(r"SERVING on (\S+)\.", output.readline())

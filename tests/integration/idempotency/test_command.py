@@ -38,10 +38,9 @@ def start(forks: Forks, tmp_path: Path) -> Starter:
     card = card_file(tmp_path, infer_response_cache=None, max_requests_per_min={"default": QUOTA, "accounts": {}})
     listen = f"127.0.0.1:{free_port()}"
 
-    def start(*flags: str, **delays: float) -> ForkedServer:
-        return forks.start(
-            tmp_path / "data", "--card", str(card), "--weights", "demo", "--listen", listen, *flags, **delays
-        )
+    def start(*flags: str, step_seconds: float = 0) -> ForkedServer:
+        flags = ("--card", str(card), "--weights", "demo", "--listen", listen, *flags)
+        return forks.start(tmp_path / "data", *flags, step_seconds=step_seconds)
 
     return start
 

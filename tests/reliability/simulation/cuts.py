@@ -9,12 +9,22 @@ import asyncio
 import contextlib
 import random
 import sqlite3
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from decimal import Decimal
-from typing import Any
 
 import grpc
+from tests.reliability.cuts.costs import (
+    AFTER_DELTA,
+    BEFORE_COMPLETION,
+    BEFORE_TEXT,
+    MAX_CUTS,
+    PLACES,
+    Bill,
+    Outcome,
+    same_completion,
+    unfair_costs,
+)
 from tests.reliability.simulation.clients import TEXT
 from tests.reliability.simulation.observer import observe
 from tests.reliability.simulation.planted import Plant
@@ -29,13 +39,10 @@ from llama2_server.admission.accounts import Account, AnonymousAuthenticator, Me
 from llama2_server.usage.pricing import TokenUsage, neurons
 
 CLIENTS = 6
-MAX_CUTS = 3
-"""A server computes a reply again as often without a price."""
 PROMPTS = 40
 CALL_SECONDS = 900.0
 KINDS = ("connection", "connection", "connection", "connection", "client", "SIGKILL", "SIGTERM")
 """Causes of cuts: the connection breaks, the client restarts without the text, or the server restarts."""
-PLACES = ("before the first text", "after a delta", "after a delta", "after a delta", "before the completion")
 
 
 class AccountsByHeader(AnonymousAuthenticator):
@@ -44,19 +51,6 @@ class AccountsByHeader(AnonymousAuthenticator):
     def authenticate(self, metadata: Metadata) -> Account:
         """Return the account that the metadata names."""
         return Account(str(dict(metadata)["account"]))
-
-
-@dataclass
-class Outcome:
-    """The result of one simulation."""
-
-    cuts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By kind and place."""
-    replies: int = 0
-    computations: int = 0
-    """Generations that held a slot: the replies, those without a cut, and the recomputations."""
-    broken: list[str] = field(default_factory=list)
-    """Broken promises."""
 
 
 class CutReplies:
@@ -109,14 +103,14 @@ class CutReplies:
             if text or draw.random() < 0.5:
                 request.resume_after_characters = len(text)
             kind, place = (draw.choice(KINDS), draw.choice(PLACES)) if cuts else ("", "")
-            goal = {"before the first text": -1, "before the completion": len(whole)}.get(place, 0)
-            if place == "after a delta":
+            goal = {BEFORE_TEXT: -1, BEFORE_COMPLETION: len(whole)}.get(place, 0)
+            if place == AFTER_DELTA:
                 goal = draw.randrange(len(text), len(whole)) + 1 if len(text) < len(whole) else len(whole)
             received, completion = await self._attempt(account, request, text, goal if cuts else None)
             if completion is not None:
                 return received, completion
             text = received
-            if cuts and (place == "before the first text" or len(text) >= goal):
+            if cuts and (place == BEFORE_TEXT or len(text) >= goal):
                 cuts -= 1
                 self.outcome.cuts[kind, place] += 1
                 text = await self._break(kind, text)
@@ -169,9 +163,7 @@ class CutReplies:
         again, text = None, ""
         while again is None:
             text, again = await self._attempt(account, request, "")
-        again.ClearField("timings")
-        completion.ClearField("timings")
-        if (text, again) != (whole, completion):
+        if text != whole or not same_completion(again, completion):
             self.outcome.broken.append(f"{account}: the repeated call has another text or completion")
 
 
@@ -199,29 +191,22 @@ async def _simulate(world: World, cuts: int) -> Outcome:
     return replies.outcome
 
 
-def _unfair_costs(world: World, replies: CutReplies) -> list[str]:
-    """Return a line for each account that has not paid for exactly one call."""
-    found: list[str] = []
+def _unfair_costs(world: World, replies: CutReplies) -> Iterator[str]:
+    """Yield a line for each account that has not paid for exactly one call."""
     units: Counter[str] = Counter()
     for event in world.history.of("consume", "refund"):
         units[event["account"]] += 1 if event["event"] == "consume" else -1
-    records: dict[str, list[dict[str, Any]]] = {}
+    records: defaultdict[str, list[Bill]] = defaultdict(list)
     for event in world.history.of("record"):
-        records.setdefault(event["account"], []).append(event)
+        inputs, outputs = event["usage"]
+        records[event["account"]].append(Bill(event["id"], inputs, outputs, Decimal(event["neurons"])))
     for account, completion in replies.completions.items():
         ids = world.tokenizer.encode_raw(replies.prompts[account])
-        tokens = [len(ids), reply_tokens(ids)]
-        price = neurons(TokenUsage(*tokens), world.card.neuron_costs)
-        usage = completion.usage
-        told = ([usage.input_tokens, usage.output_tokens], Decimal(usage.neurons))
-        if told != (tokens, price):
-            found.append(f"{account} was told {told} instead of {tokens} for {price}")
-        paid = [(one["id"], one["usage"], Decimal(one["neurons"])) for one in records.get(account, [])]
-        if paid != [(completion.request_id, tokens, price)]:
-            found.append(f"{account} has the records {paid} instead of one with {tokens} for {price}")
-        if units[account] != 1:
-            found.append(f"{account} consumed {units[account]} units of its quota")
-    return found
+        tokens = TokenUsage(len(ids), reply_tokens(ids))
+        told, expected = Bill.told(completion), (len(ids), reply_tokens(ids), neurons(tokens, world.card.neuron_costs))
+        if told.cost != expected:
+            yield f"{account} was told {told.cost} instead of {expected}"
+        yield from unfair_costs(account, [told], records[account], units[account])
 
 
 def _shape(draw: random.Random) -> Shape:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypedDict
 import transformers.models.llama  # noqa: F401 - reads checkpoints; the server imports it late
 
 from llama2_server import app  # noqa: F401 - the server imports it late
+from llama2_server.admission.quota import Quota, QuotaUnit
 from llama2_server.cli.main import main
 from llama2_server.engine.step_planner import Step
 from llama2_server.engine.step_runner import NativeStepRunner
@@ -34,6 +35,8 @@ class Fork(TypedDict):
     """Time by which each commit of the usage database is delayed."""
     step_seconds: float
     """Time by which each decode step is delayed."""
+    charges: str | None
+    """Path of a file that gets a line for each consumed quota unit, `+1 ACCOUNT`, and for each refund, `-1 ACCOUNT`."""
 
 
 def serve(fork: Fork) -> NoReturn:
@@ -45,6 +48,8 @@ def serve(fork: Fork) -> NoReturn:
         _delay_commits(fork["commit_seconds"])
     if fork["step_seconds"]:
         _delay_steps(fork["step_seconds"])
+    if fork["charges"]:
+        _log_charges(fork["charges"])
     sys.argv = ["llama2-server", *fork["flags"]]
     try:
         main()
@@ -75,6 +80,22 @@ def _delay_steps(seconds: float) -> None:
         return run(runner, step)
 
     NativeStepRunner.run = delayed  # type: ignore[method-assign, assignment]
+
+
+def _log_charges(path: str) -> None:
+    consume, refund = Quota.consume, Quota.refund
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    async def consumed(quota: Quota, account_id: str) -> QuotaUnit:
+        unit = await consume(quota, account_id)
+        os.write(log, f"+1 {account_id}\n".encode())
+        return unit
+
+    async def refunded(quota: Quota, unit: QuotaUnit) -> None:
+        os.write(log, f"-1 {unit.account_id}\n".encode())
+        await refund(quota, unit)
+
+    Quota.consume, Quota.refund = consumed, refunded  # type: ignore[method-assign, assignment]
 
 
 def fork_servers() -> None:
