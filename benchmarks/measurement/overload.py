@@ -5,6 +5,7 @@ Run it with `python -m benchmarks.measurement.overload`; it serves the demo mode
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO
 
 import grpc
 import grpc.aio
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
-from llama2_server.admission.accounts import AnonymousAuthenticator
+from llama2_server.admission.accounts import AnonymousAuthenticator, ApiKeyAuthenticator
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.app import serve
 from llama2_server.card import ModelCard, RequestsPerMinute, load_card
@@ -37,6 +39,7 @@ REJECTIONS = 4_000
 CONCURRENT_CALLS = 50  # below the streams that the server allows on a connection
 HOLD = "hold"  # a file: while it exists, the next generation holds the slot and uses no CPU
 HOLDS = "holds"  # a file: if it exists at the start, the server writes the longest hold of its event loop to it
+KEYS = "keys.yaml"  # a file: if it exists at the start, calls need one of its API keys
 MODULE = "benchmarks.measurement.overload"
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -53,15 +56,15 @@ async def arrival_microseconds() -> float:
     return (time.process_time() - started_at) / ARRIVALS * 1e6
 
 
-def running_server(folder: Path) -> AbstractContextManager[tuple[int, str]]:
+def running_server(folder: Path, log: int | IO[str] = subprocess.DEVNULL) -> AbstractContextManager[tuple[int, str]]:
     """Serve in another process, with an unlimited quota, for the body; return the process id and the address."""
-    return running([sys.executable, "-m", MODULE, "--serve", str(folder)])
+    return running([sys.executable, "-m", MODULE, "--serve", str(folder)], log)
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str]) -> Iterator[tuple[int, str]]:
+def running(command: Sequence[str], log: int | IO[str] = subprocess.DEVNULL) -> Iterator[tuple[int, str]]:
     """Run the command of a server for the body; yield the process id and the address."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         if process.stdout is None:
             raise RuntimeError("the server has no output")
         address = next(line.split()[2].rstrip(".") for line in process.stdout if line.startswith("SERVING on "))
@@ -124,7 +127,10 @@ def _serve(folder: Path) -> None:
         loaded.model.prefill = blocking_prefill  # type: ignore[method-assign]
         return loaded
 
-    asyncio.run(serve(settings, StartupInputs(card, AnonymousAuthenticator(), None), load))
+    keys = folder / KEYS
+    authenticator = ApiKeyAuthenticator(keys) if keys.exists() else AnonymousAuthenticator()
+    gc.freeze()  # as `llama2-server` does after its imports
+    asyncio.run(serve(settings, StartupInputs(card, authenticator, None), load))
 
 
 def cpu_seconds(pid: int) -> float:

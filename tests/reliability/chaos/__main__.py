@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.reliability.chaos.connections import play_connections
 from tests.reliability.chaos.cuts import play_cuts
 from tests.reliability.chaos.disk import play_full_disk
 from tests.reliability.chaos.floods import play_floods
@@ -34,6 +35,7 @@ def scenes(kills: int, cuts: int) -> dict[str, Play]:
         "postgresql": play_postgresql,
         "full-disk": play_full_disk,
         "floods": play_floods,
+        "connections": play_connections,
         "usage": play_usage,
         "cuts": functools.partial(play_cuts, cuts=cuts),
     }

@@ -20,7 +20,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 HEALTH_SECONDS = 20
 """Time within which the health service must report a change."""
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 900
 """Time after which most scenes count as hung."""
 
 
