@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ class Forks:
     def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
         self._process = process
         self._folder = folder
+        self._lock = threading.Lock()
+        """Held from a request to its answer: two threads can start and wait at the same time."""
         self.log = folder / "server.log"
         """The log of all servers."""
 
@@ -75,8 +78,9 @@ class Forks:
     def _answer(self, request: dict[str, object]) -> int:
         assert self._process.stdin
         assert self._process.stdout
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
+        with self._lock:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            return int(self._process.stdout.readline())
 
 
 @dataclass(frozen=True)
