@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2
 from tests.integration.usage.conftest import stored
 from tests.support.faults import FaultPoint
 from tests.support.processes import command, environment
-from tests.support.service import Service, ServiceMaker, details, health_stub, hold_slot
+from tests.support.service import Service, ServiceMaker, details, health_stub, hold_slot, wait_for_health
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.admission.request_queue import RequestQueue
@@ -55,13 +55,6 @@ async def status(service: Service) -> int:
     return int((await health_stub(service.channel).Check(health_pb2.HealthCheckRequest())).status)
 
 
-async def wait_until_serving(service: Service) -> None:
-    """Wait until the server reports SERVING."""
-    async with asyncio.timeout(20):
-        while await status(service) != SERVING:
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("name", FAULT_POINTS)
 async def test_a_fault_at_the_end_frees_the_slot(
     serve_scripted: ServiceMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
@@ -79,7 +72,7 @@ async def test_a_fault_at_the_end_frees_the_slot(
         assert await _status_of(running) == code
         assert await waiting == "OK"
         assert fault.raised == 1
-        await wait_until_serving(service)
+        await wait_for_health(service, SERVING)
         assert await generate(service) == "OK"
         assert service.metrics.registry.get_sample_value("llama2_requests_running") == 0
     outcomes = sorted(record.outcome for record in await stored(f"sqlite:///{tmp_path / 'usage.db'}"))
@@ -103,7 +96,7 @@ async def test_a_fault_that_persists_hangs_no_call(
             assert await status(service) == NOT_SERVING
             assert await generate(service) == "UNAVAILABLE"
         else:
-            await wait_until_serving(service)
+            await wait_for_health(service, SERVING)
             assert await generate(service) == "OK"
 
 

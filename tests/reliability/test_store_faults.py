@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2
 from tests.integration.usage.conftest import fill, mounted_disk, stored
 from tests.support.servers.postgres_server import PostgresCluster
 from tests.support.servers.redis_server import RedisServer, running_redis
-from tests.support.service import Service, ServiceMaker, details, health_stub, until
+from tests.support.service import Service, ServiceMaker, details, health_stub, until, wait_for_health
 
 from llama2.v1 import text_generation_pb2 as pb
 
@@ -36,13 +36,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 async def state(service: Service, name: str = "") -> int:
     """Return the state of a health name."""
     return int((await health_stub(service.channel).Check(health_pb2.HealthCheckRequest(service=name))).status)
-
-
-async def wait_for(service: Service, name: str, expected: int) -> None:
-    """Wait until a health name has this state."""
-    async with asyncio.timeout(20):
-        while await state(service, name) != expected:
-            await asyncio.sleep(0.01)
 
 
 async def generate(service: Service, times: int) -> None:
@@ -72,13 +65,13 @@ async def test_redis_that_is_unavailable_at_the_start(
     """Without any call the log has it; only `quota-store` is NOT_SERVING; it recovers without any call, too."""
     redis.kill()
     async with serve_scripted(redis_url=redis.url) as service:
-        await wait_for(service, "quota-store", NOT_SERVING)
+        await wait_for_health(service, NOT_SERVING, "quota-store")
         assert f"the quota store at {redis.address} does not answer (ConnectionError)" in caplog.messages
         assert (await state(service), await state(service, "usage-store")) == (SERVING, SERVING)
         assert metric(service, "llama2_quota_store_up") == 0
         assert await rejection(service) == "QUOTA_STORE_UNAVAILABLE"
         redis.start()
-        await wait_for(service, "quota-store", SERVING)
+        await wait_for_health(service, SERVING, "quota-store")
         assert metric(service, "llama2_quota_store_up") == 1
         assert f"the quota store at {redis.address} answers again" in caplog.messages
         assert (await service.text.Generate(pb.GenerateRequest(prompt="a story"))).response
@@ -105,17 +98,17 @@ async def test_postgresql_that_is_unavailable(
     """Only `usage-store` is NOT_SERVING, at once; calls are served, and their records follow."""
     url = postgres.new_database()
     async with serve_scripted(usage_url=url) as service:
-        await wait_for(service, "usage-store", SERVING)
+        await wait_for_health(service, SERVING, "usage-store")
         await asyncio.to_thread(postgres.stop)
         try:
-            await wait_for(service, "usage-store", NOT_SERVING)
+            await wait_for_health(service, NOT_SERVING, "usage-store")
             assert any(message.startswith("the usage store is unavailable") for message in caplog.messages)
             assert metric(service, "llama2_usage_store_up") == 0
             assert (await state(service), await state(service, "quota-store")) == (SERVING, SERVING)
             assert (await service.text.Generate(pb.GenerateRequest(prompt="a story"))).response
         finally:
             await asyncio.to_thread(postgres.start)
-        await wait_for(service, "usage-store", SERVING)
+        await wait_for_health(service, SERVING, "usage-store")
         assert metric(service, "llama2_usage_store_up") == 1
         assert "the usage store is available again" in caplog.messages
     assert len(await stored(url)) == 1

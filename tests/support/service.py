@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 from tests.support.scripted_model import ScriptedModel
 
@@ -104,6 +104,19 @@ async def until(condition: Callable[[], bool], timeout_seconds: float = 60) -> N
     async with asyncio.timeout(timeout_seconds):
         while not condition():
             await asyncio.sleep(0)
+
+
+async def wait_for_health(service: Service, expected: int, name: str = "") -> None:
+    """Wait until the health service reports this state of a name."""
+    watch = health_stub(service.channel).Watch(health_pb2.HealthCheckRequest(service=name))
+    try:
+        async with asyncio.timeout(60):
+            async for response in watch:
+                if response.status == expected:
+                    return
+        raise AssertionError("the watch ended")
+    finally:
+        watch.cancel()
 
 
 def details(error: grpc.aio.AioRpcError) -> dict[str, Message]:

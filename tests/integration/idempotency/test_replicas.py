@@ -18,7 +18,7 @@ from tests.integration.idempotency.conftest import (
     without_timings,
 )
 from tests.integration.service.conftest import limited, records
-from tests.integration.usage.conftest import stored
+from tests.integration.usage.conftest import KeyStatements, stored
 from tests.support.processes import free_port
 from tests.support.scripted_model import scripted_fingerprint
 from tests.support.servers.postgres_server import PostgresCluster
@@ -69,6 +69,13 @@ async def rows(url: str, query: str) -> list[Any]:
     return found
 
 
+async def until_rows(url: str, query: str, expected: list[Any], statements: KeyStatements) -> None:
+    """Wait until a query on the store has this result, which a statement of a replica changes."""
+    async with asyncio.timeout(60):
+        while await rows(url, query) != expected:
+            await statements.next_end()
+
+
 async def test_call_on_a_second_replica_is_the_same_call(replica: Replica, demo_card: ModelCard, url: str) -> None:
     """It computes the text again with the recorded seed: one request id, one record, one price, one quota unit."""
     card = limited(demo_card, 1)
@@ -97,12 +104,15 @@ async def test_racing_calls_of_all_replicas_are_one_call(replica: Replica, url: 
     assert (await the_record(url)).request_id == replies[0].completion.request_id
 
 
-async def test_a_replica_waits_while_another_one_generates(replica: Replica, url: str) -> None:
+async def test_a_replica_waits_while_another_one_generates(
+    replica: Replica, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a reader, the first replica generates to the end; then the second one computes the text again."""
+    statements = KeyStatements(monkeypatch)
     async with replica("a") as a, replica("b") as b:
         call, text = await start_stream(a, keyed())
         waiting = asyncio.ensure_future(b.text.Generate(keyed()))
-        await until_wanted(url)
+        await until_rows(url, "SELECT count(*) FROM idempotency_keys WHERE wanted", [1], statements)
         assert b.model.prefills == 0
         a.model.open_gate()
         while isinstance(part := await call.read(), pb.GenerateStreamResponse):
@@ -190,11 +200,11 @@ async def test_seed_of_a_cached_reply_is_known_to_all(replica: Replica, caching_
 
 async def test_expired_keys_are_deleted(replica: Replica, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the retention time, each replica deletes them from the store, and the key names a new call."""
+    statements = KeyStatements(monkeypatch)
     monkeypatch.setattr("llama2_server.lifecycle.stores.KEY_PURGE_SECONDS", 0.05)
     async with replica("a", idempotency_retention_seconds=0.5) as a, replica("b") as b:
         first = await a.text.Generate(keyed())
-        while await rows(url, "SELECT count(*) FROM idempotency_keys") != [0]:
-            await asyncio.sleep(0.05)
+        await until_rows(url, "SELECT count(*) FROM idempotency_keys", [0], statements)
         again = await b.text.Generate(keyed(prompt="another story"))
     assert first.completion.request_id != again.completion.request_id
 
@@ -270,9 +280,3 @@ async def test_a_call_costs_two_statements_and_none_per_token(
         assert executed[0] == "INSERT"
         assert len(executed) <= 2
     assert executed == ["INSERT", "INSERT"]
-
-
-async def until_wanted(url: str) -> None:
-    """Wait until a replica waits for a key of another one."""
-    while await rows(url, "SELECT count(*) FROM idempotency_keys WHERE wanted") != [1]:
-        await asyncio.sleep(0.01)

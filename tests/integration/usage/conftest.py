@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from tests.support.servers.postgres_server import PostgresCluster
 
 from llama2_server.usage.database import create_engine
+from llama2_server.usage.keys.key_store import PostgresKeyStore
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.records import UsageRecord
 from llama2_server.usage.schema import usage_records
@@ -81,6 +82,30 @@ async def stored(url: str | None, directory: Path | None = None) -> list[UsageRe
         rows = (await reader.execute(_SELECT_RECORDS)).mappings().all()
     await store.dispose()
     return [UsageRecord(**row) for row in rows]
+
+
+class KeyStatements:
+    """Events of the statements of all servers in the key store, or of those of one kind, such as INSERT."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: str = "") -> None:
+        self.begin, self._end = asyncio.Event(), asyncio.Event()
+        execute = PostgresKeyStore._execute
+
+        async def execute_and_set(store: Any, statement: str, *arguments: Any, **options: Any) -> Any:
+            if not statement.startswith(kind):
+                return await execute(store, statement, *arguments, **options)
+            self.begin.set()
+            try:
+                return await execute(store, statement, *arguments, **options)
+            finally:
+                self._end.set()
+
+        monkeypatch.setattr(PostgresKeyStore, "_execute", execute_and_set)
+
+    async def next_end(self) -> None:
+        """Wait until a statement has ended since the last call of this method."""
+        await self._end.wait()
+        self._end.clear()
 
 
 @contextmanager

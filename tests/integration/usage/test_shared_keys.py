@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from tests.integration.usage.conftest import LedgerOpener, crash
+from tests.integration.usage.conftest import KeyStatements, LedgerOpener, crash
 from tests.support.servers.postgres_server import PostgresCluster, running_postgres
 
 from llama2_server.errors import UsageUnavailable
@@ -141,20 +141,28 @@ async def test_rejected_call_frees_its_key(open_ledger: LedgerOpener, url: str, 
     assert (await b.keys.claim(key("b"), accept)).is_new
 
 
-async def test_abandoned_claim_frees_its_key(open_ledger: LedgerOpener, url: str, tmp_path: Path) -> None:
+async def test_abandoned_claim_frees_its_key(
+    open_ledger: LedgerOpener, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A call that ends while it claims the key leaves nothing."""
     a, b = [await open_ledger(url=url, data_directory=tmp_path / name) for name in "ab"]
+    claim = KeyStatements(monkeypatch, "INSERT")
     task = asyncio.create_task(a.keys.claim(key("a"), accept))
-    await asyncio.sleep(0.01)
+    await claim.begin.wait()
     task.cancel()
     await asyncio.wait([task])
     assert (await b.keys.claim(key("b"), accept)).is_new
 
 
 async def test_keys_hold_locally_during_an_outage(
-    open_ledger: LedgerOpener, unsteady: PostgresCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    open_ledger: LedgerOpener,
+    unsteady: PostgresCluster,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They are flagged, logged once, sent after the outage, and then known to the other servers."""
+    inserts = KeyStatements(monkeypatch, "INSERT")
     url = unsteady.new_database()
     a, b = [await open_ledger(url=url, data_directory=tmp_path / name) for name in "ab"]
     known = await a.keys.claim(key("before", digest="known"), accept)
@@ -178,7 +186,7 @@ async def test_keys_hold_locally_during_an_outage(
     assert (again.record, again.is_shared) == (opened[1], True)
     async with asyncio.timeout(60):
         while (elsewhere := await b.keys.find("key 2", accept)) is None:
-            await asyncio.sleep(0.01)
+            await inserts.next_end()
     assert elsewhere.record == opened[2]
 
 
