@@ -113,6 +113,8 @@ class StepPlanner:
         if not self._policy.prompt_lookup:
             return [DecodeRows(sequence) for sequence in decoding]
         drafts = [self._draft(sequence) for sequence in decoding]
+        if not any(draft.token_ids for draft in drafts):
+            return [DecodeRows(sequence) for sequence in decoding]
         lengths = draft_lengths([draft.chances for draft in drafts], self._costs.relative, MAX_GUESSING_ROWS)
         return [
             DecodeRows(sequence, draft.token_ids[:length], draft)

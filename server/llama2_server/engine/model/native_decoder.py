@@ -23,8 +23,6 @@ from llama2_server.engine.native.library import (
     load_library,
 )
 
-OUTPUTS = 4  # of a step: logits, samplers, their numbers, sampled tokens
-
 
 class SlotTokens(NamedTuple):
     """Tokens that a step appends to a slot, which holds `position` tokens."""
@@ -80,6 +78,7 @@ class NativeDecoder:
             raise NativeUnavailable("out of memory")
         self.max_rows: int = library.llama2_decoder_max_rows(self._decoder)
         self._step_function = library.llama2_decoder_step
+        self._buffers = _Buffers(self.max_rows)
         weakref.finalize(self, library.llama2_decoder_free, self._decoder)
 
     @property
@@ -115,20 +114,28 @@ class NativeDecoder:
             parts: tokens of slots, at most `max_rows` in total, the parts without a sampler first. A sampler occurs in
                 one part.
         """
-        rows = [(part, index) for part in parts for index in range(len(part.token_ids))]
-        samplers = [(part.sampler, len(part.token_ids)) for part in parts if part.sampler is not None]
-        token_ids = self._sample(
-            [part.slot for part, _ in rows],
-            [part.token_ids[index] for part, index in rows],
-            [part.position + index for part, index in rows],
-            samplers,
-        )
-        sampled = []
-        for sampler, count in samplers:
-            found = [token_id for token_id in islice(token_ids, count) if token_id != NOT_SAMPLED]
-            sampler.use_uniforms(len(found))
-            sampled.append(found)
-        return sampled
+        buffers, row, sampled_rows = self._buffers, 0, 0
+        for slot, token_ids, position, sampler in parts:
+            for index, token_id in enumerate(token_ids):
+                buffers.set_row(row, slot, token_id, position + index)
+                row += 1
+            if sampler is not None:
+                for uniform in sampler.uniforms(len(token_ids)):
+                    buffers.set_sampled_row(sampled_rows, sampler.handle, uniform)
+                    sampled_rows += 1
+        self._run(row, sampled_rows, None, *buffers.sampling)
+        return self._sampled(parts)
+
+    def _sampled(self, parts: Sequence[SlotTokens]) -> list[list[int]]:
+        """Return the tokens of the parts with a sampler, from the buffer of the last step."""
+        token_ids = iter(self._buffers.sampled)
+        found_ids = []
+        for part in parts:
+            if part.sampler is not None:
+                found = [token_id for token_id in islice(token_ids, len(part.token_ids)) if token_id != NOT_SAMPLED]
+                part.sampler.use_uniforms(len(found))
+                found_ids.append(found)
+        return found_ids
 
     def _chunks(
         self, slot: int, token_ids: Sequence[int], position: int
@@ -145,40 +152,51 @@ class NativeDecoder:
         self._step(slots, token_ids, positions, logit_rows, logits.data_ptr())
         return logits
 
-    def _sample(
-        self,
-        slots: Sequence[int],
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        samplers: Sequence[tuple[NativeSampler, int]],
-    ) -> Iterator[int]:  # (rows with a sampler,)
-        """Run one step; each sampler belongs to a number of rows, and all these rows are the last ones."""
-        rows = sum(count for _, count in samplers)
-        handles = (ctypes.c_void_p * rows)(*(sampler.handle for sampler, count in samplers for _ in range(count)))
-        numbers = (number for sampler, count in samplers for number in sampler.uniforms(count))
-        uniforms = (ctypes.c_double * rows)(*numbers)
-        sampled = (ctypes.c_int32 * rows)()
-        self._step(slots, token_ids, positions, rows, None, handles, uniforms, sampled)
-        return iter(sampled)
-
     def _step(
         self,
         slots: Sequence[int],
         token_ids: Sequence[int],
         positions: Sequence[int],
         logit_rows: int = 0,
-        *outputs: Any,
+        *logits: int,
     ) -> None:
-        """Run one step; `outputs` are the last arguments of `llama2_decoder_step`, null if left out."""
-        rows = len(slots)
-        numbers = ctypes.c_int32 * rows
-        arguments = (rows, numbers(*slots), numbers(*token_ids), numbers(*positions), logit_rows)
-        pointers = (*outputs, *[None] * (OUTPUTS - len(outputs)))
-        if not self._step_function(self._decoder, *arguments, *pointers):
+        """Run one step; `logits` is the address of the logits, null if left out."""
+        for row, values in enumerate(zip(slots, token_ids, positions, strict=True)):
+            self._buffers.set_row(row, *values)
+        self._run(len(slots), logit_rows, *(logits or [None]), None, None, None)
+
+    def _run(self, rows: int, logit_rows: int, *outputs: Any) -> None:
+        """Run one step with the rows of the buffers; `outputs` are the last arguments of `llama2_decoder_step`."""
+        if not self._step_function(self._decoder, rows, *self._buffers.rows, logit_rows, *outputs):
+            slots, token_ids, positions = (list(numbers[:rows]) for numbers in self._buffers.rows)
             raise EngineError(
-                "out of range, or a sampler of another vocabulary: "
-                f"tokens {list(token_ids)} at {list(positions)} of slots {list(slots)}"
+                f"out of range, or a sampler of another vocabulary: tokens {token_ids} at {positions} of slots {slots}"
             )
+
+
+class _Buffers:
+    """The arguments of a step; every step uses the same memory, because creating it costs time per token."""
+
+    def __init__(self, max_rows: int) -> None:
+        numbers = ctypes.c_int32 * max_rows
+        self.rows = (numbers(), numbers(), numbers())
+        """Slots, token ids and positions."""
+        self.sampled = numbers()
+        self.sampling = ((ctypes.c_void_p * max_rows)(), (ctypes.c_double * max_rows)(), self.sampled)
+        """Samplers, their numbers and the sampled tokens."""
+
+    def set_row(self, row: int, slot: int, token_id: int, position: int) -> None:
+        """Set the token of a row; raise EngineError for more rows than a step can have."""
+        slots, token_ids, positions = self.rows
+        try:
+            slots[row], token_ids[row], positions[row] = slot, token_id, position
+        except IndexError as error:
+            raise EngineError(f"a step has at most {len(slots)} rows") from error
+
+    def set_sampled_row(self, row: int, sampler: int, uniform: float) -> None:
+        """Set the sampler of a sampled row, and the number that selects its token."""
+        samplers, uniforms, _ = self.sampling
+        samplers[row], uniforms[row] = sampler, uniform
 
 
 def _model_pointers(
