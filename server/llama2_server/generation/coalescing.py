@@ -56,6 +56,8 @@ class Readers:
 
     now: int = 0
     ever: int = 0
+    on_leave: list[Callable[[], None]] = field(default_factory=list)
+    """Called after a request has left."""
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +122,8 @@ class Coalescer(Generic[Key, T]):
             if entry.readers.now == 0 and not _has_ended(entry):
                 self._remove(key, entry)  # first, so that no request subscribes to a cancelled generation
                 entry.generation.cancel()
+            for call in list(entry.readers.on_leave):
+                call()
 
     def _usable(self, key: Key | None) -> _Shared[T] | None:
         entry = None if key is None else self._by_key.get(key)

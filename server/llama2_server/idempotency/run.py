@@ -107,12 +107,13 @@ class KeyRun:
         self._notify()
         if not self._readers:
             self._set_unread()
-        if (generation := self._generation) is not None:
-            await generation.wait()
-        async for _ in reply.deltas():  # raises the error of a generation that failed
-            pass
-        while not self._readers:  # computed without a reader, the rest is billed only if one returns
-            await self._changed.wait()
+        with self._watching_other_readers():
+            if (generation := self._generation) is not None:
+                await generation.wait()
+            async for _ in reply.deltas():  # raises the error of a generation that failed
+                pass
+            while not self._readers:  # computed without a reader, the rest is billed only if one returns
+                await self._changed.wait()
         key = accounting.record_of_key
         stats = replace(reply.stats(), cached=key.cached)
         completion = key.completion or self.request.describe(key.request_id, stats, accounting.is_local)
@@ -193,9 +194,11 @@ class KeyRun:
         # Before its admission, a call goes on, so that its quota is consumed for a key that keeps it.
         if self.stopping or self._reply is None:
             return
+        if self.completion is None and self._is_read_by_others:
+            return  # the window starts when they have left, too
         self._timer = asyncio.get_running_loop().call_later(self._window_seconds, self._end_window)
         generation, accounting = self._generation, self._accounting
-        if generation is None or accounting is None or self.completion is not None or self._is_read_by_others:
+        if generation is None or accounting is None or self.completion is not None:
             return
         accounting.read_tokens, accounting.left_in_drain = generation.computed_tokens, self._queue.closed
         generation.unread = True
@@ -208,10 +211,25 @@ class KeyRun:
         self._timer = None
         if self.completion is not None:
             self._notify()
-        elif self._is_read_by_others:
-            self._set_unread()
         else:
             self.stop()
+
+    @contextmanager
+    def _watching_other_readers(self) -> Iterator[None]:
+        """For the body, start the window when the last request that shares the generation leaves it unread."""
+        subscription = self._subscription
+        if subscription is None:
+            yield
+            return
+        subscription.readers.on_leave.append(self._on_leave)
+        try:
+            yield
+        finally:
+            subscription.readers.on_leave.remove(self._on_leave)
+
+    def _on_leave(self) -> None:
+        if not self._readers and self._timer is None and not self._is_read_by_others:
+            self._set_unread()
 
     @property
     def _is_read_by_others(self) -> bool:

@@ -93,6 +93,21 @@ async def test_unread_generation_ends_for_a_waiting_call(serve_scripted: Service
     assert other["outcome"] == "MAX_TOKENS"
 
 
+async def test_a_generation_that_all_readers_left_frees_the_slot(
+    serve_scripted: ServiceMaker, caching_card: ModelCard
+) -> None:
+    """A call without a key that shares the generation keeps it running; after both have left, a third call stops it."""
+    async with serve_scripted(REPLY, card=caching_card, ends=False) as service:
+        call, _ = await start_stream(service, keyed(seed=1))
+        sharing = service.text.GenerateStream(pb.GenerateRequest(prompt="a story", seed=1))
+        await sharing.read()
+        await disconnect(service, call)
+        await disconnect(service, sharing)
+        waiting = asyncio.ensure_future(generate(service, "waits", 1))
+        service.model.open_gate()
+        await waiting
+
+
 async def test_break_while_a_call_waits_frees_the_slot(serve_scripted: ServiceMaker) -> None:
     """A keyed call that breaks off while another one waits stops as one without a key."""
     async with serve_scripted(REPLY, ends=False) as service:
