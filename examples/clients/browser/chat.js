@@ -19,11 +19,15 @@ function print(kind, text) {
 async function printReply(conversation, signal) { // returns its text, or null if it is not whole within 120 s
   const client = createClient(TextGenerationService, createGrpcWebTransport({ baseUrl: element("address").value }));
   const headers = element("key").value ? { authorization: `Bearer ${element("key").value}` } : {};
+  let text = "";
+  const request = { messages: conversation, idempotencyKey: crypto.randomUUID() }; // all attempts are one call
   for (const deadline = Date.now() + 120_000; ; ) {
-    let text = "", completion;
+    let completion, position = [...text].length; // the server continues after these characters
     try {
       const options = { headers, signal, timeoutMs: deadline - Date.now() };
-      for await (const part of client.generateStream({ messages: conversation }, options)) {
+      for await (const part of client.generateStream({ ...request, resumeAfterCharacters: position }, options)) {
+        if (position && part.resumedAfterCharacters !== position) throw new ConnectError("no continued text");
+        position = 0;
         print("reply", part.response);
         text += part.response;
         completion = part.completion;
@@ -35,8 +39,9 @@ async function printReply(conversation, signal) { // returns its text, or null i
       const error = ConnectError.from(failure);
       const delay = error.findDetails(RetryInfoSchema)[0]?.retryDelay;
       const waitMs = delay ? durationMs(delay) : 1000; // without RetryInfo, a server that restarts gets one second
-      const retry = !text && (delay || error.code === Code.Unavailable) && Date.now() + waitMs < deadline;
-      const reason = `${text && "\nincomplete: "}${error.rawMessage}`;
+      const broken = error.code === Code.Unavailable || error.cause instanceof TypeError; // fetch lost the connection
+      const retry = (delay || broken) && !signal.aborted && Date.now() + waitMs < deadline;
+      const reason = `${text && (retry ? "\nbroken: " : "\nincomplete: ")}${error.rawMessage}`;
       print("error", `${reason}${retry ? `; retrying in ${waitMs / 1000} s` : ""}\n`);
       for (const violation of error.findDetails(BadRequestSchema).flatMap((request) => request.fieldViolations))
         print("error", `  ${violation.field}: ${violation.description}\n`);

@@ -1,5 +1,6 @@
 // A chat with llama2-grpc. Each line of the input is one message of the user; Ctrl-C stops the reply in progress.
 // Usage: node chat.js [SYSTEM_PROMPT]
+const { randomUUID } = require("node:crypto");
 const { createInterface } = require("node:readline");
 const grpc = require("@grpc/grpc-js");
 const { loadSync } = require("@grpc/proto-loader");
@@ -25,11 +26,15 @@ function detail(error, name) { // the google.rpc detail with this name, or undef
 }
 
 async function printReply(messages) { // returns its text, or null if it is not whole within 120 s
+  let text = "";
+  const request = { messages, idempotency_key: randomUUID() }; // all attempts are one call, with one price
   for (const deadline = Date.now() + 120_000; ; ) {
-    let text = "", completion;
+    let completion, position = [...text].length; // the server continues after these characters
     try {
-      call = client.GenerateStream({ messages }, metadata, { deadline });
+      call = client.GenerateStream({ ...request, resume_after_characters: position }, metadata, { deadline });
       for await (const part of call) {
+        if (position && part.resumed_after_characters !== position) throw new Error("the server cannot resume");
+        position = 0;
         process.stdout.write(part.response);
         text += part.response;
         completion = part.completion;
@@ -40,8 +45,9 @@ async function printReply(messages) { // returns its text, or null if it is not 
     } catch (error) {
       const delay = detail(error, "RetryInfo")?.retry_delay; // without it, a server that restarts gets one second
       const waitMs = delay ? Number(delay.seconds) * 1000 + delay.nanos / 1e6 : 1000;
-      const retry = !text && (delay || error.code === grpc.status.UNAVAILABLE) && Date.now() + waitMs < deadline;
-      console.error(`${text && "\nincomplete: "}${error.message}${retry ? `; retrying in ${waitMs / 1000} s` : ""}`);
+      const retry = (delay || error.code === grpc.status.UNAVAILABLE) && Date.now() + waitMs < deadline;
+      const reason = `${text && (retry ? "\nbroken: " : "\nincomplete: ")}${error.message}`;
+      console.error(`${reason}${retry ? `; retrying in ${waitMs / 1000} s` : ""}`);
       for (const violation of detail(error, "BadRequest")?.field_violations ?? [])
         console.error(`  ${violation.field}: ${violation.description}`);
       if (!retry) return null;

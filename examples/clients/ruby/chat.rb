@@ -4,6 +4,7 @@ $LOAD_PATH.unshift("#{__dir__}/build")
 require "google/protobuf/well_known_types"
 require "google/rpc/error_details_pb"
 require "llama2/v1/text_generation_services_pb"
+require "securerandom"
 $stdout.sync = true # prints each piece at once
 
 STUB = Llama2::V1::TextGenerationService::Stub.new(
@@ -11,6 +12,7 @@ STUB = Llama2::V1::TextGenerationService::Stub.new(
   :this_channel_is_insecure, # with TLS: GRPC::Core::ChannelCredentials.new
   channel_args: { "grpc.service_config" => File.read("#{__dir__}/../service_config.json") },
 )
+REQUEST = Llama2::V1::GenerateRequest
 METADATA = ENV["LLAMA2_API_KEY"].to_s.empty? ? {} : { "authorization" => "Bearer #{ENV["LLAMA2_API_KEY"]}" }
 call = nil # the reply in progress
 Signal.trap("INT") { call ? call.cancel : exit!(130) }
@@ -22,12 +24,15 @@ end
 
 print_reply = lambda do |messages| # returns its text, or nil if it is not whole within 120 s
   deadline = Time.now + 120
+  text, key = +"", SecureRandom.uuid # all attempts with the key are one call, with one price
   loop do
-    text = +""
     completion = nil
-    request = Llama2::V1::GenerateRequest.new(messages: messages)
-    call = STUB.generate_stream(request, deadline: deadline, metadata: METADATA, return_op: true)
+    position = text.length # the server continues after these characters
+    fields = { messages: messages, idempotency_key: key, resume_after_characters: position }
+    call = STUB.generate_stream(REQUEST.new(**fields), deadline: deadline, metadata: METADATA, return_op: true)
     call.execute.each do |part|
+      raise GRPC::DataLoss, "the server cannot resume" if part.resumed_after_characters != position
+      position = 0
       print part.response
       text << part.response
       completion = part.completion
@@ -39,8 +44,9 @@ print_reply = lambda do |messages| # returns its text, or nil if it is not whole
     call = nil
     delay = detail(error, Google::Rpc::RetryInfo)&.retry_delay # without it, a server that restarts gets one second
     wait = delay ? delay.to_f : 1.0
-    again = text.empty? && (delay || error.is_a?(GRPC::Unavailable)) && Time.now + wait < deadline
-    warn "#{"\nincomplete: " unless text.empty?}#{error.details}#{"; retrying in #{wait} s" if again}"
+    again = (delay || error.is_a?(GRPC::Unavailable)) && Time.now + wait < deadline
+    mark = "\n#{again ? "broken" : "incomplete"}: " unless text.empty?
+    warn "#{mark}#{error.details}#{"; retrying in #{wait} s" if again}"
     detail(error, Google::Rpc::BadRequest)&.field_violations&.each { |bad| warn "  #{bad.field}: #{bad.description}" }
     return nil unless again
     sleep wait

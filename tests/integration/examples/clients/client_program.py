@@ -27,6 +27,9 @@ TOOLCHAINS = {
     "ruby": ["ruby", "grpc_tools_ruby_protoc"],
 }
 
+RESUMING = ("browser", "node", "ruby")
+"""The programs that send an idempotency key, and continue a stream that broke off; the page says so."""
+
 
 def command_blocks(readme: Path) -> list[list[str]]:
     """Return the lines of each `sh` block of a README."""
@@ -95,6 +98,11 @@ class ClientProgram:
     checkout: Path
     attempts: ClassVar[str | None] = "1"
     """The header `grpc-previous-rpc-attempts` of a call that gRPC has repeated once."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the program continues a stream that broke off."""
+        return self.language in RESUMING
 
     @property
     def commands(self) -> list[str]:

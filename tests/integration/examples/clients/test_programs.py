@@ -2,14 +2,17 @@
 
 import asyncio
 import socket
+from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from tests.integration.examples.clients.client_program import ClientProgram
+from tests.integration.service.conftest import records
 from tests.support.processes import free_port
 from tests.support.scripted_server import ScriptedServer
+from tests.support.servers.cutting_proxy import CuttingProxy
 from tests.support.service import ServiceMaker, until
 
 from llama2.v1 import text_generation_pb2 as pb
@@ -17,6 +20,7 @@ from llama2.v1 import text_generation_pb2 as pb
 # The fixture builds the program within the first test's time.
 pytestmark = pytest.mark.timeout(300)
 REPLY = "Once upon a time."
+LONG_REPLY = "Once upon a time, a fox lived by the sea and told the gulls what it had seen."
 
 
 async def test_a_chat_streams(program: ClientProgram, serve_scripted: ServiceMaker) -> None:
@@ -132,9 +136,9 @@ async def test_grpc_retries_by_the_service_config(program: ClientProgram) -> Non
         assert [headers.get("grpc-previous-rpc-attempts") for headers in server.metadata] == [None, program.attempts]
 
 
-@pytest.mark.parametrize("code", [None, grpc.StatusCode.UNAVAILABLE])
+@pytest.mark.parametrize("code", [None, grpc.StatusCode.INTERNAL])
 async def test_a_reply_without_completion_is_not_whole(program: ClientProgram, code: grpc.StatusCode | None) -> None:
-    """A stream that breaks, or ends without `completion`, is reported, and does not enter the conversation."""
+    """A stream that fails, or ends without `completion`, is reported, and does not enter the conversation."""
     async with ScriptedServer.running() as server:
         if code is None:
             server.script_reply("Hel", completion=None)
@@ -145,6 +149,60 @@ async def test_a_reply_without_completion_is_not_whole(program: ClientProgram, c
         assert output == "HelHello.\n"
         assert "incomplete: " in errors
         assert [_turns(request) for request in server.requests] == [[("user", "one")], [("user", "two")]]
+
+
+async def test_a_broken_stream(program: ClientProgram, serve_scripted: ServiceMaker, tmp_path: Path) -> None:
+    """After its connection broke, a program with keys prints the rest of the text; the others report it."""
+    async with (
+        serve_scripted(LONG_REPLY) as service,
+        CuttingProxy.running(lambda: service.address) as proxy,
+        program.running(proxy.address) as running,
+    ):
+        service.model.gate()
+        service.model.allow(4)
+        running.send("Tell me a story")
+        await running.wait_for_output("Once upon")
+        await service.wait_until_in_step()
+        proxy.cut()
+        if program.resumes:
+            await until(lambda: proxy.connections > 1, 60)
+        service.model.open_gate()
+        output, errors = await running.finish()
+    first, *_ = records(tmp_path)
+    if program.resumes:
+        assert f"Once upon{output}" == f"{LONG_REPLY}\n"
+        assert "broken: " in errors
+        assert (first["outcome"], len(list(records(tmp_path)))) == ("END_OF_SEQUENCE", 1)
+    else:
+        assert f"Once upon{output}".strip() in LONG_REPLY
+        assert "incomplete: " in errors
+
+
+async def test_keys_of_attempts(program: ClientProgram) -> None:
+    """Each message has a new key, which all its attempts share; the resumed attempt continues after the text."""
+    async with ScriptedServer.running() as server:
+        server.script_error(grpc.StatusCode.UNAVAILABLE, "gone", after=("H🦊",))
+        server.script_reply("llo.")
+        output, errors = await program.chat(server.address, "one", "two")
+        if not program.resumes:
+            assert "incomplete: " in errors
+            assert server.keys == ["", ""]
+            return
+        assert output == "H🦊llo.\nllo.\n"
+        first, again, second = server.keys
+        assert first == again != second
+        assert [request.resume_after_characters for request in server.requests] == [0, 2, 0]  # type: ignore[attr-defined]
+
+
+async def test_a_server_without_keys(program: ClientProgram) -> None:
+    """A server of an older version ignores the position: the program prints no text twice."""
+    async with ScriptedServer.running() as server:
+        server.knows_keys = False
+        server.script_error(grpc.StatusCode.UNAVAILABLE, "gone", after=("Hel",))
+        server.script_reply("Hello.")
+        output, errors = await program.chat(server.address, "one")
+        assert output.strip() == "Hel"
+        assert "incomplete: " in errors
 
 
 def _turns(request: object) -> list[tuple[str, str]]:
