@@ -28,6 +28,11 @@ RUN python -m venv --without-pip /opt/llama2 \
         --extra-index-url "${TORCH_INDEX}" --requirement "requirements/server-${ACCELERATOR}.lock" \
     && python -m pip --python /opt/llama2/bin/python check
 
+# A third of the bytes are tests, headers and symbol tables, which the server never loads; the script lists them.
+COPY tools/container/prune.py ./
+RUN python prune.py /opt/llama2/lib/python*/site-packages \
+    && /opt/llama2/bin/python -c "import torch; from transformers import GenerationConfig, LlamaConfig"
+
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY protos protos/
 COPY third_party third_party/

@@ -1,5 +1,7 @@
 """Write the SBOMs of the container's lock files, and look for known vulnerabilities: `make audit`.
 
+With `--tree`, it also writes the SBOM of an image from its unpacked files.
+
 It exits with 1 if a package has a known vulnerability, or with `--require-database` if no database answers.
 """
 
@@ -8,7 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from tools.audit.sbom import Lock, bill_of_materials
+from tools.audit.sbom import Lock, bill_of_materials, bill_of_tree
 from tools.audit.vulnerabilities import Report, audit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,9 +23,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "sbom", help="folder of the SBOMs")
     parser.add_argument("--offline", action="store_true", help="only write the SBOMs")
     parser.add_argument("--require-database", action="store_true", help="fail if no vulnerability database answers")
+    parser.add_argument("--tree", type=Path, help="folder with the files of an image; its SBOM is image.cdx.json")
     options = parser.parse_args()
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.tree:
+        (options.out / "image.cdx.json").write_text(bill_of_tree(options.tree, version), encoding="utf-8")
     failed = False
     for name in LOCKS:
         path, out = ROOT / "requirements" / f"{name}.lock", options.out / f"{name}.cdx.json"

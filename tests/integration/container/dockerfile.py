@@ -94,16 +94,16 @@ def context(name: str, root: Path = ROOT) -> list[Path]:
 
 def _included(path: Path, rules: list[str]) -> bool:
     """Return whether the last rule that matches a file or one of its parent directories includes it."""
-    included = True
+    included, parts = True, path.parts
     for rule in rules:
-        pattern = rule.removeprefix("!")
-        if any(_matches(pattern, above) for above in (path, *path.parents)):
+        if _matches(rule.removeprefix("!"), parts):
             included = rule.startswith("!")
     return included
 
 
-def _matches(pattern: str, path: Path) -> bool:
+def _matches(pattern: str, parts: tuple[str, ...]) -> bool:
+    """Return whether a pattern matches a file with these parts, or one of its parent directories."""
     if pattern.startswith("**/"):
-        return fnmatch.fnmatch(path.name, pattern.removeprefix("**/"))
-    parts = pattern.split("/")
-    return len(parts) == len(path.parts) and all(map(fnmatch.fnmatch, path.parts, parts))
+        return any(fnmatch.fnmatchcase(part, pattern.removeprefix("**/")) for part in parts)
+    wanted = pattern.split("/")
+    return len(wanted) <= len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted))

@@ -10,14 +10,33 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests.integration.checkpoints.served_forms import PUBLISHED_GENERATION, made, only_tokenizer_json, write_json
 from tests.integration.container.dockerfile import context
 from tests.integration.container.rehearsal import Container, Image, StepError, built, missing, running
+from tools.container.prune import RULES, STRIPPED, size
 
 REASON = missing()
 # The steps install torch and all other dependencies, which takes minutes on a busy machine.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(REASON is not None, reason=f"NOT TESTED: {REASON}")]
 
 TOOLS = re.compile(r"(g?cc|g\+\+|c\+\+|clang(\+\+)?|ld|as|make|cmake|nvcc|rustc|go|pip\d*(\.\d+)?|uv)(-\d+)?")
+PACKAGES = Path("opt/llama2/lib/python3.11/site-packages")
+# The image must have less than 1.0 GB, and Debian's slim base with Python 3.11 has about 0.13 GB.
+ENVIRONMENT_LIMIT_BYTES = 850_000_000
+# Modules that need Triton, or that only Alembic and `python -m` run, are not imported.
+IMPORT_ALL = """
+import importlib, pkgutil, llama2_client, llama2_server
+for package in (llama2_client, llama2_server):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if module.name.endswith((".__main__", ".migrations.env", ".native.decode")):
+            continue
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+print("all modules")
+"""
 STORY = "Tell me a story about a fox who lives by the sea."
 
 
@@ -77,21 +96,73 @@ def test_only_root_can_change_the_image(image: Image) -> None:
 
 def test_bytecode_is_compiled_in_the_build(image: Image) -> None:
     """A read-only environment cannot store bytecode, so the image has it for the package and its dependencies."""
-    packages = Path("opt/llama2/lib/python3.11/site-packages")
     bytecode = (path for path in image.layer.added() if path.suffix == ".pyc")
     compiled = {path.parent.parent / path.name.partition(".")[0] for path in bytecode}
     assert {
-        packages / "llama2_server/app",
-        packages / "llama2_client/aio/client",
-        packages / "torch/__init__",
+        PACKAGES / "llama2_server/app",
+        PACKAGES / "llama2_client/aio/client",
+        PACKAGES / "torch/__init__",
     } <= compiled
 
 
 def test_native_code_is_compiled_in_the_build(image: Image) -> None:
     """The build stage has a compiler, so the image has a library for each C++ source."""
-    packages = Path("opt/llama2/lib/python3.11/site-packages")
     sources = [path.relative_to("server") for path in context("server") if path.suffix == ".cpp"]
-    assert {packages / source.with_suffix(".so") for source in sources} <= image.layer.added()
+    assert {PACKAGES / source.with_suffix(".so") for source in sources} <= image.layer.added()
+
+
+def test_image_has_no_files_that_the_server_never_loads(image: Image) -> None:
+    """The build has removed what tools/container/prune.py lists, and the image stays under 1.0 GB with its base."""
+    packages = image.layer.path_of("/") / PACKAGES
+    assert [path for rule in RULES for path in rule.paths(packages)] == []
+    for name in STRIPPED:
+        sections = subprocess.run(
+            ["readelf", "-SW", packages / name], capture_output=True, text=True, check=True
+        ).stdout
+        assert ".symtab" not in sections
+        assert ".dynsym" in sections
+    assert size(image.layer.path_of("/opt/llama2")) < ENVIRONMENT_LIMIT_BYTES
+
+
+def test_every_module_of_the_server_loads(container: Container) -> None:
+    """No module of the server or the client needs a file that the build has removed."""
+    done = container.exec("python", "-c", IMPORT_ALL)
+    assert done.stdout == "all modules\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("llama2-server weights check /{packages}/llama2_server/demo", "of the weights fit in 12 bits"),
+        ("llama2-server keys new 42 --api-keys-file /data/keys.yaml", "l2_"),
+        ("llama2-server keys list --api-keys-file /data/keys.yaml", "42"),
+        ("llama2-server usage", "neurons"),
+        ("llama2-server settings", "data_directory"),
+        ("llama2-server receipts --help", "receipts"),
+    ],
+)
+def test_commands_run(container: Container, command: str, expected: str) -> None:
+    """The commands of the server work with the files that remain."""
+    done = container.exec("env", "LLAMA2_ALLOW_UNAUTHENTICATED=true", *command.format(packages=PACKAGES).split())
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_serves_a_downloaded_checkpoint(image: Image, volume: Path, kernels: str) -> None:
+    """A checkpoint with transformers' files and a tokenizer.json is served with native kernels and with torch's."""
+    checkpoint = volume / f"checkpoint-{kernels}"
+    made(only_tokenizer_json(), write_json("generation_config.json", PUBLISHED_GENERATION))(checkpoint)
+    for file in checkpoint.iterdir():
+        file.chmod(0o644)  # the container's user is not the owner
+    variables = {
+        "LLAMA2_ALLOW_UNAUTHENTICATED": "true",
+        "LLAMA2_WEIGHTS": f"/data/{checkpoint.name}",
+        "LLAMA2_CPU_KERNELS": kernels,
+    }
+    with running(image, volume, variables=variables) as container:
+        done = container.exec("llama2", "generate", "--temperature", "0", "--max-tokens", "8", STORY)
+        assert done.returncode == 0, done.stderr
 
 
 def test_health_command_succeeds(container: Container) -> None:

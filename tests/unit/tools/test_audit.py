@@ -67,3 +67,24 @@ def test_vulnerabilities_are_reported() -> None:
         "click 8.0: PYSEC-1, fixed in 8.1, 9.0",
         "click 8.0: PYSEC-2, fixed in no version",
     )
+
+
+def test_sbom_of_an_image_has_its_python_and_debian_packages(tmp_path: Path) -> None:
+    """The SBOM of an image lists the distributions of the environment and the installed Debian packages."""
+    from tools.audit.sbom import bill_of_tree
+
+    packages = tmp_path / "opt/llama2/lib/python3.11/site-packages"
+    (packages / "Test_Package-1.5.dist-info").mkdir(parents=True)
+    (packages / "Test_Package-1.5.dist-info/METADATA").write_text("Name: Test_Package\nVersion: 1.5\n")
+    (tmp_path / "var/lib/dpkg").mkdir(parents=True)
+    (tmp_path / "var/lib/dpkg/status").write_text(
+        "Package: libc6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 2.36-9\nDescription: C\n more\n\n"
+        "Package: gone\nStatus: deinstall ok config-files\nArchitecture: amd64\nVersion: 1\n"
+    )
+    document = json.loads(bill_of_tree(tmp_path, "1.2.3"))
+    assert document["metadata"]["component"]["type"] == "container"
+    assert sorted(one["purl"] for one in document["components"]) == [
+        "pkg:deb/debian/libc6@2.36-9?arch=amd64",
+        "pkg:pypi/test-package@1.5",
+    ]
+    assert bill_of_tree(tmp_path, "1.2.3").count(document["serialNumber"]) == 1
