@@ -40,8 +40,8 @@ CLOSEST = {
     "generation/supervised_engine": "unit/generation/test_supervised_engine.py reliability/test_sequence_end.py",
     "generation/text_stream": "unit/generation/test_text_stream.py",
     "usage/budgets": "integration/usage/test_budgets.py integration/test_budgets.py",
-    "usage/forwarder": "integration/usage/test_forwarding.py",
-    "usage/keys": "integration/idempotency",
+    "usage/forwarder": "integration/usage/test_forwarding.py integration/usage/test_budgets.py",
+    "usage/keys": "integration/usage/test_shared_keys.py integration/idempotency",
     "usage/ledger": "integration/usage/test_ledger.py integration/usage/test_reading.py",
     "usage/local": "integration/usage/test_ledger.py integration/usage/test_durability.py "
     "integration/usage/test_database_file.py",

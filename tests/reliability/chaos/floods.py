@@ -22,7 +22,8 @@ from llama2_server.admission.keys.keys_file import new_key
 
 FLOOD_SECONDS = 4.0
 CONNECTIONS = 4
-IDLE_CONNECTIONS = 300
+IDLE_CONNECTIONS = 150
+"""Below the default of `max_connections`: the scene `connections` occupies all of them."""
 MAX_GROWTH_BYTES = 64 * 1024 * 1024
 SPARE_FILES = 10
 Burst = Callable[[Http2Peer, str], Awaitable[None]]
