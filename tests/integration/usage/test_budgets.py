@@ -184,8 +184,10 @@ async def test_withdrawn_request_leaves_nothing(tmp_path: Path, url: str | None,
     await admit(ledger, "next")
 
 
-async def test_budget_needs_the_store(tmp_path: Path, postgres: PostgresCluster, open_ledger: LedgerOpener) -> None:
-    """While PostgreSQL does not answer, calls of accounts with a budget are rejected, and only these."""
+async def test_budget_needs_the_store(
+    tmp_path: Path, postgres: PostgresCluster, open_ledger: LedgerOpener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While PostgreSQL does not answer, calls of accounts with a budget are rejected, and only these. It is logged."""
     url = postgres.new_database()
     ledger = await open_ledger(url=url, neuron_costs=COSTS, budget_of=budgets(acme=100))
     await asyncio.to_thread(postgres.stop)
@@ -195,6 +197,7 @@ async def test_budget_needs_the_store(tmp_path: Path, postgres: PostgresCluster,
                 await admit(ledger, request_id)
         with pytest.raises(UsageUnavailable):
             await ledger.budget("acme")
+        assert "the usage store is unavailable" in caplog.text
         await admit(ledger, "free", "other")
         await ledger.admit("cached", "acme", "model")
         for request_id in ("free", "cached"):

@@ -1,6 +1,7 @@
 """Forwarding to PostgreSQL: records that it rejects, and data directories of servers that do not start again."""
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,11 @@ async def test_rejected_record_delays_no_other(
     assert await ledger.flush(RECOVERY_TIMEOUT_SECONDS)
     check_all(await stored(url), {f"{number}": FINISHED for number in range(20) if number not in (3, 4)})
     assert ledger.pending == 0
-    assert [total.requests for total in await ledger.totals(POISON)] == [2]
+    [total] = await ledger.totals(POISON)
+    assert total.requests == 2
+    assert await ledger.totals(POISON, since=total.day, until=total.day) == [total]
+    assert await ledger.totals(POISON, since=total.day + timedelta(days=1)) == []
+    assert await ledger.totals(POISON, until=total.day - timedelta(days=1)) == []
     assert [total.requests for total in await ledger.totals("acme")] == [18]
     assert "the usage store rejected the record of request 3 (SQLSTATE 22021)" in caplog.text
     assert operations.retry_rejected(tmp_path) == 2

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from llama2_server.engine.memory import available_bytes
+import pytest
+
+from llama2_server.engine.errors import WeightsError
+from llama2_server.engine.memory import MemoryNeed, available_bytes, check_memory
 
 MEMINFO = "MemTotal:       2000 kB\nMemFree:         500 kB\nMemAvailable:   1000 kB\n"
 
@@ -47,3 +50,12 @@ def test_groups_of_version_1_limit_the_memory(tmp_path: Path) -> None:
     (mount / "memory.usage_in_bytes").write_text("450000\n")
     (mount / "memory.stat").write_text("total_inactive_file 30000\n")
     assert available_bytes(root) == 80000
+
+
+def test_weights_cache_and_reserve_must_fit_together(tmp_path: Path) -> None:
+    """One byte too few is rejected; an unknown size is accepted."""
+    need = MemoryNeed(weights_bytes=600, cache_bytes=300, tokens="1 x 10 tokens", reserve_bytes=100)
+    check_memory(tmp_path, "cpu", need, free_bytes=1000)
+    check_memory(tmp_path, "cpu", need, free_bytes=None)
+    with pytest.raises(WeightsError, match=r"needs 0\.0 GB on cpu"):
+        check_memory(tmp_path, "cpu", need, free_bytes=999)
