@@ -14,7 +14,7 @@ SOURCES := server client tests tools benchmarks examples conformance hatch_build
 PROTOS := $(wildcard protos/llama2/*/*.proto protos/llama2/*/*/*.proto conformance/v1/*.proto)
 NATIVE := $(wildcard server/llama2_server/engine/native/*.[ch]pp server/llama2_server/engine/native/kernels/*.hpp)
 
-.PHONY: run quick test chaos soak determinism audit checkov mutants check format proto docs lock dist conformance conformance-full simulation bench bench-gpu gpu-packages triton-versions demo-model clean help
+.PHONY: run quick test chaos soak determinism audit checkov image-test mutants check format proto docs lock dist conformance conformance-full simulation bench bench-gpu gpu-packages triton-versions demo-model clean help
 
 help:
 	@echo "make run         start the service with the demo model (ARGS='--listen … --card … --weights …' for another)"
@@ -26,6 +26,7 @@ help:
 	@echo "make soak        mixed traffic for 20 minutes; check that memory, files and threads do not grow"
 	@echo "make audit       write the SBOMs of the container's packages, and look for known vulnerabilities"
 	@echo "make checkov     check the chart's manifests and the Dockerfile; helm/checkov.yaml explains what may fail"
+	@echo "make image-test  build the Dockerfile with buildah, write the image's SBOM, and run it under runc (docs/container.md)"
 	@echo "make mutants     change the server's code in 300 places, and check that the tests find it (hours; ARGS='--first 30')"
 	@echo "make format      format the code and the contract"
 	@echo "make proto       generate the Python stubs"
@@ -66,6 +67,9 @@ audit: $(VENV)/.dev
 
 checkov: $(VENV)/.dev
 	$(BIN)/python -m tools.audit.checkov
+
+image-test: $(VENV)/.dev
+	$(BIN)/python -m tools.container.image $(ARGS)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python -m tools.mutants $(ARGS)
