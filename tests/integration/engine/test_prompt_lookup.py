@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.support.processes import free_port, server
 from tests.unit.engine.native.models import library
+from tools.make_checkpoint import Shape, make_checkpoint
 
 from llama2_client import SyncClient
 
@@ -17,6 +18,12 @@ REQUESTS: list[dict[str, Any]] = [
     {"temperature": 0.6, "seed": 7},
     {"temperature": 1.0, "seed": 8, "repetition_penalty": 1.1, "frequency_penalty": 0.2},
 ]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose replies repeat themselves, so that guesses are worth their rows on any machine."""
+    return make_checkpoint(tmp_path_factory.mktemp("made"), Shape(context=4096, cycle=7))
 
 
 def replies(folder: Path, *flags: str) -> tuple[list[Any], float, float]:
@@ -39,11 +46,11 @@ def replies(folder: Path, *flags: str) -> tuple[list[Any], float, float]:
     return seen, proposed, accepted
 
 
-def test_replies_and_usage_do_not_show_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_replies_and_usage_do_not_show_it(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The setting changes the metric; text, end, usage and reused tokens are the same."""
     library()
-    guessed, proposed, accepted = replies(tmp_path_factory.mktemp("on"))
-    plain, *none = replies(tmp_path_factory.mktemp("off"), "--no-prompt-lookup")
+    guessed, proposed, accepted = replies(tmp_path_factory.mktemp("on"), "--weights", str(checkpoint))
+    plain, *none = replies(tmp_path_factory.mktemp("off"), "--weights", str(checkpoint), "--no-prompt-lookup")
     assert guessed == plain
     assert proposed >= accepted > 0
     assert none == [0, 0]
