@@ -36,7 +36,7 @@ from llama2_server.engine.step_planner import StepPolicy
 from llama2_server.engine.step_runner import StepRunner
 from llama2_server.engine.steps.report import StepReport
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint, uses_demo_weights
+from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint, uses_demo_weights, weights_problem
 from llama2_server.lifecycle.tasks import cancel_on, run_in_thread
 from llama2_server.telemetry.startup_log import STARTUP_LOG
 
@@ -81,8 +81,8 @@ def load_model(settings: Settings, card: ModelCard) -> LoadedModel:
     """
     try:
         return _load(settings, card)
-    except WeightsError as error:
-        raise ConfigurationError(f"--weights: {error}") from error
+    except (WeightsError, OSError) as error:
+        raise weights_problem(error) from error
 
 
 def _load(settings: Settings, card: ModelCard) -> LoadedModel:

@@ -69,6 +69,16 @@ def renamed(directory: Path) -> None:
     edit_tensors(directory, lambda t: t.update({f"_orig_mod.{name}": t.pop(name) for name in list(t)}))
 
 
+def unreadable(name: str) -> Edit:
+    """Return an edit that replaces a file with one that exists, and that not even root can read."""
+
+    def replace(directory: Path) -> None:
+        (directory / name).unlink()
+        (directory / name).symlink_to("/proc/self/mem")
+
+    return replace
+
+
 def with_tokenizer(size: int) -> Edit:
     return lambda directory: make_tokenizer(directory / "tokenizer.model", size)
 
@@ -203,6 +213,11 @@ REJECTED: dict[str, tuple[Form, str]] = {
         made(renamed),
         f"tensor {EMBEDDING} of shape .* is missing; rename _orig_mod.{EMBEDDING} and the other tensors",
     ),
+    "unreadable weights": (
+        made(unreadable("model.safetensors")),
+        r"cannot be read \(Input/output error\); let the user who runs the server read the directory and all files",
+    ),
+    "unreadable tokenizer": (made(unreadable("tokenizer.model")), r"cannot be read \(Input/output error\)"),
     "not a number": (
         made(tensors(lambda t: t[K_PROJ].view(-1)[7].fill_(torch.nan))),
         "contains NaN or infinity.*; fetch",

@@ -46,8 +46,19 @@ def check_checkpoint(settings: Settings, card: ModelCard) -> None:
         directory = find_checkpoint(settings.weights) or cached_checkpoint(settings.weights)
         if directory is not None:
             _check_files(directory, settings, card)
-    except WeightsError as error:
-        raise ConfigurationError(f"--weights: {error}") from error
+    except (WeightsError, OSError) as error:
+        raise weights_problem(error) from error
+
+
+def weights_problem(error: WeightsError | OSError) -> ConfigurationError:
+    """Return the error of a checkpoint that cannot be used, or one of whose files cannot be read."""
+    if isinstance(error, WeightsError):
+        return ConfigurationError(f"--weights: {error}")
+    name = error.filename or "a file of the checkpoint"
+    return ConfigurationError(
+        f"--weights: {name}: cannot be read ({error.strerror or error}); let the user who runs the server read the "
+        "directory and all files in it"
+    )
 
 
 def _check_files(directory: Path, settings: Settings, card: ModelCard) -> None:
