@@ -204,4 +204,4 @@ class CutClient:
 
     def _check_error(self, error: grpc.aio.AioRpcError) -> None:
         if error.code() is not grpc.StatusCode.UNAVAILABLE:
-            self._outcome.broken.append(f"{self.account} got {error.code()}: {error.details()}")
+            raise AssertionError(f"{self.account} got {error.code()}: {error.details()}") from error

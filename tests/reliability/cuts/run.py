@@ -52,6 +52,7 @@ async def cut_streams(seed: int, forks: Forks, folder: Path, url: str | None = N
         for server in servers:
             await server.start()
             stack.push_async_callback(_stop, server, outcome)
+            await server.wait_for_fingerprint()
         async with asyncio.timeout(SEED_SECONDS), asyncio.TaskGroup() as group:
             for client in clients:
                 group.create_task(client.run())

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 from tests.integration.usage.conftest import stored
 from tests.reliability.cuts.costs import Bill
 from tests.support.forks import ForkedServer, Forks
 
+from llama2.v1 import model_pb2, model_pb2_grpc
 from llama2_server.usage.keys.records import KeyState
 from llama2_server.usage.local.local_ledger import file_of
 
@@ -45,6 +48,13 @@ class CutServer:
         )
         self.address = self._process.address
         self._up.set()
+
+    async def wait_for_fingerprint(self) -> None:
+        """Wait until the weights are hashed: before that, no reply can be computed again after a restart."""
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            stub: Any = model_pb2_grpc.ModelServiceStub(channel)
+            while not (await stub.GetModelCard(model_pb2.GetModelCardRequest())).execution.fingerprint:
+                await asyncio.sleep(POLL_SECONDS)
 
     async def stop(self) -> int:
         """Stop the process by SIGTERM, and return its exit code."""
