@@ -10,7 +10,8 @@ import sentencepiece
 
 Message = dict[str, str]
 BOS, EOS = 1, 2
-VOCAB_SIZE = 2560
+VOCAB_SIZE = 1024
+"""Small, so that each piece is frequent and the model learns to copy words that it has never seen."""
 IGNORED = -100
 """The label of a position that does not count in the loss."""
 

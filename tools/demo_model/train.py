@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,209 +14,189 @@ from typing import Any
 import sentencepiece
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tools.demo_model.grammar import (
-    MAINLY_STORIES,
-    MORE_SMALL_TALK,
-    Mix,
-    conversations,
-    echo,
-    raw_text,
-)
-from tools.demo_model.tokenizer import BOS, EOS, IGNORED, VOCAB_SIZE, train_tokenizer, training_row
-from tools.demo_model.world import ADJECTIVES, HEROES, MENS_NAMES, PLACES, WOMENS_NAMES
+from tools.demo_model.corpus.grammar import Message, Mix, conversation, echo, raw_text
+from tools.demo_model.export import DEMO_DIRECTORY, export
+from tools.demo_model.network import CONTEXT_LENGTH, Network, Size
+from tools.demo_model.tokenizer import BOS, EOS, IGNORED, train_tokenizer, training_row
 
-CONTEXT_LENGTH = 1024
-DEMO_DIRECTORY = Path(__file__).parents[2] / "server" / "llama2_server" / "demo"
-SEED = 2
-TOKENS_PER_BATCH = 4096
+SEED = 3
+STEPS = 4400
+TOKENS_PER_BATCH = 6144
 ROWS_PER_BUCKET = 2048
+MAX_REPLY_TOKENS = 250
+"""Longer replies are left out, so that every story ends within the card's default of 256 tokens."""
+SAVE_SECONDS = 120
 Row = tuple[list[int], list[int]]
-
-# The template of meta-llama/Llama-2-7b-chat-hf, which also has no default system prompt.
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message ="
-    " messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
-    "{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + system_message +"
-    " '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def new_model() -> LlamaForCausalLM:
-    """Return an untrained model of about 4.3 million parameters, with Llama-2's proportions where they matter."""
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT_LENGTH,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
-    return LlamaForCausalLM(config)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of the training; `previous_weights` is the share of the previous stage's weights in the result."""
+class Recipe:
+    """Numbers that the result depends on; `echo_buckets` counts the first buckets, which only ask to repeat words.
 
-    seed: int
-    mix: Mix
-    echo_rows: int
-    steps: int
-    learning_rate_factor: float
-    previous_weights: float = 0.0
+    A model that has learned to copy then learns from the stories to use the requested words. Without these rows it
+    had not learned this after 500 steps of stories.
+    """
 
-
-# The first rows only ask to repeat words. A model that has learned to copy then learns from the stories to use the
-# requested character and place. Without these rows it had not learned this after 500 steps of stories.
-# The second stage trains on small talk and questions about the service, which are rare and short in the first stage.
-STAGES = (
-    Stage(seed=SEED, mix=MAINLY_STORIES, echo_rows=5 * ROWS_PER_BUCKET, steps=1500, learning_rate_factor=1.0),
-    Stage(seed=SEED + 10, mix=MORE_SMALL_TALK, echo_rows=0, steps=350, learning_rate_factor=0.3, previous_weights=0.2),
-)
+    size: Size = field(default_factory=Size)
+    seed: int = SEED
+    steps: int = STEPS
+    echo_buckets: int = 8
+    matrix_learning_rate: float = 0.02
+    other_learning_rate: float = 4e-3
 
 
-def rows(tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage) -> Iterator[Row]:
-    """Yield an endless stream of conversations; one row in forty is a story without template, for raw mode."""
-    rng = Random(stage.seed)
-    for _ in range(stage.echo_rows):
-        yield training_row(tokenizer, echo(rng))
-    for messages in conversations(stage.seed, stage.mix):
-        ids, labels = training_row(tokenizer, messages)
-        if len(ids) <= CONTEXT_LENGTH:
-            yield ids, labels
-        if rng.random() < 0.025:
+@dataclass
+class Position:
+    """The next batch: its step, counted from 0, and its index in the stream of buckets."""
+
+    step: int = 0
+    bucket: int = 0
+    batch: int = 0
+
+
+def bucket_rows(tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe, bucket: int) -> list[Row]:
+    """Return the rows of a bucket; it depends on the seed and its number only, so training can resume anywhere."""
+    rng = Random(f"{recipe.seed} {bucket}")
+    rows: list[Row] = []
+    while len(rows) < ROWS_PER_BUCKET:
+        if bucket < recipe.echo_buckets:
+            rows.append(training_row(tokenizer, echo(rng)))
+        elif rng.random() < 0.02:
             story = tokenizer.encode(raw_text(rng))
-            yield [BOS, *story, EOS], [IGNORED, *story, EOS]
+            rows.append(([BOS, *story, EOS], [IGNORED, *story, EOS]))
+        else:
+            messages = conversation(rng, Mix())
+            row = training_row(tokenizer, messages)
+            if len(row[0]) <= CONTEXT_LENGTH and _replies_are_short(tokenizer, messages):
+                rows.append(row)
+    return rows
 
 
-def batches(tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of about equal numbers of tokens; rows of similar length are together, so padding is small."""
-    rng, stream = Random(stage.seed), rows(tokenizer, stage)
-    while True:
-        bucket = sorted(itertools.islice(stream, ROWS_PER_BUCKET), key=lambda row: len(row[0]))
-        groups: list[list[Row]] = [[]]
-        for row in bucket:
-            if len(row[0]) * (len(groups[-1]) + 1) > TOKENS_PER_BATCH:
-                groups.append([])
-            groups[-1].append(row)
-        rng.shuffle(groups)
-        yield from map(collate, groups)
+def _replies_are_short(tokenizer: sentencepiece.SentencePieceProcessor, messages: list[Message]) -> bool:
+    replies = [message["content"] for message in messages if message["role"] == "assistant"]
+    return max(map(len, tokenizer.encode(replies))) <= MAX_REPLY_TOKENS
+
+
+def bucket_batches(
+    tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe, bucket: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of about equal numbers of tokens; rows of similar length are together, so padding is small."""
+    rows = sorted(bucket_rows(tokenizer, recipe, bucket), key=lambda row: len(row[0]))
+    groups: list[list[Row]] = [[]]
+    for row in rows:
+        if _width(row) * (len(groups[-1]) + 1) > TOKENS_PER_BATCH:
+            groups.append([])
+        groups[-1].append(row)
+    Random(f"{recipe.seed} {bucket} order").shuffle(groups)
+    return [collate(group) for group in groups]
+
+
+def _width(row: Row) -> int:
+    return -(-len(row[0]) // 16) * 16
 
 
 def collate(group: list[Row]) -> tuple[Tensor, Tensor]:
     """Pad a group of rows at the right; because attention is causal, no mask is needed."""
-    width = -(-max(len(ids) for ids, _ in group) // 32) * 32
+    width = max(map(_width, group)) + 1
     ids = torch.tensor([row + [EOS] * (width - len(row)) for row, _ in group])
     labels = torch.tensor([row + [IGNORED] * (width - len(row)) for _, row in group])
     return ids, labels
 
 
-def reply_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy on the replies; logits are computed only for labeled positions."""
-    targets = labels[:, 1:].reshape(-1)
-    labeled = targets != IGNORED
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[labeled])
-    return functional.cross_entropy(logits.float(), targets[labeled])
+def batches(
+    tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe, position: Position
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches from the position on, and move the position past each batch before it is yielded."""
+    while True:
+        bucket = bucket_batches(tokenizer, recipe, position.bucket)
+        for ids, labels in bucket[position.batch :]:
+            position.batch, position.step = position.batch + 1, position.step + 1
+            yield ids, labels
+        position.bucket, position.batch = position.bucket + 1, 0
 
 
-def optimizers(model: LlamaForCausalLM, learning_rate_factor: float) -> list[torch.optim.Optimizer]:
+def optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices inside the layers, and AdamW for the embedding and the norms."""
-    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    matrices = [weight for weight in network.layers.parameters() if weight.ndim == 2]
     inside = {id(weight) for weight in matrices}
-    others = [weight for weight in model.parameters() if id(weight) not in inside]
+    others = [weight for weight in network.parameters() if id(weight) not in inside]
+    muon, adam = recipe.matrix_learning_rate, recipe.other_learning_rate
     return [
-        torch.optim.Muon(matrices, lr=0.02 * learning_rate_factor, weight_decay=0.01, adjust_lr_fn="original"),
-        torch.optim.AdamW(others, lr=4e-3 * learning_rate_factor, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=muon, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(others, lr=adam, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
 def learning_rate(progress: float) -> float:
     """Return the factor of the learning rate: a short warm-up, a plateau, and a linear decay from two fifths on."""
-    return min(1.0, progress / 0.01 + 0.01, max(0.0, (1.0 - progress) / 0.6) + 0.01)
+    return min(1.0, progress / 0.005 + 0.01, max(0.0, (1.0 - progress) / 0.6) + 0.002)
 
 
-def train(model: LlamaForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor, stage: Stage) -> None:
-    """Train for the steps of a stage; print the loss, the speed and the time."""
-    print(f"{model.num_parameters()} parameters, {stage.steps} steps", flush=True)
-    optims = optimizers(model, stage.learning_rate_factor)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optim, lambda step: learning_rate(step / stage.steps)) for optim in optims
-    ]
-    started_at, tokens, recent_losses = time.perf_counter(), 0, []
-    for step, (ids, labels) in enumerate(itertools.islice(batches(tokenizer, stage), stage.steps), 1):
-        loss = reply_loss(model, ids, labels)
+class Training:
+    """A training that writes its complete state to a file and resumes from it with the same result to the bit."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe, state: Path) -> None:
+        torch.manual_seed(recipe.seed)
+        self.tokenizer, self.recipe, self.state = tokenizer, recipe, state
+        self.network, self.position = Network(recipe.size), Position()
+        self.optimizers = optimizers(self.network, recipe)
+        self._rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        if state.exists():
+            saved: dict[str, Any] = torch.load(state, weights_only=True)
+            self.network.load_state_dict(saved["network"])
+            self.position = Position(*saved["position"])
+            for optimizer, content in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(content)
+
+    def save(self) -> None:
+        """Replace the state file; a crash leaves the old or the new one."""
+        position = self.position
+        content = {
+            "network": self.network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "position": (position.step, position.bucket, position.batch),
+        }
+        torch.save(content, self.state.with_suffix(".new"))
+        os.replace(self.state.with_suffix(".new"), self.state)
+
+    def run(self, until: int) -> None:
+        """Train until the number of steps; print the loss and the CPU time, and save every few minutes."""
+        saved_at, started_at, tokens, losses = time.monotonic(), time.process_time(), 0, []
+        for ids, labels in batches(self.tokenizer, self.recipe, self.position):
+            losses.append(self._step(ids, labels))
+            tokens += ids.numel()
+            step = self.position.step
+            if step % 25 == 0 or step >= until:
+                seconds = time.process_time() - started_at
+                mean = sum(losses) / len(losses)
+                print(f"step {step} loss {mean:.4f} {tokens / seconds:.0f} tokens per CPU second", flush=True)
+                losses.clear()
+            if step >= until or time.monotonic() - saved_at > SAVE_SECONDS:
+                self.save()
+                saved_at = time.monotonic()
+            if step >= until:
+                return
+
+    def _step(self, ids: Tensor, labels: Tensor) -> float:
+        factor = learning_rate((self.position.step - 1) / self.recipe.steps)
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        loss = self.network.loss(ids, labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim, schedule in zip(optims, schedules, strict=True):
-            optim.step()
-            optim.zero_grad()
-            schedule.step()
-        tokens += ids.numel()
-        recent_losses.append(loss.item())
-        if step % 25 == 0 or step == stage.steps:
-            seconds = time.perf_counter() - started_at
-            mean = sum(recent_losses) / len(recent_losses)
-            print(f"step {step} loss {mean:.4f} {tokens / seconds:.0f} tokens/s {seconds:.0f} s", flush=True)
-            recent_losses.clear()
-
-
-def blend_weights(model: LlamaForCausalLM, previous: list[Tensor], share: float) -> None:
-    """Mix the weights with the weights before the stage, so that the model does not forget the previous stages."""
-    with torch.no_grad():
-        for weight, old in zip(model.parameters(), previous, strict=True):
-            weight.copy_(torch.lerp(old, weight.half().float(), 1 - share))
-
-
-def export(model: LlamaForCausalLM, directory: Path) -> None:
-    """Write the weights (float16) and the configuration files; they contain nothing about this machine."""
-    copy: Any = new_model()
-    copy.load_state_dict(model.state_dict())
-    copy.to(torch.float16).save_pretrained(directory)
-    _write(
-        directory / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "max_length": CONTEXT_LENGTH}
-    )
-    _write(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "legacy": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": CONTEXT_LENGTH,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
 
 
 def tokenizer_texts(count: int) -> Iterator[str]:
-    """Yield texts for the tokenizer: the nouns, so that each becomes one piece, and conversations of another seed."""
-    nouns = (*HEROES, *(place.noun for place in PLACES), *WOMENS_NAMES, *MENS_NAMES, *ADJECTIVES)
-    for noun in nouns:
-        yield from [f"a {noun}"] * 60
-    for messages in itertools.islice(conversations(SEED + 1), count):
-        for message in messages:
+    """Yield texts for the tokenizer: conversations of another seed."""
+    rng = Random(f"{SEED} tokenizer")
+    for _ in range(count):
+        for message in conversation(rng, Mix()):
             content = message["content"].replace("\n", " ")
             yield f"[INST] {content} [/INST]" if message["role"] == "user" else content
             if message["role"] == "system":
@@ -225,30 +204,25 @@ def tokenizer_texts(count: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """Train the model that the command line describes."""
+    """Train the model, or go on with a training that was interrupted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEMO_DIRECTORY, help="directory to write the model to")
-    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
-    parser.add_argument(
-        "--from-stage", type=int, default=1, help="first stage to run; 2 continues with the model in --out"
-    )
+    parser.add_argument("--state", type=Path, default=Path(".demo_model.state"), help="file to resume from")
+    parser.add_argument("--until", type=int, default=STEPS, help="stop after this many steps, to look at the model")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(SEED)
+    # The result depends on the order of additions, so the number of threads is part of the recipe.
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.from_stage == 1:
+    if not arguments.state.exists():
         train_tokenizer(tokenizer_texts(8000), arguments.out / "tokenizer.model")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.out / "tokenizer.model"))
-    for number, stage in enumerate(STAGES, 1):
-        if number >= arguments.from_stage:
-            # A later stage starts with the weights that the previous one wrote, rounded to float16.
-            model = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32) if number > 1 else new_model()
-            previous = [weight.detach().clone() for weight in model.parameters()]
-            train(model, tokenizer, stage)
-            if stage.previous_weights:
-                blend_weights(model, previous, stage.previous_weights)
-            export(model, arguments.out)
+    training = Training(tokenizer, Recipe(), arguments.state)
+    print(f"{sum(weight.numel() for weight in training.network.parameters())} parameters, {STEPS} steps", flush=True)
+    training.run(arguments.until)
+    export(training.network, arguments.out)
+    if training.position.step >= STEPS:
+        arguments.state.unlink()
 
 
 if __name__ == "__main__":

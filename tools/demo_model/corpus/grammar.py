@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from random import Random
 
-from tools.demo_model import requests
-from tools.demo_model.stories import (
+from tools.demo_model.corpus.names import invented_name, invented_noun, real_name
+from tools.demo_model.corpus.requests import as_typed, example, request
+from tools.demo_model.corpus.stories import (
     LENGTHS,
     MOODS,
-    PLOTS,
     Story,
     continuation,
     moral,
@@ -20,23 +19,20 @@ from tools.demo_model.stories import (
     with_hero,
     with_place,
 )
-from tools.demo_model.templates import choose, expand, read_blocks, with_article
-from tools.demo_model.world import (
+from tools.demo_model.corpus.templates import choose, expand, read_blocks, with_article
+from tools.demo_model.corpus.world import (
     HEROES,
-    MENS_NAMES,
+    MORE_THINGS,
     PLACES,
     THINGS,
-    WOMENS_NAMES,
     held_out,
-    invented_place,
-    invented_word,
+    unseen,
 )
 
 Message = dict[str, str]
-_HERE = Path(__file__).parent
-TALK = read_blocks(_HERE / "talk.txt", "talk")
-FOLLOW_UPS = read_blocks(_HERE / "follow_ups.txt", "follow")
-MAX_WORDS = 780
+TALK = read_blocks("talk", "talk.txt")
+FOLLOW_UPS = read_blocks("follow", "follow_ups.txt")
+MAX_WORDS = 560
 """A conversation ends before it exceeds the context."""
 
 _SYSTEM_PROMPTS = (
@@ -47,30 +43,34 @@ _SYSTEM_PROMPTS = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.",
     "You are a chat bot. Be polite and concise.",
 )
-_AFTER_STORY = ("thanks", "praise", "blame", "bye", "who are you", "abilities", "joke", "the service", "yes", "no")
-
-_ECHOED = (*HEROES, *THINGS, *WOMENS_NAMES, *MENS_NAMES)
+_AFTER_STORY = (
+    "thanks",
+    "praise",
+    "blame",
+    "bye",
+    "who are you",
+    "abilities",
+    "joke",
+    "the service",
+    "yes",
+    "no",
+    "demo",
+)
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Probabilities of the parts of conversations; `invented_…` is the share with invented words."""
+    """Probabilities of the parts of conversations; the rest of the first turns repeat words."""
 
-    stories: float = 0.76
-    follow_up: float = 0.42
-    invented_stories: float = 0.12
-    invented_echoes: float = 0.1
-    subjects: tuple[str, ...] = tuple(TALK)
-
-
-MAINLY_STORIES = Mix()
-MORE_SMALL_TALK = Mix(
-    stories=0.45,
-    follow_up=0.6,
-    invented_stories=0.2,
-    invented_echoes=0.5,
-    subjects=(*TALK, *["anything else"] * 8, *["hello"] * 4, *["thanks", "arithmetic", "abilities", "bye"] * 2),
-)
+    stories: float = 0.68
+    small_talk: float = 0.28
+    follow_up: float = 0.25
+    subjects: tuple[str, ...] = (
+        *TALK,
+        *["anything else"] * 12,
+        *["hello", "demo", "maker", "abilities", "who are you"] * 2,
+        *["thanks", "arithmetic", "bye", "real"],
+    )
 
 
 @dataclass
@@ -78,13 +78,13 @@ class Conversation:
     """The turns so far, and the latest story, to which follow-ups refer."""
 
     rng: Random
-    mix: Mix = MAINLY_STORIES
+    mix: Mix = field(default_factory=Mix)
     messages: list[Message] = field(default_factory=list)
     story: Story | None = None
 
     def add(self, question: str, answer: str) -> None:
         """Add one turn: a user message and the reply."""
-        self.messages.append({"role": "user", "content": requests.as_typed(question, self.rng)})
+        self.messages.append({"role": "user", "content": question})
         self.messages.append({"role": "assistant", "content": answer})
 
     def words(self) -> int:
@@ -92,29 +92,23 @@ class Conversation:
         return sum(len(message["content"].split()) for message in self.messages)
 
 
-def conversations(seed: int, mix: Mix = MAINLY_STORIES) -> Iterator[list[Message]]:
-    """Yield an endless stream of conversations, equal for equal seeds."""
-    rng = Random(seed)
-    while True:
-        yield conversation(rng, mix)
-
-
 def conversation(rng: Random, mix: Mix) -> list[Message]:
     """Return a conversation of one to a few turns, sometimes with a system prompt."""
     talk = Conversation(rng, mix)
-    chatty = rng.random() < 0.06
+    chatty = rng.random() < 0.04
     follow_up_probability = mix.follow_up
-    if rng.random() < mix.stories:
+    draw = rng.random()
+    if draw < mix.stories:
         _ask_for_story(talk)
-    elif rng.random() < 0.3:
-        _echo(talk)
-    else:
+    elif draw < mix.stories + mix.small_talk:
         _small_talk(talk, rng.choice(mix.subjects))
-        follow_up_probability = 0.6
-    while rng.random() < (0.9 if chatty else follow_up_probability) and talk.words() < MAX_WORDS - 170:
+        follow_up_probability = 0.4
+    else:
+        _echo(talk)
+    while rng.random() < (0.9 if chatty else follow_up_probability) and talk.words() < MAX_WORDS - 150:
         _next_turn(talk)
-        follow_up_probability = 0.55
-    if rng.random() < 0.05:
+        follow_up_probability = 0.5
+    if rng.random() < 0.06:
         return [{"role": "system", "content": rng.choice(_SYSTEM_PROMPTS)}, *talk.messages]
     return talk.messages
 
@@ -146,50 +140,45 @@ def _next_turn(talk: Conversation) -> None:
 
 
 def _small_talk(talk: Conversation, subject: str) -> None:
-    digits = {"digit": str(talk.rng.randrange(1, 100))}
+    rng = talk.rng
+    names = {"digit": str(rng.randrange(1, 100))}
     block = TALK[subject]
-    talk.add(choose(block["q"], talk.rng, **digits), choose(block["a"], talk.rng))
+    question = expand(rng.choice(block["q"]), rng)
+    if "{" in question.replace("{digit}", ""):
+        names |= example(rng).template_names()
+    talk.add(as_typed(question.format_map(names), rng), choose(block["a"], rng))
 
 
 def _echo(talk: Conversation) -> None:
     """Add a request to repeat words; it is of little use in a chat, but is the fastest way to learn copying."""
     rng = talk.rng
-    invented = talk.mix.invented_echoes
-    words = [
-        invented_word(rng) if rng.random() < invented else rng.choice(_ECHOED) for _ in range(rng.randrange(2, 14))
-    ]
+    words = [_echoed(rng) for _ in range(rng.randrange(2, 12))]
     answer = ", ".join(words)
-    question = expand(f"[Repeat|Say|Please repeat|Repeat after me|Say after me]: {answer}", rng)
-    talk.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if rng.random() < 0.25:
+        names = [word[:1].upper() + word[1:] for word in words]
+        question = f"{expand('[Names|Write the names|The names are]', rng)}: {answer.lower()}"
+        answer = ", ".join(names)
+    else:
+        question = expand(f"[Repeat|Say|Please repeat|Repeat after me|Say after me]: {answer}", rng)
+    talk.add(question, answer)
+
+
+def _echoed(rng: Random) -> str:
+    draw, female = rng.random(), rng.random() < 0.5
+    if draw < 0.35:
+        return real_name(rng, female)
+    if draw < 0.6:
+        return invented_name(rng, female)
+    word = invented_noun(rng) if draw < 0.75 else rng.choice((*HEROES, *THINGS, *MORE_THINGS))
+    return word if not unseen(word) else _echoed(rng)
 
 
 def _ask_for_story(talk: Conversation) -> None:
     rng = talk.rng
-    mood = rng.choice(MOODS) if rng.random() < 0.25 else ""
-    length = rng.choices(LENGTHS, (0.15, 0.75, 0.1))[0]
-    story = random_story(rng, mood=mood)
-    ask = rng.choices((requests.ask_for_both, requests.ask_for_one, requests.ask_for_any), (0.75, 0.2, 0.05))[0]
-    question = ask(story, length, rng)
-    if rng.random() < talk.mix.invented_stories:
-        story, question = _with_invented_word(story, length, rng)
-    answer = tell(story, length, rng)
-    while story.thing in question and story.thing not in answer:
-        story = replace(story, plot=rng.choice(list(PLOTS)))
-        answer = tell(story, length, rng)
-    talk.story = story
-    talk.add(question, answer)
-
-
-def _with_invented_word(story: Story, length: str, rng: Random) -> tuple[Story, str]:
-    """Return a story with an invented character, place or name, and a request that names it."""
-    kind, changed = rng.randrange(3), story
-    while changed is story or held_out(changed.hero, changed.place):
-        word, place = invented_word(rng), invented_place(rng)
-        changed = replace(story, **({"hero": word}, {"place": place}, {"name": word.capitalize()})[kind])
-    expected = (changed.hero, changed.place.noun, changed.name)[kind]
-    while expected not in (question := requests.ask_for_both(changed, length, rng)):
-        pass
-    return changed, question
+    mood = rng.choice(MOODS) if rng.random() < 0.2 else ""
+    length = rng.choices(LENGTHS, (0.14, 0.78, 0.08))[0]
+    question, talk.story = request(length, mood, rng)
+    talk.add(question, tell(talk.story, length, rng))
 
 
 def _other_plot(story: Story, rng: Random, mood: str | None = None) -> Story:
@@ -205,7 +194,7 @@ def _tell(talk: Conversation, story: Story, subject: str, length: str = "normal"
     names = story.template_names() | more | {"other": with_article(story.hero)}
     intro = choose(FOLLOW_UPS[subject]["a"], talk.rng, **names).replace("@", "")
     question = choose(FOLLOW_UPS[subject]["q"], talk.rng, **names)
-    talk.add(question, f"{intro} {tell(story, length, talk.rng)}".strip())
+    talk.add(as_typed(question, talk.rng), f"{intro} {tell(story, length, talk.rng)}".strip())
 
 
 def _another(talk: Conversation, story: Story) -> None:
@@ -238,7 +227,7 @@ def _other_mood(talk: Conversation, story: Story) -> None:
 
 
 def _next(talk: Conversation, story: Story) -> None:
-    talk.add(choose(FOLLOW_UPS["next"]["q"], talk.rng), continuation(story, talk.rng))
+    talk.add(as_typed(choose(FOLLOW_UPS["next"]["q"], talk.rng), talk.rng), continuation(story, talk.rng))
 
 
 def _ask_about(subject: str) -> Callable[[Conversation, Story], None]:
@@ -247,7 +236,7 @@ def _ask_about(subject: str) -> Callable[[Conversation, Story], None]:
     def follow_up(talk: Conversation, story: Story) -> None:
         names = story.template_names() | {"moral": moral(story, talk.rng)}
         question = choose(FOLLOW_UPS[subject]["q"], talk.rng, **names)
-        talk.add(question, choose(FOLLOW_UPS[subject]["a"], talk.rng, **names))
+        talk.add(as_typed(question, talk.rng), choose(FOLLOW_UPS[subject]["a"], talk.rng, **names))
 
     return follow_up
 

@@ -1,0 +1,157 @@
+"""The training text of the demo model."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from functools import cache
+from random import Random
+
+import pytest
+from tools.demo_model.corpus.grammar import FOLLOW_UPS, TALK, Message, Mix, conversation
+from tools.demo_model.corpus.names import RARE, REAL, requested_name
+from tools.demo_model.corpus.requests import request
+from tools.demo_model.corpus.stories import LENGTHS, MOODS, PLOTS, Story, random_story, tell
+from tools.demo_model.corpus.templates import read_blocks
+from tools.demo_model.corpus.world import HEROES, PLACES, held_out, unseen
+
+SHE, HE = r"\b(she|her|hers|herself)\b", r"\b(he|him|his|himself)\b"
+
+
+def conversations(seed: int, count: int) -> list[list[Message]]:
+    """Return conversations of the training grammar."""
+    rng = Random(seed)
+    return [conversation(rng, Mix()) for _ in range(count)]
+
+
+@cache
+def corpus() -> list[list[Message]]:
+    """Return a thousand conversations."""
+    return conversations(11, 1000)
+
+
+@cache
+def stories() -> list[tuple[str, Story, str]]:
+    """Return requests with the facts and the texts of their stories."""
+    rng = Random(12)
+    told = []
+    for length, mood, _ in itertools.product(LENGTHS, ("", *MOODS), range(80)):
+        question, story = request(length, mood, rng)
+        told.append((question, story, tell(story, length, rng)))
+    return told
+
+
+def turns(messages: list[Message]) -> list[Message]:
+    """Return the conversation without its system prompt."""
+    return messages[1:] if messages[0]["role"] == "system" else messages
+
+
+def test_grammar_is_deterministic() -> None:
+    """Equal seeds give equal conversations, and other seeds give others."""
+    first, second, other = (conversations(seed, 50) for seed in (3, 3, 4))
+    assert first == second != other
+
+
+def test_roles_alternate() -> None:
+    """Every conversation alternates user and assistant, and ends with the assistant."""
+    for messages in corpus():
+        roles = [message["role"] for message in turns(messages)]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+
+
+def test_text_has_no_template_notation() -> None:
+    """No message contains a placeholder, an unresolved alternative or a double space."""
+    assert not [m["content"] for messages in corpus() for m in messages if re.search(r"[{}\[\]|]|  ", m["content"])]
+
+
+def test_every_template_can_be_filled() -> None:
+    """No template has a placeholder that stories do not fill, and none has unequal brackets."""
+    rng = Random(14)
+    names = random_story(rng).template_names() | {"digit": "1", "moral": "", "other": "", "mood": ""}
+    for blocks in (PLOTS, TALK, FOLLOW_UPS, read_blocks("mood", "moods.txt", "moods_more.txt")):
+        for template in itertools.chain(*(itertools.chain(*block.values()) for block in blocks.values())):
+            assert template.count("[") == template.count("]"), template
+            assert "{" not in template.format_map(names)
+
+
+def test_plots_and_openings_are_many() -> None:
+    """There are at least 66 plots and 48 ways to open a story."""
+    moods = read_blocks("mood", "moods.txt", "moods_more.txt")
+    assert len(PLOTS) >= 66
+    assert sum(len(mood["opening"]) for mood in moods.values()) >= 48
+    assert {"penalty", "pancake", "rocket", "anger"} <= set(PLOTS)
+
+
+def test_pronouns_follow_the_main_character() -> None:
+    """Only the main character has singular pronouns, and they have one gender."""
+    for _, story, text in stories():
+        assert not re.search(HE if story.female else SHE, text, re.IGNORECASE), text
+
+
+def test_stories_keep_the_name_and_the_thing() -> None:
+    """A story has the name, the thing, the wish and the topic of its request."""
+    named = 0
+    for question, story, text in stories():
+        if re.search(rf"\b{re.escape(story.name)}\b", question):
+            named += 1
+            assert story.name in text, question
+        for extra in story.extras:
+            asked = {"thing": story.thing.noun, "wish": story.wish, "topic": story.topic}[extra]
+            assert asked in text, question
+    assert named > len(stories()) / 3
+
+
+def test_no_sentence_is_in_many_stories() -> None:
+    """No sentence is in more than 4% of the stories, so a model that learns them has no favorite."""
+    counts: dict[str, int] = {}
+    plain = [text for _, story, text in stories() if not story.mood]
+    for text in plain:
+        for sentence in set(re.split(r"(?<=[.!?])\s+", text)):
+            counts[sentence] = counts.get(sentence, 0) + 1
+    assert max(counts.values()) < len(plain) * 0.04
+
+
+def test_names_are_many_and_rare_ones_are_never_used() -> None:
+    """Training has at least 3,700 real names; the evaluation's names and invented words are not among them."""
+    rng = Random(15)
+    rare = {*RARE[True], *RARE[False]}
+    assert len({*REAL[True], *REAL[False]}) >= 3700
+    assert not rare & {*REAL[True], *REAL[False]}
+    assert not rare & {requested_name(rng, female) for female in (True, False) for _ in range(3000)}
+
+
+def test_unseen_things_are_never_requested() -> None:
+    """Things that only the evaluation uses are never the thing of a request."""
+    for _, story, _ in stories():
+        assert "thing" not in story.extras or story.thing.plural or not unseen(story.thing.noun)
+
+
+def test_no_character_is_in_a_held_out_place() -> None:
+    """Neither the main character of a story nor the friend is in a place that is held out for it."""
+    for story in (story for _, story, _ in stories() if story.place in PLACES):
+        assert not held_out(story.hero, story.place)
+        assert not held_out(story.friend, story.place)
+
+
+def test_held_out_share_of_the_pairs() -> None:
+    """At least one pair in ten is held out, the fox by the sea among them."""
+    pairs = [held_out(hero, place) for hero in HEROES for place in PLACES]
+    assert sum(pairs) / len(pairs) > 0.1
+    assert held_out("fox", next(place for place in PLACES if place.noun == "sea"))
+
+
+@pytest.mark.parametrize(
+    ("question", "fact"),
+    [
+        ("Are you a demo", "demo model of llama2-grpc|this is a demo"),
+        ("What can you do", "stor(y|ies)"),
+        ("Who [made|built", "llama2-grpc project made me"),
+    ],
+)
+def test_questions_about_itself_have_true_answers(question: str, fact: str) -> None:
+    """Each answer to a question about the demo itself has the fact."""
+    alternatives = question if "[" in question else question.split(maxsplit=1)[0]
+    block = next(block for block in TALK.values() if any(alternatives in line for line in block["q"]))
+    if question == "Are you a demo":
+        block = TALK["demo"]
+    assert all(re.search(fact, answer) for answer in block["a"])

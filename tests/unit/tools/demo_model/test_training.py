@@ -1,0 +1,101 @@
+"""The training of the demo model, with a network that trains in seconds."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from tools.demo_model import train
+from tools.demo_model.export import DEMO_DIRECTORY, configuration, export
+from tools.demo_model.network import Network, Size
+from tools.demo_model.tokenizer import EOS, IGNORED, training_row
+from tools.demo_model.train import Position, Recipe, Training, batches, learning_rate
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama2_server.engine.checkpoint.loader import load_model
+
+SMALL = Size(hidden=32, inner=48, layers=2, heads=2)
+RECIPE = Recipe(size=SMALL, steps=4, echo_buckets=1)
+
+
+@cache
+def tokenizer() -> sentencepiece.SentencePieceProcessor:
+    """Return the shipped tokenizer."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(DEMO_DIRECTORY / "tokenizer.model"))
+
+
+@pytest.fixture
+def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make buckets that generate fast."""
+    monkeypatch.setattr(train, "ROWS_PER_BUCKET", 64)
+    monkeypatch.setattr(train, "TOKENS_PER_BATCH", 2048)
+
+
+def test_only_replies_have_labels() -> None:
+    """The labels are the replies and their ends; the label after the last word is the end."""
+    ids, labels = training_row(
+        tokenizer(), [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho!"}]
+    )
+    reply = tokenizer().encode("Ho!")
+    assert [label for label in labels if label != IGNORED] == [*reply, EOS, EOS]
+    assert ids[-1] == EOS
+
+
+@pytest.mark.usefixtures("_small_buckets")
+def test_training_resumes_to_the_bit(tmp_path: Path) -> None:
+    """A training that is interrupted in the middle of a bucket ends with the weights of an uninterrupted one."""
+    whole = Training(tokenizer(), RECIPE, tmp_path / "whole.pt")
+    whole.run(4)
+    Training(tokenizer(), RECIPE, tmp_path / "parts.pt").run(1)
+    parts = Training(tokenizer(), RECIPE, tmp_path / "parts.pt")
+    assert parts.position == Position(step=1, bucket=0, batch=1)
+    parts.run(4)
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, parts.network.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("_small_buckets")
+def test_batches_depend_on_the_position_only() -> None:
+    """The batches from a position on are the batches that follow it in the stream from the start."""
+    position = Position()
+    stream = batches(tokenizer(), RECIPE, position)
+    for _ in range(3):
+        next(stream)
+    copy = Position(position.step, position.bucket, position.batch)
+    expected, found = next(stream), next(batches(tokenizer(), RECIPE, copy))
+    assert torch.equal(expected[0], found[0])
+    assert torch.equal(expected[1], found[1])
+
+
+def test_network_is_llama() -> None:
+    """The network gives the hidden states of transformers' Llama with the same weights."""
+    torch.manual_seed(5)
+    network = Network(SMALL)
+    weights = {name: weight.float() for name, weight in network.checkpoint().items()}
+    llama = LlamaForCausalLM(LlamaConfig.from_dict(configuration(SMALL)))
+    llama.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+        ids = torch.randint(0, SMALL.vocab, (2, 20))
+        expected = llama.model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(network.hidden_states(ids, torch.float32), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_export_is_served(tmp_path: Path) -> None:
+    """The server loads the exported checkpoint."""
+    export(Network(SMALL), tmp_path)
+    shutil.copy(DEMO_DIRECTORY / "tokenizer.model", tmp_path)
+    model = load_model(tmp_path, device="cpu", dtype=torch.float16, context_length=64, slots=1)
+    assert model.vocab_size == SMALL.vocab
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    """The rate starts low, stays at its maximum and ends near zero."""
+    assert learning_rate(0.0) < 0.02
+    assert learning_rate(0.2) == 1.0
+    assert learning_rate(1.0) < 0.01
