@@ -83,7 +83,7 @@ async def test_racing_calls_stay_within_the_budget(
     authenticator = ApiKeyAuthenticator(account.file)
     async with serve_scripted("Hi.", card=card, accounts=authenticator, max_queue_size=RACING) as service:
         price = await highest_price(service, card, account)
-        budget = 3 * price + Decimal("0.1")
+        budget = (3 * price + Decimal("0.1")).normalize()
         account.limit(neurons_per_month=budget)
         await until_budget(authenticator, budget)
         held = await hold_slot(service, "hello", metadata=account.metadata, raw=True, max_tokens=MAX_TOKENS)

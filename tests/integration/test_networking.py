@@ -139,7 +139,7 @@ async def test_all_calls_of_a_full_queue_come_from_one_channel(serve_scripted: S
 async def test_default_of_max_message_bytes(serve_scripted: ServiceMaker) -> None:
     """The longest text that fits into the card's context is accepted; twice as much is rejected with details."""
     async with serve_scripted() as service:
-        text = " once upon a time there was" * 140  # 3,780 characters
+        text = " once upon a time there was" * 138  # 3,726 characters
         messages = [pb.ChatMessage(role="assistant" if index % 2 else "user", content=text) for index in range(3)]
         fits = pb.CountTokensRequest(messages=messages)
         assert (await service.text.CountTokens(fits)).input_tokens > 1000
