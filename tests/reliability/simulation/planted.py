@@ -130,7 +130,9 @@ PLANTED = {
     "a record is deleted before it is forwarded": Planted(
         "one_record_per_request", _always(Forwarder, "_send", _delete_first), frozenset({"the usage store"})
     ),
-    "a record is not durable": Planted("records_are_exact", _always(Ledger, "commit", _commit_nothing), KILLS),
+    "a record is not durable": Planted(
+        "records_are_exact", _always(Ledger, "commit", _commit_nothing), KILLS, requests=1400
+    ),
     "a wrong price": Planted("records_are_exact", _replace(records, "neurons", _charge_double)),
     "one request more than the quota": Planted("quota_is_never_exceeded", _allow_one_more, per_minute=5),
     "retry times that are too early": Planted(

@@ -26,12 +26,15 @@ def health_is_true(facts: Facts) -> Verdicts:
 
 def health_shows_faults(facts: Facts) -> Verdicts:
     """A process whose disk is full for 4 s is NOT_SERVING."""
-    health = [event for event in facts.history.of("health") if not event["serving"]]
     for name, process, start, end in facts.faults_by_process:
         if name != "a full disk" or end - start <= 4 or facts.absent(process, start, end):
             continue
         yield MET
-        if not any(event["process"] == process and start <= event["at"] <= end for event in health):
+        health = [event for event in facts.history.of("health") if event["process"] == process and event["at"] <= end]
+        before = [event["serving"] for event in health if event["at"] < start]
+        # The disk may have been full before, too; then the health does not change.
+        serving = before[-1:] + [event["serving"] for event in health if event["at"] >= start]
+        if all(serving):
             yield f"{process} was SERVING with a full disk from {start:.1f} to {end:.1f}"
 
 
