@@ -64,6 +64,11 @@ def weight_bytes_per_token(config: LlamaConfig) -> int:
     return 2 * (config.layers * layer + norms + config.hidden_size * config.vocab_size)
 
 
+def weight_bytes(config: LlamaConfig) -> int:
+    """Return the bytes of all float16 weights."""
+    return weight_bytes_per_token(config) + 2 * config.hidden_size * config.vocab_size
+
+
 def cache_bytes_per_token(config: LlamaConfig) -> int:
     """Return the bytes of float16 keys and values of one token."""
     return 2 * 2 * config.layers * config.kv_size

@@ -16,7 +16,7 @@ from benchmarks.gpu.measurement import ceilings, loading
 from benchmarks.gpu.measurement.engine_only import EngineOnly
 from benchmarks.gpu.measurement.transformers_generate import TransformersGenerate
 from benchmarks.gpu.models import random_model
-from llama2_server.engine.cuda.build import build_step_runner
+from llama2_server.engine.cuda.build import GpuKernels, build_step_runner
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import StepKind
@@ -75,19 +75,29 @@ def measure_ceilings(target: Target) -> Measured:
 
 def measure_engine(target: Target) -> Measured:
     """Measure the engine without the service."""
+    return _measure_engine(target, "auto", "")
+
+
+def measure_fused(target: Target) -> Measured:
+    """Measure the same with the kernels of `--gpu-kernels fused`; the fingerprint's entries tell which were used."""
+    return _measure_engine(target, "fused", ", fused")
+
+
+def _measure_engine(target: Target, kernels: GpuKernels, suffix: str) -> Measured:
     model = target.model(target.rows)
     started_at = time.perf_counter()
-    step_runner = build_step_runner(model, kernels="auto", cache_directory=None)
-    yield "step runner", {"seconds": time.perf_counter() - started_at, "kind": step_runner.kind.value}
+    step_runner = build_step_runner(model, kernels=kernels, cache_directory=None)
+    about_step = {"kind": step_runner.kind.value, "choices": step_runner.kernel_choices}
+    yield "step runner" + suffix, {"seconds": time.perf_counter() - started_at} | about_step
     engine = Engine(model, frozenset(), step_runner=step_runner)
     try:
         engine_only = EngineOnly(engine, model.vocab_size)
-        yield "one row", _speed(engine_only, prompt_tokens=128, new_tokens=128)
-        yield "one row, sampled", _speed(engine_only, prompt_tokens=128, new_tokens=128, temperature=0.6)
-        yield "long context", _speed(engine_only, prompt_tokens=2500, new_tokens=64)
-        yield "rows at once", _speed(engine_only, prompt_tokens=128, new_tokens=128, rows=target.rows)
-        yield "prefill", _speed(engine_only, prompt_tokens=2048, new_tokens=2)
-        yield "memory", {"bytes": model.memory_bytes}
+        yield "one row" + suffix, _speed(engine_only, prompt_tokens=128, new_tokens=128)
+        yield "one row, sampled" + suffix, _speed(engine_only, prompt_tokens=128, new_tokens=128, temperature=0.6)
+        yield "long context" + suffix, _speed(engine_only, prompt_tokens=2500, new_tokens=64)
+        yield "rows at once" + suffix, _speed(engine_only, prompt_tokens=128, new_tokens=128, rows=target.rows)
+        yield "prefill" + suffix, _speed(engine_only, prompt_tokens=2048, new_tokens=2)
+        yield "memory" + suffix, {"bytes": model.memory_bytes}
     finally:
         engine.close()
 
@@ -111,13 +121,15 @@ def measure_service(target: Target) -> Measured:
     """Measure the service over gRPC, with its client in this process."""
     from benchmarks.gpu.measurement.service import measure  # needs the packages of the service
 
-    speed, first_start, second_start = measure(target.shape, target.device, new_tokens=128)
-    yield "service", asdict(speed) | {"first_start_seconds": first_start, "second_start_seconds": second_start}
+    speed, first, second = measure(target.shape, target.device, new_tokens=128)
+    starts = {"first_start_seconds": first.seconds, "second_start_seconds": second.seconds}
+    loads = {"first_load_seconds": first.load_seconds, "second_load_seconds": second.load_seconds}
+    yield "service", asdict(speed) | starts | loads
 
 
 def measure_loading(target: Target) -> Measured:
-    """Measure the loading of a checkpoint from disk."""
-    yield "loading", dict(zip(("read", "load"), loading.bytes_per_second(target.shape, target.device), strict=True))
+    """Measure the loading of a checkpoint, from the disk and from the page cache."""
+    yield "loading", asdict(loading.measure(target.shape, target.device))
 
 
 def run_tests(target: Target) -> Measured:
@@ -144,6 +156,7 @@ def measure_peers(target: Target) -> Measured:
 PARTS: dict[str, Callable[[Target], Measured]] = {
     "ceilings": measure_ceilings,
     "engine": measure_engine,
+    "fused": measure_fused,
     "profile": measure_profile,
     "service": measure_service,
     "tests": run_tests,

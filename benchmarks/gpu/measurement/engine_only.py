@@ -3,6 +3,7 @@
 import queue
 import random
 import statistics
+import threading
 import time
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class EngineSpeed:
 
     tokens_per_second: float  # of all rows together, after the first token of each
     first_token_seconds: float
+    engine_thread_share: float  # processor time of the engine's thread, as a share of one core
 
 
 class EngineOnly:
@@ -50,11 +52,12 @@ class EngineOnly:
         """Measure `rows` equal requests at once; decoding is timed from the last request's first token."""
         params = GenerationParams(new_tokens, temperature=temperature)
         rounds = [self._round(prompt_tokens, params, rows) for _ in range(ROUNDS + 1)][1:]
-        rates, first_tokens = zip(*rounds, strict=True)
-        return EngineSpeed(statistics.median(rates), statistics.median(first_tokens))
+        return EngineSpeed(*map(statistics.median, zip(*rounds, strict=True)))
 
-    def _round(self, prompt_tokens: int, params: GenerationParams, rows: int) -> tuple[float, float]:
-        started_at = time.perf_counter()
+    def _round(self, prompt_tokens: int, params: GenerationParams, rows: int) -> tuple[float, float, float]:
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "engine" and thread.ident)
+        processor_time = time.pthread_getcpuclockid(thread.ident or 0)
+        used, started_at = time.clock_gettime(processor_time), time.perf_counter()
         all_times = [TokenTimes() for _ in range(rows)]
         for times in all_times:
             prompt = self._random.choices(range(3, self._vocab_size), k=prompt_tokens)
@@ -65,4 +68,6 @@ class EngineOnly:
         firsts = [times.first_token_at or started_at for times in all_times]
         # From the last first token on, all rows share every step until the first row ends.
         tokens = (params.max_tokens - 1) * rows
-        return tokens / (max(finished_at for finished_at, _ in ends) - max(firsts)), firsts[0] - started_at
+        ended_at = max(finished_at for finished_at, _ in ends)
+        share = (time.clock_gettime(processor_time) - used) / (time.perf_counter() - started_at)
+        return tokens / (ended_at - max(firsts)), firsts[0] - started_at, share

@@ -6,10 +6,13 @@ Run it with `python -m benchmarks.gpu.measurement.server SHAPE DEVICE FLAGS`.
 import functools
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tools.make_checkpoint import make_tokenizer
 
+from benchmarks.gpu.measurement.ceilings import synchronize
+from benchmarks.gpu.measurement.service import LOAD_SECONDS
 from benchmarks.gpu.models import SHAPES, random_model
 from llama2_server import app
 from llama2_server.card import ModelCard
@@ -27,7 +30,11 @@ def random_load(shape: str, device: str, settings: Settings, card: ModelCard) ->
         path = Path(folder) / "tokenizer.model"
         make_tokenizer(path, SHAPES[shape].vocab_size)
         tokenizer = Tokenizer(path)
+    started_at = time.perf_counter()
     model = random_model(shape, device, slots=card.max_concurrent_requests, context_length=card.context_length_limit)
+    synchronize(device)
+    settings.data_directory.mkdir(parents=True, exist_ok=True)
+    (settings.data_directory / LOAD_SECONDS).write_text(str(time.perf_counter() - started_at), encoding="ascii")
     step_runner = build_step_runner(
         model, kernels=settings.gpu_kernels, cache_directory=settings.data_directory / "cuda"
     )

@@ -19,6 +19,8 @@ import yaml
 from llama2_client import Client
 
 ROUNDS = 5
+LOAD_SECONDS = "benchmark-load-seconds"
+"""A file that the server writes to its data directory: the time in which the weights were created."""
 CANCELS = 200
 PROMPT_TOKENS = 128
 WORDS = "The gRPC service answers each call in its own time, and a llama walks slowly over the hills of the Andes. "
@@ -35,16 +37,30 @@ class ServiceSpeed:
     """From a cancellation to the next request's first token, minus the time to first token of an idle service."""
 
 
-def measure(shape: str, device: str, *, new_tokens: int) -> tuple[ServiceSpeed, float, float]:
-    """Return the speed of the service and the seconds to SERVING of its first and second start."""
-    with tempfile.TemporaryDirectory() as data_directory:
+@dataclass(frozen=True)
+class Start:
+    """The seconds to SERVING, and how many of them created the weights, in place of a load."""
+
+    seconds: float
+    load_seconds: float
+
+
+def measure(shape: str, device: str, *, new_tokens: int) -> tuple[ServiceSpeed, Start, Start]:
+    """Return the speed of the service, and its first and second start."""
+    with tempfile.TemporaryDirectory() as folder:
+        data_directory = Path(folder)
         started_at = time.perf_counter()
-        with running_server(shape, device, Path(data_directory)) as address:
-            first_start = time.perf_counter() - started_at
+        with running_server(shape, device, data_directory) as address:
+            first = _start(started_at, data_directory)
             speed = asyncio.run(_measure(address, new_tokens))
         started_at = time.perf_counter()
-        with running_server(shape, device, Path(data_directory)):
-            return speed, first_start, time.perf_counter() - started_at
+        with running_server(shape, device, data_directory):
+            return speed, first, _start(started_at, data_directory)
+
+
+def _start(started_at: float, data_directory: Path) -> Start:
+    seconds = time.perf_counter() - started_at
+    return Start(seconds, float((data_directory / LOAD_SECONDS).read_text(encoding="ascii")))
 
 
 @contextlib.contextmanager
