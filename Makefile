@@ -139,7 +139,7 @@ triton-versions: $(VENV)/.dev
 	set -e; for packages in $$(grep -o '^triton==[0-9.]*' requirements/server-cuda.lock) "triton==3.6.0 numpy==2.3.5"; do \
 	  folder=$$(mktemp -d); $(PIP) install -q --no-deps --target $$folder $$packages; \
 	  PYTHONPATH=$$folder $(BIN)/python -m pytest -W default::DeprecationWarning -q tests/unit/engine/cuda/test_kernels.py \
-	    tests/unit/engine/cuda/test_fused_kernels.py; rm -r $$folder; done
+	    tests/unit/engine/cuda/test_fused_kernels.py tests/unit/engine/cuda/test_fused_sampling.py; rm -r $$folder; done
 
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m tools.demo_model.train

@@ -1,20 +1,20 @@
 """The fused kernels as machine code for current GPUs, at Llama-2-7B's sizes, which needs no GPU."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from tests.support.gpu.compilation import CAPABILITIES, Compilations, compilations
 
 # Runs in a separate process, without Triton's interpreter.
 COMPILE = r"""
 import sys
 from tests.support.gpu.kernel_compiler import build
-from llama2_server.engine.cuda.fused import attention_kernels, matmul_kernels
+from llama2_server.engine.cuda.fused import attention_kernels, embedding_kernels, matmul_kernels, sampling_kernels
 from llama2_server.engine.cuda.fused.forward import DEFAULT_TILE
 from llama2_server.engine.cuda.matmul import VARIANTS
+from llama2_server.engine.cuda.sampling import NO_TOKEN
+from llama2_server.engine.cuda import step_runner
 
 capability = int(sys.argv[1])
 overlaps = capability >= 90
@@ -30,8 +30,8 @@ def check(built, loads_before_wait):
         assert sum(name.startswith("LDG") for name in before) == loads_before_wait, before
         assert not any(name.startswith(("ST", "ATOM", "RED")) for name in before), before
 
-# Two tiles where cards differ most, and one elsewhere, because each takes seconds.
-for tile in (DEFAULT_TILE, VARIANTS[-1]) if capability in (80, 90) else (DEFAULT_TILE,):
+# Two tiles on H100 and H200, and one elsewhere, because each takes seconds.
+for tile in (DEFAULT_TILE, VARIANTS[-1]) if capability == 90 else (DEFAULT_TILE,):
     block = {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "PDL": overlaps}
     kernel, first = matmul_kernels._matmul_kernel, 2 * tile.block_n
     check(build(capability, kernel, tile.num_warps, K=4096, HAS_NORM=True, HAS_RESIDUAL=False, **block), first)
@@ -54,19 +54,37 @@ assert any(name.startswith("CCTL.IVALL") for name in names[announced:]), names
 # Keys and values are read 16 bytes at a time.
 keys = [name for name in names if name.startswith("LDGSTS")]
 assert keys and all(name.endswith(".128") for name in keys), keys
+
+# Embedding and sampling: 16-byte copies, and nothing is read or written before the wait.
+columns = {name: getattr(step_runner, name) for name in ("COLUMNS", "SLOT", "TEMPERATURE")}
+start = build(
+    capability, embedding_kernels._embedding_kernel, 4, COLUMNS=columns["COLUMNS"], SLOT=columns["SLOT"],
+    POSITION=step_runner.POSITION, BLOCK=embedding_kernels.BLOCK, PDL=overlaps,
+)
+check(start, 0)
+assert "LDG.E.128" in start.instructions and "STG.E.128" in start.instructions, start.instructions
+penalties = {name: getattr(step_runner, name) for name in ("REPETITION", "FREQUENCY", "PRESENCE")}
+shares = {name: getattr(step_runner, name) for name in ("TOP_K", "TOP_P", "UNIFORM")}
+for greedy in (True, False):
+    options = columns | {"BLOCK": sampling_kernels.BLOCK_TOKENS, "GREEDY": greedy, "PDL": overlaps}
+    sizes = {"LANES": 128, "WAYS": sampling_kernels.WAYS, "NO_TOKEN": NO_TOKEN}
+    part, warps = sampling_kernels.PART_TOKENS, sampling_kernels.SORT_WARPS
+    check(build(capability, sampling_kernels._sort_kernel, warps, PART=part, **penalties, **options), 0)
+    warps = sampling_kernels.DRAW_WARPS
+    check(build(capability, sampling_kernels._draw_kernel, warps, **shares, **sizes, **options), 0)
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="NOT TESTED: the Triton kernels; triton is not installed")
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
-@pytest.mark.timeout(600)  # on a busy machine
-def test_fused_kernels_compile(capability: int, tmp_path: Path) -> None:
-    """A100, RTX 40 and L4, H100 and H200, B200: no spills, 16-byte loads, weights requested before the wait.
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilations]:
+    """The programs, which run in parallel."""
+    with compilations(COMPILE, tmp_path_factory.mktemp("triton")) as running:
+        yield running
 
-    Nothing is written before the wait.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", COMPILE, str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="NOT TESTED: the Triton kernels; triton is not installed")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.timeout(600)  # on a busy machine
+def test_fused_kernels_compile(capability: int, compiled: Compilations) -> None:
+    """No spills, 16-byte loads, and weights requested before the wait, but nothing written before it."""
+    compiled.check(capability)

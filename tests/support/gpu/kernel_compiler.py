@@ -14,7 +14,10 @@ from triton.backends.compiler import GPUTarget
 HALF, FLOAT, NUMBERS = "*fp16", "*fp32", "*i64"
 KINDS = {"partials": FLOAT, "log_sum_exps": FLOAT, "statistics": FLOAT, "slots": NUMBERS, "positions": NUMBERS}
 KINDS |= {"epsilon": "fp32", "factor": "fp32", "arrived": "*i32"}
-COUNTS = ("N", "K", "heads", "kv_heads", "context_length", "half", "head_dim", "splits", "next_elements")
+KINDS |= {"logits": FLOAT, "penalized": FLOAT, "counts": FLOAT, "table": "*fp64", "sums": "*fp64", "seen": "*i8"}
+KINDS |= dict.fromkeys(("firsts", "codes", "last_ids", "token_ids"), NUMBERS)
+COUNTS = {"N", "K", "heads", "kv_heads", "context_length", "half", "head_dim", "splits", "next_elements"}
+COUNTS |= {"vocab_size", "blocks", "hidden_size"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # The shared memory of a block on every GPU since Ampere.
 MAX_SHARED_BYTES = 99 * 1024
@@ -22,7 +25,7 @@ MAX_SHARED_BYTES = 99 * 1024
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel in PTX, its SASS instructions in their order, and the bytes per thread that it spills to memory."""
+    """A kernel in PTX, the SASS instructions of a fused one, and the bytes per thread that it spills to memory."""
 
     ptx: str
     instructions: list[str]
@@ -44,12 +47,15 @@ def build(capability: int, kernel: Any, warps: int, **constants: Any) -> Built:
         kernel, types, constexprs=values, attrs={(index,): [["tt.divisibility", 16]] for index in even}
     )
     options = {"num_warps": warps} | ({"launch_pdl": True} if constants.get("PDL") else {})
+    if "GREEDY" in constants:  # sampling, which rounds each operation
+        options["enable_fp_fusion"] = False
     built = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert built.metadata.shared <= MAX_SHARED_BYTES, (kernel, built.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage, code = (_dump(flag, file.name) for flag in ("--dump-resource-usage", "-sass"))
+        usage = _dump("--dump-resource-usage", file.name)
+        code = _dump("-sass", file.name) if "PDL" in constants else ""  # it takes seconds
     spilled = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert spilled, usage
     # A line is: /*0010*/ @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;

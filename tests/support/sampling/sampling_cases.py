@@ -1,12 +1,13 @@
-"""Random cases for the native sampler, compared with the reference sampler."""
+"""Random cases for the native sampler and for that of a GPU, compared with the reference sampler."""
 
 import random
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,8 +33,38 @@ class Comparison:
     different: int = 0
 
 
+class TestedSampler(Protocol):
+    """A sampler of one sequence, with its own state for penalties."""
+
+    def sample(self, logits: Tensor, uniform: float) -> int:
+        """Return the token that the number selects, or NO_TOKEN."""
+        ...
+
+
+MakeSampler = Callable[[GenerationParams, Sequence[int], int], TestedSampler]
+"""Makes a sampler from parameters, the tokens of the prompt and the size of the vocabulary."""
+
+
+class _Native:
+    def __init__(self, instructions: str, params: GenerationParams, prompt_ids: list[int], vocab_size: int) -> None:
+        self._instructions = instructions
+        self._sampler = NativeSampler(params, prompt_ids, vocab_size)
+
+    def sample(self, logits: Tensor, uniform: float) -> int:
+        self._sampler._uniform = partial(float, uniform)
+        (token_id,) = self._sampler.sample(logits[None], self._instructions)
+        return token_id
+
+
 def compare(cases: int, seed: int, instructions: str = "") -> Comparison:
-    """Sample tokens with both samplers.
+    """Sample tokens with the native sampler and the reference; see `compare_with`."""
+    return compare_with(partial(_Native, instructions), cases, seed)
+
+
+def compare_with(
+    make_sampler: MakeSampler, cases: int, seed: int, vocab_sizes: Sequence[int] = VOCAB_SIZES
+) -> Comparison:
+    """Sample tokens with the tested sampler and the reference.
 
     Raises:
         AssertionError: a token differs, and its number is not next to a boundary.
@@ -41,16 +72,16 @@ def compare(cases: int, seed: int, instructions: str = "") -> Comparison:
     rng, found = random.Random(seed), Comparison()
     while found.cases < cases:
         params = _params(rng)
-        vocab_size = rng.choices(VOCAB_SIZES, VOCAB_WEIGHTS)[0]
+        vocab_size = rng.choices(vocab_sizes, VOCAB_WEIGHTS[: len(vocab_sizes)])[0]
         prompt_ids = [rng.randrange(vocab_size) for _ in range(rng.randrange(30))]
         logits = _logits(rng, vocab_size)
         reference = Sampler(params, prompt_ids, vocab_size, "cpu")
-        native = NativeSampler(params, prompt_ids, vocab_size)
+        tested = make_sampler(params, prompt_ids, vocab_size)
         for uniform in _uniforms(rng, reference, logits):
-            reference._uniform = native._uniform = partial(float, uniform)
+            reference._uniform = partial(float, uniform)
             penalized = reference._penalize(logits)
             found.cases += 1
-            expected, (token_id,) = _token(reference, logits), native.sample(logits[None], instructions)
+            expected, token_id = _token(reference, logits), tested.sample(logits, uniform)
             if token_id != expected:
                 context = f"{params}, {vocab_size} tokens, number {uniform!r}: {token_id} instead of {expected}"
                 assert token_id in _tokens_next_to_boundaries(reference, penalized, uniform), context

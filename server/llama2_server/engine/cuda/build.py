@@ -3,28 +3,20 @@
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from llama2_server.engine.errors import EngineError, OutOfMemory, WeightsError
+from llama2_server.engine.cuda.verification import verify_logits
+from llama2_server.engine.errors import OutOfMemory, WeightsError
 from llama2_server.engine.memory import LOWER_MEMORY_USE
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import HostStepRunner, StepRunner, host_step_runner
 
 logger = logging.getLogger(__name__)
 
-MAX_RELATIVE_ERROR = 0.02  # of the logits compared with plain torch; float16 rounding alone causes a few thousandths
-VERIFICATION_TOKENS = 48
-FUSED_VERIFICATION_TOKENS = (48, 1000)  # the second number has several splits of the attention
-GRAPH_REPLAYS = 3
-
 GpuKernels = Literal["auto", "fused", "torch"]
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps token ids, slots and positions, each (rows,), to float32 logits (rows, vocab_size)."""
 
 
 def build_step_runner(model: LlamaModel, *, kernels: GpuKernels, cache_directory: Path | None) -> StepRunner:
@@ -84,77 +76,21 @@ def _build_cuda_step_runner(model: LlamaModel, cache_directory: Path | None, *, 
     from llama2_server.engine.cuda.autotune import autotune
     from llama2_server.engine.cuda.forward import CudaForward
     from llama2_server.engine.cuda.matmul import Matmul
-    from llama2_server.engine.cuda.step_runner import CudaStepRunner
+    from llama2_server.engine.cuda.step_runner import CudaStepRunner, StepKernels
 
     with torch.inference_mode():
         variants = autotune(model, cache_directory / "matmul_variants.json" if cache_directory else None)
-        forward: Forward = CudaForward(model, Matmul(model.config.rms_norm_eps, variants))
+        forward = CudaForward(model, Matmul(model.config.rms_norm_eps, variants))
         error = verify_logits(model, forward)
         choices = {"triton": triton.__version__, "matmul variants": str(sorted(variants.items()))}
-        proven = proven_fused_forward(model, variants) if fused else None
-        if proven:
-            forward, choices = proven, choices | {"fused kernels": "1"}
-    step_runner = CudaStepRunner(model, forward, choices)
+        kernels = StepKernels(forward)
+        if fused:
+            from llama2_server.engine.cuda.fused.proof import proven_fused_step
+
+            kernels, fused_choices = proven_fused_step(model, variants, kernels)
+            choices |= fused_choices
+    step_runner = CudaStepRunner(model, kernels, choices)
     graphs = step_runner.capture_graphs()
     seconds = time.monotonic() - started_at
     logger.info("captured %d CUDA graphs in %.1f s; relative error of the logits: %.4f", graphs, seconds, error)
     return step_runner
-
-
-def proven_fused_forward(model: LlamaModel, variants: dict[str, Any]) -> Forward | None:
-    """Return the fused forward pass if its logits equal torch's; otherwise warn and return None.
-
-    It is proven in a CUDA graph that is replayed, as the steps run it: there its kernels overlap.
-    """
-    from llama2_server.engine.cuda.fused.forward import FusedForward
-
-    try:
-        forward = FusedForward(model, variants)
-        for tokens in FUSED_VERIFICATION_TOKENS:
-            error = verify_logits(model, _in_graph(forward), tokens)
-            logger.info("relative error of the fused kernels at %d tokens: %.4f", tokens, error)
-    except Exception as reason:  # the compiler, the driver and the device raise many types
-        logger.warning("running without the fused kernels: %s: %s", type(reason).__name__, reason)
-        return None
-    return forward
-
-
-def _in_graph(forward: Forward) -> Forward:
-    """Return a forward pass that runs as a new CUDA graph, several times in a row."""
-
-    def replayed(token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        forward(token_ids, slots, positions)  # compile
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = forward(token_ids, slots, positions)
-        for _ in range(GRAPH_REPLAYS):
-            graph.replay()
-        return logits
-
-    return replayed
-
-
-def verify_logits(model: LlamaModel, forward: Forward, tokens: int = VERIFICATION_TOKENS) -> float:
-    """Return the relative error of a step's logits after up to `tokens` tokens, compared with the model's own.
-
-    Raises:
-        EngineError: the error is too large or not a number.
-    """
-    # One row and several rows use different kernels.
-    errors = [relative_error(model, forward, rows, tokens) for rows in sorted({1, model.slots})]
-    if not all(error < MAX_RELATIVE_ERROR for error in errors):  # not max(errors), which can ignore NaN
-        raise EngineError(f"logits of the CUDA kernels differ from plain torch by {errors}, limit {MAX_RELATIVE_ERROR}")
-    return max(errors)
-
-
-def relative_error(model: LlamaModel, forward: Forward, rows: int, tokens: int) -> float:
-    """Return the norm of the logits' difference from the model's own logits, divided by the norm of those."""
-    slots = list(range(rows))
-    prompt = [1 + index % (model.vocab_size - 1) for index in range(min(tokens, model.context_length - 1))]
-    for slot in slots:
-        model.prefill(slot, prompt[slot % len(prompt) :], 0)
-    positions = [len(prompt) - slot % len(prompt) for slot in slots]
-    token_ids = [prompt[slot % len(prompt)] for slot in slots]
-    expected = model.decode(slots, token_ids, positions).double()  # (rows, vocab_size)
-    inputs = [torch.tensor(numbers, device=model.device) for numbers in (token_ids, slots, positions)]
-    return float((forward(*inputs).double() - expected).norm() / expected.norm())

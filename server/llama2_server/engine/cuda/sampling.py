@@ -45,26 +45,26 @@ class PenaltyState:
     """
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
-        self._seen = torch.zeros(slots + 1, vocab_size, dtype=torch.bool, device=device)
-        self._counts = torch.zeros(slots + 1, vocab_size, device=device)
+        self.seen = torch.zeros(slots + 1, vocab_size, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(slots + 1, vocab_size, device=device)
 
     def reset(self, slot: int, prompt_ids: list[int]) -> None:
         """Start a new sequence in the slot."""
-        self._seen[slot] = False
-        self._seen[slot, prompt_ids] = True
-        self._counts[slot] = 0
+        self.seen[slot] = False
+        self.seen[slot, prompt_ids] = True
+        self.counts[slot] = 0
 
     def add_tokens(self, slots: Tensor, token_ids: Tensor) -> None:  # (rows,) each
         """Record one generated token for each slot."""
-        indices = slots * self._seen.shape[1] + token_ids
-        self._seen.view(-1).index_fill_(0, indices, True)
-        self._counts.view(-1).scatter_add_(0, indices, torch.ones_like(indices, dtype=self._counts.dtype))
+        indices = slots * self.seen.shape[1] + token_ids
+        self.seen.view(-1).index_fill_(0, indices, True)
+        self.counts.view(-1).scatter_add_(0, indices, torch.ones_like(indices, dtype=self.counts.dtype))
 
     def apply_penalties(
         self, logits: Tensor, slots: Tensor, params: BatchSamplingParams
     ) -> Tensor:  # (rows, vocab_size)
         """Return the logits with the penalties of each row applied."""
-        seen, counts = self._seen[slots], self._counts[slots]
+        seen, counts = self.seen[slots], self.counts[slots]
         penalty = params.repetition_penalty.float()
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
         return logits - (counts * params.frequency_penalty + (counts > 0) * params.presence_penalty).float()

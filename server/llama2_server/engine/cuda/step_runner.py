@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +33,42 @@ ForwardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 # The columns of the table that the host uploads for each step; float64 holds each value exactly.
 SLOT, POSITION, TEMPERATURE, TOP_K, TOP_P, REPETITION, FREQUENCY, PRESENCE, UNIFORM = range(COLUMNS := 9)
 PADDING_POSITION = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingState:
+    """The results of sampling on the device, for the next step and for the host."""
+
+    last_ids: Tensor  # (slots + 1,), the last token of each slot; one additional slot is for padding rows
+    token_ids: Tensor  # (rows,), the tokens of a step
+    penalties: PenaltyState
+
+
+class StepKernels:
+    """How a step is computed: the forward pass from `forward`, and all else in torch; see also `fused/step.py`."""
+
+    def __init__(self, forward: ForwardFunction) -> None:
+        self.forward = forward
+
+    def logits(self, table: Tensor, last_ids: Tensor) -> Tensor:  # (rows, COLUMNS), (slots + 1,) -> (rows, vocab_size)
+        """Append each row's last token to its slot and return the logits after it."""
+        slots, positions = table[:, SLOT].long(), table[:, POSITION].long()
+        return self.forward(last_ids[slots], slots, positions)
+
+    def sample(self, logits: Tensor, table: Tensor, state: SamplingState, argmax_only: bool) -> None:
+        """Sample one token per row of the logits, (rows, vocab_size), and store it in the state."""
+        rows = logits.shape[0]
+        slots = table[:, SLOT].long()
+        if argmax_only:
+            token_ids = greedy(logits)
+        else:
+            params = BatchSamplingParams(*(table[:, column : column + 1] for column in range(TEMPERATURE, COLUMNS)))
+            token_ids = sample(state.penalties.apply_penalties(logits, slots, params), params)
+        state.token_ids[:rows] = token_ids
+        token_ids = token_ids.clamp(min=0)  # a row without a token ends, but its next step may be in progress
+        state.last_ids[slots] = token_ids
+        if not argmax_only:
+            state.penalties.add_tokens(slots, token_ids)
 
 
 class _HostBuffers:
@@ -64,19 +101,14 @@ class CudaStepRunner:
     kind = StepKind.CUDA_GRAPHS
     lookahead = 1
 
-    def __init__(
-        self, model: LlamaModel, forward: ForwardFunction, kernel_choices: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, model: LlamaModel, kernels: StepKernels, kernel_choices: dict[str, str] | None = None) -> None:
         self.kernel_choices = kernel_choices or {}
         self._model = model
-        self._forward = forward
-        # One additional slot is for padding rows.
-        self._last_ids = torch.zeros(model.slots + 1, dtype=torch.long, device=model.device)
-        self._penalty_state = PenaltyState(model.slots, model.vocab_size, model.device)
+        self._kernels = kernels
         self._uniforms: list[Callable[[], float]] = [random.random] * model.slots
-        self._batch_sizes = _batch_sizes(model.slots)
+        self._batch_sizes = batch_sizes(model.slots)
         self._table = torch.zeros(self._batch_sizes[-1], COLUMNS, dtype=torch.float64, device=model.device)
-        self._token_ids = torch.zeros(self._batch_sizes[-1], dtype=torch.long, device=model.device)
+        self._state = sampling_state(model)
         # Buffers of steps whose tokens have been read. Nothing else may be written: the device may still read a table,
         # and the tokens of an earlier step may be unread when a later step raises.
         self._read_buffers: list[_HostBuffers] = []
@@ -106,7 +138,7 @@ class CudaStepRunner:
         # Python's generator, as in HostStepRunner: drawing needs no device synchronization.
         self._uniforms[sequence.slot] = random.Random(sequence.params.seed).random  # noqa: S311 - no secret
         if has_penalties(sequence.params):
-            self._penalty_state.reset(sequence.slot, sequence.prompt_ids)
+            self._state.penalties.reset(sequence.slot, sequence.prompt_ids)
         buffers = self._upload([sequence], 1)
         self._sample(logits[None], is_argmax(sequence.params))
         return self._fetch(buffers, 1)
@@ -126,7 +158,7 @@ class CudaStepRunner:
 
     def _fetch(self, buffers: _HostBuffers, rows: int) -> Iterator[TokenOrError]:
         """Start to copy the tokens of the first rows to the host; reading the first one waits for the copy."""
-        buffers.fetch(self._token_ids[:rows])
+        buffers.fetch(self._state.token_ids[:rows])
         return self._read(buffers, rows)
 
     def _read(self, buffers: _HostBuffers, rows: int) -> Iterator[TokenOrError]:
@@ -154,25 +186,21 @@ class CudaStepRunner:
         return [sequence.slot, sequence.position, *sampling, *penalties, uniform]
 
     def _step(self, size: int, argmax_only: bool) -> None:
-        slots, positions = self._table[:size, SLOT].long(), self._table[:size, POSITION].long()
-        self._sample(self._forward(self._last_ids[slots], slots, positions), argmax_only)
+        self._sample(self._kernels.logits(self._table[:size], self._state.last_ids), argmax_only)
 
     def _sample(self, logits: Tensor, argmax_only: bool) -> None:  # (rows, vocab_size)
-        rows = logits.shape[0]
-        table = self._table[:rows]
-        slots = table[:, SLOT].long()
-        if argmax_only:
-            token_ids = greedy(logits)
-        else:
-            params = BatchSamplingParams(*(table[:, column : column + 1] for column in range(TEMPERATURE, COLUMNS)))
-            token_ids = sample(self._penalty_state.apply_penalties(logits, slots, params), params)
-        self._token_ids[:rows] = token_ids
-        token_ids = token_ids.clamp(min=0)  # a row without a token ends, but its next step may be in progress
-        self._last_ids[slots] = token_ids
-        if not argmax_only:
-            self._penalty_state.add_tokens(slots, token_ids)
+        self._kernels.sample(logits, self._table[: logits.shape[0]], self._state, argmax_only)
 
 
-def _batch_sizes(slots: int) -> list[int]:
+def sampling_state(model: LlamaModel) -> SamplingState:
+    """Return the state of a model whose slots are empty."""
+    last_ids, token_ids = (
+        torch.zeros(count, dtype=torch.long, device=model.device)
+        for count in (model.slots + 1, batch_sizes(model.slots)[-1])
+    )
+    return SamplingState(last_ids, token_ids, PenaltyState(model.slots, model.vocab_size, model.device))
+
+
+def batch_sizes(slots: int) -> list[int]:
     """Return the batch sizes of the steps: powers of two, up to the first that holds all slots."""
     return [2**power for power in range((slots - 1).bit_length() + 1)]

@@ -3,7 +3,6 @@
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.cuda import build
-from llama2_server.engine.cuda.build import GpuKernels, build_step_runner, proven_fused_forward, verify_logits
+from llama2_server.engine.cuda.build import GpuKernels, build_step_runner
+from llama2_server.engine.cuda.verification import verify_logits
 from llama2_server.engine.errors import EngineError, OutOfMemory, WeightsError
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import HostStepRunner
@@ -127,69 +127,6 @@ def test_verification_rejects_a_wrong_step(model: LlamaModel, unwritten: float) 
     for wrong in (mixed_up_slots, omitted_token):
         with pytest.raises(EngineError, match="differ"):
             verify_logits(model, wrong)
-
-
-class Graph:
-    """A stand-in for a CUDA graph, whose work is done when it is captured."""
-
-    replays = 0
-
-    def replay(self) -> None:
-        """Count."""
-        Graph.replays += 1
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
-    """CUDA graphs that run at once."""
-    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
-    monkeypatch.setattr("torch.cuda.graph", lambda graph: nullcontext())
-    monkeypatch.setattr(Graph, "replays", 0)
-    return Graph
-
-
-@pytest.fixture
-def small_model(checkpoint: MakeCheckpoint, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> LlamaModel:
-    """A model of one layer and slot, and two splits, because the interpreter is slow."""
-    from llama2_server.engine.cuda import attention_kernels
-
-    monkeypatch.setattr(attention_kernels, "PROGRAMS_PER_ROW", 4)
-    directory = checkpoint(heads=4, kv_heads=2, layers=1)
-    return load_model(directory, device="cpu", dtype=torch.float32, context_length=128, slots=1, cpu_kernels="torch")
-
-
-def wide_tiles(model: LlamaModel) -> dict[str, Any]:
-    """Return tiles of many rows for all matmuls: the interpreter needs a long time for many programs."""
-    from llama2_server.engine.cuda.matmul import matmul_name
-    from llama2_server.engine.cuda.matmul_kernels import TileConfig
-
-    layer = model.weights.layers[0]
-    weights = {"rmsnorm_linear": [layer.qkv], "linear_residual": [layer.output, layer.down], "swiglu": [layer.gate_up]}
-    weights["lm_head"] = [model.weights.head]
-    return {matmul_name(kind, weight): TileConfig(64, 64, 4) for kind, found in weights.items() for weight in found}
-
-
-def test_fused_kernels_are_proven_before_they_are_used(
-    small_model: LlamaModel, graphs: type[Graph], caplog: pytest.LogCaptureFixture
-) -> None:
-    """With one split and with several, in replayed graphs; the logits equal torch's."""
-    with caplog.at_level(logging.INFO), torch.inference_mode():
-        assert proven_fused_forward(small_model, wide_tiles(small_model))
-    assert graphs.replays == 2 * build.GRAPH_REPLAYS
-    assert "relative error of the fused kernels at 1000 tokens: 0.0000" in caplog.text
-
-
-@pytest.mark.usefixtures("graphs")
-def test_wrong_fused_kernels_are_not_used(
-    small_model: LlamaModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One warning has the reason, and the server uses the other kernels."""
-    from llama2_server.engine.cuda.fused.forward import FusedForward
-
-    monkeypatch.setattr(FusedForward, "__call__", lambda self, ids, *_: torch.ones(len(ids), small_model.vocab_size))
-    with torch.inference_mode():
-        assert proven_fused_forward(small_model, wide_tiles(small_model)) is None
-    assert "running without the fused kernels: EngineError: logits of the CUDA kernels differ" in caplog.text
 
 
 @pytest.fixture

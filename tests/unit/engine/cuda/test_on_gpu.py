@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.build import build_step_runner, verify_logits
-from llama2_server.engine.cuda.step_runner import CudaStepRunner
+from llama2_server.engine.cuda.build import build_step_runner
+from llama2_server.engine.cuda.step_runner import CudaStepRunner, StepKernels
+from llama2_server.engine.cuda.verification import verify_logits
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.llama import LlamaModel
@@ -172,7 +173,7 @@ def test_graphs_compute_the_same_tokens_as_the_eager_step(checkpoint: MakeCheckp
         assert verify_logits(model, forward) < 0.01
     results = []
     for captured in (False, True):
-        step_runner = CudaStepRunner(model, forward)
+        step_runner = CudaStepRunner(model, StepKernels(forward))
         if captured:
             assert step_runner.capture_graphs() == 10  # 1, 2, 4, 8, 16 rows, greedy and sampled
         engine, readers = Engine(model, NO_EOS, step_runner=step_runner), [Reader() for _ in range(5)]

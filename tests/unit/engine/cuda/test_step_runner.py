@@ -12,7 +12,7 @@ from tests.support.sampling.token_reader import Reader
 from torch import Tensor
 
 from llama2_server.engine.checkpoint.loader import load_model
-from llama2_server.engine.cuda.step_runner import CudaStepRunner, _batch_sizes, _HostBuffers
+from llama2_server.engine.cuda.step_runner import CudaStepRunner, StepKernels, _HostBuffers, batch_sizes
 from llama2_server.engine.engine import Engine
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.sampling import GenerationParams
@@ -72,7 +72,7 @@ def forward(model: LlamaModel) -> PlainForward:
 
 @pytest.fixture
 def engine(model: LlamaModel, forward: PlainForward) -> Iterator[Engine]:
-    engine = Engine(model, NO_EOS, step_runner=CudaStepRunner(model, forward))
+    engine = Engine(model, NO_EOS, step_runner=CudaStepRunner(model, StepKernels(forward)))
     yield engine
     if forward.gate:
         forward.gate.release(1000)
@@ -194,7 +194,7 @@ def test_a_step_that_raises_leaves_unread_tokens_alone(checkpoint: MakeCheckpoin
     """
     model = load(checkpoint(heads=4, kv_heads=2))
     forward = PlainForward(model)
-    runner = CudaStepRunner(model, forward)
+    runner = CudaStepRunner(model, StepKernels(forward))
     expected = plain_tokens(load(checkpoint(heads=4, kv_heads=2)), seed=0, max_tokens=2)
     sequences = [sequence_of(seed, slot=seed) for seed in range(3)]
     for sequence in sequences[:2]:
@@ -248,7 +248,7 @@ def test_steps_are_padded_to_the_next_batch_size(engine: Engine, forward: PlainF
 
 def test_batch_sizes_cover_every_number_of_rows() -> None:
     """One slot needs one batch size; 16 slots need the powers of two up to 16."""
-    assert [_batch_sizes(slots) for slots in (1, 2, 3, 16)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8, 16]]
+    assert [batch_sizes(slots) for slots in (1, 2, 3, 16)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 8, 16]]
 
 
 @pytest.mark.parametrize("custom", [False, True], ids=["torch matmul", "custom matmul"])
@@ -268,7 +268,10 @@ def test_the_whole_cuda_step_matches_plain_torch(
     weights["lm_head"] = [model.weights.head]
     names = [matmul_name(kind, weight) for kind, found in weights.items() for weight in found]
     forward = CudaForward(model, Matmul(model.config.rms_norm_eps, dict.fromkeys(names, config) if custom else {}))
-    engine, readers = Engine(model, NO_EOS, step_runner=CudaStepRunner(model, forward)), [Reader() for _ in range(2)]
+    engine, readers = (
+        Engine(model, NO_EOS, step_runner=CudaStepRunner(model, StepKernels(forward))),
+        [Reader() for _ in range(2)],
+    )
     for seed, reader in enumerate(readers):
         submit(engine, reader, seed=seed, max_tokens=4)
     for seed, reader in enumerate(readers):

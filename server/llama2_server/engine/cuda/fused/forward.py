@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from llama2_server.engine.cuda.fused.attention_kernels import Attention
+from llama2_server.engine.cuda.fused.embedding_kernels import embed
 from llama2_server.engine.cuda.fused.launch import launch_options
 from llama2_server.engine.cuda.fused.matmul_kernels import matmul, swiglu
 from llama2_server.engine.cuda.matmul import Matmul, MatmulVariant, matmul_name
 from llama2_server.engine.cuda.matmul_kernels import TileConfig
+from llama2_server.engine.cuda.step_runner import COLUMNS, POSITION, SLOT
 from llama2_server.engine.model.llama import LlamaModel
 
 # If torch was faster than every tile: each kernel of a step has to overlap with its neighbors.
@@ -68,8 +70,8 @@ class FusedForward:
         self._kv_cache = model.kv_cache
         self._rotary = model.rotary
         self._heads = model.config.heads
-        self._options = launch_options(model.device)
-        self._matmul = FusedMatmul(model.config.rms_norm_eps, variants, self._options)
+        self.options = launch_options(model.device)
+        self._matmul = FusedMatmul(model.config.rms_norm_eps, variants, self.options)
         self._attention: dict[int, Attention] = {}
 
     def __call__(self, token_ids: Tensor, slots: Tensor, positions: Tensor) -> Tensor:  # (rows,) -> (rows, vocab_size)
@@ -77,9 +79,17 @@ class FusedForward:
 
         A row with a negative position is padding: it changes no slot, and its logits are undefined.
         """
+        table = torch.zeros((len(slots), COLUMNS), dtype=torch.float64, device=slots.device)
+        table[:, SLOT], table[:, POSITION] = slots, positions
+        last_ids = token_ids.new_zeros(len(self._kv_cache.keys[0]) + 1)
+        last_ids[slots] = token_ids
+        return self.logits(table, last_ids)
+
+    def logits(self, table: Tensor, last_ids: Tensor) -> Tensor:  # (rows, COLUMNS), (slots + 1,) -> (rows, vocab_size)
+        """Append each row's last token to its slot and return the float32 logits after it; see `StepKernels`."""
         matmul, weights, cache = self._matmul, self._weights, self._kv_cache
-        attention = self._attention_of(token_ids.shape[0])
-        x = weights.embedding[token_ids]  # (rows, hidden_size)
+        attention = self._attention_of(table.shape[0])
+        x, slots, positions = embed(table, last_ids, weights.embedding, self.options)
         for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
             qkv = matmul.rmsnorm_linear(x, layer.attention_norm, layer.qkv)
             attended = attention(qkv, self._rotary, slots, positions, keys, values, layer.output)
@@ -90,5 +100,5 @@ class FusedForward:
 
     def _attention_of(self, rows: int) -> Attention:
         if rows not in self._attention:
-            self._attention[rows] = Attention(rows, self._heads, self._kv_cache.keys[0], self._options)
+            self._attention[rows] = Attention(rows, self._heads, self._kv_cache.keys[0], self.options)
         return self._attention[rows]
