@@ -80,13 +80,7 @@ def _source(self: Any, call: Any, request: Any, reply_request: Any, cache_key: A
 
 async def _stream(self: Any, request: pb.GenerateRequest, context: Any) -> None:
     async with self.serve(request, context, streaming=True) as reply:
-        message = pb.GenerateStreamResponse()
-        async for delta in reply.deltas():
-            message.response = delta
-            await context.write(message)
-            message = pb.GenerateStreamResponse()
-        message.completion.CopyFrom(self._completions.of(request, reply))
-        await context.write(message)
+        await self._send(request, context, reply, pb.GenerateStreamResponse())
 
 
 def _no_violations(*_: object, **__: object) -> Iterator[Any]:

@@ -87,15 +87,21 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
     ) -> None:
         """Send the reply while it is generated; the last message has the completion."""
         async with self.serve(request, context, streaming=True) as reply:
-            message = pb.GenerateStreamResponse()
+            first = pb.GenerateStreamResponse()
             if request.resume_after_characters:
-                message.resumed_after_characters = request.resume_after_characters
-            async for delta in reply.deltas():
-                message.response = delta
-                await context.write(message)
-                message = pb.GenerateStreamResponse()
-            message.completion.CopyFrom(self._completions.of(request, reply))
+                first.resumed_after_characters = request.resume_after_characters
+            await self._send(request, context, reply, first)
+
+    async def _send(
+        self, request: pb.GenerateRequest, context: Any, reply: Reply, message: pb.GenerateStreamResponse
+    ) -> None:
+        """Send each delta, the first one in `message`, and then the completion."""
+        async for delta in reply.deltas():
+            message.response = delta
             await context.write(message)
+            message = pb.GenerateStreamResponse()
+        message.completion.CopyFrom(self._completions.of(request, reply))
+        await context.write(message)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """Return the input tokens of a request, the output tokens that fit, and what a call would meet now."""

@@ -123,7 +123,6 @@ async def main(directory, url):
         ledger.finish(f"{number}", "MAX_TOKENS", TokenUsage(100, token))
         await ledger.commit()
         report("finished", number, token)
-        await asyncio.sleep(0.001)
 
 asyncio.run(main(*sys.argv[1:]))
 """

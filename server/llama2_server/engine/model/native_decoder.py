@@ -158,12 +158,12 @@ class NativeDecoder:
         token_ids: Sequence[int],
         positions: Sequence[int],
         logit_rows: int = 0,
-        *logits: int,
+        logits: int | None = None,
     ) -> None:
         """Run one step; `logits` is the address of the logits, null if left out."""
         for row, values in enumerate(zip(slots, token_ids, positions, strict=True)):
             self._buffers.set_row(row, *values)
-        self._run(len(slots), logit_rows, *(logits or [None]), None, None, None)
+        self._run(len(slots), logit_rows, logits, None, None, None)
 
     def _run(self, rows: int, logit_rows: int, *outputs: Any) -> None:
         """Run one step with the rows of the buffers; `outputs` are the last arguments of `llama2_decoder_step`."""
