@@ -149,6 +149,8 @@ class KeyRun:
     def stop(self) -> None:
         """End the run; its generation leaves the queue, or stops within one step."""
         self.stopping = True
+        if (generation := self._generation) is not None and generation.failed:
+            return  # its error ends the run: a rejection gives the quota back, and a cancellation would not
         if self._accounting is not None:
             self._accounting.server_drains = self._queue.closed
         if self._task is not None:

@@ -7,6 +7,8 @@ import sqlite3
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.support.servers.postgres_server import PostgresCluster
 
 from llama2_server.usage.database import create_engine
 from llama2_server.usage.keys.key_store import PostgresKeyStore
+from llama2_server.usage.keys.records import KeyRecord, KeyState
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.records import UsageRecord
 from llama2_server.usage.schema import usage_records
@@ -106,6 +109,41 @@ class KeyStatements:
         """Wait until a statement has ended since the last call of this method."""
         await self._end.wait()
         self._end.clear()
+
+
+def key(request_id: str, digest: str = "key", **changes: object) -> KeyRecord:
+    """Return the record of a call's claim."""
+    record = KeyRecord(
+        digest=digest,
+        request_id=request_id,
+        instance="server",
+        state=KeyState.CLAIMED,
+        seed=2**64 - 1,
+        fingerprint=None,
+        salt="salt",
+        field_digests={"prompt": "digest"},
+        expires_at=datetime.now(UTC) + timedelta(hours=1),
+    )
+    return replace(record, **changes)  # type: ignore[arg-type]
+
+
+def accept(record: KeyRecord) -> None:
+    """Accept every record as that of the request."""
+
+
+async def admit(ledger: Ledger, record: KeyRecord) -> KeyRecord:
+    """Admit the request of a claim, and return the key's record."""
+    opened = replace(record, state=KeyState.OPEN)
+    await ledger.admit(record.request_id, "acme", "model", ledger.keys.storing(opened))
+    return opened
+
+
+async def until_up(*ledgers: Ledger) -> None:
+    """Wait until the ledgers know that the store answers."""
+    async with asyncio.timeout(60):
+        for ledger in ledgers:
+            while not ledger.store_up:
+                await ledger.probe_store()
 
 
 @contextmanager

@@ -5,18 +5,16 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from tests.integration.usage.conftest import KeyStatements, LedgerOpener, crash
+from tests.integration.usage.conftest import KeyStatements, LedgerOpener, accept, admit, crash, key, until_up
 from tests.support.servers.postgres_server import PostgresCluster, running_postgres
 
 from llama2_server.errors import UsageUnavailable
 from llama2_server.usage.keys import key_store, shared_keys
-from llama2_server.usage.keys.records import KeyRecord, KeyState
-from llama2_server.usage.ledger import Ledger
+from llama2_server.usage.keys.records import KeyState
 
 
 @pytest.fixture(autouse=True)
@@ -37,33 +35,6 @@ def unsteady() -> Iterator[PostgresCluster]:
     """A cluster that tests stop and start."""
     with running_postgres() as cluster:
         yield cluster
-
-
-def key(request_id: str, digest: str = "key", **changes: object) -> KeyRecord:
-    """Return the record of a call's claim."""
-    record = KeyRecord(
-        digest=digest,
-        request_id=request_id,
-        instance="server",
-        state=KeyState.CLAIMED,
-        seed=2**64 - 1,
-        fingerprint=None,
-        salt="salt",
-        field_digests={"prompt": "digest"},
-        expires_at=datetime.now(UTC) + timedelta(hours=1),
-    )
-    return replace(record, **changes)  # type: ignore[arg-type]
-
-
-def accept(record: KeyRecord) -> None:
-    """Accept every record as that of the request."""
-
-
-async def admit(ledger: Ledger, record: KeyRecord) -> KeyRecord:
-    """Admit the request of a claim, and return the key's record."""
-    opened = replace(record, state=KeyState.OPEN)
-    await ledger.admit(record.request_id, "acme", "model", ledger.keys.storing(opened))
-    return opened
 
 
 async def test_records_are_returned_as_claimed(open_ledger: LedgerOpener, url: str, tmp_path: Path) -> None:
@@ -233,14 +204,6 @@ async def test_a_claim_is_one_round_trip(
         await ledger.keys.close(0)
         await ledger.keys._shared._store.close()  # type: ignore[union-attr]
         await proxy.ended()
-
-
-async def until_up(*ledgers: Ledger) -> None:
-    """Wait until the ledgers know that the store answers."""
-    async with asyncio.timeout(60):
-        for ledger in ledgers:
-            while not ledger.store_up:
-                await ledger.probe_store()
 
 
 class CountingProxy:

@@ -1,7 +1,7 @@
 """The idempotency keys of all servers in the usage store. Each method is one statement, which commits by itself."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -60,9 +60,10 @@ class KeyStore(ABC):
         """End holding the keys of servers that have ended."""
         await self._execute(self._statements.release_all, [{"server": server} for server in servers])
 
-    async def withdraw(self, digest: str, request_id: str) -> None:
-        """Delete the key of a call that was rejected."""
-        await self._execute(self._statements.withdraw, [{"digest": digest, "request_id": request_id}])
+    async def withdraw(self, digest: str, request_ids: Collection[str], server: str) -> None:
+        """Delete the key of a call that was rejected, which had one of these ids, if the server holds it."""
+        shared = {"digest": digest, "server": server}
+        await self._execute(self._statements.withdraw, [shared | {"request_id": one} for one in request_ids])
 
     async def purge(self, now: datetime) -> None:
         """Delete the expired keys."""

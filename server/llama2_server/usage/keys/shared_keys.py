@@ -60,7 +60,7 @@ class SharedKeys:
         self._server = server
         self._now = now
         self._held: set[str] = set()
-        self._withdrawn: dict[str, str] = {}  # request ids by digest, which the store has not deleted
+        self._withdrawn: dict[str, set[str]] = {}  # ids of rejected calls by digest, which the store may still have
         self._endings: dict[str, asyncio.Task[None]] = {}
         self._may_hold = False
         self._ended_servers: Sequence[str] = ()
@@ -95,6 +95,7 @@ class SharedKeys:
         except BaseException:
             self.end(digest, None if known else record.request_id)
             raise
+        self._withdrawn.pop(digest, None)  # the store has replaced the key of a rejected call
         found = held.record
         if known is not None and found.request_id != known.request_id:  # used here and elsewhere during an outage
             self.end(digest)
@@ -119,6 +120,7 @@ class SharedKeys:
         except BaseException:
             self.end(digest)
             raise
+        self._withdrawn.pop(digest, None)
         return Claim(held.record, is_new=False, is_shared=True)
 
     async def share(self, record: KeyRecord) -> None:
@@ -128,8 +130,10 @@ class SharedKeys:
     def end(self, digest: str, withdrawn: str | None = None) -> None:
         """End holding a key: send it to the store, or delete it if the call of the request `withdrawn` was rejected."""
         self._held.discard(digest)
+        if withdrawn is not None:
+            self._withdrawn.setdefault(digest, set()).add(withdrawn)
         if digest not in self._endings:
-            task = self._endings[digest] = asyncio.create_task(self._end(digest, withdrawn))
+            task = self._endings[digest] = asyncio.create_task(self._end(digest))
             task.add_done_callback(lambda _: self._endings.pop(digest, None))
 
     async def purge(self) -> None:
@@ -172,12 +176,12 @@ class SharedKeys:
             return False
         return True
 
-    async def _end(self, digest: str, withdrawn: str | None) -> None:
-        if withdrawn is not None:
-            if not await self._quietly(self._store.withdraw(digest, withdrawn)):
-                self._withdrawn[digest] = withdrawn
-            return
-        await self._quietly(self._send(digest))
+    async def _end(self, digest: str) -> None:
+        if (request_ids := self._withdrawn.get(digest)) is None:
+            await self._quietly(self._send(digest))
+        # A withdrawal that fails is repeated, unless another call of the key gets it before.
+        elif await self._quietly(self._store.withdraw(digest, request_ids, self._server)):
+            self._withdrawn.pop(digest, None)
 
     async def _send(self, digest: str) -> None:
         """Send what the local database has of a key that this server no longer works on."""
@@ -217,14 +221,7 @@ class SharedKeys:
             await self._store.release_all(self._ended_servers)
             self._ended_servers = ()
         if self._may_hold or self._held:
-            self._may_hold = bool(self._held)
-            renewed = await self._store.renew(self._server)
-            for digest, wanted in renewed.items():
-                if digest not in self._held:
-                    self._may_hold = True
-                    self.end(digest, self._withdrawn.pop(digest, None))
-                elif wanted:
-                    self.on_wanted(digest)
+            await self._renew()
         marked = await self._marked()
         for holds in (True, False):
             # An ending sends its own key: what was read before it would end the hold with an older state.
@@ -232,3 +229,22 @@ class SharedKeys:
             batch = [(revision, record) for revision, record in sendable if (record.digest in self._held) is holds]
             if batch := [one for one in batch if one[1].state is not KeyState.CLAIMED]:
                 await self._put(batch, holds=holds)
+
+    async def _renew(self) -> None:
+        """Renew the keys that this server holds, and end the others that the store has for it."""
+        self._may_hold = bool(self._held)
+        withdrawn = list(self._withdrawn)
+        try:
+            renewed = await self._store.renew(self._server)
+        except StoreUnavailable:
+            self._may_hold = True  # the next round ends what an ending could not
+            raise
+        for digest, wanted in renewed.items():
+            if digest not in self._held:
+                self._may_hold = True
+                self.end(digest)
+            elif wanted:
+                self.on_wanted(digest)
+        for digest in withdrawn:
+            if digest not in renewed and digest not in self._held:  # another server holds it, or it is deleted
+                self._withdrawn.pop(digest, None)

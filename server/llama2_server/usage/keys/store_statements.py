@@ -41,9 +41,9 @@ class Statements:
     """End holding all keys of a server that has ended."""
     withdraw: str = (
         "DELETE FROM idempotency_keys WHERE digest = :digest AND request_id = :request_id "  # noqa: S608 - constants
-        f"AND state < {KeyState.COMPLETE:d}"
+        f"AND state < {KeyState.COMPLETE:d} AND holder = :server"
     )
-    """Delete the key of a call that was rejected."""
+    """Delete the key of a call that was rejected, unless another server continues the call."""
     renew: str = ""
     """Continue to hold the server's keys; return their digests, and whether another server waits for each."""
     purge: str = ""
