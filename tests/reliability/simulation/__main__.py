@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.reliability.simulation.history import History
+from tests.reliability.simulation.keyed import CALLS_PER_SEED, KeyedOutcome, simulate_keys
 from tests.reliability.simulation.model.rules import RULES, Judgment, judge
 from tests.reliability.simulation.run import simulate
 
@@ -19,6 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="The first seed; alone, the only one.")
     parser.add_argument("--requests", type=int, help="Number of requests in total, over as many seeds as necessary.")
+    parser.add_argument("--keyed-calls", type=int, help="Number of calls with idempotency keys, instead of requests.")
     parser.add_argument("--processes", type=int, default=2, help="Number of processes that simulate.")
     parser.add_argument("--faults", help="Names of the possible faults, separated by commas; none for no fault.")
     parser.add_argument("--save", type=Path, help="File for the history of the seed.")
@@ -26,6 +28,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.check is not None:
         return _report([judge(History.load(options.check)).violations])
+    if options.keyed_calls is not None:
+        return _run_keyed(options.seed, options.keyed_calls, options.processes)
     if options.requests is None:
         history = _simulate(options.seed, options.faults)
         if options.save is not None:
@@ -64,6 +68,27 @@ def _run_all(first_seed: int, requests: int, processes: int, faults: str | None)
     print(f"seeds that fail: {failed}")
     proven = all(met[rule.__name__] for rule in RULES) and broken < 0.01 * returned
     return int(failed > 0 or not proven)
+
+
+def _run_keyed(first_seed: int, calls: int, processes: int) -> int:
+    """Simulate calls with keys; return 1 if a key does not have exactly one record."""
+    started_at, total = time.monotonic(), KeyedOutcome()
+    per_seed = min(calls, CALLS_PER_SEED)
+    seeds = range(first_seed, first_seed + -(-calls // per_seed))
+    with ProcessPoolExecutor(processes) as pool:
+        for seed, outcome in zip(seeds, pool.map(simulate_keys, seeds, [per_seed] * len(seeds)), strict=True):
+            total.add(outcome)
+            if outcome.broken:
+                replay = f"python -m tests.reliability.simulation --seed {seed} --keyed-calls {per_seed}"
+                print(f"seed {seed} fails; replay it with: {replay}")
+                _report([outcome.broken])
+    print(
+        f"{total.calls} calls, {len(seeds)} seeds, {time.monotonic() - started_at:.0f} s: {total.keys} keys, "
+        f"{total.records} records, {total.lost_replies} lost replies, {total.kills} SIGKILLs, "
+        f"{total.billed} billed recomputations"
+    )
+    print("codes:", ", ".join(f"{code} {count}" for code, count in total.results.most_common()))
+    return int(bool(total.broken) or total.records != total.keys)
 
 
 def _simulate(seed: int, faults: str | None) -> History:

@@ -90,16 +90,21 @@ async def _simulate(world: World, faults: Faults, requests: int) -> None:
     finally:
         injecting.cancel()
         await asyncio.wait([injecting])
+    await settle(world, faults)
+
+
+async def settle(world: World, faults: Faults) -> None:
+    """End the faults, let everything come to rest, stop the replicas, and add what they leave to the history."""
     faults.end_all()
     for _ in range(2):  # a step that hangs ends its process later
-        for replica in replicas:
+        for replica in world.replicas:
             await faults.restart_if_ended(replica)
         await asyncio.sleep(SETTLE_SECONDS)
-    history.add("rest")
-    _add_states(history, replicas)
-    for replica in replicas:
+    world.history.add("rest")
+    _add_states(world.history, world.replicas)
+    for replica in world.replicas:
         await replica.stop()
-    _add_records(world, replicas)
+    _add_records(world, world.replicas)
 
 
 def _add_states(history: History, replicas: list[Replica]) -> None:
