@@ -56,7 +56,7 @@ class Service:
         """Return the arithmetic of the engine and the versions of torch and grpcio."""
         packages = ("torch", "grpcio")
         versions = {package: metadata.version(package) for package in packages}
-        return {"arithmetic": "float16 weights, float32", "versions": versions}
+        return {"arithmetic": "float16 weights (12 bits if lossless), float32", "versions": versions}
 
     def generate(self, prompts: list[Prompt], tokens: int, seed: int | None) -> TimedRun:
         """Stream all replies at once over one connection that is already open.

@@ -56,7 +56,7 @@ class EngineOnly:
         self._memory = torch.empty(BANDWIDTH_BYTES, dtype=torch.uint8)
         use_huge_pages(self._memory)
         self._memory.zero_()
-        self.arithmetic = "float16 weights, float32"
+        self.arithmetic = "float16 weights (12 bits if lossless), float32"
 
     def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
         """Continue all prompts at once, one slot per prompt."""
