@@ -75,6 +75,7 @@ PRESETS = {
     "tiny": Shape(),
     "134m": Shape(hidden=768, layers=12, heads=12, kv_heads=12, ffn=2048, vocab=32000, context=4096),
     "1.2b": Shape(hidden=2048, layers=22, heads=16, kv_heads=16, ffn=5632, vocab=32000, context=4096),
+    "7b": Shape(hidden=4096, layers=32, heads=32, kv_heads=32, ffn=11008, vocab=32000, context=4096),
 }
 
 
