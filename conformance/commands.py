@@ -1,13 +1,14 @@
 """The command line of the kit."""
 
 import asyncio
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -19,10 +20,26 @@ from conformance.server_runner.run import CaseResult, run_cases
 from conformance.server_runner.suite import PROFILES, SuiteError, load_cases, select
 from conformance.server_runner.target import Keys, Target
 
+Result = TypeVar("Result")
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Prove that a client or a server follows the contract of llama2-grpc."""
+
+
+def _run_coroutine(awaitable: Coroutine[Any, Any, Result]) -> Result:
+    """Run a command; SIGTERM ends it as Ctrl-C does, so that the servers of the kit are stopped."""
+
+    async def run() -> Result:
+        task = asyncio.ensure_future(awaitable)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await task
+
+    try:
+        return asyncio.run(run())
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,9 +78,9 @@ def server(address: str | None, patterns: tuple[str, ...], **options: Any) -> No
                 await target.close()
 
         if address is None:
-            results = asyncio.run(_run_own(run))
+            results = _run_coroutine(_run_own(run))
         else:
-            results = asyncio.run(run(address, Keys.read(options["keys"], options["key"]), options["json_url"]))
+            results = _run_coroutine(run(address, Keys.read(options["keys"], options["key"]), options["json_url"]))
     except SuiteError as error:
         raise click.ClickException(str(error)) from error
     _finish(results, options["json_report"], options["junit"])
@@ -106,7 +123,7 @@ def _run_adapter(command: list[str], known_failures: Mapping[str, str]) -> list[
     def open_client(address: str) -> AbstractAsyncContextManager[Adapter]:
         return running_adapter(command, address)
 
-    return asyncio.run(run_client_cases(open_client, load_client_cases(), known_failures))
+    return _run_coroutine(run_client_cases(open_client, load_client_cases(), known_failures))
 
 
 def _built_adapters() -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
@@ -125,7 +142,7 @@ def mutants(full: bool) -> None:
     # Their start needs torch; the other commands do not.
     from conformance.mutants.matrix import run_matrix
 
-    problems = asyncio.run(run_matrix(full, lambda line: print(line, flush=True)))
+    problems = _run_coroutine(run_matrix(full, lambda line: print(line, flush=True)))
     print("\n".join(problems) or "every mutant is found by the cases that are named for it")
     sys.exit(1 if problems else 0)
 
@@ -140,7 +157,7 @@ def equivalence(bodies: int, seed: int, json_share: int) -> None:
     """Compare the card's JSON Schema with this repository's server on generated bodies."""
     from conformance.equivalence.command import compare  # its server needs torch
 
-    problems = asyncio.run(compare(bodies, seed, json_share, lambda line: print(line, flush=True)))
+    problems = _run_coroutine(compare(bodies, seed, json_share, lambda line: print(line, flush=True)))
     print("\n".join(problems) or "the differences are the exceptions of text_generation.proto")
     sys.exit(1 if problems else 0)
 
@@ -153,7 +170,7 @@ def peers(name: str, **options: Any) -> None:
     from conformance.peers.run import run_peer  # the checkpoint needs numpy and SentencePiece
 
     try:
-        results = asyncio.run(run_peer(name))
+        results = _run_coroutine(run_peer(name))
     except ImportError as error:
         raise click.ClickException(f"{name}: {error}; install its packages (conformance/README.md)") from error
     for result in results:

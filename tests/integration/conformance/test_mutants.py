@@ -1,5 +1,11 @@
 """Wrong servers: the cases must find each of them."""
 
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+
 import pytest
 from conformance.mutants.behavior import MUTANTS
 from conformance.mutants.run import MAX_KILLS, read_kills, run_mutants
@@ -28,3 +34,21 @@ async def test_mutants_are_found_by_their_cases() -> None:
     # Some cases depend on calls that meet in time, which a busy machine can prevent: these are tried once more, alone.
     again = await run_mutants(cases, survived, lambda *_: None) if survived else {}
     assert not {name: names for name, names in survived.items() if set(names) - set(again[name])}
+
+
+async def test_sigterm_stops_the_servers() -> None:
+    """SIGTERM ends a run, as Ctrl-C does, and leaves no server behind."""
+    command = (sys.executable, "-m", "conformance", "mutants")
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline()  # a mutant has run, so the servers exist
+        process.terminate()
+        assert await process.wait() == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
