@@ -12,6 +12,7 @@ from llama2_server.api.health import HealthServicer, ReadinessCollector
 from llama2_server.api.server import METHODS, Servicers, add_port, health_port, make_interceptor, make_server
 from llama2_server.api.text_generation import TextGenerationServicer
 from llama2_server.config.settings import Settings
+from llama2_server.generation.replicas.shared_replies import SharedReplies
 from llama2_server.generation.response_cache import ResponseCache, ResponseCacheCollector
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.idempotency.keyed_replies import IdempotencyOptions
@@ -124,16 +125,15 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
     health, queue, engine = service.health, service.queue, service.engine
     quota, ledger, cache = service.quota, service.ledger, service.response_cache
     proof = (loaded.fingerprint, service.inputs.receipt_keys)
-    options = IdempotencyOptions.of(settings)
-    text_generation = TextGenerationServicer(
-        card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, *proof, options
+    options = (IdempotencyOptions.of(settings), SharedReplies.of(settings, loaded.fingerprint))
+    text = TextGenerationServicer(
+        card, authenticator, loaded.tokenizer, quota, cache, ledger, queue, engine, *proof, *options
     )
-    model = (loaded.model, engine.step_kind, *proof)
-    servicers = Servicers.of(text_generation, card, authenticator, quota, ledger, *model)
+    servicers = Servicers.of(text, card, authenticator, quota, ledger, loaded.model, engine.step_kind, *proof)
     interceptor = make_interceptor(settings, service.telemetry, authenticator, card, loaded.tokenizer)
     server = make_server(settings, servicers, health, interceptor, slots=card.max_concurrent_requests)
     stores = (quota, ResponseCacheCollector(cache), LedgerCollector(ledger))
-    collectors = (queue, *stores, ReadinessCollector(health), text_generation.key_metrics)
+    collectors = (queue, *stores, ReadinessCollector(health), *text.collectors)
     service.telemetry.metrics.register(card.name, loaded.model, engine.step_kind, METHODS, collectors)
     speed = await warm_up_unless_cancelled(engine, loaded, settings, card, exit_code)
     queue.waits.expected_hold_seconds = speed.expected_hold_seconds(card)
@@ -147,4 +147,4 @@ async def serving(service: Service, settings: Settings, exit_code: "asyncio.Futu
             yield address
     finally:
         await drain(server, interceptor, health, queue, engine, grace_seconds=settings.shutdown_grace_seconds)
-        await text_generation.close()
+        await text.close()

@@ -258,7 +258,8 @@ class RequestQueue(Collector):
         """Free the slot of a lease, whatever fails."""
         self.waits.leases.discard(lease)
         try:
-            self._update_mean_hold(_now() - lease.started_at)
+            if not lease.unused:
+                self._update_mean_hold(_now() - lease.started_at)
         except Exception:  # the next request needs the slot; only its estimated wait is less exact
             logger.exception("the mean time of a lease could not be updated")
         self.release(reservation)

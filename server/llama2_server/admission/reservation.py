@@ -17,6 +17,8 @@ class SlotLease:
     """When the slot was granted, by the event loop's clock."""
     yields: bool = False
     """Whether its holder frees the slot within one step if another request needs it."""
+    unused: bool = False
+    """Whether its holder generated nothing in it; its time then does not count."""
 
 
 Order = tuple[int, int]

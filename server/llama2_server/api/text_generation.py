@@ -7,6 +7,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from functools import partial
 from typing import Any, TypeVar
 
+from prometheus_client.registry import Collector
+
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
 from llama2_server.admission.accounts import Authenticator
@@ -20,12 +22,12 @@ from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.errors import QuotaStoreUnavailable
 from llama2_server.generation.rejection import retry_times
+from llama2_server.generation.replicas.shared_replies import SharedReplies
 from llama2_server.generation.reply import Reply, ReplyStats
 from llama2_server.generation.reply_source import ReplyRequest, ReplySource
 from llama2_server.generation.response_cache import CacheKey, ResponseCache
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.idempotency.keyed_replies import IdempotencyOptions, KeyedReplies
-from llama2_server.idempotency.metrics import KeyMetrics
 from llama2_server.idempotency.request import KeyedRequest, key_digest
 from llama2_server.receipts.keys import ReceiptKeys
 from llama2_server.telemetry.call import CALL, Attribute, Call
@@ -55,6 +57,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         fingerprint: Fingerprint,
         receipt_keys: ReceiptKeys | None,
         idempotency: IdempotencyOptions,
+        shared: SharedReplies,
     ) -> None:
         self._card = card
         self._authenticator = authenticator
@@ -66,15 +69,16 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         self._validation_thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
         self._quota = quota
         self._queue = queue
-        self._replies = ReplySource(tokenizer, quota, response_cache, ledger, queue, engine, card.name)
+        self._replies = ReplySource(tokenizer, quota, response_cache, ledger, queue, engine, card.name, shared)
+        self._shared = shared
         self._keyed = KeyedReplies(
             self._replies, ledger, quota, queue, card.name, lambda: fingerprint.value, idempotency
         )
 
     @property
-    def key_metrics(self) -> KeyMetrics:
-        """The metrics of calls with an idempotency key."""
-        return self._keyed.metrics
+    def collectors(self) -> tuple[Collector, ...]:
+        """The metrics of calls with an idempotency key, and of coalescing across replicas."""
+        return self._keyed.metrics, self._shared
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Return the whole reply in one message."""

@@ -171,6 +171,9 @@ class Settings(BaseSettings):
     """Maximum size of the response cache in memory, in bytes."""
     response_cache_max_entry_bytes: Annotated[PositiveInt, Group.CACHE] = 256 * 1024
     """Maximum size of a response that is cached in Redis, in bytes."""
+    coalesce_across_replicas: Annotated[bool, Group.CACHE] = False
+    """Share one generation between equal requests on all replicas, through Redis.
+    The text of a reply in progress is then in Redis, until two seconds after its end."""
 
     receipt_key: Annotated[Path | None, Group.RECEIPTS] = None
     """Private key that signs receipts; none by default.
@@ -259,6 +262,8 @@ class Settings(BaseSettings):
         if (self.tls_certificate is None) != (self.tls_key is None):
             missing = "--tls-key" if self.tls_key is None else "--tls-certificate"
             raise ValueError(f"{missing}: missing; TLS needs both --tls-certificate and --tls-key")
+        if self.coalesce_across_replicas and self.redis_url is None:
+            raise ValueError("--coalesce-across-replicas: needs --redis-url, through which replicas share generations")
         if self.receipt_public_keys is not None and self.receipt_key is None:
             raise ValueError("--receipt-public-keys: needs --receipt-key, which signs the receipts")
         if self.tls_client_ca is not None and self.tls_certificate is None:

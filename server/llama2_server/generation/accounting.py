@@ -121,10 +121,12 @@ class UsageRecorder:
         usage = RecordedUsage(TokenUsage(record.input_tokens, record.output_tokens), record.neurons, record.cached)
         call.set_usage(usage, times, finish_reason)
 
-    def write_generation(self, call: Call, status: str, generation: Generation) -> None:
-        """Write the record of a generation that has ended."""
-        finish_reason = _finish_reason(generation)
-        self.write(call, status, generation.tokens, finish_reason=finish_reason, times=generation.times)
+    def write_generation(self, call: Call, status: str, generation: Generation, *, shared: bool = False) -> None:
+        """Write the record of a generation that has ended, or was `shared` with the call that started it."""
+        shared = shared or generation.joined
+        tokens = generation.tokens if generation.complete or not shared else ZERO_TOKENS
+        finish_reason = None if generation.finish_reason is None else generation.finish_reason.name
+        self.write(call, status, tokens, finish_reason=finish_reason, cached=shared, times=generation.times)
 
     def write_when_done(self, call: Call, status: str, generation: Generation) -> None:
         """Write the record after the generation has ended, with the tokens that it has computed."""
@@ -163,22 +165,8 @@ class RecordedRequest:
             finish_reason = self._source.finish_reason.name if status == "OK" else None
             self._recorder.write(self._call, status, self._source.tokens, finish_reason=finish_reason, cached=True)
         elif self._source.shared:
-            self._finish_shared(self._source.generation, status)
+            self._recorder.write_generation(self._call, status, self._source.generation, shared=True)
         elif self._source.generation.done:
             self._recorder.write_generation(self._call, status, self._source.generation)
         else:
             self._recorder.write_when_done(self._call, status, self._source.generation)
-
-    def _finish_shared(self, generation: Generation, status: str) -> None:
-        self._recorder.write(
-            self._call,
-            status,
-            generation.tokens if generation.complete else ZERO_TOKENS,
-            finish_reason=_finish_reason(generation),
-            cached=True,
-            times=generation.times,
-        )
-
-
-def _finish_reason(generation: Generation) -> str | None:
-    return None if generation.finish_reason is None else generation.finish_reason.name

@@ -8,15 +8,16 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
 
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import Reservation, SlotLease
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, Sequence, SequenceResult
 from llama2_server.engine.text.tokenizer import Tokenizer
-from llama2_server.errors import InternalError, ServiceError, ShuttingDown
+from llama2_server.errors import EngineUnavailable, InternalError, ServiceError, ShuttingDown
 from llama2_server.generation.prompt import Prompt
+from llama2_server.generation.replicas.leases import ReplyEnd
+from llama2_server.generation.replicas.shared_replies import SharedReply
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.generation.text_stream import OnProgress, TextStream
 from llama2_server.telemetry.call import GenerationTimes
@@ -31,8 +32,18 @@ class Generation:
     Times are from time.monotonic; 0 for an event that has not happened.
     """
 
-    def __init__(self, prompt: Prompt, params: GenerationParams, tokenizer: Tokenizer, on_progress: OnProgress) -> None:
-        """`on_progress` is called for each token on the engine's thread, and must return quickly."""
+    def __init__(
+        self,
+        prompt: Prompt,
+        params: GenerationParams,
+        tokenizer: Tokenizer,
+        on_progress: OnProgress,
+        shared: SharedReply | None = None,
+    ) -> None:
+        """`on_progress` is called for each token on the engine's thread, and must return quickly.
+
+        With `shared`, other replicas read the reply, or this one reads it from them.
+        """
         self.params = params
         self.finish_reason: FinishReason | None = None
         """Why the reply ended; None before, and if the generation was rejected, failed or was cancelled."""
@@ -46,7 +57,11 @@ class Generation:
         self.admitted_at = 0.0
         self._prompt = prompt
         self._deltas: list[str] = []
-        self._changed = asyncio.Event()
+        self._repeated = ""  # the known text that comes again before new text
+        self._first_text_at = self._ended_at = 0.0
+        self._shared = shared
+        self.changed = asyncio.Event()
+        """Set at the next change of the text or the state."""
         self._error: ServiceError | None = None
         self._finished: asyncio.Future[SequenceResult] = asyncio.get_running_loop().create_future()
         self._sequence: Sequence | None = None
@@ -65,6 +80,23 @@ class Generation:
         self._unread = unread
         if self._lease is not None:
             self._lease.yields = unread
+
+    @property
+    def joined(self) -> bool:
+        """Whether another replica computes the reply, or computed its start; its tokens are then free."""
+        return self._shared is not None and self._shared.joined
+
+    @property
+    def read_elsewhere(self) -> bool:
+        """Whether other replicas read it, as known half a second ago."""
+        return self._shared is not None and self._shared.remote_readers > 0
+
+    @property
+    def end(self) -> ReplyEnd | None:
+        """The end of a complete reply."""
+        if self.finish_reason is None:
+            return None
+        return ReplyEnd(self.finish_reason.name, self.tokens.input_tokens, self.tokens.output_tokens)
 
     @property
     def complete(self) -> bool:
@@ -95,13 +127,13 @@ class Generation:
 
     @property
     def first_token_at(self) -> float:
-        """When the first token was computed."""
-        return 0.0 if self._text is None else self._text.first_token_at
+        """When the first token was computed, or its text arrived from another replica."""
+        return self._first_text_at if self.joined or self._text is None else self._text.first_token_at
 
     @property
     def finished_at(self) -> float:
-        """When the last token was computed."""
-        return 0.0 if self._text is None else self._text.finished_at
+        """When the last token was computed, or the end arrived from another replica."""
+        return self._ended_at if self.joined or self._text is None else self._text.finished_at
 
     @property
     def times(self) -> GenerationTimes:
@@ -111,23 +143,33 @@ class Generation:
     def start(
         self,
         queue: RequestQueue,
-        reservation: Reservation,
+        reservation: Reservation | None,
         engine: SupervisedEngine,
         account_id: str | None,
         deadline: float | None,
     ) -> None:
         """Start the task, which waits for the slot of a confirmed reservation, and in the end releases it.
 
+        Without a reservation, the task reads the reply from another replica, and enters the queue if that one is lost.
         The wait ends at the deadline, a time of the event loop's clock, or None.
         Without an account the generation neither reuses the KV cache nor leaves anything in it.
         """
         self.queued_at = time.monotonic()
-        self._task = asyncio.create_task(self._run(queue.slot(reservation, deadline), engine, account_id))
-        # A task that is cancelled before its first step does not run at all.
-        self._task.add_done_callback(lambda _: queue.release(reservation))
+        self._task = asyncio.create_task(self._run(queue, reservation, deadline, engine, account_id))
+        if reservation is not None:
+            # A task that is cancelled before its first step does not run at all.
+            self._task.add_done_callback(lambda _: queue.release(reservation))
 
     def cancel(self) -> None:
-        """Cancel the generation: leave the queue, or stop within one decode step. No-op once finished."""
+        """Cancel the generation, unless another replica reads it. No-op once finished."""
+        if self._shared is None:
+            self.stop()
+        else:
+            self.unread = False
+            self._shared.leave(self)
+
+    def stop(self) -> None:
+        """Leave the queue, or stop within one decode step. No-op once finished."""
         if self._sequence is not None:
             self._sequence.cancel()
         elif self._task is not None:
@@ -146,7 +188,7 @@ class Generation:
         """
         read = 0
         while True:
-            changed = self._changed
+            changed = self.changed
             if read < len(self._deltas):
                 text = "".join(self._deltas[read:])
                 read = len(self._deltas)
@@ -158,24 +200,52 @@ class Generation:
             else:
                 await changed.wait()
 
-    def _add_text(self, text: str) -> None:
-        self._deltas.append(text)
-        self._notify()
+    def notify(self) -> None:
+        """Set `changed`."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def repeat_text(self) -> None:
+        """Expect the text from its start again, computed by another server with the same seed."""
+        self._repeated = self.text
+
+    def add_text(self, text: str) -> None:
+        """Add text; text that repeats the known text is skipped, and fails the generation if it differs."""
+        again, self._repeated = self._repeated[: len(text)], self._repeated[len(text) :]
+        if not text.startswith(again):
+            self._fail_repetition()
+        elif len(text) > len(again):
+            self._first_text_at = self._first_text_at or time.monotonic()
+            self._deltas.append(text[len(again) :])
+            self.notify()
+
+    def _fail_repetition(self) -> None:
+        logger.error("a reply was computed again with another text, so its call fails")
+        self._error = EngineUnavailable("the reply could not be continued after the loss of a server; retry")
+        if self._sequence is not None:
+            self._sequence.cancel()
 
     def _set_finished(self, result: SequenceResult) -> None:
         if not self._finished.done():
             self._finished.set_result(result)
 
     async def _run(
-        self, slot: AbstractAsyncContextManager[SlotLease], engine: SupervisedEngine, account_id: str | None
+        self,
+        queue: RequestQueue,
+        reservation: Reservation | None,
+        deadline: float | None,
+        engine: SupervisedEngine,
+        account_id: str | None,
     ) -> None:
         try:
-            async with slot as self._lease:
-                self.admitted_at = time.monotonic()
-                self._text = self._text_stream()
-                self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, account_id)
-                result = await engine.result(self._sequence, self._finished)
-            self._set_result(result, stopped=self._text.stopped)
+            while reservation is not None or not await self._follow():
+                entered = reservation or queue.enter(account_id or "", deadline)
+                async with queue.slot(entered, deadline) as self._lease:
+                    if self._shared is None or await self._shared.claim(self):
+                        await self._compute(engine, account_id)
+                        return
+                    self._lease.unused = True
+                reservation = None
         except ServiceError as error:
             self.tokens = self.computed_tokens  # they are billed
             self._error = error
@@ -186,7 +256,29 @@ class Generation:
             logger.exception("a generation failed")
             self._error = InternalError()
         finally:
-            self._notify()
+            self.notify()
+
+    async def _follow(self) -> bool:
+        """Read the reply from the replica that computes it; return False if this server must compute it."""
+        if self._shared is None:
+            return False
+        self.admitted_at = self.admitted_at or time.monotonic()
+        return self._end_as(await self._shared.follow(self)) or self.failed
+
+    async def _compute(self, engine: SupervisedEngine, account_id: str | None) -> None:
+        self.admitted_at = self.admitted_at or time.monotonic()
+        if self._shared is not None and self._end_as(await self._shared.cached(self)):
+            return
+        self._text = self._text_stream()
+        self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, account_id)
+        result = await engine.result(self._sequence, self._finished)
+        self._set_result(result, stopped=self._text.stopped)
+
+    def _end_as(self, end: ReplyEnd | None) -> bool:
+        """End as the reply of another replica; return False without an end."""
+        if end is not None:
+            self._set_end(FinishReason[end.finish_reason], TokenUsage(end.input_tokens, end.output_tokens))
+        return end is not None
 
     def _text_stream(self) -> TextStream:
         return TextStream(
@@ -194,22 +286,26 @@ class Generation:
             self.params.stop,
             len(self._prompt.token_ids),
             keep_leading_space=self._prompt.raw,
-            on_progress=self._on_progress,
-            on_text=self._add_text,
+            on_progress=(lambda tokens: None) if self.joined else self._on_progress,
+            on_text=self.add_text,
             on_finish=self._set_finished,
         )
 
     def _set_result(self, result: SequenceResult, *, stopped: bool) -> None:
-        self.tokens = TokenUsage(result.input_tokens, result.output_tokens)
+        tokens = TokenUsage(result.input_tokens, result.output_tokens)
         self.reused_input_tokens = result.reused_input_tokens
         if result.reason is FinishReason.FAILED:
-            self._error = InternalError()
+            self.tokens, self._error = tokens, InternalError()
         elif result.reason is FinishReason.CANCELLED:
             message = "the server shut down before the reply was complete; retry"
-            self._error = ShuttingDown(message, refunds_quota=result.input_tokens == 0)
+            self.tokens = tokens
+            self._error = self._error or ShuttingDown(message, refunds_quota=result.input_tokens == 0)
         else:
-            self.finish_reason = FinishReason.STOP_SEQUENCE if stopped else result.reason
+            self._set_end(FinishReason.STOP_SEQUENCE if stopped else result.reason, tokens)
 
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def _set_end(self, reason: FinishReason, tokens: TokenUsage) -> None:
+        self.tokens, self._ended_at = tokens, time.monotonic()
+        if self._repeated:  # the text ends before the text that readers have
+            self._fail_repetition()
+        elif self._error is None:
+            self.finish_reason = reason

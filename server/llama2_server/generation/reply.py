@@ -39,7 +39,7 @@ class Reply(Protocol):
 
 
 class GeneratedReply:
-    """The reply of a generation that this call started, or `shared` with the call that did.
+    """The reply of a generation that this call started, or `shared` with the call that did, also on another replica.
 
     `started_at` is when this call started, from time.monotonic.
     """
@@ -60,6 +60,7 @@ class GeneratedReply:
             RuntimeError: the reply is not complete.
         """
         generation = self._generation
+        shared = self._shared or generation.joined
         if generation.finish_reason is None:
             raise RuntimeError("the reply is not complete")
         return ReplyStats(
@@ -67,11 +68,11 @@ class GeneratedReply:
             generation.tokens,
             generation.text,
             generation.params.seed,
-            cached=self._shared,
+            cached=shared,
             queue_seconds=max(0.0, generation.admitted_at - max(self._started_at, generation.queued_at)),
             time_to_first_token_seconds=self._seconds_until(generation.first_token_at),
             total_seconds=self._seconds_until(generation.finished_at),
-            reused_input_tokens=0 if self._shared else generation.reused_input_tokens,
+            reused_input_tokens=0 if shared else generation.reused_input_tokens,
         )
 
     def _seconds_until(self, moment: float) -> float:

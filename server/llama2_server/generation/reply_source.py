@@ -7,6 +7,7 @@ its usage record. So a rejected request leaves no record, and costs no quota: wh
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
@@ -17,6 +18,7 @@ from llama2_server.generation.accounting import Accounting, Recorded, Source, Us
 from llama2_server.generation.coalescing import Coalescer, Subscription
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.prompt import Prompt
+from llama2_server.generation.replicas.shared_replies import SharedReplies
 from llama2_server.generation.reply import CachedReply, GeneratedReply, RecordedReply
 from llama2_server.generation.response_cache import CacheEntry, CacheKey, ResponseCache
 from llama2_server.generation.supervised_engine import SupervisedEngine
@@ -63,6 +65,7 @@ class ReplySource:
         queue: RequestQueue,
         engine: SupervisedEngine,
         model: str,
+        shared: SharedReplies,
     ) -> None:
         """`model` is the name in the usage records."""
         self._tokenizer = tokenizer
@@ -70,6 +73,7 @@ class ReplySource:
         self._ledger = ledger
         self._queue = queue
         self._engine = engine
+        self._shared = shared
         self._usage = UsageRecorder(ledger, quota, model)
         self._coalescer: Coalescer[CacheKey, Generation] = Coalescer(self._store_response)
 
@@ -92,27 +96,33 @@ class ReplySource:
                 self._count_hit()
                 yield RecordedReply(cached, recorded.complete)
             return
+        request, elsewhere = await self._find_elsewhere(request)
         with self._coalescer.join(request.cache_key) as running:
             if running is not None:
                 async with _admitted(accounting, call, request, running) as recorded:
                     yield _generated_reply(call, recorded, running)
                 return
         # Nothing awaits between the look for a running generation and the reservation.
-        reservation = self._queue.reserve(request.account_id, request.deadline, request.call_key)
         with ExitStack() as reserved:
-            reserved.callback(self._queue.release, reservation)
+            reservation = None
+            if not elsewhere:
+                reservation = self._queue.reserve(request.account_id, request.deadline, request.call_key)
+                reserved.callback(self._queue.release, reservation)
             # An account without a budget awaits nothing in `reserve`.
             reserve = accounting.reserve(call, request.account_id, request.most_tokens)
             async with accounting.charge(request.account_id), reserve:
 
                 def start() -> Generation:
-                    self._queue.confirm(reservation)
+                    if reservation is not None:
+                        self._queue.confirm(reservation)
                     generation = self._start(accounting.on_progress(call), request, reservation)
                     reserved.pop_all()  # the generation's task releases it
                     return generation
 
                 with self._coalescer.subscribe(request.cache_key, start) as subscription:
-                    if subscription.shared:  # an equal request was faster while this one consumed its quota
+                    if (
+                        subscription.shared and reservation is not None
+                    ):  # an equal request was faster while this one consumed its quota
                         self._queue.release(reservation)
                     async with accounting.record(call, request.account_id, subscription) as recorded:
                         yield _generated_reply(call, recorded, subscription)
@@ -121,9 +131,20 @@ class ReplySource:
         """Wait until every record is written and every complete reply is stored; call it after the last request."""
         await self._usage.close()
         await self._coalescer.close()
+        await self._shared.close()
 
-    def _start(self, on_progress: OnProgress, request: ReplyRequest, reservation: Reservation) -> Generation:
-        generation = Generation(request.prompt, request.params, self._tokenizer, on_progress)
+    async def _find_elsewhere(self, request: ReplyRequest) -> tuple[ReplyRequest, bool]:
+        """Return the request with the seed of all replicas, and whether one of them computes its reply."""
+        if request.cache_key is None:
+            return request, False
+        seed, elsewhere = await self._shared.find(request.cache_key.digest, request.params.seed)
+        return replace(request, params=replace(request.params, seed=seed)), elsewhere
+
+    def _start(self, on_progress: OnProgress, request: ReplyRequest, reservation: Reservation | None) -> Generation:
+        key, shared = request.cache_key, None
+        if key is not None:
+            shared = self._shared.reply(key.digest, request.params.seed, partial(self._stored_meanwhile, key))
+        generation = Generation(request.prompt, request.params, self._tokenizer, on_progress, shared)
         # Later requests can share a generation with a key, and may wait for it longer than this one.
         deadline = request.deadline if request.cache_key is None and not request.outlives_call else None
         generation.start(self._queue, reservation, self._engine, request.account_id, deadline)
@@ -135,6 +156,14 @@ class ReplySource:
             return None
         entry = await self._response_cache.get(key)
         return None if entry is None else CachedReply(entry)
+
+    async def _stored_meanwhile(self, key: CacheKey) -> CacheEntry | None:
+        """Look for the reply again; the metrics of the response cache have counted the request already."""
+        if self._response_cache is None:
+            return None
+        entry = await self._response_cache.get(key)
+        self._response_cache.misses -= entry is None
+        return entry
 
     def _count_hit(self) -> None:
         if self._response_cache is not None:

@@ -52,6 +52,11 @@ class CacheKey:
             values["seed"] = None
         return cls(account_id, model, prompt.token_ids, prompt.raw, tuple(sorted(values.items())))
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the key."""
+        return _digest(_canonical(self))
+
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:

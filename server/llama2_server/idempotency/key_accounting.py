@@ -109,6 +109,12 @@ class KeyAccounting:
     async def complete(self) -> None:
         """Not the end of the reply: `finish` writes the record after the last computed token."""
 
+    def settle(self) -> KeyRecord:
+        """Return the key's record of a reply that has ended: one that another replica computed costs nothing."""
+        if isinstance(self.source, Subscription) and self.source.generation.joined:
+            self.record_of_key = replace(self.record_of_key, cached=True)
+        return self.record_of_key
+
     async def finish(self, call: Call, finish_reason: str, completion: bytes) -> None:
         """Write the record of a complete reply, and wait until it is durable; only then send the last message."""
         self.record_of_key = replace(self.record_of_key, state=KeyState.COMPLETE, completion=completion)
@@ -145,7 +151,7 @@ class KeyAccounting:
         self._finished = True
         tokens = self._tokens() if self.read_tokens is None else self.read_tokens
         # The weights may have been hashed in the meantime.
-        key = replace(self.record_of_key, fingerprint=self.record_of_key.fingerprint or self._fingerprint())
+        key = replace(self.settle(), fingerprint=self.record_of_key.fingerprint or self._fingerprint())
         if tokens.input_tokens and outcome not in _BY_THE_SERVER and not self.server_drains:
             key = replace(key, computations=key.computations + 1)
         put = self._ledger.keys.storing(key)
@@ -180,7 +186,7 @@ class KeyAccounting:
             case ReplyStats():
                 return self.source.tokens
         generation = self.source.generation
-        if self.source.shared:
+        if self.source.shared or generation.joined:
             return generation.tokens if generation.complete else ZERO_TOKENS
         return generation.tokens if generation.done else generation.computed_tokens
 

@@ -114,7 +114,7 @@ class KeyRun:
                 pass
             while not self._readers:  # computed without a reader, the rest is billed only if one returns
                 await self._changed.wait()
-        key = accounting.record_of_key
+        key = accounting.settle()
         stats = replace(reply.stats(), cached=key.cached)
         completion = key.completion or self.request.describe(key.request_id, stats, accounting.is_local)
         await accounting.finish(self.call, stats.finish_reason.name, completion)
@@ -236,7 +236,8 @@ class KeyRun:
     @property
     def _is_read_by_others(self) -> bool:
         """Whether other requests share the generation: then it continues, and the call that started it pays for it."""
-        return self._subscription is not None and self._subscription.readers.now > 1
+        subscription = self._subscription
+        return subscription is not None and (subscription.readers.now > 1 or subscription.generation.read_elsewhere)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
