@@ -31,6 +31,7 @@ from llama2_server.config.settings import Settings
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.generation import response_cache, supervised_engine
+from llama2_server.generation.replicas import leases
 from llama2_server.lifecycle import probe
 from llama2_server.lifecycle.model_loading import LoadedModel
 from llama2_server.lifecycle.preflight import StartupInputs, create_usage_store, read_certificates, read_receipt_keys
@@ -199,6 +200,7 @@ def patient_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Redis more time for its answers, because a busy machine is slow."""
     monkeypatch.setattr(quota, "STORE_TIMEOUT_SECONDS", 30)
     monkeypatch.setattr(response_cache, "STORE_TIMEOUT_SECONDS", 30)
+    monkeypatch.setattr(leases, "STORE_TIMEOUT_SECONDS", 30)
 
 
 @pytest.fixture(scope="session")

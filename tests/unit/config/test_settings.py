@@ -72,6 +72,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "gpu_kernels": ("auto", "fused"),
     "prompt_lookup": (True, False),
     "reflection": (True, False),
+    "coalesce_across_replicas": (False, True),
     "allow_unauthenticated": (False, True),
     "allow_other_chat_template": (False, True),
 }
@@ -81,6 +82,7 @@ NEEDS: Mapping[str, list[str]] = {
     "tls_certificate": ["--tls-key", "key.pem"],
     "tls_key": ["--tls-certificate", "certificate.pem"],
     "receipt_public_keys": ["--receipt-key", "receipts.key"],
+    "coalesce_across_replicas": ["--redis-url", "redis://127.0.0.1"],
     "tls_client_ca": ["--tls-key", "key.pem", "--tls-certificate", "certificate.pem"],
 }
 
@@ -232,6 +234,11 @@ def test_invalid_file_is_rejected_with_the_line(text: str, words: str, config: P
     config.write_text(text)
     assert words in error_of("--config", str(config))
     assert PASSWORD not in error_of("--config", str(config))
+
+
+def test_coalescing_across_replicas_needs_redis() -> None:
+    """The error names the missing flag."""
+    assert "--coalesce-across-replicas: needs --redis-url" in error_of("--coalesce-across-replicas")
 
 
 def test_variables_of_other_programs_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from llama2_server.generation.reply import GeneratedReply
 from llama2_server.usage.pricing import TokenUsage
 
 GENERATION = SimpleNamespace(
+    joined=False,
     finish_reason=FinishReason.MAX_TOKENS,
     tokens=TokenUsage(3, 5),
     text="Once upon a time",

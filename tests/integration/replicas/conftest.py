@@ -1,0 +1,104 @@
+"""Two replicas that share generations through a real Redis."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.service.conftest import caching_card as caching_card  # noqa: PLC0414 - a fixture
+from tests.support.servers.redis_server import RedisServer, running_redis
+from tests.support.service import Service, ServiceMaker
+
+from llama2.v1 import text_generation_pb2 as pb
+from llama2_server.card import ModelCard
+from llama2_server.generation.generation import Generation
+from llama2_server.generation.replicas import leases
+
+REPLY = "Once upon a time, a fox 🦊 lived by the sea."
+RESULTS = ("computed", "joined", "recomputed", "failed", "unshared")
+PATIENT_LEASE_SECONDS = 120
+
+
+@pytest.fixture
+def patient_leases(monkeypatch: pytest.MonkeyPatch, patient_stores: None) -> None:
+    """Let a lease live longer than a busy machine pauses: it ends only if its owner or the test ends it."""
+    monkeypatch.setattr(leases, "LEASE_SECONDS", PATIENT_LEASE_SECONDS)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """Run a Redis for the test."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with running_redis(folder) as server:
+        yield server
+
+
+class Replicas:
+    """Starts replicas that share generations, by their names."""
+
+    def __init__(self, serve: ServiceMaker, redis: RedisServer, card: ModelCard, folder: Path) -> None:
+        self._serve = serve
+        self._redis = redis
+        self._card = card
+        self.folder = folder
+
+    @asynccontextmanager
+    async def __call__(self, name: str, **options: Any) -> AsyncIterator[Service]:
+        """Run a replica for the body; each has its own data directory."""
+        defaults = {"card": self._card, "redis_url": self._redis.url, "coalesce_across_replicas": True}
+        arguments = defaults | {"data_directory": self.folder / name, "reply": REPLY} | options
+        async with self._serve(arguments.pop("reply"), **arguments) as service:
+            yield service
+
+
+@pytest.fixture
+def replica(serve_scripted: ServiceMaker, redis: RedisServer, caching_card: ModelCard, tmp_path: Path) -> Replicas:
+    """Return the function that runs a replica by its name."""
+    return Replicas(serve_scripted, redis, caching_card, tmp_path)
+
+
+def results(service: Service) -> dict[str, int]:
+    """Return what the generations of a replica have found, without zeros."""
+    value = service.metrics.registry.get_sample_value
+    counts = {name: value("llama2_shared_generations_total", {"result": name}) for name in RESULTS}
+    return {name: int(count) for name, count in counts.items() if count}
+
+
+def prefills(*services: Service) -> list[int]:
+    """Return the number of prompts that each model has processed."""
+    return [service.model.prefills for service in services]
+
+
+async def follow(service: Service, **fields: Any) -> Any:
+    """Return a call that has read the first text of another replica's reply, and the text."""
+    call: Any = service.text.GenerateStream(pb.GenerateRequest(**({"prompt": "a story"} | fields)))
+    message = await call.read()
+    assert isinstance(message, pb.GenerateStreamResponse)
+    assert message.response
+    assert REPLY.startswith(message.response)
+    return call, message.response
+
+
+async def rest_of(call: Any) -> tuple[str, pb.Completion]:
+    """Read a stream to its end, and return the text and the completion."""
+    text, completion = "", pb.Completion()
+    while isinstance(message := await call.read(), pb.GenerateStreamResponse):
+        text += message.response
+        completion = message.completion
+    return text, completion
+
+
+def stops(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Return an event that is set when a generation with a slot stops."""
+    stopped, stop = asyncio.Event(), Generation.stop
+
+    def stop_and_tell(generation: Generation) -> None:
+        stop(generation)
+        if generation.end is None and generation.computed_tokens.input_tokens:
+            stopped.set()
+
+    monkeypatch.setattr(Generation, "stop", stop_and_tell)
+    return stopped
