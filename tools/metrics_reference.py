@@ -16,6 +16,8 @@ from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.api.health import HealthServicer, ReadinessCollector
 from llama2_server.card import RequestsPerMinute
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
+from llama2_server.generation.replicas.shared_replies import SharedReplies
 from llama2_server.generation.response_cache import ResponseCacheCollector
 from llama2_server.idempotency.metrics import KeyMetrics
 from llama2_server.telemetry.metrics import Metrics
@@ -58,6 +60,7 @@ async def _metrics() -> list[Metric]:
             ReadinessCollector(HealthServicer(())),
             LedgerCollector(ledger),
             KeyMetrics(),
+            SharedReplies(None, Fingerprint({}, "")),
         )
         # A metric with labels shows them only if it has a series.
         metrics.register("", _NoModel(), "", ["some.Service/Method"], collectors)
