@@ -172,7 +172,7 @@ class Settings(BaseSettings):
     response_cache_max_entry_bytes: Annotated[PositiveInt, Group.CACHE] = 256 * 1024
     """Maximum size of a response that is cached in Redis, in bytes."""
     coalesce_across_replicas: Annotated[bool, Group.CACHE] = False
-    """Share one generation between equal requests on all replicas, through Redis.
+    """Share generations between replicas, through Redis.
     The text of a reply in progress is then in Redis, until two seconds after its end."""
 
     receipt_key: Annotated[Path | None, Group.RECEIPTS] = None

@@ -55,7 +55,15 @@ async def test_followers_complete_the_reply_of_a_killed_replica(
     """The replica gets SIGKILL in the middle of its reply, and its lease expires."""
     folder = tmp_path / "killed"
     folder.mkdir()
-    flags = ("--redis-url", redis.url, "--coalesce-across-replicas", "--card", str(card_file(folder)))
+    flags = (
+        "--redis-url",
+        redis.url,
+        "--coalesce-across-replicas",
+        "--card",
+        str(card_file(folder)),
+        "--weights",
+        "demo",
+    )
     with server(folder, *flags, module="tests.support.programs.replica_process") as (process, address):
         async with grpc.aio.insecure_channel(address) as channel, replica("b") as b:
             leader = text_generation_pb2_grpc.TextGenerationServiceStub(channel).GenerateStream(STORY)
