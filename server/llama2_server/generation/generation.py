@@ -7,7 +7,7 @@ and the slot is free as soon as the engine has released it, not earlier.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import Reservation, SlotLease
@@ -17,7 +17,8 @@ from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.errors import EngineUnavailable, InternalError, ServiceError, ShuttingDown
 from llama2_server.generation.prompt import Prompt
 from llama2_server.generation.replicas.leases import ReplyEnd
-from llama2_server.generation.replicas.shared_replies import SharedReply
+from llama2_server.generation.replicas.reply_text import ReplyText
+from llama2_server.generation.replicas.shared_reply import SharedReply
 from llama2_server.generation.supervised_engine import SupervisedEngine
 from llama2_server.generation.text_stream import OnProgress, TextStream
 from llama2_server.telemetry.call import GenerationTimes
@@ -56,12 +57,11 @@ class Generation:
         self.queued_at = 0.0
         self.admitted_at = 0.0
         self._prompt = prompt
-        self._deltas: list[str] = []
-        self._repeated = ""  # the known text that comes again before new text
-        self._first_text_at = self._ended_at = 0.0
+        self.reply_text = ReplyText()
+        self._ended_at = 0.0
         self._shared = shared
-        self.changed = asyncio.Event()
-        """Set at the next change of the text or the state."""
+        self.on_remote_readers: list[Callable[[], None]] = []
+        """Called when the first reader on another replica has come, and when the last one has left."""
         self._error: ServiceError | None = None
         self._finished: asyncio.Future[SequenceResult] = asyncio.get_running_loop().create_future()
         self._sequence: Sequence | None = None
@@ -80,6 +80,8 @@ class Generation:
         self._unread = unread
         if self._lease is not None:
             self._lease.yields = unread
+        if self._shared is not None:
+            self.reply_text.notify()  # so that its lease ends now
 
     @property
     def joined(self) -> bool:
@@ -96,7 +98,7 @@ class Generation:
         """The end of a complete reply."""
         if self.finish_reason is None:
             return None
-        return ReplyEnd(self.finish_reason.name, self.tokens.input_tokens, self.tokens.output_tokens)
+        return ReplyEnd(self.finish_reason, self.tokens.input_tokens, self.tokens.output_tokens)
 
     @property
     def complete(self) -> bool:
@@ -123,12 +125,12 @@ class Generation:
     @property
     def text(self) -> str:
         """The reply so far."""
-        return "".join(self._deltas)
+        return self.reply_text.value
 
     @property
     def first_token_at(self) -> float:
         """When the first token was computed, or its text arrived from another replica."""
-        return self._first_text_at if self.joined or self._text is None else self._text.first_token_at
+        return self.reply_text.first_at if self.joined or self._text is None else self._text.first_token_at
 
     @property
     def finished_at(self) -> float:
@@ -188,10 +190,9 @@ class Generation:
         """
         read = 0
         while True:
-            changed = self.changed
-            if read < len(self._deltas):
-                text = "".join(self._deltas[read:])
-                read = len(self._deltas)
+            changed = self.reply_text.changed
+            text, read = self.reply_text.after(read)
+            if text:
                 yield text
             elif self._error is not None:
                 raise self._error
@@ -200,27 +201,15 @@ class Generation:
             else:
                 await changed.wait()
 
-    def notify(self) -> None:
-        """Set `changed`."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    def repeat_text(self) -> None:
-        """Expect the text from its start again, computed by another server with the same seed."""
-        self._repeated = self.text
-
     def add_text(self, text: str) -> None:
-        """Add text; text that repeats the known text is skipped, and fails the generation if it differs."""
-        again, self._repeated = self._repeated[: len(text)], self._repeated[len(text) :]
-        if not text.startswith(again):
+        """Add text; fail if it repeats the known text with a difference."""
+        if self._error is None and not self.reply_text.add(text):
             self._fail_repetition()
-        elif len(text) > len(again):
-            self._first_text_at = self._first_text_at or time.monotonic()
-            self._deltas.append(text[len(again) :])
-            self.notify()
 
     def _fail_repetition(self) -> None:
         logger.error("a reply was computed again with another text, so its call fails")
+        if self._shared is not None:
+            self._shared.count_failure()
         self._error = EngineUnavailable("the reply could not be continued after the loss of a server; retry")
         if self._sequence is not None:
             self._sequence.cancel()
@@ -238,14 +227,14 @@ class Generation:
         account_id: str | None,
     ) -> None:
         try:
-            while reservation is not None or not await self._follow():
-                entered = reservation or queue.enter(account_id or "", deadline)
+            while reservation is not None or not await self._follow(engine):
+                entered, reservation = reservation or queue.enter(account_id or "", deadline), None
                 async with queue.slot(entered, deadline) as self._lease:
+                    self._lease.yields = self._unread
                     if self._shared is None or await self._shared.claim(self):
                         await self._compute(engine, account_id)
                         return
                     self._lease.unused = True
-                reservation = None
         except ServiceError as error:
             self.tokens = self.computed_tokens  # they are billed
             self._error = error
@@ -256,18 +245,18 @@ class Generation:
             logger.exception("a generation failed")
             self._error = InternalError()
         finally:
-            self.notify()
+            self.reply_text.notify()
 
-    async def _follow(self) -> bool:
+    async def _follow(self, engine: SupervisedEngine) -> bool:
         """Read the reply from the replica that computes it; return False if this server must compute it."""
         if self._shared is None:
             return False
         self.admitted_at = self.admitted_at or time.monotonic()
-        return self._end_as(await self._shared.follow(self)) or self.failed
+        return self._end_as(await self._shared.follow(self, lambda: engine.alive)) or self.failed
 
     async def _compute(self, engine: SupervisedEngine, account_id: str | None) -> None:
         self.admitted_at = self.admitted_at or time.monotonic()
-        if self._shared is not None and self._end_as(await self._shared.cached(self)):
+        if self._shared is not None and self._end_as(await self._shared.take_stored(self)):
             return
         self._text = self._text_stream()
         self._sequence = engine.submit(self._prompt.token_ids, self.params, self._text, account_id)
@@ -276,9 +265,11 @@ class Generation:
 
     def _end_as(self, end: ReplyEnd | None) -> bool:
         """End as the reply of another replica; return False without an end."""
-        if end is not None:
-            self._set_end(FinishReason[end.finish_reason], TokenUsage(end.input_tokens, end.output_tokens))
-        return end is not None
+        if end is None:
+            return False
+        self.tokens = TokenUsage(end.input_tokens, end.output_tokens)
+        self._complete(end.finish_reason)
+        return True
 
     def _text_stream(self) -> TextStream:
         return TextStream(
@@ -292,20 +283,19 @@ class Generation:
         )
 
     def _set_result(self, result: SequenceResult, *, stopped: bool) -> None:
-        tokens = TokenUsage(result.input_tokens, result.output_tokens)
+        self.tokens = TokenUsage(result.input_tokens, result.output_tokens)
         self.reused_input_tokens = result.reused_input_tokens
         if result.reason is FinishReason.FAILED:
-            self.tokens, self._error = tokens, InternalError()
+            self._error = InternalError()
         elif result.reason is FinishReason.CANCELLED:
             message = "the server shut down before the reply was complete; retry"
-            self.tokens = tokens
             self._error = self._error or ShuttingDown(message, refunds_quota=result.input_tokens == 0)
         else:
-            self._set_end(FinishReason.STOP_SEQUENCE if stopped else result.reason, tokens)
+            self._complete(FinishReason.STOP_SEQUENCE if stopped else result.reason)
 
-    def _set_end(self, reason: FinishReason, tokens: TokenUsage) -> None:
-        self.tokens, self._ended_at = tokens, time.monotonic()
-        if self._repeated:  # the text ends before the text that readers have
+    def _complete(self, reason: FinishReason) -> None:
+        self._ended_at = time.monotonic()
+        if self._error is None and self.reply_text.repeats:  # it ends before the text that readers have
             self._fail_repetition()
         elif self._error is None:
             self.finish_reason = reason

@@ -7,7 +7,6 @@ its usage record. So a rejected request leaves no record, and costs no quota: wh
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
@@ -113,16 +112,17 @@ class ReplySource:
             async with accounting.charge(request.account_id), reserve:
 
                 def start() -> Generation:
-                    if reservation is not None:
+                    if reservation is None:
+                        self._queue.check_open()
+                    else:
                         self._queue.confirm(reservation)
                     generation = self._start(accounting.on_progress(call), request, reservation)
                     reserved.pop_all()  # the generation's task releases it
                     return generation
 
                 with self._coalescer.subscribe(request.cache_key, start) as subscription:
-                    if (
-                        subscription.shared and reservation is not None
-                    ):  # an equal request was faster while this one consumed its quota
+                    # An equal request may have been faster while this one consumed its quota.
+                    if subscription.shared and reservation is not None:
                         self._queue.release(reservation)
                     async with accounting.record(call, request.account_id, subscription) as recorded:
                         yield _generated_reply(call, recorded, subscription)
@@ -137,13 +137,15 @@ class ReplySource:
         """Return the request with the seed of all replicas, and whether one of them computes its reply."""
         if request.cache_key is None:
             return request, False
-        seed, elsewhere = await self._shared.find(request.cache_key.digest, request.params.seed)
-        return replace(request, params=replace(request.params, seed=seed)), elsewhere
+        seed, elsewhere = await self._shared.find(request.cache_key, request.params.seed)
+        if seed != request.params.seed:
+            request = replace(request, params=replace(request.params, seed=seed))
+        return request, elsewhere
 
     def _start(self, on_progress: OnProgress, request: ReplyRequest, reservation: Reservation | None) -> Generation:
-        key, shared = request.cache_key, None
-        if key is not None:
-            shared = self._shared.reply(key.digest, request.params.seed, partial(self._stored_meanwhile, key))
+        shared = None
+        if request.cache_key is not None:
+            shared = self._shared.reply(request.cache_key, request.params.seed, self._stored_meanwhile)
         generation = Generation(request.prompt, request.params, self._tokenizer, on_progress, shared)
         # Later requests can share a generation with a key, and may wait for it longer than this one.
         deadline = request.deadline if request.cache_key is None and not request.outlives_call else None
@@ -158,12 +160,8 @@ class ReplySource:
         return None if entry is None else CachedReply(entry)
 
     async def _stored_meanwhile(self, key: CacheKey) -> CacheEntry | None:
-        """Look for the reply again; the metrics of the response cache have counted the request already."""
-        if self._response_cache is None:
-            return None
-        entry = await self._response_cache.get(key)
-        self._response_cache.misses -= entry is None
-        return entry
+        """Look for the reply again."""
+        return None if self._response_cache is None else await self._response_cache.peek(key)
 
     def _count_hit(self) -> None:
         if self._response_cache is not None:

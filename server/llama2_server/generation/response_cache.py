@@ -53,6 +53,11 @@ class CacheKey:
         return cls(account_id, model, prompt.token_ids, prompt.raw, tuple(sorted(values.items())))
 
     @property
+    def seeded(self) -> bool:
+        """Whether the request has a seed."""
+        return dict(self.params)["seed"] is not None
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the key."""
         return _digest(_canonical(self))
@@ -81,7 +86,10 @@ class ResponseCache(Protocol):
         """Memory of this process that the cache uses."""
 
     async def get(self, key: CacheKey) -> CacheEntry | None:
-        """Return the reply of an equal request, or None."""
+        """Return the reply of an equal request; None counts as a miss."""
+
+    async def peek(self, key: CacheKey) -> CacheEntry | None:
+        """Return the reply of an equal request that was counted already, or None."""
 
     async def put(self, key: CacheKey, entry: CacheEntry) -> None:
         """Store a complete reply, if it fits."""
@@ -127,13 +135,17 @@ class MemoryResponseCache:
             return int(self._entries.currsize)
 
     async def get(self, key: CacheKey) -> CacheEntry | None:
-        """Return the reply of an equal request, or None."""
+        """Return the reply of an equal request; None counts as a miss."""
+        entry = await self.peek(key)
+        if entry is None:
+            self.misses += 1
+        return entry
+
+    async def peek(self, key: CacheKey) -> CacheEntry | None:
+        """Return the reply of an equal request that was counted already, or None."""
         with self._lock:
             sized = self._entries.get(key)
-        if sized is None:
-            self.misses += 1
-            return None
-        return sized.entry
+        return None if sized is None else sized.entry
 
     async def put(self, key: CacheKey, entry: CacheEntry) -> None:
         """Store a complete reply, unless it is larger than the whole cache."""
@@ -178,13 +190,17 @@ class RedisResponseCache:
         return 0
 
     async def get(self, key: CacheKey) -> CacheEntry | None:
-        """Return the reply of an equal request, or None; also None if Redis is unavailable."""
-        canonical = _canonical(key)
-        stored = await self._execute("GET", _redis_key(canonical))
-        entry = None if stored is None else _parse(stored, canonical)
+        """Return the reply of an equal request; None, which counts as a miss, also if Redis is unavailable."""
+        entry = await self.peek(key)
         if entry is None:
             self.misses += 1
         return entry
+
+    async def peek(self, key: CacheKey) -> CacheEntry | None:
+        """Return the reply of an equal request that was counted already, or None."""
+        canonical = _canonical(key)
+        stored = await self._execute("GET", _redis_key(canonical))
+        return None if stored is None else _parse(stored, canonical)
 
     async def put(self, key: CacheKey, entry: CacheEntry) -> None:
         """Store a complete reply, if it is small enough and Redis is available."""

@@ -58,6 +58,11 @@ class SupervisedEngine:
         """Whether this process can no longer compute."""
         return self._failed.is_set()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still accepts sequences."""
+        return not self.failed and self._engine.alive
+
     def submit(
         self,
         prompt_ids: SequenceOf[int],

@@ -223,14 +223,21 @@ class KeyRun:
         if subscription is None:
             yield
             return
-        subscription.readers.on_leave.append(self._on_leave)
+        callbacks = (subscription.readers.on_leave, subscription.generation.on_remote_readers)
+        for calls in callbacks:
+            calls.append(self._on_other_readers)
         try:
             yield
         finally:
-            subscription.readers.on_leave.remove(self._on_leave)
+            for calls in callbacks:
+                calls.remove(self._on_other_readers)
 
-    def _on_leave(self) -> None:
-        if not self._readers and self._timer is None and not self._is_read_by_others:
+    def _on_other_readers(self) -> None:
+        if self._readers:
+            return
+        if self._is_read_by_others:
+            self._set_read()  # a reader on another replica may have come a moment after the last one here left
+        elif self._timer is None:
             self._set_unread()
 
     @property

@@ -1,12 +1,15 @@
 """Two replicas that share generations through a real Redis."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
+import redis.asyncio as redis_library
 from tests.integration.service.conftest import caching_card as caching_card  # noqa: PLC0414 - a fixture
 from tests.support.servers.redis_server import RedisServer, running_redis
 from tests.support.service import Service, ServiceMaker
@@ -16,6 +19,7 @@ from llama2_server.card import ModelCard
 from llama2_server.generation.generation import Generation
 from llama2_server.generation.replicas import leases
 
+STORY = pb.GenerateRequest(prompt="a story")
 REPLY = "Once upon a time, a fox 🦊 lived by the sea."
 RESULTS = ("computed", "joined", "recomputed", "failed", "unshared")
 PATIENT_LEASE_SECONDS = 120
@@ -80,6 +84,33 @@ async def follow(service: Service, **fields: Any) -> Any:
     assert message.response
     assert REPLY.startswith(message.response)
     return call, message.response
+
+
+async def fail(call: Any) -> grpc.aio.AioRpcError:
+    """Return the error of a call that breaks off."""
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await rest_of(call)
+    return error.value
+
+
+@asynccontextmanager
+async def redis_client(server: RedisServer) -> AsyncIterator[Any]:
+    """Yield a client of the test's Redis."""
+    async with redis_library.Redis.from_url(server.url, protocol=2) as client:
+        yield client
+
+
+async def names_of(client: Any, suffix: str = "") -> list[bytes]:
+    """Return the names of the keys of shared replies; without a suffix, of the leases."""
+    names = [name async for name in client.scan_iter("llama2:reply:*")]
+    return [name for name in names if name.endswith(b"}" + suffix.encode())]
+
+
+async def until_in_redis(look: Callable[[], Awaitable[Any]], wanted: Any) -> None:
+    """Wait until a look into Redis returns the wanted value; the timeout only ends a test that hangs."""
+    async with asyncio.timeout(60):
+        while await look() != wanted:
+            await asyncio.sleep(0)
 
 
 async def rest_of(call: Any) -> tuple[str, pb.Completion]:

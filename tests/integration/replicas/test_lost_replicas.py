@@ -8,8 +8,18 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-import redis.asyncio as redis_library
-from tests.integration.replicas.conftest import REPLY, Replicas, follow, prefills, rest_of, results, stops
+from tests.integration.replicas.conftest import (
+    REPLY,
+    STORY,
+    Replicas,
+    fail,
+    follow,
+    prefills,
+    redis_client,
+    rest_of,
+    results,
+    stops,
+)
 from tests.integration.service.conftest import records
 from tests.support.processes import card_file, server
 from tests.support.servers.redis_server import RedisServer
@@ -18,16 +28,8 @@ from tests.support.service import Service, details, disconnect, hold_slot
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
+from llama2_server.engine.sequence import FinishReason
 from llama2_server.generation.replicas import leases
-
-STORY = pb.GenerateRequest(prompt="a story")
-
-
-async def fail(call: Any) -> grpc.aio.AioRpcError:
-    """Return the error of a call that breaks off."""
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await rest_of(call)
-    return error.value
 
 
 @pytest.mark.usefixtures("patient_leases")
@@ -74,8 +76,29 @@ async def test_followers_complete_the_reply_of_a_killed_replica(
             await expire_leases(redis)
             rest, completion = await rest_of(call)
         assert text + rest == REPLY
-        assert completion.cached
+        assert (completion.cached, completion.usage.neurons) == (True, "0")
         assert results(b) == {"joined": 1, "recomputed": 1}
+        assert prefills(b) == [1]
+
+
+@pytest.mark.usefixtures("patient_leases")
+@pytest.mark.parametrize("other", ["Once upon a dime, a fox 🦊 lived by the sea.", "Once"])
+async def test_another_text_is_never_appended(replica: Replicas, other: str) -> None:
+    """A replica with the same fingerprint computes another text: the call fails behind the text that it has."""
+    async with replica("a") as a, replica("b", reply=other) as b:
+        leader = await hold_slot(a, "a story")
+        call, text = await follow(b)
+        while not text.startswith("Once upon a t"):
+            a.model.allow(1)
+            text += (await call.read()).response
+        a.model.failure = RuntimeError("broken")
+        a.model.open_gate()
+        await fail(leader)
+        error = await fail(call)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "could not be continued" in (error.details() or "")
+        assert REPLY.startswith(text)
+        assert results(b) == {"joined": 1, "recomputed": 1, "failed": 1}
 
 
 @pytest.mark.usefixtures("patient_leases")
@@ -191,7 +214,7 @@ async def test_redis_is_lost_during_a_reply(
 
 async def test_a_repeated_command_adds_its_text_once(redis: RedisServer, patient_leases: None) -> None:
     """A command that arrived, but whose answer was lost, can be sent again with more text, or with the end."""
-    store, end = leases.ReplyLeases(redis.url, seed_seconds=60), leases.ReplyEnd("MAX_TOKENS", 3, 2)
+    store, end = leases.ReplyLeases(redis.url, seed_seconds=60), leases.ReplyEnd(FinishReason.MAX_TOKENS, 3, 2)
     assert await store.claim("digest", "owner", 7, "fingerprint")
     assert not await store.claim("digest", "other", 7, "fingerprint")
     assert await store.publish("digest", "owner", 0, "Once ", None) == (5, 0)
@@ -212,8 +235,3 @@ async def expire_leases(redis: RedisServer) -> None:
     """Let the time of all leases pass."""
     async with redis_client(redis) as client:
         await client.delete(*[name async for name in client.scan_iter("llama2:reply:*")])
-
-
-def redis_client(server: RedisServer) -> Any:
-    """Return a client of the test's Redis."""
-    return redis_library.Redis.from_url(server.url, protocol=2)

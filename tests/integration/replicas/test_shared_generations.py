@@ -6,20 +6,31 @@ from typing import Any
 
 import grpc
 import pytest
-import redis.asyncio
 from tests.integration.idempotency.conftest import keyed, read_stream
-from tests.integration.replicas.conftest import REPLY, Replicas, follow, prefills, rest_of, results, stops
+from tests.integration.replicas.conftest import (
+    REPLY,
+    STORY,
+    Replicas,
+    follow,
+    names_of,
+    prefills,
+    redis_client,
+    rest_of,
+    results,
+)
 from tests.integration.service.conftest import records
 from tests.support.accounts import AccountByHeader, as_account
 from tests.support.servers.redis_server import RedisServer
-from tests.support.service import Service, disconnect, hold_slot, until, with_config
+from tests.support.service import Service, hold_slot, until, with_config
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard, RequestsPerMinute
+from llama2_server.generation.replicas import leases
 
 pytestmark = pytest.mark.usefixtures("patient_leases")
 
-STORY = pb.GenerateRequest(prompt="a story")
+PRODUCTION_LEASE_SECONDS = leases.LEASE_SECONDS
+SUFFIXES = ("", ":text", ":readers", ":seed")
 
 
 def facts(completions: list[pb.Completion]) -> list[Any]:
@@ -42,16 +53,19 @@ async def start_leader(service: Service) -> Any:
     return await hold_slot(service, "a story")
 
 
-async def test_eight_calls_on_two_replicas_are_one_generation(replica: Replicas, tmp_path: Path) -> None:
+async def test_eight_calls_on_two_replicas_are_one_generation(
+    replica: Replicas, redis: RedisServer, tmp_path: Path
+) -> None:
     """Texts, seeds, usage and records are equal to eight calls in one process."""
     async with replica("one", data_directory=tmp_path / "single" / "one") as one:
-        texts, completions = await eight_calls([one], prompt="a story")
+        texts, completions = await eight_calls([one])
         assert texts == {REPLY}
         assert prefills(one) == [1]
         expected = facts(completions)
+    async with redis_client(redis) as client:
+        await client.flushall()  # the response cache has the reply
     async with replica("a") as a, replica("b") as b:
-        # Another prompt, because the reply to the first one is in the response cache.
-        texts, completions = await eight_calls([a, b], prompt="a storm")
+        texts, completions = await eight_calls([a, b])
         assert texts == {REPLY}
         assert prefills(a, b) == [1, 0]
         assert facts(completions) == expected
@@ -61,12 +75,12 @@ async def test_eight_calls_on_two_replicas_are_one_generation(replica: Replicas,
     assert [record[0] for record in billed(tmp_path)].count(False) == 1
 
 
-async def eight_calls(services: list[Service], prompt: str) -> tuple[set[str], list[pb.Completion]]:
+async def eight_calls(services: list[Service]) -> tuple[set[str], list[pb.Completion]]:
     """Return the texts and the completions of eight calls; each has read the first text before the second step."""
-    calls = [await hold_slot(services[0], prompt)]
+    calls = [await hold_slot(services[0], "a story")]
     texts = [""]
     for number in range(1, 8):
-        call, text = await follow(services[number % len(services)], prompt=prompt)
+        call, text = await follow(services[number % len(services)])
         calls.append(call)
         texts.append(text)
     services[0].model.open_gate()
@@ -164,56 +178,39 @@ async def test_a_joined_call_costs_one_request_of_the_quota(replica: Replicas, c
         await asyncio.gather(rest_of(leader), rest_of(call))
 
 
-async def test_remote_readers_count_as_readers(
-    replica: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the call that started it, a generation continues for a reader on another replica.
-
-    After the last reader has left, it stops within one step.
-    """
-    stopped = stops(monkeypatch)
-    async with replica("a", ends=False) as a, replica("b", ends=False) as b:
-        leader = await start_leader(a)
-        call, text = await follow(b)
-        await disconnect(a, leader)
-        a.model.allow(2)
-        while len(text) < len("Once upon"):
-            text += (await call.read()).response
-        await a.model.wait_until_blocked(3)
-        assert not stopped.is_set()
-        await disconnect(b, call)
-        await stopped.wait()
-        a.model.open_gate()
-        await until(lambda: a.metrics.registry.get_sample_value("llama2_requests_running") == 0)
-        assert prefills(a, b) == [1, 0]
-    (of_a,), (of_b,) = list(records(tmp_path / "a")), list(records(tmp_path / "b"))
-    assert (of_a["outcome"], of_a["output_tokens"]) == ("CANCELLED", 4)  # three tokens, and the step in progress
-    assert (of_b["outcome"], of_b["neurons"]) == ("CANCELLED", 0)
-
-
 async def test_redis_has_no_prompt_and_forgets_the_text(
     replica: Replicas, redis: RedisServer, caching_card: ModelCard
 ) -> None:
-    """The names are digests, the prompt is in no value, and each key expires; the stream has the text."""
+    """The names are digests; prompt, account and API key are in no value; each key expires; the stream has the text."""
     prompt = "The password is swordfish"
-    client = redis_client(redis)
-    async with replica("a", response_cache_max_entry_bytes=1) as a, replica("b") as b:
-        leader = await hold_slot(a, prompt)
-        call, text = await follow(b, prompt=prompt)
-        names = [name async for name in client.scan_iter("llama2:reply:*")]
-        assert {name.decode().rpartition("}")[2] for name in names} == {"", ":text", ":readers", ":seed"}
-        stored = b""
-        for name in names:
+    async with (
+        redis_client(redis) as client,
+        replica("a", response_cache_max_entry_bytes=1, accounts=AccountByHeader()) as a,
+        replica("b", accounts=AccountByHeader()) as b,
+    ):
+        metadata = as_account("account-of-the-test")
+        leader = await hold_slot(a, prompt, metadata=metadata)
+        call: Any = b.text.GenerateStream(pb.GenerateRequest(prompt=prompt), metadata=metadata)
+        text = (await call.read()).response
+        stored = {name: await client.dump(name) for suffix in SUFFIXES for name in await names_of(client, suffix)}
+        assert len(stored) == len(SUFFIXES) == len(await client.keys("llama2:reply:*"))
+        for name in stored:
             assert await client.pttl(name) > 0
-            stored += name + (await client.dump(name))
-        for word in (b"password", b"swordfish"):
-            assert word not in stored
-        assert text.strip().encode() in stored
+        for word in (b"password", b"swordfish", b"account-of-the-test"):
+            assert word not in b"".join([*stored, *stored.values()])
+        assert [name.endswith(b":text") for name, value in stored.items() if text.strip().encode() in value] == [True]
         a.model.open_gate()
         await asyncio.gather(rest_of(leader), rest_of(call))
-    await client.aclose()
 
 
-def redis_client(server: RedisServer) -> Any:
-    """Return a client of the test's Redis."""
-    return redis.asyncio.Redis.from_url(server.url, protocol=2)
+async def test_a_lease_lives_for_two_seconds(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the times of production: lease, text and readers expire two seconds after the last renewal."""
+    monkeypatch.setattr(leases, "LEASE_SECONDS", PRODUCTION_LEASE_SECONDS)
+    store = leases.ReplyLeases(redis.url, seed_seconds=60)
+    async with redis_client(redis) as client:
+        assert await store.claim("digest", "owner", 7, "fingerprint")
+        await store.publish("digest", "owner", 0, "Once", None)
+        await store.read("digest", "reader", "", "0")
+        for name in await client.keys("llama2:reply:*"):
+            assert 0 < await client.pttl(name) <= 2000
+    await store.close()

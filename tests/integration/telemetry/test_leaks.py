@@ -118,7 +118,7 @@ class Client:
             patch.setattr(Completions, "of", raise_quoting)
             await self.generate(internal, prompt=f"{PROMPT} 3")
         with monkeypatch.context() as patch:
-            patch.setattr(Generation, "_add_text", raise_quoting)
+            patch.setattr(Generation, "add_text", raise_quoting)
             await self.service.text.Generate(pb.GenerateRequest(prompt=f"{PROMPT} 4"), metadata=self.metadata)
 
     async def raw(self, method: str, message: bytes) -> None:
