@@ -168,7 +168,7 @@ class Generation:
             self.stop()
         else:
             self.unread = False
-            self._shared.leave(self)
+            self._shared.cancel(self)
 
     def stop(self) -> None:
         """Leave the queue, or stop within one decode step. No-op once finished."""

@@ -153,7 +153,7 @@ class ReplyLeases:
         """
         return await self._run(self._read, _parse_part, digest, reader, owner, position, _lease_milliseconds())
 
-    async def leave(self, digest: str, reader: str) -> None:
+    async def stop_reading(self, digest: str, reader: str) -> None:
         """Stop counting the reader."""
         await self._redis.execute(lambda: self._redis.client.zrem(_keys(digest)[2], reader))
 

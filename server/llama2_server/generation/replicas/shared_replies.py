@@ -26,7 +26,7 @@ class SharedReplies(Collector):
 
     Args:
         leases: the leases of all replicas; None shares nothing.
-        fingerprint: what decides a text; without a value, another replica cannot continue a text.
+        fingerprint: the inputs that decide a text; without a value, another replica cannot continue a text.
     """
 
     def __init__(self, leases: ReplyLeases | None, fingerprint: Fingerprint) -> None:

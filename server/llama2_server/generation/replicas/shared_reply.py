@@ -27,7 +27,7 @@ class Sharing:
 
     leases: ReplyLeases
     fingerprint: Fingerprint
-    """What decides a text; without a value, another replica cannot continue a text."""
+    """The inputs that decide a text; without a value, another replica cannot continue a text."""
     count: Callable[[Result], None]
     """Is called with each result."""
     start: Callable[[Coroutine[Any, Any, None]], None]
@@ -132,13 +132,13 @@ class SharedReply:
             end = await self._read_until_end(reply, is_serving)
         finally:
             with suppress(RedisUnavailable):
-                await self._leases.leave(self._digest, self._name)
+                await self._leases.stop_reading(self._digest, self._name)
         if end is None and not reply.failed:
             self._check_continuable(reply)
             reply.reply_text.repeat()
         return end
 
-    def leave(self, reply: LocalReply) -> None:
+    def cancel(self, reply: LocalReply) -> None:
         """End a reply without readers on this replica, unless other replicas read it."""
         self._leaving = True
         if self._owned:
