@@ -15,7 +15,7 @@ from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import Order, Reservation
 from llama2_server.api import interceptor
 from llama2_server.api.health import HealthServicer
-from llama2_server.generation.generation import Generation
+from llama2_server.generation.replicas.reply_text import ReplyText
 from llama2_server.telemetry.metrics import Metrics
 from llama2_server.usage import records
 from llama2_server.usage.forwarder import Forwarder
@@ -152,7 +152,7 @@ PLANTED = {
     "keys that a faulty reload loses": Planted(
         "keys_are_accepted", _always(ApiKeyAuthenticator, "_reload", _lose_keys), frozenset({"an invalid keys file"})
     ),
-    "a reader that is not notified": Planted("every_call_ends", _replace(Generation, "_notify", lambda self: None)),
+    "a reader that is not notified": Planted("every_call_ends", _replace(ReplyText, "notify", lambda self: None)),
     "the text of an exception": Planted("statuses_are_true", _always(interceptor, "_errors_as_statuses", _no_statuses)),
     "a full disk that health does not show": Planted(
         "health_shows_faults", _always(HealthServicer, "set_disk_writable", _do_nothing), frozenset({"a full disk"})
