@@ -1,7 +1,10 @@
 """Repeated calls with an idempotency key are one call, over a real socket on a scripted model."""
 
 import asyncio
+import itertools
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -20,7 +23,11 @@ from tests.support.accounts import AccountByHeader, as_account
 from tests.support.service import ServiceMaker, details, disconnect, hold_slot, remaining_text, until
 
 from llama2.v1 import text_generation_pb2 as pb
+from llama2_client.receipts import read_public_key, receipt_document, verify_receipt
+from llama2_client.reply import Reply
+from llama2_server.api import completion
 from llama2_server.card import ModelCard
+from llama2_server.receipts.keys import public_file, write_new_key
 
 
 async def test_repeated_call_is_one_call(serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path) -> None:
@@ -54,6 +61,25 @@ async def test_lost_reply_after_a_restart_is_computed_again(
     assert again.response == REPLY
     assert without_timings(again.completion) == without_timings(first.completion)
     assert len(list(records(tmp_path))) == 2
+
+
+async def test_the_receipt_is_that_of_the_first_reply(
+    serve_scripted: ServiceMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reply that is computed again after a restart has the signed statement of the first one, with its time."""
+    hours = itertools.count()
+    clock = SimpleNamespace(now=lambda tz: datetime(2026, 11, 27, next(hours), tzinfo=tz))
+    monkeypatch.setattr(completion, "datetime", clock)
+    key = tmp_path / "receipts.key"
+    write_new_key(key)
+    async with serve_scripted(REPLY, receipt_key=key) as service:
+        first = await service.text.Generate(keyed())
+    async with serve_scripted(REPLY, receipt_key=key) as service:
+        again = await service.text.Generate(keyed())
+        assert service.model.prefills == 1
+    document = receipt_document(Reply.from_proto(again.response, again.completion, keyed()))
+    assert verify_receipt(document, [read_public_key(public_file(key))]).request_id == first.completion.request_id
+    assert again.completion.receipt == first.completion.receipt
 
 
 async def test_the_fourth_recomputation_is_billed(
