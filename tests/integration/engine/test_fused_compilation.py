@@ -8,11 +8,12 @@ from tests.support.gpu.compilation import CAPABILITIES, Compilations, compilatio
 
 # Runs in a separate process, without Triton's interpreter.
 COMPILE = r"""
+import re
 import sys
+from tests.support.gpu import matmuls
 from tests.support.gpu.kernel_compiler import build
 from llama2_server.engine.cuda.fused import attention_kernels, embedding_kernels, matmul_kernels, sampling_kernels
 from llama2_server.engine.cuda.fused.forward import DEFAULT_TILE
-from llama2_server.engine.cuda.matmul import VARIANTS
 from llama2_server.engine.cuda.sampling import NO_TOKEN
 from llama2_server.engine.cuda import step_runner
 
@@ -28,18 +29,29 @@ def check(built, loads_before_wait):
     if overlaps:
         before = built.before("ACQBULK")
         assert sum(name.startswith("LDG") for name in before) == loads_before_wait, before
-        assert not any(name.startswith(("ST", "ATOM", "RED")) for name in before), before
+        assert not any(name.startswith(("ST", "ATOM", "RED", "EXIT")) for name in before), before
 
-# Two tiles on H100 and H200, and one elsewhere, because each takes seconds.
-for tile in (DEFAULT_TILE, VARIANTS[-1]) if capability == 90 else (DEFAULT_TILE,):
-    block = {"BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "PDL": overlaps}
-    kernel, first = matmul_kernels._matmul_kernel, 2 * tile.block_n
-    check(build(capability, kernel, tile.num_warps, K=4096, HAS_NORM=True, HAS_RESIDUAL=False, **block), first)
-    check(build(capability, kernel, tile.num_warps, K=11008, HAS_NORM=False, HAS_RESIDUAL=True, **block), first)
-    check(build(capability, matmul_kernels._swiglu_kernel, tile.num_warps, K=4096, **block), first)
+# Every tile: no spills, 16-byte loads, and in the code before the wait only the first weights are requested.
+for tile, matmul in matmuls.tiled():
+    kernel = matmul_kernels._swiglu_kernel if matmul.swiglu else matmul_kernels._matmul_kernel
+    constants = matmul.constants(tile) | {"K": matmul.summands, "PDL": overlaps}
+    # Reading machine code takes seconds.
+    sass = tile == DEFAULT_TILE and not matmul.float_out
+    registers = matmul_kernels.SWIGLU_REGISTERS.get(tile.block_n) if matmul.swiglu else None
+    options = {"sass": sass, "registers": registers, "float_out": matmul.float_out}
+    built = build(capability, kernel, tile.num_warps, **options, **constants)
+    assert built.spilled_bytes == 0, (tile, matmul, built.spilled_bytes)
+    loads = re.findall(r"ld\.global\S*evict_first\S*", built.ptx)
+    assert loads and all(".v4." in load for load in loads), loads
+    if overlaps:
+        before = built.ptx.partition("griddepcontrol.wait")[0]
+        assert len(re.findall(r"ld\.global\S*evict_first\S*", before)) == 2 * tile.block_n, before
+        assert before.count("ld.global") == 2 * tile.block_n and "st.global" not in before, before
+    if sass:
+        check(built, 2 * tile.block_n)
 attention = build(
     capability, attention_kernels._attention_kernel, 4, KV_HEADS=32, GROUP=1, HEAD_DIM=128, BLOCK=64, BLOCK_GROUP=16,
-    BLOCK_DIM=128, ELEMENTS_PER_LINE=64, PREFETCH=True, LANES=128, PDL=overlaps,
+    BLOCK_DIM=128, ELEMENTS_PER_LINE=64, PREFETCH=True, LANES=128, PDL=overlaps, sass=True,
 )
 check(attention, 0)
 names = attention.instructions
@@ -59,14 +71,14 @@ assert keys and all(name.endswith(".128") for name in keys), keys
 columns = {name: getattr(step_runner, name) for name in ("COLUMNS", "SLOT", "TEMPERATURE")}
 start = build(
     capability, embedding_kernels._embedding_kernel, 4, COLUMNS=columns["COLUMNS"], SLOT=columns["SLOT"],
-    POSITION=step_runner.POSITION, BLOCK=embedding_kernels.BLOCK, PDL=overlaps,
+    POSITION=step_runner.POSITION, BLOCK=embedding_kernels.BLOCK, PDL=overlaps, sass=True,
 )
 check(start, 0)
 assert "LDG.E.128" in start.instructions and "STG.E.128" in start.instructions, start.instructions
 penalties = {name: getattr(step_runner, name) for name in ("REPETITION", "FREQUENCY", "PRESENCE")}
 shares = {name: getattr(step_runner, name) for name in ("TOP_K", "TOP_P", "UNIFORM")}
 for greedy in (True, False):
-    options = columns | {"BLOCK": sampling_kernels.BLOCK_TOKENS, "GREEDY": greedy, "PDL": overlaps}
+    options = columns | {"BLOCK": sampling_kernels.BLOCK_TOKENS, "GREEDY": greedy, "PDL": overlaps, "sass": True}
     sizes = {"LANES": 128, "WAYS": sampling_kernels.WAYS, "NO_TOKEN": NO_TOKEN}
     part, warps = sampling_kernels.PART_TOKENS, sampling_kernels.SORT_WARPS
     check(build(capability, sampling_kernels._sort_kernel, warps, PART=part, **penalties, **options), 0)
@@ -86,5 +98,5 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilations]
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.timeout(600)  # on a busy machine
 def test_fused_kernels_compile(capability: int, compiled: Compilations) -> None:
-    """No spills, 16-byte loads, and weights requested before the wait, but nothing written before it."""
+    """With each tile: no spills, 16-byte loads, weights requested before the wait, and nothing written before it."""
     compiled.check(capability)

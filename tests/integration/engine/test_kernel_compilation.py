@@ -10,9 +10,8 @@ from tests.support.gpu.compilation import CAPABILITIES, Compilations, compilatio
 COMPILE = r"""
 import re
 import sys
-from tests.support.gpu import kernel_compiler
+from tests.support.gpu import kernel_compiler, matmuls
 from llama2_server.engine.cuda import attention_kernels, matmul_kernels
-from llama2_server.engine.cuda.matmul import VARIANTS
 
 capability = int(sys.argv[1])
 
@@ -28,12 +27,12 @@ def check_loop(ptx, loads):
     assert "bar.sync" not in loops[0], loops[0]
     assert len(re.findall(r"ld\.global\S*evict_first\S*v4", loops[0])) == loads, loops[0]
 
-# All tiles on H100 and H200, and one elsewhere, because each takes seconds.
-for tile in filter(None, VARIANTS if capability == 90 else VARIANTS[-1:]):
-    block = {"EVEN_K": True, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    for fused in ({"HAS_NORM": True, "HAS_RESIDUAL": False}, {"HAS_NORM": False, "HAS_RESIDUAL": True}):
-        check_loop(build(matmul_kernels._matmul_kernel, tile.num_warps, **fused, **block), tile.block_n)
-    check_loop(build(matmul_kernels._swiglu_kernel, tile.num_warps, **block), 2 * tile.block_n)
+for tile, matmul in matmuls.tiled():
+    kernel = matmul_kernels._swiglu_kernel if matmul.swiglu else matmul_kernels._matmul_kernel
+    constants = matmul.constants(tile) | {"EVEN_K": matmul.summands % tile.block_k == 0}
+    registers = matmul_kernels.SWIGLU_REGISTERS.get(tile.block_n) if matmul.swiglu else None
+    ptx = build(kernel, tile.num_warps, registers=registers, float_out=matmul.float_out, **constants)
+    check_loop(ptx, tile.block_n * (2 if matmul.swiglu else 1))
 build(attention_kernels._rotate_and_store_kernel, 1, BLOCK_HALF=64)
 split = {"BLOCK": attention_kernels.BLOCK_TOKENS}
 build(attention_kernels._split_attention_kernel, 4, **split, GROUP=1, BLOCK_GROUP=16, BLOCK_DIM=128)
@@ -53,5 +52,5 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilations]
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.timeout(600)  # on a busy machine
 def test_kernels_compile(capability: int, compiled: Compilations) -> None:
-    """No spills, and the loop over a weight reads 16 bytes at a time."""
+    """With each tile: no spills, and the loop over a weight reads 16 bytes at a time."""
     compiled.check(capability)

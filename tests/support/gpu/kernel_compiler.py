@@ -25,7 +25,7 @@ MAX_SHARED_BYTES = 99 * 1024
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel in PTX, the SASS instructions of a fused one, and the bytes per thread that it spills to memory."""
+    """A kernel in PTX, its SASS instructions if disassembled, and the bytes per thread that it spills to memory."""
 
     ptx: str
     instructions: list[str]
@@ -36,17 +36,31 @@ class Built:
         return self.instructions[: self.instructions.index(instruction)]
 
 
-def build(capability: int, kernel: Any, warps: int, **constants: Any) -> Built:
-    """Compile a kernel for 16-bit weights whose sizes and addresses are multiples of 16, as Llama-2-7B's are."""
+def build(
+    capability: int,
+    kernel: Any,
+    warps: int,
+    *,
+    sass: bool = False,
+    registers: int | None = None,
+    float_out: bool = False,
+    **constants: Any,
+) -> Built:
+    """Compile a kernel for 16-bit weights whose sizes and addresses are multiples of 16, as Llama-2-7B's are.
+
+    With `sass`, the machine code is disassembled. `registers` is their maximum number; None leaves it to the compiler.
+    With `float_out`, the result is in float32, as the logits are.
+    """
     names = kernel.arg_names
     types = {name: KINDS.get(name, "i32" if name in COUNTS else HALF) for name in names}
-    types |= dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(constants, "constexpr") | ({"out": FLOAT} if float_out else {})
     values = {(names.index(name),): value for name, value in constants.items()}
     even = [index for index, name in enumerate(names) if types[name] not in ("constexpr", "fp32")]
     source = compiler.ASTSource(
         kernel, types, constexprs=values, attrs={(index,): [["tt.divisibility", 16]] for index in even}
     )
-    options = {"num_warps": warps} | ({"launch_pdl": True} if constants.get("PDL") else {})
+    options: dict[str, Any] = {"num_warps": warps, "maxnreg": registers}
+    options |= {"launch_pdl": True} if constants.get("PDL") else {}
     if "GREEDY" in constants:  # sampling, which rounds each operation
         options["enable_fp_fusion"] = False
     built = compiler.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -55,7 +69,7 @@ def build(capability: int, kernel: Any, warps: int, **constants: Any) -> Built:
         file.write(built.asm["cubin"])
         file.flush()
         usage = _dump("--dump-resource-usage", file.name)
-        code = _dump("-sass", file.name) if "PDL" in constants else ""  # it takes seconds
+        code = _dump("-sass", file.name) if sass else ""  # it takes seconds
     spilled = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert spilled, usage
     # A line is: /*0010*/ @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;

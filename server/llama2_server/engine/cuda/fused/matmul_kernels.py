@@ -12,6 +12,9 @@ from torch import Tensor
 
 from llama2_server.engine.cuda.matmul_kernels import TileConfig
 
+SWIGLU_REGISTERS = {1: 72}
+"""As in `cuda/matmul_kernels.py`."""
+
 
 @triton.jit
 def _load_tile(rows, n_mask, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -161,6 +164,7 @@ def swiglu(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
+        maxnreg=SWIGLU_REGISTERS.get(config.block_n),
         **options,
     )
     return out
