@@ -41,7 +41,7 @@ def autotune(model: LlamaModel, file: Path | None) -> dict[str, MatmulVariant]:
     """Return the fastest variant of each matmul by name, from the file if it matches this device and software."""
     key = _cache_key(model.device)
     variants = _parse_variants(load(file, key))
-    workloads = dict(_workloads(model))
+    workloads = dict(matmul_workloads(model))
     if variants.keys() != workloads.keys():
         epsilon = model.config.rms_norm_eps
         variants = {name: fastest_variant(workload, epsilon, name) for name, workload in workloads.items()}
@@ -104,7 +104,8 @@ def _correct_variants(
             logger.warning("matmul variant rejected: %s with %s has a relative error of %.3f", name, variant, error)
 
 
-def _workloads(model: LlamaModel) -> Iterator[tuple[str, Workload]]:
+def matmul_workloads(model: LlamaModel) -> Iterator[tuple[str, Workload]]:
+    """Yield the name of each matmul of a step, and its workload: one row of random activations."""
     config, weights = model.config, model.weights
     first = weights.layers[0]
 

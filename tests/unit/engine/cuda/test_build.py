@@ -141,7 +141,7 @@ def test_the_fastest_correct_variant_is_selected(
     autotuning: Any, model: LlamaModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The fastest variant is selected; variants with wrong results are rejected and logged."""
-    workloads = dict(autotuning._workloads(model))
+    workloads = dict(autotuning.matmul_workloads(model))
     name, workload = list(workloads.items())[1]  # the smallest matmul, because the interpreter is slow
     timers = iter([[0.3], [0.2], [0.1], *[[0.4]] * (len(autotuning.VARIANTS) - 3)])
     assert autotuning.fastest_variant(workload, 1e-5, name, timer_of(timers)) == autotuning.VARIANTS[2]
@@ -196,7 +196,7 @@ def test_every_matmul_of_a_step_is_autotuned(autotuning: Any, model: LlamaModel)
     matmul.variants = RecordingDict()
     numbers = torch.tensor([0])
     CudaForward(model, matmul)(numbers, numbers, numbers)
-    assert requested == dict(autotuning._workloads(model)).keys()
+    assert requested == dict(autotuning.matmul_workloads(model)).keys()
 
 
 def test_variants_are_cached_for_the_same_device_and_software(

@@ -85,6 +85,27 @@ def test_a_row_has_as_many_splits_as_fill_a_card(kernels: Any) -> None:
     assert [kernels.split_count(*sizes) for sizes in ((32, 3072), (8, 4096), (40, 3072), (2, 64))] == [8, 32, 8, 1]
 
 
+def test_splits_follow_the_length(kernels: Any, device: torch.device) -> None:
+    """A short row has few splits, and a longer one has all of them: each split has as many blocks as any other."""
+    block, splits, head_dim = kernels.BLOCK_TOKENS, 4, 16
+    tokens = [1, block + 1, 4 * block, 5 * block, 8 * block]
+    rows, context = len(tokens), 8 * block
+    queries = torch.zeros(rows, 1, head_dim, device=device)
+    keys = torch.zeros(1, 1, context, head_dim, device=device)
+    slots = torch.zeros(rows, dtype=torch.int64, device=device)
+    partials = torch.zeros(rows, 1, splits, head_dim, device=device)
+    log_sum_exps = torch.zeros(rows, 1, splits, device=device)
+    kernels._split_attention_kernel[(rows, 1, splits)](
+        queries, keys, keys, slots, torch.tensor(tokens, device=device) - 1,
+        partials, log_sum_exps, 1, 1, context, head_dim, 1.0,
+        BLOCK=block, GROUP=1, BLOCK_GROUP=16, BLOCK_DIM=16, num_warps=4,
+    )  # fmt: skip
+    # Each score is 0, so that the exponential of this number is the number of tokens of a split.
+    lengths = [[float(length) for length in row] for row in log_sum_exps[:, 0].exp().round().tolist()]
+    one, two = float(block), 2.0 * block
+    assert lengths == [[1, 0, 0, 0], [one, 1, 0, 0], [one] * 4, [two, two, one, 0], [two] * 4]
+
+
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 def test_attend(
     kernels: Any,
