@@ -1,9 +1,9 @@
 """Measure the GPU path: `make bench-gpu`, or `python -m benchmarks.gpu` if the packages are already installed.
 
-Weights are random, have Llama-2-7B's shape, and are created on the device. Each part is measured on its own: if one
-fails, its error is in the results, and the others are measured. The results are written after each measurement, to
-benchmarks/results/; a further run adds its parts to them. Without a GPU, `--shape tiny --device cpu` tests the
-benchmark itself.
+Weights are random, have Llama-2-7B's shape, and are created on the device. Each part runs in a separate process and
+is ended at its time limit: if one fails, its error is in the results, and the others are measured. The results are
+written after each measurement, to benchmarks/results/; a further run adds its parts to them. Without a GPU, `--shape
+tiny --device cpu` tests the benchmark itself.
 """
 
 import argparse
@@ -11,20 +11,18 @@ import importlib.util
 import json
 import sys
 import time
-import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.gpu.chart import draw_svg
 from benchmarks.gpu.models import SHAPES
-from benchmarks.gpu.parts import PARTS, Target, about
+from benchmarks.gpu.part_process import PartFailed, results_of
+from benchmarks.gpu.parts import ABOUT_LIMIT_SECONDS, PARTS
 from benchmarks.gpu.report import report
+from benchmarks.gpu.target import Target
 
 RESULTS = Path(__file__).parent.parent / "results"
-TRACEBACK_CHARACTERS = 2000
 
 
 def main() -> int:
@@ -34,10 +32,8 @@ def main() -> int:
         results = merged(json.loads(path.read_text(encoding="utf-8")) for path in arguments.merge)
         path = write(results, arguments.out)
     else:
-        if arguments.device == "cuda" and not torch.cuda.is_available():
-            sys.exit("--device cuda: torch finds no GPU; test the benchmark itself with --shape tiny --device cpu")
         target = Target(arguments.shape, arguments.device, arguments.rows)
-        results, path = measure(target, arguments.parts, arguments.out)
+        results, path = measure(target, arguments.parts, arguments.out, arguments.limit_factor)
     if importlib.util.find_spec("matplotlib"):
         path.with_suffix(".svg").write_text(draw_svg(results), encoding="utf-8")
     else:
@@ -53,8 +49,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=int, default=16, help="Number of simultaneous requests, and of slots of the engine."
     )
+    limits = ", ".join(f"{name} ({part.limit_seconds} s)" for name, part in PARTS.items())
     parser.add_argument(
-        "--parts", type=_parts, default=list(PARTS), help=f"Parts to measure, separated by commas: {','.join(PARTS)}."
+        "--parts",
+        type=_parts,
+        default=list(PARTS),
+        help=f"Parts, separated by commas, and their time limits: {limits}.",
+    )
+    parser.add_argument(
+        "--limit-factor", type=float, default=1.0, help="Factor of the time limits, for a slow machine."
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="Folder for the results.")
     parser.add_argument(
@@ -74,30 +77,38 @@ def _parts(text: str) -> list[str]:
     return parts
 
 
-def measure(target: Target, parts: Sequence[str], out: Path) -> tuple[dict[str, Any], Path]:
+def measure(target: Target, parts: Sequence[str], out: Path, limit_factor: float = 1.0) -> tuple[dict[str, Any], Path]:
     """Measure the parts in the given order and write the results after each measurement. Return them and their file."""
-    results: dict[str, Any] = {"about": about(target), "seconds": {}, "failures": {}}
+    results: dict[str, Any] = {"seconds": {}, "failures": {}}
+    try:
+        results |= part_results("about", target, ABOUT_LIMIT_SECONDS * limit_factor)
+    except PartFailed as error:
+        sys.exit(str(error))
     path = _path(results, out)
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if earlier["about"] == results["about"]:
             results = earlier
     for part in parts:
-        started_at = time.perf_counter()
+        started_at = time.monotonic()
         results["failures"].pop(part, None)
         try:
-            for name, result in PARTS[part](target):
+            for name, result in part_results(part, target, PARTS[part].limit_seconds * limit_factor):
                 print(f"{name}: {result}", file=sys.stderr, flush=True)
                 results[name] = result
                 write(results, out)
-        except (Exception, SystemExit) as error:  # a server that does not start exits
-            text = "".join(traceback.format_exception(error))[-TRACEBACK_CHARACTERS:]
-            print(f"{part} failed:\n{text}", file=sys.stderr, flush=True)
-            results["failures"][part] = text
-        target.free_memory()  # here, no frame of the part refers to its model any more
-        results["seconds"][part] = round(time.perf_counter() - started_at, 1)
+        except PartFailed as error:
+            print(f"{part}: {error}", file=sys.stderr, flush=True)
+            results["failures"][part] = str(error)
+        results["seconds"][part] = round(time.monotonic() - started_at, 1)
         write(results, out)
     return results, path
+
+
+def part_results(part: str, target: Target, limit_seconds: float) -> Iterator[tuple[str, Any]]:
+    """Run a part in a separate process and yield its results; see `results_of`."""
+    command = [sys.executable, "-m", "benchmarks.gpu.part", part, target.shape, target.device, str(target.rows)]
+    return results_of(command, limit_seconds)
 
 
 def merged(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.gpu.report import ONE_ROW, TRANSFORMERS, TRANSFORMERS_STATIC, DerivedMetrics, Results
+from benchmarks.gpu.report import COMPILED, ONE_ROW, TRANSFORMERS, TRANSFORMERS_STATIC, DerivedMetrics, Results
 from benchmarks.reporting.plots import Style, bar_panel, notes_panel, render_svg
 
 OUR_COLOR, OTHER_COLOR = "#d9480f", "#7d8590"
@@ -15,6 +15,7 @@ def draw_svg(results: Results) -> str:
         ("roofline", lambda: metrics.roofline, Style(OTHER_COLOR, dashed=True)),
         ("our engine only", lambda: metrics.speed(ONE_ROW), Style("#e8842c")),
         ("our service", lambda: metrics.speed("service"), Style(OUR_COLOR, bold=True)),
+        ("compiled step", lambda: metrics.speed(COMPILED), Style(OTHER_COLOR)),
         ("transformers, static", lambda: metrics.speed(TRANSFORMERS_STATIC), Style(OTHER_COLOR)),
         ("transformers", lambda: metrics.speed(TRANSFORMERS), Style(OTHER_COLOR)),
     ]

@@ -17,7 +17,7 @@ CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 PROJECT = "llama2-grpc"
 # The other machine has these, with all dependencies.
 INSTALLED_THERE = ("torch", "transformers", "triton", "sentencepiece", "jinja2")
-ALWAYS = "pydantic"  # only some versions of transformers need it
+ALWAYS = ("pydantic", "pytest")  # only some versions of transformers need the first
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -49,7 +49,8 @@ def pinned_requirements(python: str) -> list[str]:
     versions = {canonicalize_name(line.partition("==")[0]): line for line in lines if "==" in line}
     there = set[NormalizedName]().union(*(dependencies(name, python) for name in INSTALLED_THERE))
     needed = dependencies(f"{PROJECT}[server]", python) - there - {canonicalize_name(PROJECT)}
-    needed |= dependencies(ALWAYS, python) - dependencies("torch", python)
+    always = set[NormalizedName]().union(*(dependencies(name, python) for name in ALWAYS))
+    needed |= always - dependencies("torch", python)
     return sorted(versions[name] for name in needed)
 
 

@@ -66,8 +66,8 @@ class DerivedMetrics:
 
     @property
     def engine_thread_share(self) -> float:
-        """Processor time of the engine's thread during one request, as a share of one core."""
-        return float(self._results[ONE_ROW]["engine_thread_share"])
+        """Processor time of the engine's thread while the service streams one reply, as a share of one core."""
+        return float(self._results["service"]["engine_thread_share"])
 
     @property
     def cached_load_seconds(self) -> float:
@@ -91,6 +91,7 @@ ONE_ROW = "one row"
 FUSED = "one row, fused"
 TRANSFORMERS = "transformers.generate"
 TRANSFORMERS_STATIC = "transformers.generate, static cache and compile"
+COMPILED = "compiled step"
 ROWS = (
     Row("read bandwidth", lambda m: m.ceiling("read_bytes") / 1e12, "{:.2f} TB/s"),
     Row("copy bandwidth, read plus write", lambda m: m.ceiling("copy_bytes") / 1e12, "{:.2f} TB/s"),
@@ -110,14 +111,16 @@ ROWS = (
         "{:.2f} x",
         "1.1 x",
     ),
+    Row("engine only / compiled step", lambda m: m.speed(ONE_ROW) / m.speed(COMPILED), "{:.2f} x"),
     Row("service over gRPC", lambda m: m.speed("service"), "{:.1f} tokens/s"),
     Row("service / engine only", lambda m: m.speed("service") / m.speed(ONE_ROW), "{:.3f}", "0.97"),
     Row("long context / roofline with KV cache", lambda m: m.efficiency("long context"), "{:.0%}", "85%"),
     Row("same, fused kernels", lambda m: m.efficiency("long context, fused"), "{:.0%}", "85%"),
     Row("rows at once / one row", lambda m: m.ratio("rows at once", ONE_ROW), "{:.1f} x", "12 x"),
+    Row("same, fused kernels", lambda m: m.ratio("rows at once, fused", FUSED), "{:.1f} x", "12 x"),
     Row("prefill / matmul rate", lambda m: m.prefill_efficiency, "{:.0%}", "70%"),
     Row("time to first token, idle service", lambda m: m.service_seconds("first_token") * 1e3, "{:.1f} ms", "12 ms"),
-    Row("engine thread while generating", lambda m: m.engine_thread_share, "{:.0%} of a core", "15% of a core"),
+    Row("engine thread while streaming", lambda m: m.engine_thread_share, "{:.0%} of a core", "15% of a core"),
     Row(
         "slot release after a cancellation, p99",
         lambda m: m.service_seconds("slot_release") * 1e3,
@@ -129,6 +132,14 @@ ROWS = (
     Row("first start beyond the load", lambda m: m.start_beyond_load("first"), "{:.1f} s", "40 s"),
     Row("second start beyond the load", lambda m: m.start_beyond_load("second"), "{:.1f} s", "8 s"),
 )
+KERNEL_TABLES = {
+    "kernels, matmuls": ("name", "variant", "kind"),
+    "kernels, matmuls of a step": ("kind",),
+    "kernels, attention": ("rows", "context", "kind"),
+    "kernels, sampling": ("rows", "sampled", "kind"),
+    "kernels, steps": ("rows", "sampled", "kind"),
+}
+"""The results of the part `kernels`, and what their lines tell apart."""
 
 
 def report(results: Results) -> str:
@@ -137,11 +148,16 @@ def report(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"{about['date']}, {about['processor']}, {versions}; random weights of shape {about['shape']}",
-        f"\nTests on the GPU: {results.get('tests', 'not run')}\n",
+        "",
+        *(_test_line(name, results.get(name)) for name in ("tests", "memcheck", "racecheck")),
+        "",
         "| | measured | goal |",
         "|---|---|---|",
         *(f"| {row.name} | {_format(row, results)} | {row.goal} |" for row in ROWS),
     ]
+    for name, columns in KERNEL_TABLES.items():
+        if name in results:
+            lines += ["", *_kernel_table(name, columns, results[name])]
     if "profile" in results:
         lines += ["", *_profile_table(results["profile"])]
     for part, text in results.get("failures", {}).items():
@@ -170,3 +186,23 @@ def _profile_table(profile: Mapping[str, Any]) -> list[str]:
         *rows,
         f"| gaps between the kernels | | {gaps * 1e6:.0f} us | {gaps / step:.1%} |",
     ]
+
+
+def _test_line(name: str, found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return f"- {name}: not run"
+    counts = [f"{found['passed']} passed", f"{len(found['failed'])} failed", f"{found['skipped']} skipped"]
+    if found["sanitizer_findings"] is not None:
+        counts.append(f"{found['sanitizer_findings']} findings")
+    return f"- {name}: {', '.join(counts)}" + ("" if found["complete"] else "; not complete")
+
+
+def _kernel_table(name: str, columns: tuple[str, ...], found: list[Mapping[str, Any]]) -> list[str]:
+    head = [*columns, "time"] + (["TB/s"] if "bytes_per_second" in found[0] else [])
+    lines = [f"{name.capitalize()}:\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for one in found:
+        cells = [str(one[column]) for column in columns] + [f"{one['seconds'] * 1e6:.1f} us"]
+        if "bytes_per_second" in one:
+            cells.append(f"{one['bytes_per_second'] / 1e12:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import os
 import statistics
 import string
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from llama2_client import Client
 ROUNDS = 5
 LOAD_SECONDS = "benchmark-load-seconds"
 """A file that the server writes to its data directory: the time in which the weights were created."""
+ENGINE_THREAD = "benchmark-engine-thread"
+"""Such a file with Linux's number of the engine's thread."""
 CANCELS = 200
 PROMPT_TOKENS = 128
 WORDS = "The gRPC service answers each call in its own time, and a llama walks slowly over the hills of the Andes. "
@@ -33,39 +36,54 @@ class ServiceSpeed:
     input_tokens: int
     tokens_per_second: float
     first_token_seconds: float
+    engine_thread_share: float
+    """Processor time of the engine's thread while it streams, as a share of one core."""
     slot_release_seconds: float
     """From a cancellation to the next request's first token, minus the time to first token of an idle service."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """The seconds to SERVING, and how many of them created the weights, in place of a load."""
+class Server:
+    """A running server process."""
 
-    seconds: float
-    load_seconds: float
+    address: str
+    process_id: int
+    data_directory: Path
+
+    def engine_seconds(self) -> float:
+        """Return the processor time that the engine's thread has used."""
+        thread = (self.data_directory / ENGINE_THREAD).read_text(encoding="ascii")
+        stat = Path(f"/proc/{self.process_id}/task/{thread}/stat").read_text(encoding="utf-8")
+        fields = stat.rpartition(")")[2].split()  # proc(5): the name in parentheses can contain spaces
+        user, system = fields[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(shape: str, device: str, *, new_tokens: int) -> tuple[ServiceSpeed, Start, Start]:
-    """Return the speed of the service, and its first and second start."""
+def measure(shape: str, device: str, *, new_tokens: int) -> Iterator[dict[str, float]]:
+    """Yield the first start, the second start, and the speed of the service.
+
+    A start has the seconds to SERVING, and the seconds that created the weights, in place of a load.
+    """
     with tempfile.TemporaryDirectory() as folder:
         data_directory = Path(folder)
         started_at = time.perf_counter()
-        with running_server(shape, device, data_directory) as address:
-            first = _start(started_at, data_directory)
-            speed = asyncio.run(_measure(address, new_tokens))
-        started_at = time.perf_counter()
         with running_server(shape, device, data_directory):
-            return speed, first, _start(started_at, data_directory)
+            yield _start("first", started_at, data_directory)
+        started_at = time.perf_counter()
+        with running_server(shape, device, data_directory) as server:
+            yield _start("second", started_at, data_directory)
+            yield asdict(asyncio.run(_measure(server, new_tokens)))
 
 
-def _start(started_at: float, data_directory: Path) -> Start:
+def _start(name: str, started_at: float, data_directory: Path) -> dict[str, float]:
     seconds = time.perf_counter() - started_at
-    return Start(seconds, float((data_directory / LOAD_SECONDS).read_text(encoding="ascii")))
+    loading = float((data_directory / LOAD_SECONDS).read_text(encoding="ascii"))
+    return {f"{name}_start_seconds": seconds, f"{name}_load_seconds": loading}
 
 
 @contextlib.contextmanager
-def running_server(shape: str, device: str, data_directory: Path) -> Iterator[str]:
-    """Run a server process and yield its address."""
+def running_server(shape: str, device: str, data_directory: Path) -> Iterator[Server]:
+    """Run a server process."""
     with tempfile.TemporaryDirectory() as folder:
         card = _card(Path(folder) / "card.yaml")
         command = [sys.executable, "-m", "benchmarks.gpu.measurement.server", shape, device, "--listen", "127.0.0.1:0"]
@@ -77,7 +95,7 @@ def running_server(shape: str, device: str, data_directory: Path) -> Iterator[st
             if not line.startswith("SERVING on "):
                 raise SystemExit("the server did not start; see its messages above")
             try:
-                yield line.split()[2].rstrip(".")
+                yield Server(line.split()[2].rstrip("."), process.pid, data_directory)
             finally:
                 process.terminate()
                 process.communicate()  # drain the output that follows the first line
@@ -93,17 +111,20 @@ def _card(path: Path) -> Path:
     return path
 
 
-async def _measure(address: str, new_tokens: int) -> ServiceSpeed:
-    async with Client(address, resume=False) as client:
+async def _measure(server: Server, new_tokens: int) -> ServiceSpeed:
+    async with Client(server.address, resume=False) as client:
         text = await _prompt_of(client, PROMPT_TOKENS)
         # Each prompt begins differently, because the service would reuse the prefill of an equal prefix.
         prompts = (f"{first}{second} {text}" for first, second in itertools.permutations(string.ascii_letters, 2))
-        rounds = [await _stream(client, next(prompts), new_tokens) for _ in range(ROUNDS + 1)][1:]
+        await _stream(client, next(prompts), new_tokens)
+        used, started_at = server.engine_seconds(), time.perf_counter()
+        rounds = [await _stream(client, next(prompts), new_tokens) for _ in range(ROUNDS)]
+        share = (server.engine_seconds() - used) / (time.perf_counter() - started_at)
         input_tokens, rates, first_tokens = zip(*rounds, strict=True)
         idle = statistics.median([(await _stream(client, next(prompts), 1))[2] for _ in range(ROUNDS)])
         waits = sorted([await _cancel_and_retry(client, next(prompts), next(prompts)) - idle for _ in range(CANCELS)])
     median = statistics.median
-    return ServiceSpeed(input_tokens[0], median(rates), median(first_tokens), waits[int(0.99 * CANCELS)])
+    return ServiceSpeed(input_tokens[0], median(rates), median(first_tokens), share, waits[int(0.99 * CANCELS)])
 
 
 async def _prompt_of(client: Client, tokens: int) -> str:

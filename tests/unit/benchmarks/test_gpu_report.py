@@ -46,19 +46,21 @@ def test_ratios_are_derived_from_the_ceilings() -> None:
 
 def test_every_target_has_a_row() -> None:
     """The results of a complete run leave only the 12-bit weights unmeasured, which do not run on a GPU yet."""
-    speed = {"prompt_tokens": 128, "new_tokens": 128, "tokens_per_second": 100.0, "engine_thread_share": 0.1}
+    speed = {"prompt_tokens": 128, "new_tokens": 128, "tokens_per_second": 100.0}
     names = ("one row", "one row, sampled", "long context", "rows at once", "prefill")
     parts: dict[str, Any] = {name + suffix: speed for name in names for suffix in ("", ", fused")}
     parts["prefill"] = speed | {"first_token_seconds": 0.1}
     seconds = {"first_token": 0.01, "slot_release": 0.02, "first_start": 50.0, "first_load": 13.0}
     seconds |= {"second_start": 20.0, "second_load": 13.5}
-    parts["service"] = {f"{name}_seconds": value for name, value in seconds.items()} | {"tokens_per_second": 99.0}
+    parts["service"] = {f"{name}_seconds": value for name, value in seconds.items()}
+    parts["service"] |= {"tokens_per_second": 99.0, "engine_thread_share": 0.1}
     parts["loading"] = {"read": 2e9, "load": 1e9, "cached_load": weight_bytes(SHAPES["7b"]) / 2.2}
-    parts |= dict.fromkeys(("transformers.generate", "transformers.generate, static cache and compile"), speed)
+    peers = ("transformers.generate", "transformers.generate, static cache and compile", "compiled step")
+    parts |= dict.fromkeys(peers, speed)
     text = report(results(**parts))
     (unmeasured,) = (line for line in text.splitlines() if "not measured" in line)
     assert unmeasured == "| 12-bit weights / roofline | not measured | 1.10 (H200: 1.08) |"
-    assert "| engine thread while generating | 10% of a core | 15% of a core |" in text
+    assert "| engine thread while streaming | 10% of a core | 15% of a core |" in text
     assert "| all weights from the page cache | 2.2 s | 2.5 s |" in text
     assert "| first start beyond the load | 37.0 s | 40 s |" in text
     assert "| second start beyond the load | 6.5 s | 8 s |" in text
@@ -89,3 +91,25 @@ def test_the_chart_has_a_bar_for_each_measured_part() -> None:
     assert "our service" in svg
     assert "97.0" in svg
     assert ">transformers<" not in svg
+
+
+def test_the_tests_are_counted() -> None:
+    """Each run of tests has a line: with the findings of the sanitizer, and whether its time limit was reached."""
+    counts = {"passed": 30, "skipped": 1, "failed": [], "sanitizer_findings": None, "complete": True}
+    text = report(
+        results(tests=counts, memcheck=counts | {"sanitizer_findings": 2, "failed": ["a"], "complete": False})
+    )
+    assert "- tests: 30 passed, 0 failed, 1 skipped\n" in text
+    assert "- memcheck: 30 passed, 1 failed, 1 skipped, 2 findings; not complete\n" in text
+    assert "- racecheck: not run\n" in text
+
+
+def test_each_kernel_has_a_line() -> None:
+    """Kernels that read much have their bandwidth, too."""
+    matmul = {"name": "swiglu 22016x4096", "variant": "torch", "kind": "plain"}
+    matmuls = [matmul | {"seconds": 8e-5, "bytes_per_second": 2.2544e12}]
+    steps = [{"rows": 16, "sampled": True, "kind": "fused", "seconds": 0.005}]
+    text = report(results(**{"kernels, matmuls": matmuls, "kernels, steps": steps}))
+    assert "| name | variant | kind | time | TB/s |\n|---|---|---|---|---|\n" in text
+    assert "| swiglu 22016x4096 | torch | plain | 80.0 us | 2.25 |" in text
+    assert "| rows | sampled | kind | time |\n|---|---|---|---|\n| 16 | True | fused | 5000.0 us |" in text
