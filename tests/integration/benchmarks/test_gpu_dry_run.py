@@ -66,6 +66,7 @@ def test_the_whole_program_runs_from_a_bare_interpreter(carried: Path, tmp_path:
     ]
 
 
+@pytest.mark.timeout(600)  # on a busy machine
 def test_the_carried_packages_are_small(carried: Path, tmp_path: Path) -> None:
     """Compressed by xz, they fit into what a machine without a network can be sent."""
     archive = tmp_path / "packages.tar.xz"
