@@ -37,7 +37,7 @@ help:
 	@echo "make conformance-full  the same, every case against every wrong server and client, and a million bodies"
 	@echo "make simulation  simulate a million requests with faults, and check them (ARGS='--seed 7' for a part)"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
-	@echo "make triton-versions  compile the GPU kernels, and test them in the interpreters, with the locked and with the oldest Triton"
+	@echo "make triton-versions  test the GPU kernels in the interpreters of the locked and of the oldest Triton"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model (two hours on one core; goes on after an interruption)"
 	@echo "make clean       delete .venv and everything that was generated"
@@ -140,8 +140,7 @@ triton-versions: $(VENV)/.dev
 	  folder=$$(mktemp -d); $(PIP) install -q --no-deps --target $$folder $$packages; \
 	  PYTHONPATH=$$folder $(BIN)/python -m pytest -W default::DeprecationWarning -q tests/unit/engine/cuda/test_kernels.py \
 	    tests/unit/engine/cuda/test_fused_kernels.py tests/unit/engine/cuda/test_fused_sampling.py \
-	    tests/unit/engine/cuda/test_fused_proof.py tests/unit/engine/cuda/test_7b_widths.py \
-	    tests/integration/engine/test_kernel_compilation.py tests/integration/engine/test_fused_compilation.py; \
+	    tests/unit/engine/cuda/test_fused_proof.py tests/unit/engine/cuda/test_7b_widths.py; \
 	  rm -r $$folder; done
 
 demo-model: $(VENV)/.dev
