@@ -34,14 +34,19 @@ class Peer:
 _LLAMA_CPP = ("llama_cpp", "gguf", "safetensors", "sentencepiece")
 _CTRANSLATE2 = ("ctranslate2", "transformers", "torch")
 _OPENVINO = ("openvino", "optimum")
+_OPENVINO_GENAI = ("openvino_genai", "openvino_tokenizers", "optimum")
+_ONNXRUNTIME = ("onnxruntime_genai", "onnx", "transformers", "torch")
 
 PEERS = (
     Peer("transformers.generate", "transformers_generate", "transformers", ("transformers", "torch")),
     Peer("llama.cpp F16", "llama_cpp_decode", "llama_cpp", _LLAMA_CPP, "F16"),
     Peer("llama.cpp BF16", "llama_cpp_decode", "llama_cpp", _LLAMA_CPP, "BF16"),
-    Peer("OpenVINO f16", "openvino_infer", "openvino", _OPENVINO, "f16", copies=1.3),
-    Peer("OpenVINO bf16", "openvino_infer", "openvino", _OPENVINO, "bf16", copies=1.3),
-    Peer("OpenVINO f32", "openvino_infer", "openvino", _OPENVINO, "f32", copies=1.3),
+    Peer("OpenVINO f16", "openvino_models.infer", "openvino", _OPENVINO, "f16", copies=1.3),
+    Peer("OpenVINO bf16", "openvino_models.infer", "openvino", _OPENVINO, "bf16", copies=1.3),
+    Peer("OpenVINO f32", "openvino_models.infer", "openvino", _OPENVINO, "f32", copies=1.3),
+    Peer("OpenVINO GenAI bf16", "openvino_models.genai", "openvino_genai", _OPENVINO_GENAI, "bf16", copies=1.3),
+    Peer("vLLM bfloat16", "vllm_generate", "vllm", ("vllm",), copies=2.5),
+    Peer("ONNX Runtime GenAI float32", "onnxruntime_genai_generate", "onnxruntime_genai", _ONNXRUNTIME, copies=2.2),
     Peer("CTranslate2 bfloat16", "ctranslate2_generate", "ctranslate2", _CTRANSLATE2, "bfloat16"),
     Peer("CTranslate2 float32", "ctranslate2_generate", "ctranslate2", _CTRANSLATE2, "float32", copies=2.1),
 )

@@ -25,6 +25,9 @@ STYLES = {
     "OpenVINO f16": Style("#8250df"),
     "OpenVINO bf16": Style("#a371f7", dashed=True),
     "OpenVINO f32": Style("#a371f7"),
+    "OpenVINO GenAI bf16": Style("#bf3989"),
+    "vLLM bfloat16": Style("#c69026"),
+    "ONNX Runtime GenAI float32": Style("#57ab5a"),
     "CTranslate2 bfloat16": Style("#1b9e77", dashed=True),
     "CTranslate2 float32": Style("#1b9e77"),
 }

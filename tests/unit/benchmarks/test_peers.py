@@ -17,6 +17,7 @@ def test_peers_are_selected_by_words() -> None:
     assert [peer.name for peer in select_peers("llama.cpp,float32")] == [
         "llama.cpp F16",
         "llama.cpp BF16",
+        "ONNX Runtime GenAI float32",
         "CTranslate2 float32",
     ]
     assert select_peers("all") == list(PEERS)

@@ -25,7 +25,7 @@ class OpenVino:
     def __init__(self, setup: Setup) -> None:
         path = Path(setup.folder) / "openvino"
         if not (path / "openvino_model.bin").exists():
-            _export(Path(setup.checkpoint), path)
+            export_model(Path(setup.checkpoint), path)
         core = openvino.Core()
         model = core.read_model(path / "openvino_model.xml")
         _only_last_logits(model)
@@ -77,7 +77,8 @@ class OpenVino:
         return np.array([sampler.sample(row) for sampler, row in zip(self._samplers, logits[:, -1], strict=True)])
 
 
-def _export(checkpoint: Path, path: Path) -> None:
+def export_model(checkpoint: Path, path: Path) -> None:
+    """Export a checkpoint to OpenVINO's format, without quantization."""
     import torch
     from optimum.intel.openvino import OVModelForCausalLM
 

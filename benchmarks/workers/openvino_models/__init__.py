@@ -1,0 +1,1 @@
+"""Peers that run a model in OpenVINO's format."""
