@@ -37,7 +37,7 @@ help:
 	@echo "make conformance-full  the same, every case against every wrong server and client, and a million bodies"
 	@echo "make simulation  simulate a million requests with faults, and check them (ARGS='--seed 7' for a part)"
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
-	@echo "make triton-versions  test the GPU kernels in the interpreters of the locked and of the oldest Triton"
+	@echo "make triton-versions  test the GPU kernels with the locked and with the oldest Triton, instead of the newest"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
 	@echo "make demo-model  train the demo model (two hours on one core; goes on after an interruption)"
 	@echo "make clean       delete .venv and everything that was generated"
@@ -134,14 +134,15 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m tools.chart
 	$(BIN)/python -m tools.metrics_reference
 
-# The interpreter of Triton 3.6 converts arrays to numbers in a way that NumPy 2.4 removed.
+# The interpreter of Triton 3.6 converts arrays to numbers in a way that NumPy 2.4 removed. Only the locked Triton also compiles.
 triton-versions: $(VENV)/.dev
-	set -e; for packages in $$(grep -o '^triton==[0-9.]*' requirements/server-cuda.lock) "triton==3.6.0 numpy==2.3.5"; do \
+	set -e; compiled="tests/integration/engine/test_kernel_compilation.py tests/integration/engine/test_fused_compilation.py"; \
+	for packages in $$(grep -o '^triton==[0-9.]*' requirements/server-cuda.lock) "triton==3.6.0 numpy==2.3.5"; do \
 	  folder=$$(mktemp -d); $(PIP) install -q --no-deps --target $$folder $$packages; \
 	  PYTHONPATH=$$folder $(BIN)/python -m pytest -W default::DeprecationWarning -q tests/unit/engine/cuda/test_kernels.py \
 	    tests/unit/engine/cuda/test_fused_kernels.py tests/unit/engine/cuda/test_fused_sampling.py \
-	    tests/unit/engine/cuda/test_fused_proof.py tests/unit/engine/cuda/test_7b_widths.py; \
-	  rm -r $$folder; done
+	    tests/unit/engine/cuda/test_fused_proof.py tests/unit/engine/cuda/test_7b_widths.py $$compiled; \
+	  rm -r $$folder; compiled=; done
 
 demo-model: $(VENV)/.dev
 	$(BIN)/python -m tools.demo_model.train

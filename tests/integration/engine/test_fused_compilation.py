@@ -37,8 +37,8 @@ for tile, matmul in matmuls.tiled():
     constants = matmul.constants(tile) | {"K": matmul.summands, "PDL": overlaps}
     # Reading machine code takes seconds.
     sass = tile == DEFAULT_TILE and not matmul.float_out
-    registers = matmul_kernels.SWIGLU_REGISTERS.get(tile.block_n) if matmul.swiglu else None
-    options = {"sass": sass, "registers": registers, "float_out": matmul.float_out}
+    registers = matmul_kernels.SWIGLU_REGISTERS if matmul.swiglu else matmul_kernels.MATMUL_REGISTERS
+    options = {"sass": sass, "registers": registers.get(tile.block_n), "float_out": matmul.float_out}
     built = build(capability, kernel, tile.num_warps, **options, **constants)
     assert built.spilled_bytes == 0, (tile, matmul, built.spilled_bytes)
     loads = re.findall(r"ld\.global\S*evict_first\S*", built.ptx)

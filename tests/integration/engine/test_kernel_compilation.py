@@ -30,8 +30,8 @@ def check_loop(ptx, loads):
 for tile, matmul in matmuls.tiled():
     kernel = matmul_kernels._swiglu_kernel if matmul.swiglu else matmul_kernels._matmul_kernel
     constants = matmul.constants(tile) | {"EVEN_K": matmul.summands % tile.block_k == 0}
-    registers = matmul_kernels.SWIGLU_REGISTERS.get(tile.block_n) if matmul.swiglu else None
-    ptx = build(kernel, tile.num_warps, registers=registers, float_out=matmul.float_out, **constants)
+    registers = matmul_kernels.SWIGLU_REGISTERS if matmul.swiglu else matmul_kernels.MATMUL_REGISTERS
+    ptx = build(kernel, tile.num_warps, registers=registers.get(tile.block_n), float_out=matmul.float_out, **constants)
     check_loop(ptx, tile.block_n * (2 if matmul.swiglu else 1))
 build(attention_kernels._rotate_and_store_kernel, 1, BLOCK_HALF=64)
 split = {"BLOCK": attention_kernels.BLOCK_TOKENS}

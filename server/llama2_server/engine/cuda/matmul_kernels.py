@@ -21,7 +21,7 @@ class TileConfig:
 
 
 # ptxas would spill 8 bytes on some cards, to stay at 64 registers of each thread for these tiles.
-SWIGLU_REGISTERS = {2: 72}
+MATMUL_REGISTERS, SWIGLU_REGISTERS = {4: 80}, {2: 80}
 """The maximum number of registers by the rows of a tile; otherwise the compiler chooses."""
 
 
@@ -131,6 +131,7 @@ def matmul(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
+        maxnreg=MATMUL_REGISTERS.get(config.block_n),
     )
     return out
 

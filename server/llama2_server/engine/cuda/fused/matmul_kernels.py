@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama2_server.engine.cuda.matmul_kernels import TileConfig
 
-SWIGLU_REGISTERS = {1: 72}
+MATMUL_REGISTERS, SWIGLU_REGISTERS = {2: 80}, {1: 80}
 """As in `cuda/matmul_kernels.py`."""
 
 
@@ -142,6 +142,7 @@ def matmul(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
+        maxnreg=MATMUL_REGISTERS.get(config.block_n),
         **options,
     )
     return out
