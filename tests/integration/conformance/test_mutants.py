@@ -38,17 +38,24 @@ async def test_mutants_are_found_by_their_cases() -> None:
 
 async def test_sigterm_stops_the_servers() -> None:
     """SIGTERM ends a run, as Ctrl-C does, and leaves no server behind."""
-    command = (sys.executable, "-m", "conformance", "mutants")
+    # Every process of the run inherits the pipe's writing end as its stdin, so the pipe ends with the last of them.
+    read_end, write_end = os.pipe()
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, start_new_session=True
+        *(sys.executable, "-m", "conformance", "mutants"),
+        stdin=write_end,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
     )
+    os.close(write_end)
     try:
         assert process.stdout is not None
         assert await process.stdout.readline()  # a mutant has run, so the servers exist
         process.terminate()
         assert await process.wait() == 128 + signal.SIGTERM
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        async with asyncio.timeout(60):
+            assert await asyncio.to_thread(os.read, read_end, 1) == b""
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        os.close(read_end)
