@@ -22,6 +22,7 @@ from tests.integration.service.conftest import records
 from tests.support.servers.redis_server import RedisServer
 from tests.support.service import Service, disconnect, hold_slot, until
 
+from llama2_server.generation.replicas import shared_reply
 from llama2_server.generation.replicas.shared_reply import SharedReply
 from llama2_server.usage.keys.records import KeyState
 
@@ -73,6 +74,12 @@ async def test_remote_readers_count_as_readers(
     assert (of_b["outcome"], of_b["neurons"]) == ("CANCELLED", 0)
 
 
+async def published(client: Any) -> bytes:
+    """Return the text of the only shared reply."""
+    names = await names_of(client, ":text")
+    return b"".join([fields[b"text"] for name in names for _, fields in await client.xrange(name)])
+
+
 async def test_a_reader_that_leaves_changes_nothing_for_the_others(replica: Replicas, redis: RedisServer) -> None:
     """Neither for the owner, nor for a reader on its replica; Redis then counts one reader less."""
     async with redis_client(redis) as client, replica("a") as a, replica("b") as b, replica("c") as c:
@@ -118,11 +125,17 @@ async def test_a_key_continues_for_a_reader_on_another_replica(
     assert key["state"] == KeyState.OPEN
 
 
-async def test_a_call_that_leaves_pays_for_the_reader_that_came_before(replica: Replicas, tmp_path: Path) -> None:
+async def test_a_call_that_leaves_pays_for_the_reader_that_came_before(
+    replica: Replicas, redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also if the owner learns of the reader only afterwards."""
-    async with replica("a") as a, replica("b") as b:
-        leader, _ = await start_stream(a, keyed())
+    monkeypatch.setattr(shared_reply, "RENEW_SECONDS", 120.0)  # it learns of readers when it publishes or renews
+    known = remote_readers(monkeypatch)
+    async with redis_client(redis) as client, replica("a") as a, replica("b") as b:
+        leader, text = await start_stream(a, keyed())
+        await until_in_redis(lambda: published(client), text.encode())
         call, text = await follow(b)
+        assert not known.is_set()
         await disconnect(a, leader)
         a.model.open_gate()
         rest, completion = await rest_of(call)
@@ -137,7 +150,7 @@ async def test_a_reply_that_its_caller_left_is_not_joined(
     replica: Replicas, redis: RedisServer, tmp_path: Path
 ) -> None:
     """A key's generation that waits for its caller to return: another call would get the rest without paying."""
-    async with redis_client(redis) as client, replica("a") as a, replica("b") as b:
+    async with redis_client(redis) as client, replica("a", resume_window_seconds=120) as a, replica("b") as b:
         leader, _ = await start_stream(a, keyed())
         assert await names_of(client)
         await disconnect(a, leader)
