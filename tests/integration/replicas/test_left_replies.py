@@ -47,6 +47,24 @@ def remote_readers(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     return known
 
 
+async def leave_one_after_another(
+    leader: tuple[Service, Any], reader: tuple[Service, Any], text: str, stopped: asyncio.Event
+) -> None:
+    """Let the call that started a generation leave, and later its reader on another replica: it stops only then."""
+    owner, call = leader[0], reader[1]
+    await disconnect(*leader)
+    owner.model.allow(2)
+    while len(text) < len("Once upon"):
+        text += (await call.read()).response
+    await owner.model.wait_until_blocked(3)
+    assert not stopped.is_set()
+    await disconnect(*reader)
+    await stopped.wait()
+    owner.model.open_gate()
+    await until(lambda: owner.metrics.registry.get_sample_value("llama2_requests_running") == 0)
+    assert prefills(owner, reader[0]) == [1, 0]
+
+
 async def test_remote_readers_count_as_readers(
     replica: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,17 +76,7 @@ async def test_remote_readers_count_as_readers(
     async with replica("a", ends=False) as a, replica("b", ends=False) as b:
         leader = await start_leader(a)
         call, text = await follow(b)
-        await disconnect(a, leader)
-        a.model.allow(2)
-        while len(text) < len("Once upon"):
-            text += (await call.read()).response
-        await a.model.wait_until_blocked(3)
-        assert not stopped.is_set()
-        await disconnect(b, call)
-        await stopped.wait()
-        a.model.open_gate()
-        await until(lambda: a.metrics.registry.get_sample_value("llama2_requests_running") == 0)
-        assert prefills(a, b) == [1, 0]
+        await leave_one_after_another((a, leader), (b, call), text, stopped)
     (of_a,), (of_b,) = list(records(tmp_path / "a")), list(records(tmp_path / "b"))
     assert (of_a["outcome"], of_a["output_tokens"]) == ("CANCELLED", 4)  # three tokens, and the step in progress
     assert (of_b["outcome"], of_b["neurons"]) == ("CANCELLED", 0)
@@ -106,17 +114,7 @@ async def test_a_key_continues_for_a_reader_on_another_replica(
         leader, _ = await start_stream(a, keyed())
         call, text = await follow(b)
         await known.wait()
-        await disconnect(a, leader)
-        a.model.allow(2)
-        while len(text) < len("Once upon"):
-            text += (await call.read()).response
-        await a.model.wait_until_blocked(3)
-        assert not stopped.is_set()
-        await disconnect(b, call)
-        await stopped.wait()
-        a.model.open_gate()
-        await until(lambda: a.metrics.registry.get_sample_value("llama2_requests_running") == 0)
-        assert prefills(a, b) == [1, 0]
+        await leave_one_after_another((a, leader), (b, call), text, stopped)
     (of_a,), (of_b,) = list(records(tmp_path / "a")), list(records(tmp_path / "b"))
     assert of_a["output_tokens"] >= 3
     assert of_a["neurons"] > 0

@@ -12,6 +12,7 @@ import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from decimal import Decimal
+from typing import Any
 
 import grpc
 from tests.reliability.cuts.costs import (
@@ -209,14 +210,19 @@ def _unfair_costs(world: World, replies: CutReplies) -> Iterator[str]:
         yield from unfair_costs(account, [told], records[account], units[account])
 
 
-def _shape(draw: random.Random) -> Shape:
-    settings = {
+def resume_settings(draw: random.Random) -> dict[str, Any]:
+    """Return settings of a server whose streams break off and resume."""
+    return {
         "max_queue_size": 64,
         "queue_timeout_seconds": 300,
         "engine_step_timeout_seconds": 30,
         "shutdown_grace_seconds": draw.choice([0, 2, 30]),
         "resume_window_seconds": draw.choice([0, 5, 30]),
     }
+
+
+def _shape(draw: random.Random) -> Shape:
+    settings = resume_settings(draw)
     return Shape(
         accounts=1,
         clients=CLIENTS,

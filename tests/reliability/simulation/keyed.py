@@ -15,7 +15,7 @@ from decimal import Decimal
 import grpc
 from tests.reliability.cuts.costs import MAX_CUTS, Bill, same_completion
 from tests.reliability.simulation.clients import CALL_SECONDS, TEXT
-from tests.reliability.simulation.cuts import AccountsByHeader
+from tests.reliability.simulation.cuts import AccountsByHeader, resume_settings
 from tests.reliability.simulation.faults import Faults
 from tests.reliability.simulation.observer import observe
 from tests.reliability.simulation.planted import Plant
@@ -208,15 +208,8 @@ def _records(world: World) -> dict[str, set[Bill]]:
 
 
 def _shape(draw: random.Random) -> Shape:
-    settings = {
-        "max_queue_size": 64,
-        "queue_timeout_seconds": 300,
-        "engine_step_timeout_seconds": 30,
-        "shutdown_grace_seconds": draw.choice([0, 2, 30]),
-        "resume_window_seconds": draw.choice([0, 5, 30]),
-        # Otherwise a key that both replicas use during an outage names two calls.
-        "idempotency_fallback": "reject",
-    }
+    # With the other fallback, a key that both replicas use during an outage names two calls.
+    settings = resume_settings(draw) | {"idempotency_fallback": "reject"}
     return Shape(
         accounts=ACCOUNTS,
         clients=CLIENTS,
