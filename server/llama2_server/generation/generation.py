@@ -54,11 +54,9 @@ class Generation:
         """Input tokens reused from the KV cache."""
         self._unread = False
         self._lease: SlotLease | None = None
-        self.queued_at = 0.0
-        self.admitted_at = 0.0
+        self.queued_at = self.admitted_at = self._ended_at = 0.0
         self._prompt = prompt
         self.reply_text = ReplyText()
-        self._ended_at = 0.0
         self._shared = shared
         self.on_remote_readers: list[Callable[[], None]] = []
         """Called when the first reader on another replica has come, and when the last one has left."""
