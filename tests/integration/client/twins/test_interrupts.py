@@ -13,7 +13,8 @@ from llama2_client import Client, SyncClient
 
 CALLS = {
     "generate": "client.generate('Hi')",
-    "stream": "[print(delta, flush=True) for delta in client.stream('Hi')]",
+    # Without the block, an interrupt of the loop's body closes the stream only when the exception is gone.
+    "stream": "with client.stream('Hi') as stream: [print(delta, flush=True) for delta in stream]",
     "chat": "client.chat().send('Hi')",
     "count_tokens": "client.count_tokens('Hi')",
 }
