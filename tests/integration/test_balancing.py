@@ -26,7 +26,7 @@ async def call_all(call: Callable[[], Awaitable[object]], services: list[Service
         while not all(prefills(services)):
             await call()
     for service in services:
-        service.model.prefills = 0
+        service.model.prompts.clear()
 
 
 async def test_calls_are_distributed_evenly(serve_scripted: ServiceMaker, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class ScriptedModel:
         self.memory_bytes = 4 * context_length * slots
         self.prefill_chunk_tokens = 512
         self.chunk_invariant = chunk_invariant
-        self.prefills = 0
+        self.prompts: list[list[int]] = []
         self.probes = 0
         self.decoded_rows: list[int] = []
         self.failure: Exception | None = None
@@ -57,10 +57,16 @@ class ScriptedModel:
         self.in_step = threading.Event()
         self._produced = [0] * slots
 
+    @property
+    def prefills(self) -> int:
+        """Return the number of prompts whose prefill has started."""
+        return len(self.prompts)
+
     def prefill(self, slot: int, token_ids: list[int], position: int) -> Tensor:  # (vocab_size,)
         self._probed[slot] = token_ids == self._probe_ids
         self._wait(is_probe=self._probed[slot])
-        self.prefills += position == 0 and not self._probed[slot]
+        if position == 0 and not self._probed[slot]:
+            self.prompts.append(token_ids)
         self.probes += self._probed[slot]
         self._produced[slot] = 0
         return self._next_logits(slot)

@@ -16,6 +16,7 @@ from tests.integration.idempotency.conftest import (
     without_timings,
 )
 from tests.integration.service.conftest import limited, records
+from tests.support.accounts import AccountByHeader, as_account
 from tests.support.deadlines import CallDeadlines, LoopClock, server_deadline
 from tests.support.service import (
     Service,
@@ -28,6 +29,7 @@ from tests.support.service import (
     until,
 )
 
+from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 
@@ -111,6 +113,26 @@ async def test_recomputations_wait_in_the_queue(serve_scripted: ServiceMaker) ->
             assert reply.response == REPLY
             assert without_timings(reply.completion) == without_timings(first.completion)
         assert service.model.prefills == 3
+
+
+async def test_recomputations_take_the_share_of_their_account(serve_scripted: ServiceMaker) -> None:
+    """An account that has three replies computed again gets every second slot while another account waits."""
+    async with serve_scripted(REPLY, accounts=AccountByHeader(), resume_window_seconds=0) as service:
+        keys = ("one", "two", "three")
+        for key in keys:
+            await service.text.Generate(keyed(key), metadata=as_account("a"))
+        holder = await hold_slot(service, metadata=as_account("holder"))
+        again = [(keyed(key), as_account("a")) for key in keys]
+        other = [(pb.GenerateRequest(prompt="another story"), as_account("b"))] * 3
+        calls = []
+        for request, account in again + other:
+            calls.append(asyncio.ensure_future(service.text.Generate(request, metadata=account)))
+            await service.wait_until_queued(len(calls))
+        service.model.open_gate()
+        await remaining_text(holder)
+        await asyncio.gather(*calls)
+        story, *_, another = service.model.prompts
+        assert service.model.prompts[len(keys) + 1 :] == [story, another] * 3
 
 
 async def test_a_full_queue_rejects_a_recomputation(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
