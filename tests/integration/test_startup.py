@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 from tests.support.processes import command, environment
 
+from llama2_server.card import load_card
+from llama2_server.config.settings import Settings
+from llama2_server.engine.model.llama import LlamaModel
+from llama2_server.engine.step_runner import HostStepRunner
+from llama2_server.lifecycle import model_loading
+
 
 def run(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a server process until it ends."""
@@ -136,6 +142,20 @@ def test_a_later_start_of_the_demo_imports_no_slow_library(tmp_path: Path) -> No
         call = [sys.executable, "-c", program]
         done = subprocess.run(call, capture_output=True, text=True, check=True, env=environment())
     assert done.stdout == "set()\n"
+
+
+def test_kernel_caches_are_kept_in_the_data_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels and the results of autotuning outlive a restart, and in the chart an update, of the server."""
+    directories = []
+
+    def build(model: LlamaModel, *, kernels: str, cache_directory: Path) -> HostStepRunner:
+        directories.append(cache_directory)
+        return HostStepRunner(model)
+
+    monkeypatch.setattr(model_loading, "build_step_runner", build)
+    settings = Settings.model_validate({"data_directory": tmp_path, "device": "cpu"})
+    model_loading.load_model(settings, load_card("demo"))
+    assert directories == [tmp_path / "cuda"]
 
 
 def test_a_current_database_needs_no_migrations(tmp_path: Path) -> None:

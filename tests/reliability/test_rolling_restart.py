@@ -1,20 +1,26 @@
-"""Two server processes, restarted one after the other under load: with the client's retries, no call fails."""
+"""Two server processes, restarted one after the other under load: with the client's retries, no call fails.
+
+The servers have what the pods of the chart have: a data directory each, also while the usage store is down.
+"""
 
 import asyncio
 import signal
 import subprocess
-from collections import Counter
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.helm.chart import rendered
 from tests.integration.usage.conftest import stored
-from tests.support.processes import card_file, free_ports, server
+from tests.support.processes import card_file, command, environment, free_ports, server
 from tests.support.repository import ROOT
+from tests.support.servers.postgres_server import running_postgres
 
 from llama2_client import Client
+from llama2_server.usage.records import UsageRecord
 
 CLIENTS = 6
 CALLS_BETWEEN = 30
@@ -58,49 +64,112 @@ class Load:
             await self.progress.wait()
 
 
+class Servers:
+    """Two server processes with data directories of their own, which restart at the same addresses."""
+
+    def __init__(self, folder: Path, stack: ExitStack, *flags: str) -> None:
+        # A practically unlimited quota and no cache: every call runs the model.
+        card = card_file(folder, max_requests_per_min={"default": 10**6}, infer_response_cache=None)
+        demo = ROOT / "server/llama2_server/demo"
+        self._flags = ["--card", str(card), "--weights", str(demo), *flags]
+        self._stack = stack
+        self._addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+        self._processes: dict[int, subprocess.Popen[str]] = {}
+        self.folders = [folder / f"server{index}" for index in range(2)]
+        self.target = "ipv4:" + ",".join(self._addresses)
+        for data in self.folders:
+            data.mkdir()
+
+    async def start(self, index: int) -> None:
+        """Start a server, and return when it serves."""
+        flags = [*self._flags, "--listen", self._addresses[index]]
+        entering = partial(self._stack.enter_context, server(self.folders[index], *flags))
+        self._processes[index], _ = await asyncio.to_thread(entering)
+
+    async def stop(self, index: int) -> None:
+        """Let a server drain, and check that it ends with exit code 0."""
+        self._processes[index].send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(self._processes[index].wait, 60) == 0
+
+    async def restart_each(self) -> None:
+        """Stop and start one server after the other."""
+        for index in range(2):
+            await self.stop(index)
+            await self.start(index)
+
+
+@asynccontextmanager
+async def running_load(target: str) -> AsyncIterator[Load]:
+    """Make calls during the body of the `with`; one of the clients has connections of its own."""
+    load = Load()
+    async with Client(target, timeout=60) as shared, Client(target, timeout=60) as own:
+        clients = [asyncio.create_task(load.call(own if n == 0 else shared, n)) for n in range(CLIENTS)]
+        try:
+            yield load
+        finally:
+            load.stopping = True
+            await asyncio.gather(*clients)
+    assert load.failures == []
+
+
 @pytest.mark.timeout(300)
 async def test_no_call_fails_in_a_rolling_restart(tmp_path: Path) -> None:
     """Each server drains, ends with exit code 0 and restarts while clients continue; each reply has one record."""
-    ports = free_ports(2)
-    demo = ROOT / "server/llama2_server/demo"
-    # A practically unlimited quota and no cache: every call runs the model.
-    card = card_file(tmp_path, max_requests_per_min={"default": 10**6}, infer_response_cache=None)
-    flags = ["--card", str(card), "--weights", str(demo)]
-    folders = [tmp_path / f"server{index}" for index in range(2)]
     with ExitStack() as stack:
-
-        async def start(index: int) -> subprocess.Popen[str]:
-            listen = ["--listen", f"127.0.0.1:{ports[index]}"]
-            entering = partial(stack.enter_context, server(folders[index], *flags, *listen))
-            process, _ = await asyncio.to_thread(entering)
-            return process
-
-        for folder in folders:
-            folder.mkdir()
-        processes = list(await asyncio.gather(start(0), start(1)))
-        target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
-        load = Load()
-        async with Client(target, timeout=60) as shared, Client(target, timeout=60) as own:
-            clients = [asyncio.create_task(load.call(own if n == 0 else shared, n)) for n in range(CLIENTS)]
+        servers = Servers(tmp_path, stack)
+        await asyncio.gather(servers.start(0), servers.start(1))
+        async with running_load(servers.target) as load:
             await load.wait_for(CALLS_BETWEEN)
-            for index in range(2):
-                processes[index].send_signal(signal.SIGTERM)
-                assert await asyncio.to_thread(processes[index].wait, 60) == 0
-                processes[index] = await start(index)
+            await servers.restart_each()
             await load.wait_for(CALLS_BETWEEN)
-            load.stopping = True
-            await asyncio.gather(*clients)
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(process.wait, 60) == 0
-    assert load.failures == []
-    records = [record for folder in folders for record in await stored(f"sqlite:///{folder / 'usage.db'}")]
+        await asyncio.gather(servers.stop(0), servers.stop(1))
+    records = [record for folder in servers.folders for record in await stored(f"sqlite:///{folder / 'usage.db'}")]
+    check_records(records, load)
+
+
+@pytest.mark.timeout(300)
+async def test_no_record_is_lost_without_postgresql(tmp_path: Path) -> None:
+    """PostgreSQL is down while both servers restart and the second one leaves; later, each reply has one record there.
+
+    The server that remains forwards its records. The chart's Job forwards those that are left on the other's claim.
+    """
+    with running_postgres() as postgres, ExitStack() as stack:
+        usage_url = postgres.new_database()
+        servers = Servers(tmp_path, stack, "--usage-url", usage_url)
+        await asyncio.gather(servers.start(0), servers.start(1))
+        async with running_load(servers.target) as load:
+            await load.wait_for(CALLS_BETWEEN)
+            postgres.stop()
+            await load.wait_for(CALLS_BETWEEN)
+            await servers.restart_each()
+            await load.wait_for(CALLS_BETWEEN)
+            await servers.stop(1)
+            await load.wait_for(CALLS_BETWEEN)
+        left = [len(await stored(None, folder)) for folder in servers.folders]
+        assert min(left) > 0, "no record was waiting for PostgreSQL"
+        postgres.start()
+        async with asyncio.timeout(60):
+            while await stored(None, servers.folders[0]):
+                await asyncio.sleep(0)
+        await asyncio.to_thread(run_forward_job, servers.folders[1], usage_url)
+        assert await stored(None, servers.folders[1]) == []
+        await servers.stop(0)
+        check_records(await stored(usage_url), load)
+
+
+def run_forward_job(claim: Path, usage_url: str) -> None:
+    """Run the command of the chart's Job `forward` on a data directory."""
+    (container,) = rendered("everything-on").of("Job")[0]["spec"]["template"]["spec"]["containers"]
+    program, *words = [*container["command"], *container["args"]]
+    assert program == "llama2-server"
+    words = [word.replace("=/data", f"={claim}") for word in words]
+    subprocess.run(command(*words), check=True, env=environment(LLAMA2_USAGE_URL=usage_url))
+
+
+def check_records(records: Sequence[UsageRecord], load: Load) -> None:
+    """Check that each reply has one record, and that there are no others except of calls that a drain rejected."""
     complete = {record.request_id for record in records if record.outcome in ("MAX_TOKENS", "END_OF_SEQUENCE")}
     assert set(load.request_ids) == complete
-    assert len(load.request_ids) == len(complete)
+    assert len(load.request_ids) == len(complete) == sum(record.outcome != "UNAVAILABLE" for record in records)
     # A call that a draining server rejects has a record only if it was admitted.
-    assert {outcome for outcome, _ in Counter(record.outcome for record in records).items()} <= {
-        "MAX_TOKENS",
-        "END_OF_SEQUENCE",
-        "UNAVAILABLE",
-    }
+    assert {record.outcome for record in records} <= {"MAX_TOKENS", "END_OF_SEQUENCE", "UNAVAILABLE"}
