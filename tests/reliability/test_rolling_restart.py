@@ -65,7 +65,7 @@ class Load:
 
 
 class Servers:
-    """Two server processes with data directories of their own, which restart at the same addresses."""
+    """Two server processes, each with its data directory, which restart at the same addresses."""
 
     def __init__(self, folder: Path, stack: ExitStack, *flags: str) -> None:
         # A practically unlimited quota and no cache: every call runs the model.
@@ -100,7 +100,7 @@ class Servers:
 
 @asynccontextmanager
 async def running_load(target: str) -> AsyncIterator[Load]:
-    """Make calls during the body of the `with`; one of the clients has connections of its own."""
+    """Make calls during the body of the `with`; one of the clients does not share its connections."""
     load = Load()
     async with Client(target, timeout=60) as shared, Client(target, timeout=60) as own:
         clients = [asyncio.create_task(load.call(own if n == 0 else shared, n)) for n in range(CLIENTS)]
@@ -131,7 +131,7 @@ async def test_no_call_fails_in_a_rolling_restart(tmp_path: Path) -> None:
 async def test_no_record_is_lost_without_postgresql(tmp_path: Path) -> None:
     """PostgreSQL is down while both servers restart and the second one leaves; later, each reply has one record there.
 
-    The server that remains forwards its records. The chart's Job forwards those that are left on the other's claim.
+    The server that remains forwards its records. The chart's Job forwards the records on the other's claim.
     """
     with running_postgres() as postgres, ExitStack() as stack:
         usage_url = postgres.new_database()
@@ -167,7 +167,7 @@ def run_forward_job(claim: Path, usage_url: str) -> None:
 
 
 def check_records(records: Sequence[UsageRecord], load: Load) -> None:
-    """Check that each reply has one record, and that there are no others except of calls that a drain rejected."""
+    """Check that each reply has one record, and that only calls rejected by a drain have others."""
     complete = {record.request_id for record in records if record.outcome in ("MAX_TOKENS", "END_OF_SEQUENCE")}
     assert set(load.request_ids) == complete
     assert len(load.request_ids) == len(complete) == sum(record.outcome != "UNAVAILABLE" for record in records)
