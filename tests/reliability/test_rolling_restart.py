@@ -160,7 +160,7 @@ async def test_no_record_is_lost_without_postgresql(tmp_path: Path) -> None:
 def run_forward_job(claim: Path, usage_url: str) -> None:
     """Run the command of the chart's Job `forward` on a data directory."""
     (container,) = rendered("everything-on").of("Job")[0]["spec"]["template"]["spec"]["containers"]
-    program, *words = [*container["command"], *container["args"]]
+    program, *words = container["command"] + container["args"]
     assert program == "llama2-server"
     words = [word.replace("=/data", f"={claim}") for word in words]
     subprocess.run(command(*words), check=True, env=environment(LLAMA2_USAGE_URL=usage_url))
