@@ -101,9 +101,10 @@ def completion_in_first(call: Call, reply: Any) -> None:
 
 @on_reply("GenerateStream")
 def message_after_completion(call: Call, reply: Any) -> list[Any] | None:
-    """Sends an empty message after the completion of a call without an idempotency key."""
+    """Sends an empty message after the completion of a short reply without an idempotency key."""
     keyed = call.request.HasField("idempotency_key")
-    return [reply, pb.GenerateStreamResponse()] if reply.HasField("completion") and not keyed else None
+    short = reply.HasField("completion") and reply.completion.usage.output_tokens < 100
+    return [reply, pb.GenerateStreamResponse()] if short and not keyed else None
 
 
 @on_reply("GenerateStream")

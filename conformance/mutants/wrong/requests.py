@@ -78,7 +78,7 @@ def cuts_long_texts(call: Call) -> None:
     call.change_texts(lambda text: text[:4096])
 
 
-@on_call()
+@on_call(GENERATION)
 def cuts_to_context(call: Call) -> None:
     """Cuts the beginning of prompts that do not fit the context."""
     call.change_texts(lambda text: text[-900:])
@@ -168,9 +168,9 @@ def lowers_max_tokens(call: Call) -> None:
     _clamp(call, "max_tokens", -math.inf, 2500) if call.request.max_tokens > 2500 else None
 
 
-@on_call(GENERATION)
+@on_call("Generate")
 def rejects_full_sequence(call: Call) -> None:
-    """Rejects max_tokens 2500."""
+    """Rejects max_tokens 2500 in Generate."""
     if call.request.max_tokens == 2500:
         reject("max_tokens")
 

@@ -246,7 +246,9 @@ class RequestQueue(Collector):
             raise reservation.error
 
     def _queue_full(self) -> QueueFull:
-        return QueueFull(f"the request queue is full ({self._max_queue_size} waiting)", self._seconds_until_space())
+        waiting = len(self._waiting)
+        kept = "" if waiting >= self._max_queue_size else ", and the rest is kept for calls that return"
+        return QueueFull(f"the request queue is full ({waiting} waiting{kept})", self._seconds_until_space())
 
     def _report_wait(self, seconds: float) -> None:
         try:

@@ -56,6 +56,27 @@ def test_every_queue_time_is_reported() -> None:
     assert waits == [0, 3, 5]
 
 
+def test_a_full_queue_tells_for_which_calls() -> None:
+    """The error has the number of calls that wait; the rest of the queue can be kept for calls that return."""
+
+    async def main() -> None:
+        queue = make_queue(max_queue_size=2)
+        await hold_slot(queue, "a", 1)
+        running = asyncio.create_task(hold_slot(queue, "a", 9))
+        for number in (1, 2):
+            queue.add_retry_time("b", number, 0, 600, keeps_order=False)
+        await asyncio.sleep(3)
+        with pytest.raises(QueueFull, match=r"full \(0 waiting, and the rest is kept for calls that return\)"):
+            queue.enter("c", None)
+        await asyncio.sleep(5)  # the calls have not returned
+        tasks = await start_in_order([hold_slot(queue, "c", 1), hold_slot(queue, "c", 1)])
+        with pytest.raises(QueueFull, match=r"full \(2 waiting\)"):
+            queue.enter("c", None)
+        await asyncio.gather(running, *tasks)
+
+    run_virtual(main())
+
+
 def test_free_slot_is_granted_at_once() -> None:
     """With a free slot, no request waits."""
 
