@@ -38,6 +38,8 @@ FIELDS: dict[str, tuple[Any, ...]] = {
 
 No boolean for a number with a fraction: protobuf's parser in Python reads it as a number, unlike other parsers.
 """
+FRACTIONS = {"temperature", "top_p", "topP", "repetition_penalty", "frequency_penalty", "presence_penalty"}
+OTHER_NAMES = {name: {other} for pair in CAMEL_CASE.items() for name, other in (pair, pair[::-1])}
 
 Body = dict[str, Any]
 Change = Callable[[random.Random, Body], Any]
@@ -152,7 +154,7 @@ def _content(chance: random.Random, body: Body) -> None:
 
 def _field(chance: random.Random, body: Body) -> None:
     name = chance.choice(tuple(FIELDS))
-    if CAMEL_CASE.get(name) not in body:  # protobuf's JSON form rejects both names together
+    if not OTHER_NAMES.get(name, set()) & set(body):  # protobuf's JSON form rejects both names together
         body[name] = _pick(chance, FIELDS[name])
 
 
@@ -183,7 +185,10 @@ def _null(chance: random.Random, body: Body) -> None:
 
 
 def _any_value(chance: random.Random, body: Body) -> None:
-    body[chance.choice(("prompt", "messages", "raw", "stream", *body))] = _pick(chance, VALUES)
+    key, value = chance.choice(("prompt", "messages", "raw", "stream", *body)), _pick(chance, VALUES)
+    # Two bodies with one key would depend on their order.
+    if not (key in FRACTIONS and isinstance(value, bool)) and not (key == "idempotency_key" and value == "x"):
+        body[key] = value
 
 
 def _without_field(chance: random.Random, body: Body) -> None:
