@@ -39,7 +39,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
 No boolean for a number with a fraction: protobuf's parser in Python reads it as a number, unlike other parsers.
 """
 FRACTIONS = {"temperature", "top_p", "topP", "repetition_penalty", "frequency_penalty", "presence_penalty"}
-OTHER_NAMES = {name: {other} for pair in CAMEL_CASE.items() for name, other in (pair, pair[::-1])}
+OTHER_NAMES = CAMEL_CASE | {name: camel for camel, name in CAMEL_CASE.items()}
 
 Body = dict[str, Any]
 Change = Callable[[random.Random, Body], Any]
@@ -154,7 +154,7 @@ def _content(chance: random.Random, body: Body) -> None:
 
 def _field(chance: random.Random, body: Body) -> None:
     name = chance.choice(tuple(FIELDS))
-    if not OTHER_NAMES.get(name, set()) & set(body):  # protobuf's JSON form rejects both names together
+    if OTHER_NAMES.get(name) not in body:  # protobuf's JSON form rejects both names together
         body[name] = _pick(chance, FIELDS[name])
 
 
@@ -186,7 +186,7 @@ def _null(chance: random.Random, body: Body) -> None:
 
 def _any_value(chance: random.Random, body: Body) -> None:
     key, value = chance.choice(("prompt", "messages", "raw", "stream", *body)), _pick(chance, VALUES)
-    # Two bodies with one key would depend on their order.
+    # See FIELDS; and the decisions of two bodies with one key would depend on their order.
     if not (key in FRACTIONS and isinstance(value, bool)) and not (key == "idempotency_key" and value == "x"):
         body[key] = value
 
