@@ -3,12 +3,13 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 import helm_python
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from tests.helm.chart import Manifest, Rendered, Values, containers_of, environment_of, render, validate
 from tests.helm.test_validity import CUSTOM, KUBERNETES
@@ -137,22 +138,33 @@ def is_message(error: helm_python.HelmError) -> bool:
     return re.search(r"execution error at .*: \w+[\w.]*: |values don't meet the specifications", str(error)) is not None
 
 
-@pytest.mark.timeout(max(600, 2 * EXAMPLES))
-@given(values=top_level(), name=st.sampled_from(["llama2", "a" * 53, "true", "7b"]))
-@settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
-def test_no_values_render_invalid_manifests(values: Values, name: str) -> None:
-    """Random values are either rejected by the chart with a message, or render manifests that are valid."""
+def with_random_values(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test with random values and names of the release."""
+    run = given(values=top_level(), name=st.sampled_from(["llama2", "a" * 53, "true", "7b"]))(test)
+    run = settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )(run)
+    limited: Callable[..., None] = pytest.mark.timeout(max(600, 2 * EXAMPLES))(run)
+    return limited
+
+
+def render_random(values: Values, name: str) -> Rendered:
+    """Return the release; end the example if the chart rejects the values with a message."""
     try:
-        release = render(values, name)
+        return render(values, name)
     except helm_python.HelmError as error:
         if not is_message(error):
             raise
-        assume(False)
+        reject()
+
+
+@with_random_values
+def test_no_values_render_invalid_manifests(values: Values, name: str) -> None:
+    """Random values are either rejected by the chart with a message, or render manifests that are valid."""
+    release = render_random(values, name)
     for manifest in release.manifests:
         check_names_and_labels(manifest)
         if manifest["kind"] not in CUSTOM:
