@@ -14,6 +14,7 @@ from tests.reliability.cuts.costs import (
     MAX_CUTS,
     Bill,
     Outcome,
+    payable_recomputations,
     same_completion,
 )
 from tests.reliability.cuts.servers import POLL_SECONDS, CutServer
@@ -73,6 +74,9 @@ class CutClient:
         self._outcome = outcome
         self.bills: list[Bill] = []
         """What the completions of its replies state."""
+        self.payable: list[str] = []
+        """The ids of the recomputations that are not free, if they took place."""
+        self._attempts = 0
 
     async def run(self) -> None:
         """Make all cuts, and complete all replies."""
@@ -88,6 +92,7 @@ class CutClient:
 
     async def _one_reply(self, cuts: list[Cut], *, repeats: bool) -> None:
         request = self._request()
+        self._attempts = 0
         text, completion = await self._reply(request, cuts)
         self._outcome.replies += 1
         self.bills.append(Bill.told(completion))
@@ -102,6 +107,7 @@ class CutClient:
             again, third = await self._reply(request, [])
             if again != uncut or not same_completion(third, completion):
                 self._outcome.broken.append(f"{name}: the repeated call has another text or completion")
+        self.payable += payable_recomputations(completion.request_id, self._attempts)
 
     def _request(self) -> pb.GenerateRequest:
         draw = self._draw
@@ -136,6 +142,7 @@ class CutClient:
     async def _attempt(self, request: pb.GenerateRequest, text: str, cut: Cut | None) -> Attempt:
         """Call once, and return when the text has come to the cut; `_break` then breaks the connection."""
         account = self.account if request.idempotency_key else "whole"
+        self._attempts += bool(request.idempotency_key)
         call: Any = self._stub.GenerateStream(request, timeout=CALL_SECONDS, metadata=self._metadata[account])
         kind, place = cut or ("", "")
         digest = key_digest(self._model, account, request.idempotency_key)

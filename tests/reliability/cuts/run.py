@@ -60,7 +60,7 @@ async def cut_streams(seed: int, forks: Forks, folder: Path, url: str | None = N
     records = await records_by_account(url, servers[0].data_directory)
     for client in clients:
         account = client.account
-        outcome.broken += unfair_costs(account, client.bills, records.get(account, []), units[account])
+        outcome.broken += unfair_costs(account, client.bills, records.get(account, []), units[account], client.payable)
     for server in servers:
         outcome.broken += broken_totals(server.data_directory)
     return outcome
