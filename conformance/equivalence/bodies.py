@@ -154,7 +154,7 @@ def _content(chance: random.Random, body: Body) -> None:
 
 def _field(chance: random.Random, body: Body) -> None:
     name = chance.choice(tuple(FIELDS))
-    if OTHER_NAMES.get(name) not in body:  # protobuf's JSON form rejects both names together
+    if OTHER_NAMES.get(name) not in body:  # only `_both_names` sets both
         body[name] = _pick(chance, FIELDS[name])
 
 
@@ -162,6 +162,12 @@ def _camel_case(chance: random.Random, body: Body) -> None:
     name = chance.choice(tuple(CAMEL_CASE))
     body.pop(CAMEL_CASE[name], None)
     body[name] = _pick(chance, FIELDS[name])
+
+
+def _both_names(chance: random.Random, body: Body) -> None:
+    """Set a field under both of its names."""
+    camel, name = chance.choice(tuple(CAMEL_CASE.items()))
+    body[camel] = body[name] = True if name == "no_cache" else 1
 
 
 def _idempotency(chance: random.Random, body: Body) -> None:
@@ -217,6 +223,6 @@ def _no_object(chance: random.Random, body: Body) -> Any:
 CHANGES: tuple[Change, ...] = (
     *(_other_form, _raw, _raw, _bad_role, _bad_role, _order, _order, _tag, _tag, _surrogate, _long_content, _content),
     *(_field, _field, _camel_case, _max_tokens, _max_tokens, _max_tokens, _max_tokens, _null, _null, _any_value),
-    *(_without_field, _no_messages, _odd_messages, _no_object, _idempotency),
+    *(_without_field, _no_messages, _odd_messages, _no_object, _idempotency, _both_names),
 )
 """The changes. Some are here several times, so that 20,000 bodies meet each exception 100 times."""

@@ -34,6 +34,7 @@ RAW_TYPE = "wrong type of raw next to messages"
 SURROGATE = "lone surrogate"
 TOKENS = "token limits"
 NAME = "lowerCamelCase name"
+BOTH_NAMES = "field under both names"
 RESUME = "resume_after_characters without a stream"
 TAKEN = "idempotency_key of another request"
 NULL = "null"
@@ -42,7 +43,7 @@ UNSET_MESSAGES = "empty messages next to a prompt"
 
 REJECTED = (
     EMPTY_MESSAGES, BELOW_ONE, BEYOND_32_BITS, BOTH, RAW_MESSAGES, ROLE, ORDER, TAG, WRONG_TYPE, WRONG_VALUE, RAW_TYPE,
-    SURROGATE, TOKENS, NAME, RESUME, TAKEN,
+    SURROGATE, TOKENS, NAME, BOTH_NAMES, RESUME, TAKEN,
 )  # fmt: skip
 """Exceptions: rejected, although the schema accepts the body."""
 ACCEPTED = (NULL, QUOTED, UNSET_MESSAGES)
@@ -212,6 +213,8 @@ def _idempotency_exceptions(body: dict[str, Any]) -> Iterator[str]:
 
 
 def _field_exceptions(body: dict[str, Any]) -> Iterator[str]:
+    if any(body.get(camel) is not None and body.get(name) is not None for camel, name in CAMEL_CASE.items()):
+        yield BOTH_NAMES
     for key, value in body.items():
         if key in FIELDS and (problem := field_problem(key, value)):
             yield problem
