@@ -10,7 +10,16 @@ def as_envoy_reads(body: Any) -> Any:
     """Return a body in the form that only protobuf's JSON has: Envoy reads both in the same way."""
     if not isinstance(body, dict):
         return body
-    return {key: _value(key, value) for key, value in body.items()}
+    read = {key: _value(key, value) for key, value in body.items()}
+    # The filter that routes streams finds no `stream` next to such a number, and Generate rejects it.
+    return read | {"stream": "not found"} if body.get("stream") is True and _has_large_number(body) else read
+
+
+def _has_large_number(value: Any) -> bool:
+    """Return whether a JSON value has a whole number that does not fit in 64 bits with a sign."""
+    if isinstance(value, dict | list):
+        return any(map(_has_large_number, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _value(key: str, value: Any) -> Any:

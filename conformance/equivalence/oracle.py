@@ -224,5 +224,5 @@ def _field_exceptions(body: dict[str, Any]) -> Iterator[str]:
 
 
 def _in_range(max_tokens: Any) -> bool:
-    """Return whether `maxTokens` is valid; the generated bodies have no other valid value."""
-    return isinstance(max_tokens, int) and max_tokens == 1 and not isinstance(max_tokens, bool)
+    """Return whether `maxTokens` is valid; the generated bodies have no other valid values."""
+    return max_tokens in (1, 5) and not isinstance(max_tokens, bool)

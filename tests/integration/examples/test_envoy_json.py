@@ -54,6 +54,20 @@ async def test_stream_true_gets_the_second_output_form(serve_behind_envoy: Envoy
             assert last["completion"]["finish_reason"] == "FINISH_REASON_END_OF_SEQUENCE"
 
 
+@pytest.mark.parametrize(("seed", "status"), [(2**63 - 1, 200), (str(2**64 - 1), 200), (2**64 - 1, 400)])
+async def test_streams_need_quotes_around_the_largest_numbers(
+    serve_behind_envoy: EnvoyMaker, seed: int | str, status: int
+) -> None:
+    """Envoy does not find `stream` in a body with a number of 2^63 or more; the README states it."""
+    async with serve_behind_envoy() as (_, envoy):
+        reply = await envoy.post({"prompt": "hi", "stream": True, "seed": seed})
+        assert reply.status_code == status
+        if status == 200:
+            assert events(reply.text)[-1]["completion"]["seed"] == str(seed)
+        else:
+            assert "stream: is true" in reply.json()["message"]
+
+
 async def test_events_are_not_buffered(serve_behind_envoy: EnvoyMaker) -> None:
     """Envoy forwards the first event while the model waits before the second token."""
     async with serve_behind_envoy() as (service, envoy):
