@@ -78,16 +78,19 @@ class PostgresCluster:
         return f"postgresql://ledger:s3cret@127.0.0.1:{self.port}/{name}"
 
     def remove(self) -> None:
-        """Stop the server and delete its data."""
-        self.stop()
+        """Stop the server, unless a test has stopped it, and delete its data."""
+        if (self._directory / "data" / "postmaster.pid").exists():
+            self.stop()
         shutil.rmtree(self._directory)
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self._programs / program), *arguments]
+        if self._user:
+            # Not the argument `user` of subprocess: it needs fork(), after which a process with gRPC's threads can crash.
+            group = pwd.getpwnam(self._user).pw_gid
+            command = ["setpriv", f"--reuid={self._user}", f"--regid={group}", "--clear-groups", *command]
         environment = {"PATH": os.defpath, "LC_ALL": "C"}
-        subprocess.run(
-            command, check=True, cwd=self._directory, user=self._user, env=environment, stdout=subprocess.DEVNULL
-        )
+        subprocess.run(command, check=True, cwd=self._directory, env=environment, stdout=subprocess.DEVNULL)
 
 
 def _unprivileged_user() -> str | None:
