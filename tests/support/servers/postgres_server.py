@@ -86,7 +86,7 @@ class PostgresCluster:
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self._programs / program), *arguments]
         if self._user:
-            # Not the argument `user` of subprocess: it needs fork(), after which a process with gRPC's threads can crash.
+            # Not the argument `user` of subprocess: it needs fork(), after which a process with gRPC threads can crash.
             group = pwd.getpwnam(self._user).pw_gid
             command = ["setpriv", f"--reuid={self._user}", f"--regid={group}", "--clear-groups", *command]
         environment = {"PATH": os.defpath, "LC_ALL": "C"}
