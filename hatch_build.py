@@ -18,7 +18,7 @@ DESCRIPTORS = PROTO_ROOT / "llama2/v1/descriptors.pb"
 NATIVE_SOURCE = ROOT / "server/llama2_server/engine/native/decode.cpp"
 # No -march: the instruction set is selected at run time, so one build runs on every processor of the family.
 # -ffp-contract=off fuses multiplications and additions only where the source calls fma(), so that all instruction sets
-# compute the same bits.
+# of the portable kernels compute the same bits.
 COMPILER_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
     *("-fno-math-errno", "-ffp-contract=off"),

@@ -33,6 +33,7 @@ END = "<!-- end of metrics -->\n"
 class _NoModel:
     device: str = ""
     dtype: str = ""
+    kernels: str = ""
     memory_bytes: int = 0
 
 

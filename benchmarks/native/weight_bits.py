@@ -1,6 +1,6 @@
 """Compare weights of 12 and 16 bits in memory: steps of the native decoder, loading time and memory.
 
-    python -m benchmarks.native.weight_bits --checkpoint DIR --instructions AVX-512 AVX2
+    python -m benchmarks.native.weight_bits --checkpoint DIR --instructions AVX-512 AVX2 AMX
 
 Each round runs the same step with both, one after another. It prints the ratio of the lowest times and the median of
 the ratios within a round: above 1 means that 12 bits are faster. The logits of both must have the same bits. With one
@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 from llama2_server.engine.checkpoint.loader import load_model
+from llama2_server.engine.model.cpu_kernels import CpuKernels
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.model.native_decoder import NativeDecoder
 from llama2_server.engine.model.packed_weights import CpuWeightBits
+from llama2_server.engine.model.weight_layout import AMX
 
 CONTEXT_LENGTH, POSITION = 256, 128
 ROWS = (1, 2, 4, 8, 16)
@@ -29,8 +31,8 @@ WAYS: tuple[CpuWeightBits, ...] = ("12", "16")
 Step = Callable[[NativeDecoder], torch.Tensor]
 
 
-def load(checkpoint: Path, bits: CpuWeightBits) -> LlamaModel:
-    """Load a checkpoint with one of the two formats, and print seconds and size."""
+def load(checkpoint: Path, bits: CpuWeightBits, kernels: CpuKernels) -> LlamaModel:
+    """Load a checkpoint with one of the two formats for a family of kernels, and print seconds and size."""
     started_at = time.perf_counter()
     model = load_model(
         checkpoint,
@@ -38,10 +40,11 @@ def load(checkpoint: Path, bits: CpuWeightBits) -> LlamaModel:
         dtype=torch.float16,
         context_length=CONTEXT_LENGTH,
         slots=max(ROWS),
+        cpu_kernels=kernels,
         cpu_weight_bits=bits,
     )
     seconds, gigabytes = time.perf_counter() - started_at, model.weights.size_bytes / 1e9
-    print(f"{bits} bits: loaded in {seconds:.2f} s, {gigabytes:.3f} GB", flush=True)
+    print(f"{model.kernels}, {bits} bits: loaded in {seconds:.2f} s, {gigabytes:.3f} GB", flush=True)
     return model
 
 
@@ -86,8 +89,11 @@ def main() -> None:
     parser.add_argument("--steps", default="", help="only the steps whose names contain this text")
     arguments = parser.parse_args()
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
-    models = [load(arguments.checkpoint, bits) for bits in WAYS]
+    models: list[LlamaModel] = []
     for instructions in arguments.instructions:
+        kernels: CpuKernels = "amx" if instructions == AMX else "portable" if instructions else "auto"
+        if not models or kernels != models[0].kernels:
+            models = [load(arguments.checkpoint, bits, kernels) for bits in WAYS]
         decoders = [
             NativeDecoder(
                 model.config,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tests.reliability.determinism import comparison, texts
-from tests.reliability.determinism.comparison import FINGERPRINTS, RUNS, compare
+from tests.reliability.determinism.comparison import FINGERPRINTS, RUNS, amx_runs, compare
 
 TEXTS = 2000
 
@@ -18,8 +18,9 @@ def test_equal_fingerprints_have_equal_texts(tmp_path: Path) -> None:
     assert report.fingerprints == FINGERPRINTS
     assert report.reused_tokens > TEXTS
     # Other weights, kernels and precisions do change texts, so the equal ones mean something. The number of torch's
-    # threads may keep all bits of so small a model.
-    assert report.differing_fingerprints >= FINGERPRINTS * (FINGERPRINTS - 1) // 2 - 1
+    # threads may keep all bits of so small a model, and AMX may keep all tokens.
+    equal = 2 if amx_runs() else 1
+    assert report.differing_fingerprints >= FINGERPRINTS * (FINGERPRINTS - 1) // 2 - equal
     assert {run.rows for run in RUNS} == set(range(1, 9))
     parameters = [params for _, params in texts.requests(TEXTS // len(RUNS))]
     assert {params.temperature == 0 for params in parameters} == {True, False}

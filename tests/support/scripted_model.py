@@ -24,6 +24,8 @@ class ScriptedModel:
     counted separately, and are stopped only by `gate(probes=True)`.
     """
 
+    kernels = ""
+
     def __init__(
         self,
         reply_ids: Sequence[int],

@@ -61,6 +61,8 @@ CLOSEST = {
     "engine/checkpoint/tokenizer_files": "unit/engine/checkpoint/test_tokenizer_files.py",
     "engine/checkpoint": "unit/engine/checkpoint/test_files.py unit/engine/checkpoint/test_loader.py",
     "engine/model/llama": "unit/engine/model/test_llama.py",
+    "engine/model/cpu_kernels": "unit/engine/model/test_cpu_kernels.py",
+    "engine/model/weight_layout": "unit/engine/native/test_packing.py unit/engine/native/test_amx.py",
     "engine/model/packed_weights": "unit/engine/native/test_packing.py unit/engine/native/test_packed_model.py",
     "engine/model/native": "unit/engine/native/test_decoder.py unit/engine/native/test_native_sampling.py",
 }

@@ -30,6 +30,8 @@ class Execution(NamedTuple):
     dtype: str
     """The precision of the weights, such as "float16"."""
     step: StepKind
+    kernels: str
+    """The family of the native kernels, portable or amx; empty with other kinds of steps."""
     fingerprint: Fingerprint
     receipt_keys: ReceiptKeys | None
 
@@ -69,6 +71,7 @@ def _execution_message(execution: Execution) -> model_pb2.Execution:
         device=execution.device,
         dtype=execution.dtype,
         step_kind=STEP_KINDS[execution.step],
+        kernels=execution.kernels,
         fingerprint=execution.fingerprint.value,
         fingerprint_inputs=[model_pb2.FingerprintInput(name=name, value=value) for name, value in inputs],
     )

@@ -86,6 +86,10 @@ class TorchProperties(Protocol):
     def dtype(self) -> object:
         """The torch dtype."""
 
+    @property
+    def kernels(self) -> str:
+        """The family of the native kernels; empty if the model does not run natively."""
+
 
 class Servicers(NamedTuple):
     """One servicer per gRPC service of the protos."""
@@ -109,9 +113,8 @@ class Servicers(NamedTuple):
         receipt_keys: ReceiptKeys | None,
     ) -> "Servicers":
         """Return all servicers, which share the one of text generation."""
-        execution = Execution(
-            str(model.device), str(model.dtype).removeprefix("torch."), step, fingerprint, receipt_keys
-        )
+        dtype = str(model.dtype).removeprefix("torch.")
+        execution = Execution(str(model.device), dtype, step, model.kernels, fingerprint, receipt_keys)
         return cls(
             text_generation,
             ModelServicer(card, authenticator, quota, execution),

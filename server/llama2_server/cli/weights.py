@@ -64,13 +64,14 @@ def check(directory: Path) -> None:
     """Print how many weights of the checkpoint in DIRECTORY fit in 12 bits without loss.
 
     It reads all weights but does not load the model. Weights that were converted from bfloat16 fit, as those of
-    Llama-2. A CPU with AVX-512 reads them faster, and they take a quarter less memory (--cpu-weight-bits).
+    Llama-2. A CPU with AVX-512 or AMX reads them faster, and they take a quarter less memory (--cpu-weight-bits). The
+    share depends on the CPU kernels: with amx, 16 rows of a matrix fit together or not (--cpu-kernels).
     """
     # torch is slow to import, and other commands do not need it.
     from llama2_server.engine.checkpoint.loader import measure_checkpoint
 
-    share = measure_checkpoint(directory)
+    kernels, share = measure_checkpoint(directory)
     click.echo(
         f"{directory}: {share} of the weights fit in 12 bits without loss: {share.size_bytes / 1e9:.2f} GB "
-        f"in memory instead of {2 * share.total / 1e9:.2f} GB"
+        f"in memory instead of {2 * share.total / 1e9:.2f} GB, with the {kernels} kernels"
     )

@@ -100,8 +100,11 @@ class Settings(BaseSettings):
     allow_other_chat_template: Annotated[bool, Group.MODEL] = False
     """Accept a checkpoint with a chat template other than Llama-2's.
     The server still uses Llama-2's template, and logs a warning. Prompts with `raw` use no template."""
-    cpu_kernels: Annotated[Literal["auto", "torch"], Group.MODEL] = "auto"
-    """CPU kernels for float16: native code if available (auto), or torch."""
+    cpu_kernels: Annotated[Literal["auto", "portable", "amx", "torch"], Group.MODEL] = "auto"
+    """CPU kernels for float16: native code if available (auto), or torch.
+    Native code has two families: amx for processors with Intel AMX, and portable for all others. auto selects amx for
+    models from 32 MiB on if the processor supports it, otherwise portable. Texts can differ between the families, and
+    the fingerprint names the family: if replicas with equal texts run on different processors, select portable."""
     cpu_weight_bits: Annotated[Literal["auto", "12", "16"], Group.MODEL] = "auto"
     """Bits per weight on a CPU; 12 only where this is exact.
     auto selects the faster one for the processor and the slots; replies are the same. Weights that were converted from

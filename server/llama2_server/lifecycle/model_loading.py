@@ -116,7 +116,8 @@ def _load(settings: Settings, card: ModelCard) -> LoadedModel:
     step_runner = build_step_runner(
         model, kernels=settings.gpu_kernels, cache_directory=settings.data_directory / "cuda"
     )
-    name, kind = f"{card.name}, weights {settings.weights or 'demo'}", step_runner.kind
+    name = f"{card.name}, weights {settings.weights or 'demo'}"
+    kind = f"{step_runner.kind}, kernels: {model.kernels}" if model.kernels else step_runner.kind
     logger.info("loaded %s on %s as %s in %.1f s; step: %s", name, model.device, model.dtype, seconds, kind)
     inputs = {"card": card.text_digest} | checkpoint_inputs(checkpoint, metadata, tokenizer)
     fingerprint = _fingerprint(inputs, model, step_runner)

@@ -50,6 +50,10 @@ class ModelProperties(Protocol):
         """The torch dtype."""
 
     @property
+    def kernels(self) -> str:
+        """The family of the native kernels, portable or amx; empty if the model does not run natively."""
+
+    @property
     def memory_bytes(self) -> int:
         """Memory in bytes; the scrape thread reads it."""
 
@@ -129,14 +133,13 @@ class Metrics:
     def _register_model(self, name: str, model: ModelProperties, step_kind: str) -> None:
         build = Info(
             "llama2_build",
-            "Version of the server, the model that it serves, and the kind of its steps.",
+            "Version of the server, the model that it serves, the kind of its steps, and the family of native kernels.",
             registry=self.registry,
         )
         dtype = str(model.dtype).removeprefix("torch.")
         device = str(model.device)
-        build.info(
-            {"version": version("llama2-grpc"), "model": name, "device": device, "dtype": dtype, "step": step_kind}
-        )
+        execution = {"device": device, "dtype": dtype, "step": step_kind, "kernels": model.kernels}
+        build.info({"version": version("llama2-grpc"), "model": name, **execution})
         memory = Gauge(
             "llama2_device_memory_bytes",
             "Memory that torch has allocated on a CUDA device; on a CPU, size of the weights and the KV cache.",

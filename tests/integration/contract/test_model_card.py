@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.support.scripted_model import ScriptedModel
 from tests.support.service import ServiceMaker
 
 from llama2.v1 import model_pb2, text_generation_pb2
@@ -109,13 +110,17 @@ async def test_without_keys_the_quota_is_the_anonymous_accounts(
     )
 
 
-async def test_the_execution_is_shown(serve_scripted: ServiceMaker) -> None:
-    """Device, precision and kind of step are those of the loaded model; the scripted one has no kernels."""
+@pytest.mark.parametrize("kernels", ["", "amx"])
+async def test_the_execution_is_shown(
+    serve_scripted: ServiceMaker, monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    """Device, precision, kind of step and family of kernels are those of the loaded model."""
+    monkeypatch.setattr(ScriptedModel, "kernels", kernels)
     async with serve_scripted("A story.") as service:
         response = await service.models.GetModelCard(model_pb2.GetModelCardRequest())
     execution = response.execution
     assert (execution.device, execution.dtype) == ("cpu", "float32")
-    assert execution.step_kind == model_pb2.STEP_KIND_TORCH
+    assert (execution.step_kind, execution.kernels) == (model_pb2.STEP_KIND_TORCH, kernels)
 
 
 def test_every_kind_of_step_has_a_value_in_the_contract() -> None:

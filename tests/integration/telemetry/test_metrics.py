@@ -44,7 +44,7 @@ GENERATE = "llama2.v1.TextGenerationService/Generate"
 STREAM = "llama2.v1.TextGenerationService/GenerateStream"
 OPENMETRICS = {"Accept": "application/openmetrics-text; version=1.0.0"}
 UNITS = ("seconds", "bytes")
-LABELS = {"method", "code", "type", "phase", "version", "model", "device", "dtype", "step", "result", "le"}
+LABELS = {"method", "code", "type", "phase", "version", "model", "device", "dtype", "step", "kernels", "result", "le"}
 
 
 def problems(family: Metric) -> list[str]:
@@ -254,7 +254,7 @@ async def test_ledger_memory_and_build(serve_scripted: ServiceMaker, watched: Wa
         assert (watched.value("process_resident_memory_bytes") or 0) > 10**7
         text = generate_latest(watched.telemetry.metrics.registry).decode()
         assert re.search(
-            r'^llama2_build_info\{device="cpu",dtype="float32",model="@demo/storyteller",step="torch",version="\d.*"\}',
+            r'^llama2_build_info\{device="cpu",dtype="float32",kernels="",model="@demo/storyteller",step="torch",version="\d.*"\}',
             text,
             re.M,
         )

@@ -13,7 +13,28 @@ from tests.reliability.determinism.texts import MIN_TOKENS, Run, Texts, compute
 from tests.support.processes import environment
 from tests.support.repository import ROOT
 
+from llama2_server.engine.model.weight_layout import AMX as AMX_INSTRUCTIONS
+from llama2_server.engine.native.library import NativeUnavailable, find_instructions
+
 TORCH = {"cpu_kernels": "torch"}
+AMX = {"cpu_kernels": "amx"}
+AMX_RUNS: Sequence[Run] = (
+    Run("amx, 1 row", settings=AMX),
+    Run("amx, 5 rows, reuse", 5, reuse=True, settings=AMX),
+    Run("amx, 8 rows, 2 threads, 16 bits", 8, threads=2, settings={**AMX, "cpu_weight_bits": "16"}),
+)
+"""Only on a processor with AMX."""
+
+
+def amx_runs() -> Sequence[Run]:
+    """Return the runs with AMX, if this processor supports it."""
+    try:
+        find_instructions(AMX_INSTRUCTIONS)
+    except NativeUnavailable:
+        return ()
+    return AMX_RUNS
+
+
 SHARE = 3
 """Runs in torch compute a third of the requests."""
 RUNS: Sequence[Run] = (
@@ -30,9 +51,10 @@ RUNS: Sequence[Run] = (
     Run("float32", 2, settings={"dtype": "float32"}, share=SHARE),
     Run("bfloat16", 3, reuse=True, settings={"dtype": "bfloat16"}, share=SHARE),
     Run("other weights", 4, weights=1),
+    *amx_runs(),
 )
-FINGERPRINTS = 6
-"""Of these runs: native, torch with one thread and with two, two other precisions, and other weights."""
+FINGERPRINTS = 7 if amx_runs() else 6
+"""Of these runs: native, torch with one thread and with two, two other precisions, other weights, and AMX."""
 
 
 @dataclass(frozen=True, slots=True)

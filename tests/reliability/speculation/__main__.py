@@ -2,16 +2,18 @@
 
     python -m tests.reliability.speculation --cases 10000
 
-The cases use two checkpoints of a few hundred kB: one whose replies repeat passages, and one with random weights.
+The cases use two checkpoints of a few hundred kB: one whose replies repeat passages, and one with random weights. They
+run with each family of native kernels that the processor supports.
 """
 
 import argparse
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
-from tests.reliability.speculation.cases import CONTEXT, CYCLE, VOCAB, Pair, some_cases
+from tests.reliability.speculation.cases import CONTEXT, CYCLE, VOCAB, Pair, families, some_cases
 from tools.make_checkpoint import Shape, make_checkpoint
 
 
@@ -23,14 +25,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     differences: list[str] = []
-    for cycle in (CYCLE, 0):
+    cases = some_cases(arguments.seed, arguments.cases // 2)
+    for cycle, kernels in product((CYCLE, 0), families()):
         with tempfile.TemporaryDirectory() as folder:
             shape = Shape(vocab=VOCAB, context=CONTEXT, cycle=cycle)
-            pair = Pair(make_checkpoint(Path(folder), shape))
-            differences += pair.differences(some_cases(arguments.seed, arguments.cases // 2))
+            pair = Pair(make_checkpoint(Path(folder), shape), cpu_kernels=kernels)
+            differences += pair.differences(cases)
             pair.close()
-        print(f"cycle {cycle}: with prompt lookup {pair.counts}; plain {pair.plain_counts}")
-    print(*differences, f"{arguments.cases} cases, {len(differences)} differences", sep="\n")
+        print(f"{kernels}, cycle {cycle}: with prompt lookup {pair.counts}; plain {pair.plain_counts}")
+    print(*differences, f"{2 * len(cases)} cases per family, {len(differences)} differences", sep="\n")
     sys.exit(bool(differences))
 
 

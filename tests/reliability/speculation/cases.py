@@ -12,6 +12,9 @@ import torch
 
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.engine import Engine
+from llama2_server.engine.model.cpu_kernels import CpuKernels
+from llama2_server.engine.model.weight_layout import AMX
+from llama2_server.engine.native.library import NativeUnavailable, find_instructions
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import Sequence, SequenceResult
 from llama2_server.engine.step_planner import StepPolicy
@@ -85,14 +88,32 @@ class Counts:
         self.mixed += step.phase == "mixed"
 
 
+def families() -> list[CpuKernels]:
+    """Return the families of native kernels that this processor supports."""
+    try:
+        find_instructions(AMX)
+    except NativeUnavailable:
+        return ["portable"]
+    return ["portable", "amx"]
+
+
 class Pair:
     """Two engines over the same weights: with prompt lookup, and without."""
 
-    def __init__(self, checkpoint: Path, end_ids: frozenset[int] = END_IDS) -> None:
+    def __init__(
+        self, checkpoint: Path, end_ids: frozenset[int] = END_IDS, cpu_kernels: CpuKernels = "portable"
+    ) -> None:
         self.counts, self.plain_counts = Counts(), Counts()
         self._engines = [
             Engine(
-                load_model(checkpoint, device="cpu", dtype=torch.float16, context_length=CONTEXT, slots=SLOTS),
+                load_model(
+                    checkpoint,
+                    device="cpu",
+                    dtype=torch.float16,
+                    context_length=CONTEXT,
+                    slots=SLOTS,
+                    cpu_kernels=cpu_kernels,
+                ),
                 end_ids,
                 on_step=counts.add,
                 step_policy=StepPolicy(prompt_lookup=counts is self.counts),

@@ -2,8 +2,9 @@
 
     python -m tests.support.sampling.sampled_texts      # write the table again, only if texts are meant to change
 
-The native forward pass gives equal logits on every processor, so the table does not depend on the machine. It was made
-with the sampler of 2026-11-25, before the rules of the reference sampler were defined.
+The portable kernels, which small models have by default, give equal logits on every processor, so the table does not
+depend on the machine. It was made with the sampler of 2026-11-25, before the rules of the reference sampler were
+defined.
 """
 
 import hashlib

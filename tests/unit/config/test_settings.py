@@ -21,7 +21,7 @@ VALUES: Mapping[str, tuple[Any, Any]] = {
     "require_stores": (False, True),
     "listen": ("127.0.0.1:1", "[::1]:2"),
     "device": ("cpu", "cuda"),
-    "cpu_kernels": ("auto", "torch"),
+    "cpu_kernels": ("portable", "amx"),
     "cpu_weight_bits": ("12", "16"),
     "threads": (1, 2),
     "max_position_embeddings": (4096, 8192),

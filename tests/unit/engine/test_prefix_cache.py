@@ -31,6 +31,7 @@ class Recorder:
         self.model = model
         self.vocab_size, self.context_length, self.slots = model.vocab_size, model.context_length, model.slots
         self.device, self.dtype, self.memory_bytes = model.device, model.dtype, model.memory_bytes
+        self.kernels = model.kernels
         self.prefill_chunk_tokens, self.chunk_invariant = CHUNK, False
         self.prefilled: list[int] = []
         self.logits: list[Tensor] = []

@@ -17,6 +17,7 @@ from llama2_server.config.settings import Settings
 from llama2_server.engine.fingerprint import execution, weights
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.model import llama
+from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import HostStepRunner, StepKind
 from llama2_server.lifecycle.model_loading import load_model
 
@@ -139,6 +140,22 @@ def test_other_kernels_and_precisions(checkpoint: Path, tmp_path: Path, settings
     assert other._quick != base._quick
 
 
+def test_the_families_of_native_kernels_differ(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts can differ between them, so the response cache does, too. The portable ones keep their fingerprint."""
+    base = fingerprint(checkpoint, tmp_path)
+    portable = fingerprint(checkpoint, tmp_path, cpu_kernels="portable")
+    assert (portable.value, portable.inputs["kernels"]) == (base.value, "native")
+    monkeypatch.setattr(LlamaModel, "kernels", "amx")
+    amx = fingerprint(checkpoint, tmp_path)
+    assert amx.inputs["kernels"] == f"native, amx {execution.AMX_VERSION}"
+    assert amx.value != base.value
+    assert amx._quick != base._quick
+    monkeypatch.setattr(execution, "AMX_VERSION", execution.AMX_VERSION + 1)
+    assert fingerprint(checkpoint, tmp_path).value != amx.value
+
+
 def test_the_version_of_the_algorithm_counts(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new version of our kernels has another fingerprint."""
     base = fingerprint(checkpoint, tmp_path).value
@@ -180,6 +197,7 @@ class CudaModel:
     def __init__(self, slots: int = 1) -> None:
         self.device = SimpleNamespace(type="cuda")
         self.dtype = torch.float16
+        self.kernels = ""
         self.slots = slots
         self.prefill_chunk_tokens = 512
         self.rotary = (torch.zeros(2, 2), torch.ones(2, 2))

@@ -4,7 +4,9 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,17 +25,17 @@ from llama2_server.engine.memory import (
     available_bytes,
     check_memory,
 )
+from llama2_server.engine.model.cpu_kernels import CpuKernels, choose_layout, runs_amx
 from llama2_server.engine.model.kv_cache import KVCache
-from llama2_server.engine.model.llama import CpuKernels, LlamaModel
+from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.model.packed_weights import (
     CpuWeightBits,
     PackedMatrix,
     PackedMemoryFull,
     PackedShare,
     allocate_packed,
-    measure_rows,
-    packs_weights,
 )
+from llama2_server.engine.model.weight_layout import ROWS, TileLayout, WeightLayout
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.native.library import NativeUnavailable, find_instructions
 from llama2_server.engine.text.tokenizer import Tokenizer
@@ -73,7 +75,7 @@ def load_model(
         config: the result of `read_config`, if known.
         tokenizer: the result of `open_tokenizer`, if known.
         progress: called after each tensor.
-        cpu_kernels: "auto" uses the native kernels on a CPU if they are available.
+        cpu_kernels: the native kernels on a CPU, or torch; see `model/cpu_kernels.py`.
         cpu_weight_bits: bits per weight that the native kernels read; 12 only where this is exact.
         threads: number of CPU threads; None selects it.
 
@@ -86,12 +88,13 @@ def load_model(
     meta_weights = LlamaWeights.allocate(config, "meta", dtype)
     stored = read_checked_table(directory, config, meta_weights)
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
-    native = (torch.device(device).type, dtype, cpu_kernels) == ("cpu", torch.float16, "auto")
-    packed = native and packs_weights(cpu_weight_bits, meta_weights.size_bytes, slots)
-    least_bytes = meta_weights.size_bytes * 3 // 4 if packed else meta_weights.size_bytes
+    layout = None
+    if (torch.device(device).type, dtype) == ("cpu", torch.float16):
+        layout = choose_layout(cpu_kernels, cpu_weight_bits, config, meta_weights.size_bytes, slots)
+    least_bytes = _least_bytes(layout, meta_weights.size_bytes)
     _check_memory(directory, device, MemoryNeed(least_bytes, cache_bytes, f"{slots} x {context_length} tokens"))
     try:
-        weights = _allocate_packed(config, cache_bytes) if packed else LlamaWeights.allocate(config, device, dtype)
+        weights = _allocate(config, device, dtype, layout, cache_bytes)
         _read_tensors(stored, tensor_destinations(config, weights), progress or _no_progress)
         _log_packed_share(weights)
         shape = {"context_length": context_length, "slots": slots}
@@ -119,7 +122,8 @@ def _no_progress(done_bytes: int, total_bytes: int) -> None:
 
 
 def _log_packed_share(weights: Weights) -> None:
-    shares = [matrix.share for matrix in weights.matrices if isinstance(matrix, PackedMatrix)]
+    packed = [matrix for matrix in weights.matrices if isinstance(matrix, PackedMatrix)]
+    shares = [matrix.share for matrix in packed if matrix.layout.twelve_bits]
     if shares:
         share = sum(shares, PackedShare())
         logger.info("weights: %s are stored in 12 bits without loss, %.2f GB", share, share.size_bytes / 1e9)
@@ -131,10 +135,19 @@ def _memory_problem(device: str, error: Exception) -> str:
     return f"weights and KV cache do not fit on {device}: {error}"
 
 
-def _allocate_packed(config: LlamaConfig, cache_bytes: int) -> Weights:
-    """Return packed weights that may take the memory which the KV cache leaves on a CPU, if it is known."""
+def _least_bytes(layout: WeightLayout | None, size_bytes: int) -> int:
+    """Return the least memory that weights can need, if as many as possible are stored in 12 bits instead of 16."""
+    return size_bytes * 3 // 4 if layout is not None and layout.twelve_bits else size_bytes
+
+
+def _allocate(
+    config: LlamaConfig, device: str, dtype: torch.dtype, layout: WeightLayout | None, cache_bytes: int
+) -> Weights:
+    """Return weights; packed ones may take the memory which the KV cache leaves on a CPU, if it is known."""
+    if layout is None:
+        return LlamaWeights.allocate(config, device, dtype)
     free_bytes = available_bytes()
-    return allocate_packed(config, None if free_bytes is None else free_bytes - cache_bytes)
+    return allocate_packed(config, layout, None if free_bytes is None else free_bytes - cache_bytes)
 
 
 def _check_memory(directory: Path, device: str, need: MemoryNeed) -> None:
@@ -263,15 +276,28 @@ def _read_finite(name: str, tensor: TensorEntry, destination: Destination, buffe
         file.seek(tensor.offset)
         try:
             if isinstance(destination, PackedMatrix):
-                return all(destination.pack(first, rows) for first, rows in buffers.read_rows(tensor, file))
+                return _pack_rows(tensor, destination, buffers, file)
             return buffers.fill(destination, tensor.dtype, file)
         except EOFError:
             message = f"{tensor.path}: the file ends inside tensor {name}; fetch it again"
             raise WeightsError(message) from None
 
 
-def measure_checkpoint(directory: Path) -> PackedShare:
-    """Read the matrices of a checkpoint and return their share.
+def _pack_rows(tensor: TensorEntry, matrix: PackedMatrix, buffers: ReadBuffers, file: BufferedReader) -> bool:
+    blocks = buffers.read_rows(tensor, file, matrix.layout.group_rows)
+    return all(matrix.pack(first, rows) for first, rows in blocks)
+
+
+class MeasuredWeights(NamedTuple):
+    """How the weights of a checkpoint would be stored on this machine."""
+
+    kernels: str
+    """The family of kernels that would run the model by default: portable or amx."""
+    share: PackedShare
+
+
+def measure_checkpoint(directory: Path) -> MeasuredWeights:
+    """Read the matrices of a checkpoint and return their share in 12 bits, for the kernels that run it by default.
 
     Raises:
         WeightsError: the checkpoint cannot be served, or the native library is not available.
@@ -282,17 +308,22 @@ def measure_checkpoint(directory: Path) -> PackedShare:
         raise WeightsError(f"cannot measure weights: {error}") from error
     check_format(directory)
     config = read_config(directory)
-    stored = read_checked_table(directory, config, LlamaWeights.allocate(config, "meta", torch.float16))
+    meta_weights = LlamaWeights.allocate(config, "meta", torch.float16)
+    stored = read_checked_table(directory, config, meta_weights)
+    layout = TileLayout() if runs_amx("auto", config, meta_weights.size_bytes) else ROWS
     buffers = ReadBuffers(torch.device("cpu"))
     matrices = {name: tensor for name, tensor in stored.items() if len(tensor.shape) == 2}
-    return sum((_measure_matrix(name, tensor, buffers) for name, tensor in matrices.items()), PackedShare())
+    shares = (_measure_matrix(name, tensor, layout, buffers) for name, tensor in matrices.items())
+    return MeasuredWeights(layout.kernels, sum(shares, PackedShare()))
 
 
-def _measure_matrix(name: str, tensor: TensorEntry, buffers: ReadBuffers) -> PackedShare:
-    formats = torch.empty(tensor.shape[0], dtype=torch.int64)
+def _measure_matrix(name: str, tensor: TensorEntry, layout: WeightLayout, buffers: ReadBuffers) -> PackedShare:
+    rows, width = tensor.shape
+    formats = torch.empty(layout.groups(rows), dtype=torch.int64)
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
-        for first, rows in buffers.read_rows(tensor, file):
-            if measure_rows(rows, formats[first : first + len(rows)]) is None:
+        for first, block in buffers.read_rows(tensor, file, layout.group_rows):
+            group = first // layout.group_rows
+            if layout.measure(block, formats[group : group + layout.groups(len(block))]) is None:
                 raise WeightsError(f"{tensor.path}: tensor {name} contains numbers that float16 cannot represent")
-    return PackedShare.of(formats, tensor.shape[1])
+    return PackedShare.of(formats, (rows, width), layout)

@@ -75,16 +75,18 @@ class ReadBuffers:
             # The result waits for the stream, so that other streams may read the weights from here on.
             return bool(torch.stack(extremes).isfinite().all()) if extremes else True
 
-    def read_rows(self, tensor: TensorEntry, file: BufferedReader) -> Iterator[tuple[int, Tensor]]:
+    def read_rows(self, tensor: TensorEntry, file: BufferedReader, group_rows: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Read a matrix from the current position of the file; yield blocks of rows, each with its first row's index.
 
-        The blocks are (rows, width), float16, and valid until the next one.
+        The blocks are (rows, width), float16, and valid until the next one. Each has a multiple of `group_rows` rows,
+        except the last one.
 
         Raises:
             EOFError: the file ends inside the tensor.
         """
         outputs, width = tensor.shape
-        step = max(PACKED_BUFFER_BYTES // (width * tensor.dtype.itemsize), 1)
+        groups = PACKED_BUFFER_BYTES // (width * tensor.dtype.itemsize * group_rows)
+        step = max(groups, 1) * group_rows
         for first in range(0, outputs, step):
             count = min(step, outputs - first)
             stored = next(self._buffers).read(count * width * tensor.dtype.itemsize, file)
@@ -102,6 +104,9 @@ class _Buffer:
 
     def read(self, size_bytes: int, file: BufferedReader) -> Tensor:  # (size_bytes,) uint8
         """Read bytes into the buffer and return them."""
+        if size_bytes > self._memory.nbytes:  # a group of very wide rows
+            self._memory = torch.empty(size_bytes, dtype=torch.uint8)
+            self._bytes = self._memory.numpy()
         if file.readinto(self._bytes[:size_bytes]) != size_bytes:
             raise EOFError
         return self._memory[:size_bytes]

@@ -20,6 +20,9 @@ from llama2_server.engine.text.tokenizer import Tokenizer
 ALGORITHM_VERSION = 2
 """The version of our own arithmetic, sampling, tokenization and chat template. A change of any bit raises it. The table
 of `tests/support/sampling/sampled_texts.py` finds such a change; `python -m tools.checks.algorithm` reminds of it."""
+AMX_VERSION = 1
+"""The version of the arithmetic of the AMX kernels. A change of any of their bits raises it, instead of
+ALGORITHM_VERSION, so that fingerprints of the portable kernels stay."""
 # Variables that change the results of torch and of the libraries that it calls.
 LIBRARY_VARIABLES = ("ATEN_", "CUBLAS", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_", "PYTORCH_", "TORCH_")
 # Lines of /proc/cpuinfo by which libraries select their kernels and block sizes, on x86 and on Arm.
@@ -44,12 +47,12 @@ def checkpoint_inputs(directory: Path, metadata: ModelMetadata, tokenizer: Token
 def execution_inputs(model: LlamaModel, step_runner: StepRunner) -> dict[str, str]:
     """Return the inputs that describe how this process computes.
 
-    The C++ kernels give the same bits on every processor, with every number of threads and rows, and with 12 or 16 bits
-    per weight. torch and its libraries promise nothing of this.
+    Within a family, the C++ kernels give the same bits on every processor that supports it, with every number of
+    threads and rows, and with 12 or 16 bits per weight. torch and its libraries promise nothing of this.
     """
     inputs = {
         "algorithm": str(ALGORITHM_VERSION),
-        "kernels": step_runner.kind.value,
+        "kernels": f"native, amx {AMX_VERSION}" if model.kernels == "amx" else step_runner.kind.value,
         "precision": str(model.dtype).removeprefix("torch."),
         "rotary": _rotary_digest(model),
     }

@@ -30,6 +30,10 @@ class Model(Protocol):
         """The precision of the weights."""
 
     @property
+    def kernels(self) -> str:
+        """The family of the native kernels, portable or amx; empty if the model does not run natively."""
+
+    @property
     def memory_bytes(self) -> int:
         """Memory that the model uses on its device, in bytes."""
 

@@ -6,7 +6,7 @@ because the checkpoints have its format.
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_
 
 from llama2_server.engine.control_groups import available_cores
 from llama2_server.engine.errors import EngineError, OutOfMemory
+from llama2_server.engine.model.cpu_kernels import CpuKernels
 from llama2_server.engine.model.kv_cache import KVCache, Slot
 from llama2_server.engine.model.native_decoder import NativeDecoder
 from llama2_server.engine.model.packed_weights import PackedMatrix
@@ -23,18 +24,15 @@ from llama2_server.engine.native.library import NativeUnavailable
 
 logger = logging.getLogger(__name__)
 
-CpuKernels = Literal["auto", "torch"]  # auto: the native kernels if they are available
-
 # A smaller model runs on one CPU thread. Two threads would wait for each other longer than one thread needs for the
 # step, above all if other programs use the CPU.
 SMALL_MODEL_BYTES = 32 * 1024 * 1024
 # torch's default, one per physical core or the value of OMP_NUM_THREADS, but not more than this process can use.
 CPU_THREADS = min(torch.get_num_threads(), available_cores())
-# Matrix products in torch are fast from some hundreds of rows on. The native kernels take at most 48 rows at a time.
-# The chunks of a GPU depend on the card (model/prefill_chunks.py). Only whole chunks are reused in torch
+# Matrix products in torch are fast from some hundreds of rows on. The native kernels define their own number, and the
+# chunks of a GPU depend on the card (model/prefill_chunks.py). Only whole chunks are reused in torch
 # (engine/prefix_cache.py), and the other sequences wait for each chunk.
 TORCH_CHUNK_TOKENS = 512
-NATIVE_CHUNK_TOKENS = 48
 # From this number of rows on, a CPU multiplies float32 copies of float16 weight blocks faster than the weight itself.
 FP16_BLOCK_MIN_ROWS = 4
 # Weight rows per block: few enough that the float32 copy of a block stays in the CPU's cache.
@@ -80,7 +78,7 @@ class LlamaModel:
         self.threads = threads or (1 if is_small else CPU_THREADS)
         self.native = self._native_decoder(cpu_kernels) if self.device.type == "cpu" else None
         self.chunk_invariant = self.native is not None
-        self.prefill_chunk_tokens = NATIVE_CHUNK_TOKENS if self.native else TORCH_CHUNK_TOKENS
+        self.prefill_chunk_tokens = self.native.prefill_rows if self.native else TORCH_CHUNK_TOKENS
         if self.device.type == "cuda":
             self.prefill_chunk_tokens = cuda_chunk_tokens(torch.cuda.get_device_name(self.device), weights.parameters)
 
@@ -99,6 +97,11 @@ class LlamaModel:
             return None
         logger.info("running natively with %s, threads: %d", native.instructions, self.threads)
         return native
+
+    @property
+    def kernels(self) -> str:
+        """The family of the native kernels, portable or amx; empty if the model does not run natively."""
+        return self.native.kernels if self.native else ""
 
     @property
     def memory_bytes(self) -> int:

@@ -13,6 +13,7 @@ from llama2_server.engine.errors import EngineError
 from llama2_server.engine.model.kv_cache import KVCache
 from llama2_server.engine.model.native_sampler import NOT_SAMPLED, NativeSampler
 from llama2_server.engine.model.packed_weights import PackedMatrix
+from llama2_server.engine.model.weight_layout import AMX, ROWS
 from llama2_server.engine.model.weights import LayerWeights, LlamaConfig, LlamaWeights
 from llama2_server.engine.native.library import (
     LayerPointers,
@@ -21,6 +22,7 @@ from llama2_server.engine.native.library import (
     NativeUnavailable,
     find_instructions,
     load_library,
+    prefill_rows,
 )
 
 
@@ -55,13 +57,21 @@ class NativeDecoder:
             kv_cache: float16 keys and values, shared with the decoder.
             rotary: cosines and signed sines, each (context_length, head_dim).
             threads: number of threads, the calling one included.
-            instructions: name of an instruction set; "" selects the best available.
+            instructions: name of an instruction set; "" selects the best available for the layout of the weights.
 
         Raises:
-            NativeUnavailable: the library is missing, or the processor does not support the instructions.
+            NativeUnavailable: the library is missing, the processor does not support the instructions, or they cannot
+                read the layout of the weights.
         """
         library = load_library()
-        self.instructions = find_instructions(instructions)
+        layout = weights.head.layout if isinstance(weights.head, PackedMatrix) else ROWS
+        self.instructions = find_instructions(instructions or layout.instructions)
+        if (self.instructions == AMX) != (layout.instructions == AMX):
+            raise NativeUnavailable(
+                f"{self.instructions} cannot read the weights, which are stored for {layout.kernels}"
+            )
+        self.kernels = layout.kernels
+        self.prefill_rows = prefill_rows(self.instructions)
         cosines, sines = (table.float().contiguous() for table in rotary)
         # Keep the tensors alive: the C++ decoder holds only pointers to them.
         self._memory = (weights, kv_cache, cosines, sines)

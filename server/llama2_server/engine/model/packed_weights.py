@@ -1,4 +1,4 @@
-"""Float16 matrices in memory that take 12 bits per weight if that is exact (native/kernels/packing.hpp)."""
+"""Float16 matrices in memory that take 12 bits per weight if that is exact, in the layout that the kernels read."""
 
 import ctypes
 import threading
@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llama2_server.engine.errors import EngineError
+from llama2_server.engine.model.weight_layout import FLOAT16, ROWS, TWELVE_BITS, WeightLayout
 from llama2_server.engine.model.weights import LlamaConfig, LlamaWeights
 from llama2_server.engine.native.library import (
     MatrixPointers,
@@ -23,8 +25,8 @@ DEFAULT_BITS = {"AVX-512": "12"}
 # Smaller models fit in the processor's cache, where reading fewer bytes does not pay for decoding.
 MIN_PACKED_BYTES = 32 * 1024 * 1024
 
-FLOAT16, TWELVE_BITS, TWELVE_BITS_WITH_BASES = range(3)  # enum RowFormat of model.hpp
-FORMAT_MASK = 63  # an entry of `rows` is an offset, a multiple of 64, plus the format
+FORMAT_MASK = 63  # an entry of a group is an offset, a multiple of 64, plus the format
+UNPACKED_PADDING = 128  # floats; the kernels pad an unpacked row with zeros to at most a multiple of this
 
 
 class PackedMemoryFull(Exception):
@@ -60,61 +62,88 @@ class PackedMemory:
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A float16 matrix, or a range of rows of one, of which each row has 12 bits per weight or 16."""
+    """A float16 matrix, or a range of rows of one, whose groups of rows have 12 bits per weight or 16."""
 
     memory: PackedMemory
-    rows: Tensor  # (outputs,) int64: offset and format of each row
-    width: int
+    entries: Tensor  # (groups,) int64: offset and format of each group of rows
+    shape: tuple[int, int]
+    """Number of rows and columns."""
+    layout: WeightLayout = ROWS
 
     dtype = torch.float16
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of rows and columns."""
-        return len(self.rows), self.width
+    @staticmethod
+    def allocate(memory: PackedMemory, rows: int, width: int, layout: WeightLayout) -> "PackedMatrix":
+        """Return a matrix whose rows are not packed yet."""
+        return PackedMatrix(memory, torch.empty(layout.groups(rows), dtype=torch.int64), (rows, width), layout)
 
     def __getitem__(self, rows: slice) -> "PackedMatrix":
-        """Return a range of rows that shares the memory."""
-        return PackedMatrix(self.memory, self.rows[rows], self.width)
+        """Return a range of rows that shares the memory; it starts with a group and ends with one."""
+        start, stop, _ = rows.indices(self.shape[0])
+        if stop < self.shape[0]:
+            self._group(stop)
+        entries = self.entries[self._group(start) : self.layout.groups(stop)]
+        return PackedMatrix(self.memory, entries, (stop - start, self.shape[1]), self.layout)
+
+    def _group(self, row: int) -> int:
+        """Return the group that a row is the first of."""
+        if row % self.layout.group_rows != 0:
+            raise EngineError(f"row {row} is not the first of a group of {self.layout.group_rows} rows")
+        return row // self.layout.group_rows
 
     def pointers(self) -> MatrixPointers:
         """Return the matrix for the C++ code, which must not outlive it."""
-        return MatrixPointers(self.memory.bytes.data_ptr(), self.rows.data_ptr())
+        return MatrixPointers(self.memory.bytes.data_ptr(), self.entries.data_ptr())
 
     def pack(self, first: int, halves: Tensor) -> bool:  # (rows, width), contiguous float16
-        """Store rows from row `first` on; return whether all their numbers are finite. Any thread may call it."""
-        count = halves.shape[0]
-        entries = self.rows[first : first + count]
-        size_bytes = measure_rows(halves, entries)
+        """Store rows from row `first` on; return whether all their numbers are finite. Any thread may call it.
+
+        The rows are whole groups, except that they may end at the last row of the matrix.
+        """
+        group = self._group(first)
+        entries = self.entries[group : group + self.layout.groups(halves.shape[0])]
+        size_bytes = self.layout.measure(halves, entries)
         if size_bytes is None:
             return False
-        offset = self.memory.reserve(size_bytes)
-        load_library().llama2_pack_rows(
-            halves.data_ptr(), count, self.width, entries.data_ptr(), self.memory.bytes.data_ptr(), offset
-        )
+        self.layout.pack(halves, entries, self.memory.bytes, self.memory.reserve(size_bytes))
         return True
 
     def unpack(self, row: int, instructions: str = "") -> Tensor:  # (width,) float32
         """Return a row."""
-        out = torch.empty(-(-self.width // 16) * 16)
+        width = self.shape[1]
+        out = torch.empty(-(-width // UNPACKED_PADDING) * UNPACKED_PADDING)
+        name = (instructions or self.layout.instructions).encode()
+        load_library().llama2_unpack_row(ctypes.byref(self.pointers()), row, width, name, out.data_ptr())
+        return out[:width]
+
+    def multiply(self, x: Tensor, instructions: str = "") -> Tensor:  # (rows, width) float32 -> (rows, outputs)
+        """Return the product with each row of `x`, as a step computes it.
+
+        Raises:
+            EngineError: the processor does not support the instructions, or there is not enough memory.
+        """
+        name = instructions or self.layout.instructions
+        x, out = x.contiguous(), torch.empty(len(x), self.shape[0])
         pointers = ctypes.byref(self.pointers())
-        load_library().llama2_unpack_row(pointers, row, self.width, instructions.encode(), out.data_ptr())
-        return out[: self.width]
+        if not load_library().llama2_multiply(
+            pointers, *self.shape, name.encode(), x.data_ptr(), len(x), out.data_ptr()
+        ):
+            raise EngineError(f"cannot multiply with {name or 'the native library'}")
+        return out
 
     def first_values(self, count: int) -> Tensor:  # (count,) float16
         """Return the first numbers of the matrix."""
-        return torch.cat([self.unpack(row) for row in range(min(-(-count // self.width), len(self.rows)))])[
-            :count
-        ].half()
+        rows, width = self.shape
+        return torch.cat([self.unpack(row) for row in range(min(-(-count // width), rows))])[:count].half()
 
     @property
     def share(self) -> "PackedShare":
         """The share of weights that are stored in 12 bits."""
-        return PackedShare.of(self.rows & FORMAT_MASK, self.width)
+        return PackedShare.of(self.entries & FORMAT_MASK, self.shape, self.layout)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the rows and of the table of rows, in bytes."""
+        """Memory of the groups and of the table of groups, in bytes."""
         return self.share.size_bytes
 
 
@@ -127,11 +156,15 @@ class PackedShare:
     size_bytes: int = 0
 
     @classmethod
-    def of(cls, formats: Tensor, width: int) -> "PackedShare":
-        """Return the share of a matrix with rows of these formats, (outputs,) int64."""
+    def of(cls, formats: Tensor, shape: tuple[int, int], layout: WeightLayout) -> "PackedShare":
+        """Return the share of a matrix whose groups of rows have these formats, (groups,) int64."""
+        rows, width = shape
         counts: list[int] = torch.bincount(formats, minlength=3).tolist()
-        sizes = (count * row_bytes(row_format, width) for row_format, count in enumerate(counts))
-        return cls(sum(counts[TWELVE_BITS:]) * width, sum(counts) * width, sum(sizes) + formats.nbytes)
+        size_bytes = sum(count * layout.group_bytes(kind, width) for kind, count in enumerate(counts))
+        packed_rows = sum(counts[TWELVE_BITS:]) * layout.group_rows
+        if len(formats) and int(formats[-1]) != FLOAT16:
+            packed_rows -= layout.groups(rows) * layout.group_rows - rows  # the last group may have fewer rows
+        return cls(packed_rows * width, rows * width, size_bytes + formats.nbytes)
 
     def __add__(self, other: "PackedShare") -> "PackedShare":
         return PackedShare(self.packed + other.packed, self.total + other.total, self.size_bytes + other.size_bytes)
@@ -140,15 +173,8 @@ class PackedShare:
         return f"{100 * self.packed / max(self.total, 1):.2f}%"
 
 
-def measure_rows(halves: Tensor, formats: Tensor) -> int | None:  # (rows, width), contiguous float16; (rows,) int64
-    """Write the format of each row; return the bytes of all packed rows, or None if a number is not finite."""
-    rows, width = halves.shape
-    size = int(load_library().llama2_measure_rows(halves.data_ptr(), rows, width, formats.data_ptr()))
-    return None if size < 0 else size
-
-
 def packs_weights(bits: CpuWeightBits, float16_bytes: int, slots: int) -> bool:
-    """Return whether the native kernels read a model of this size in packed form.
+    """Return whether the portable kernels read a model of this size in packed form.
 
     Args:
         bits: the setting; "auto" depends on the instruction set, the size and the slots.
@@ -164,12 +190,9 @@ def packs_weights(bits: CpuWeightBits, float16_bytes: int, slots: int) -> bool:
     return bits == "12"
 
 
-def row_bytes(row_format: int, width: int) -> int:
-    """Return the size of a row of a format in bytes."""
-    return int(load_library().llama2_row_bytes(row_format, width))
-
-
-def allocate_packed(config: LlamaConfig, limit_bytes: int | None = None) -> LlamaWeights[PackedMatrix]:
+def allocate_packed(
+    config: LlamaConfig, layout: WeightLayout, limit_bytes: int | None = None
+) -> LlamaWeights[PackedMatrix]:
     """Return packed weights whose rows are not packed yet, and which may take `limit_bytes` of memory.
 
     Raises:
@@ -179,12 +202,12 @@ def allocate_packed(config: LlamaConfig, limit_bytes: int | None = None) -> Llam
 
     def count(outputs: int, width: int) -> None:
         nonlocal capacity
-        capacity += outputs * row_bytes(FLOAT16, width)
+        capacity += layout.groups(outputs) * layout.group_bytes(FLOAT16, width)
 
     LlamaWeights.arrange(config, count, lambda width: torch.empty(width, device="meta"))
     memory = PackedMemory(capacity, limit_bytes)
 
     def matrix(outputs: int, width: int) -> PackedMatrix:
-        return PackedMatrix(memory, torch.empty(outputs, dtype=torch.int64), width)
+        return PackedMatrix.allocate(memory, outputs, width, layout)
 
     return LlamaWeights.arrange(config, matrix, lambda width: torch.empty(width, dtype=torch.float16))

@@ -6,8 +6,9 @@
 // the work in small chunks, so that a thread that loses its core hardly delays the others. The tokens of a prompt share
 // that pass too; with many rows the step is compute-bound, and matmul.hpp keeps the arithmetic units busy.
 //
-// Every result has the same bits for any number of threads, any other rows in the step and any instruction set: each
-// sum has 16 lanes that are added up in one fixed order, and sums are never split between threads.
+// Every result has the same bits for any number of threads and any other rows in the step: each sum has one fixed order,
+// and sums are never split between threads. There are two families of kernels. The portable ones add up 16 lanes, with the
+// same bits for every instruction set. Those of Intel AMX (kernels/amx.hpp) multiply in tiles, with an order of their own.
 //
 // The model is described by Touvron et al. 2023 (arXiv:2307.09288) and follows transformers' conventions;
 // `model/llama.py` has the same step in torch. The interface is plain C: Python calls it through ctypes, and the build
@@ -39,6 +40,13 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+// Compilers know AMX from these versions on.
+#if defined(__linux__) && defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define LLAMA2_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "decoder.hpp"
 #include "model.hpp"
@@ -66,6 +74,11 @@ LLAMA2_END
 LLAMA2_BEGIN("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
 #include "kernels/kernels.hpp"
 LLAMA2_END
+#if defined(LLAMA2_AMX)
+LLAMA2_BEGIN("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,amx-tile,amx-bf16")
+#include "kernels/amx.hpp"
+LLAMA2_END
+#endif
 #else
 #define LLAMA2_INSTRUCTIONS neon
 #include "kernels/kernels.hpp"
@@ -73,7 +86,8 @@ LLAMA2_END
 
 namespace {
 
-// Returns the kernels called `name` ("" = the best available), or null if the processor does not support them.
+// Returns the kernels called `name` ("" = the best of the portable family), or null if the processor does not support
+// them. The portable kernels give the same bits; those of AMX give others.
 const Kernels *find_kernels(const char *name, const char **found) {
     struct Entry {
         const char *name;
@@ -87,6 +101,13 @@ const Kernels *find_kernels(const char *name, const char **found) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     const Entry entries[] = {{"AVX-512", &avx512::kernels, avx512}, {"AVX2", &avx2::kernels, avx2}};
+#if defined(LLAMA2_AMX)
+    static const bool tiles = avx512 && amx::available();
+    if (tiles && std::strcmp(name, "AMX") == 0) {
+        *found = "AMX";
+        return &amx::kernels;
+    }
+#endif
 #else
     const Entry entries[] = {{"NEON", &neon::kernels, true}};
 #endif
@@ -102,7 +123,7 @@ const Kernels *find_kernels(const char *name, const char **found) {
 }  // namespace
 
 // The interface version. Increase it with every change that Python sees, so that an outdated library is never called.
-LLAMA2_EXPORT int llama2_interface() { return 6; }
+LLAMA2_EXPORT int llama2_interface() { return 7; }
 
 // Returns the instruction set called `name` ("" = the best available), or null if this processor does not support it.
 LLAMA2_EXPORT const char *llama2_instructions(const char *name) {
@@ -185,7 +206,7 @@ LLAMA2_EXPORT bool llama2_sampler_sample(Sampler *sampler, const char *instructi
 LLAMA2_EXPORT std::int64_t llama2_measure_rows(const Half *from, int rows, int width, std::uint64_t *entries) {
     const char *found;
     const Kernels *kernels = find_kernels("", &found);
-    return kernels == nullptr ? -2 : kernels->measure(from, rows, width, entries);
+    return kernels == nullptr ? -2 : kernels->measure(from, rows, width, true, entries);
 }
 
 // Returns the bytes of a packed row of this RowFormat, the same for all instruction sets.
@@ -200,6 +221,56 @@ LLAMA2_EXPORT void llama2_pack_rows(const Half *from, int rows, int width, std::
                                     std::uint8_t *memory, std::uint64_t offset) {
     const char *found;
     if (const Kernels *kernels = find_kernels("", &found)) kernels->pack(from, rows, width, entries, memory, offset);
+}
+
+// The same three functions for groups of 16 rows in the order of AMX tiles (kernels/tile_packing.hpp), with one entry per
+// group. Without `twelve_bits`, all groups are FLOAT16. The processor must support "AMX".
+LLAMA2_EXPORT std::int64_t llama2_measure_tiles(const Half *from, int rows, int width, bool twelve_bits,
+                                                std::uint64_t *entries) {
+    const char *found;
+    const Kernels *kernels = find_kernels("AMX", &found);
+    return kernels == nullptr ? -2 : kernels->measure(from, rows, width, twelve_bits, entries);
+}
+
+LLAMA2_EXPORT std::int64_t llama2_tile_bytes(int format, int width) {
+    const char *found;
+    const Kernels *kernels = find_kernels("AMX", &found);
+    return kernels == nullptr ? 0 : static_cast<std::int64_t>(kernels->row_bytes(format, width));
+}
+
+LLAMA2_EXPORT void llama2_pack_tiles(const Half *from, int rows, int width, std::uint64_t *entries,
+                                     std::uint8_t *memory, std::uint64_t offset) {
+    const char *found;
+    if (const Kernels *kernels = find_kernels("AMX", &found)) kernels->pack(from, rows, width, entries, memory, offset);
+}
+
+// Returns the number of prompt tokens per step, or 0 if this processor does not support the instructions.
+LLAMA2_EXPORT int llama2_prefill_rows(const char *instructions) {
+    const char *found;
+    const Kernels *kernels = find_kernels(instructions, &found);
+    return kernels == nullptr ? 0 : kernels->prefill_rows;
+}
+
+// Multiplies x (rows, width) by a matrix of `outputs` rows to out (rows, outputs), on one thread. Returns false if this
+// processor does not support the instructions or there is not enough memory.
+LLAMA2_EXPORT bool llama2_multiply(const Matrix *matrix, int outputs, int width, const char *instructions,
+                                   const float *x, int rows, float *out) {
+    const char *found;
+    const Kernels *kernels = find_kernels(instructions, &found);
+    if (kernels == nullptr) return false;
+    try {
+        PaddedMatrix padded_x(rows, width), tiles(1, static_cast<int>(kernels->tile_numbers(rows, width) / 2));
+        PaddedMatrix scratch(1, static_cast<int>(kernels->scratch_floats(width)));
+        for (int row = 0; row < rows; ++row)
+            std::copy_n(x + static_cast<std::size_t>(row) * width, width, padded_x[row]);
+        const Activations activations{padded_x[0], padded_x.stride, rows, reinterpret_cast<std::uint16_t *>(tiles[0])};
+        if (kernels->split != nullptr)
+            kernels->split(padded_x[0], padded_x.stride, rows, width, reinterpret_cast<std::uint16_t *>(tiles[0]));
+        kernels->matmul({*matrix, 0, outputs, width}, activations, out, outputs, scratch[0]);
+    } catch (const std::exception &) {
+        return false;
+    }
+    return true;
 }
 
 // Unpacks one row of a matrix to padded(width) floats with the kernels called `instructions`; returns false if this

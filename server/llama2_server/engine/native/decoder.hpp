@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int CHUNK_BYTES = 1 << 19;  // of weights: about 25 microseconds of reading, so that a lost core delays little
-constexpr int PREFILL_ROWS = 48;  // prompt tokens per step: enough to be compute-bound instead of memory-bound
 constexpr int MIN_PROMPT_ROWS = 16;  // prompt tokens for which a step has room next to one row of each slot
 
 // A matrix of floats. Each row is padded with zeros to whole vectors and starts at a cache line, because a vector that
@@ -53,7 +52,7 @@ class Decoder final : ThreadPool {
           layers_(layers, layers + model.layers),
           kernels_(kernels),
           threads_(threads),
-          max_rows_(std::max(model.slots + MIN_PROMPT_ROWS, PREFILL_ROWS)),
+          max_rows_(std::max(model.slots + MIN_PROMPT_ROWS, kernels.prefill_rows)),
           query_width_(model.heads * model.head_dim),
           key_width_(model.kv_heads * model.head_dim),
           x_(max_rows_, model.hidden),
@@ -66,10 +65,10 @@ class Decoder final : ThreadPool {
           // The layout is documented at `Attention::scratch`.
           scratch_(threads,
                    attention_tokens(group()) * group() * (2 * padded(model.head_dim) + padded(model.context))),
-          // Rows of float16, so half the floats; only packed weights need them.
-          unpacked_(threads, model.head.rows == nullptr
-                                 ? 0
-                                 : UNPACKED_ROWS * std::max({model.hidden, model.inner, query_width_}) / 2),
+          // Only packed weights need it.
+          unpacked_(threads, model.head.rows == nullptr ? 0 : static_cast<int>(kernels.scratch_floats(widest()))),
+          // Two 16-bit numbers fit into a float.
+          tiles_(1, static_cast<int>(kernels.tile_numbers(max_rows_, widest()) / 2)),
           logits_memory_(static_cast<std::size_t>(max_rows_) * model.vocab),
           sampling_(threads, SamplingScratch(model.vocab)) {
         token_runs_.reserve(max_rows_);
@@ -108,6 +107,7 @@ class Decoder final : ThreadPool {
     };
     enum Stage { QKV, ATTEND, OUTPUT, GATE_UP, DOWN, STAGES_PER_LAYER };
 
+    int widest() const { return std::max({model_.hidden, model_.inner, query_width_}); }
     int group() const { return model_.heads / model_.kv_heads; }
     int logits_stage() const { return STAGES_PER_LAYER * model_.layers; }  // sampling is the stage after it
     const Layer &layer() const { return layers_[stage_ / STAGES_PER_LAYER]; }
@@ -117,7 +117,7 @@ class Decoder final : ThreadPool {
             if (logit_rows_ == 0) return 0;
             add_sublayer_output();
             rmsnorm(model_.norm);
-            return split(model_.vocab, model_.hidden);
+            return split(normed_, logit_rows_, model_.vocab, model_.hidden);
         }
         if (stage_ > logits_stage())
             return stage_ == logits_stage() + 1 && sample_ ? static_cast<int>(sampled_runs_.size()) : 0;
@@ -125,7 +125,7 @@ class Decoder final : ThreadPool {
             case QKV:
                 if (stage_ > 0) add_sublayer_output();
                 rmsnorm(layer().attention_norm);
-                return split(query_width_ + 2 * key_width_, model_.hidden);
+                return split(normed_, rows_, query_width_ + 2 * key_width_, model_.hidden);
             case ATTEND:
                 // Write all rows first, because tokens of a prompt attend to one another.
                 for (const RowRun &run : token_runs_)
@@ -133,13 +133,13 @@ class Decoder final : ThreadPool {
                         kernels_.append_to_cache(attention(0, run, head));
                 return static_cast<int>(token_runs_.size()) * model_.kv_heads;
             case OUTPUT:
-                return split(model_.hidden, query_width_);
+                return split(attended_, rows_, model_.hidden, query_width_);
             case GATE_UP:
                 add_sublayer_output();
                 rmsnorm(layer().mlp_norm);
-                return split(model_.inner, 2 * model_.hidden);
+                return split(normed_, rows_, model_.inner, model_.hidden, 2);
             default:
-                return split(model_.hidden, model_.inner);
+                return split(inner_, rows_, model_.hidden, model_.inner);
         }
     }
 
@@ -147,23 +147,23 @@ class Decoder final : ThreadPool {
         if (stage_ > logits_stage()) return sample(thread, sampled_runs_[chunk]);
         const int begin = chunk * outputs_per_chunk_;
         if (stage_ == logits_stage())
-            return matmul(thread, chunk_of(model_.head, model_.vocab, model_.hidden, begin), normed_, logits_ + begin,
-                          model_.vocab, logit_rows_);
+            return matmul(thread, chunk_of(model_.head, model_.vocab, model_.hidden, begin), logits_ + begin,
+                          model_.vocab);
         switch (stage_ % STAGES_PER_LAYER) {
             case QKV:
                 return matmul(thread, chunk_of(layer().qkv, query_width_ + 2 * key_width_, model_.hidden, begin),
-                              normed_, qkv_[0] + begin, qkv_.stride, rows_);
+                              qkv_[0] + begin, qkv_.stride);
             case ATTEND:
                 return kernels_.attend(
                     attention(thread, token_runs_[chunk / model_.kv_heads], chunk % model_.kv_heads));
             case OUTPUT:
-                return matmul(thread, chunk_of(layer().output, model_.hidden, query_width_, begin), attended_,
-                              sublayer_output_[0] + begin, sublayer_output_.stride, rows_);
+                return matmul(thread, chunk_of(layer().output, model_.hidden, query_width_, begin),
+                              sublayer_output_[0] + begin, sublayer_output_.stride);
             case GATE_UP:
                 return gate_up(thread, begin);
             default:
-                return matmul(thread, chunk_of(layer().down, model_.hidden, model_.inner, begin), inner_,
-                              sublayer_output_[0] + begin, sublayer_output_.stride, rows_);
+                return matmul(thread, chunk_of(layer().down, model_.hidden, model_.inner, begin),
+                              sublayer_output_[0] + begin, sublayer_output_.stride);
         }
     }
 
@@ -181,12 +181,17 @@ class Decoder final : ThreadPool {
         }
     }
 
-    // Splits a matmul of `outputs` rows of `width` weights into chunks and returns their number.
-    int split(int outputs, int width) {
+    // Prepares a matmul of the last `rows` rows of `x` by `outputs` rows of `width` weights, or by this multiple of them:
+    // splits it into chunks and returns their number.
+    int split(PaddedMatrix &x, int rows, int outputs, int width, int multiple = 1) {
+        std::uint16_t *tiles = kernels_.split == nullptr ? nullptr : reinterpret_cast<std::uint16_t *>(tiles_[0]);
+        activations_ = {x[rows_ - rows], x.stride, rows, tiles};
+        if (tiles != nullptr) kernels_.split(activations_.x, x.stride, rows, width, tiles);
         int per_chunk = outputs;
         if (threads_ > 1) {
-            per_chunk = std::min(CHUNK_BYTES / static_cast<int>(width * sizeof(Half)), outputs / (4 * threads_));
-            per_chunk = std::max(per_chunk / 4, 1) * 4;  // a multiple of the block size
+            const int bytes = multiple * width * static_cast<int>(sizeof(Half)), block = kernels_.output_block;
+            per_chunk = std::min(CHUNK_BYTES / bytes, outputs / (4 * threads_));
+            per_chunk = std::max(per_chunk / block, 1) * block;
         }
         outputs_per_chunk_ = per_chunk;
         return (outputs + per_chunk - 1) / per_chunk;
@@ -197,17 +202,17 @@ class Decoder final : ThreadPool {
         return {matrix, begin, std::min(outputs_per_chunk_, outputs - begin), width};
     }
 
-    // Multiplies the last `rows` rows of `x` by rows of a matrix.
-    void matmul(int thread, const MatrixRows &weights, PaddedMatrix &x, float *out, std::size_t out_stride, int rows) {
-        kernels_.matmul(weights, x[rows_ - rows], x.stride, rows, out, out_stride, reinterpret_cast<Half *>(unpacked_[thread]));
+    // Multiplies the activations of the stage by rows of a matrix.
+    void matmul(int thread, const MatrixRows &weights, float *out, std::size_t out_stride) {
+        kernels_.matmul(weights, activations_, out, out_stride, unpacked_[thread]);
     }
 
     void gate_up(int thread, int begin) {
         const int inner = model_.inner;
         MatrixRows weights = chunk_of(layer().gate_up, inner, model_.hidden, begin);
-        matmul(thread, weights, normed_, gate_up_[0] + begin, gate_up_.stride, rows_);
+        matmul(thread, weights, gate_up_[0] + begin, gate_up_.stride);
         weights.begin += inner;
-        matmul(thread, weights, normed_, gate_up_[0] + inner + begin, gate_up_.stride, rows_);
+        matmul(thread, weights, gate_up_[0] + inner + begin, gate_up_.stride);
         for (int row = 0; row < rows_; ++row) {
             const float *gates = gate_up_[row] + begin;
             kernels_.swiglu(gates, gates + inner, weights.outputs, inner_[row] + begin);
@@ -278,10 +283,11 @@ class Decoder final : ThreadPool {
     const std::vector<Layer> layers_;
     const Kernels &kernels_;
     const int threads_, max_rows_, query_width_, key_width_;
-    PaddedMatrix x_, normed_, sublayer_output_, qkv_, attended_, gate_up_, inner_, scratch_, unpacked_;
+    PaddedMatrix x_, normed_, sublayer_output_, qkv_, attended_, gate_up_, inner_, scratch_, unpacked_, tiles_;
     // The current step. The thread that opens a stage writes these before its ticket; threads read them after they take
     // one of its chunks.
     int rows_ = 0, logit_rows_ = 0, stage_ = 0, outputs_per_chunk_ = 0;
+    Activations activations_{};
     std::vector<RowRun> token_runs_;    // consecutive rows that are consecutive tokens of a slot
     std::vector<RowRun> sampled_runs_;  // consecutive rows with one sampler; the first row with logits is 0
     const std::int32_t *slots_ = nullptr, *tokens_ = nullptr, *positions_ = nullptr;

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("decode.so")
-INTERFACE_VERSION = 6  # the version that llama2_interface() of decode.cpp must return
+INTERFACE_VERSION = 7  # the version that llama2_interface() of decode.cpp must return
 
 
 class NativeUnavailable(Exception):
@@ -106,6 +106,7 @@ def _declare(library: ctypes.CDLL) -> None:
         *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, doubles, numbers),
     ]
     library.llama2_sampler_sample.restype = ctypes.c_bool
+    library.llama2_prefill_rows.argtypes = [ctypes.c_char_p]
     _declare_packing(library)
     library.llama2_use_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.llama2_use_huge_pages.restype = None
@@ -121,14 +122,25 @@ def _declare_packing(library: ctypes.CDLL) -> None:
     library.llama2_pack_rows.restype = None
     library.llama2_row_bytes.argtypes = [ctypes.c_int, ctypes.c_int]
     library.llama2_row_bytes.restype = ctypes.c_int64
+    library.llama2_measure_tiles.argtypes = [*rows[:3], ctypes.c_bool, ctypes.c_void_p]
+    library.llama2_measure_tiles.restype = ctypes.c_int64
+    library.llama2_pack_tiles.argtypes = [*rows, ctypes.c_void_p, ctypes.c_uint64]
+    library.llama2_pack_tiles.restype = None
+    library.llama2_tile_bytes.argtypes = [ctypes.c_int, ctypes.c_int]
+    library.llama2_tile_bytes.restype = ctypes.c_int64
     library.llama2_unpack_row.argtypes = [
         *(ctypes.POINTER(MatrixPointers), ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p),
     ]
     library.llama2_unpack_row.restype = ctypes.c_bool
+    library.llama2_multiply.argtypes = [
+        *(ctypes.POINTER(MatrixPointers), ctypes.c_int, ctypes.c_int, ctypes.c_char_p),
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
+    ]
+    library.llama2_multiply.restype = ctypes.c_bool
 
 
 def find_instructions(name: str = "") -> str:
-    """Return the instruction set of this name, or the best available one.
+    """Return the instruction set of this name, or the best available one of the portable kernels.
 
     Raises:
         NativeUnavailable: the library is missing, or the processor does not support the instructions.
@@ -137,6 +149,11 @@ def find_instructions(name: str = "") -> str:
     if found is None:
         raise NativeUnavailable(f"this processor does not support {name or 'AVX2 with F16C'}")
     return found.decode()
+
+
+def prefill_rows(instructions: str) -> int:
+    """Return the number of prompt tokens per step that suits the kernels of an instruction set."""
+    return int(load_library().llama2_prefill_rows(instructions.encode()))
 
 
 def use_huge_pages(memory: Tensor) -> None:

@@ -15,8 +15,8 @@ constexpr std::uint64_t ROW_ALIGNMENT = 64;  // rows start at a cache line, so t
 
 // The structs that Python fills; `native/library.py` mirrors them field by field.
 
-// A weight matrix. Without `rows`, it has float16 rows one after another. Otherwise each row has an entry in `rows`: its
-// offset in `memory` plus its RowFormat.
+// A weight matrix. Without `rows`, it has float16 rows one after another. Otherwise each row, or each group of 16 rows in
+// tiles (kernels/tile_packing.hpp), has an entry in `rows`: its offset in `memory` plus its RowFormat.
 struct Matrix {
     const std::uint8_t *memory;
     const std::uint64_t *rows;
@@ -66,15 +66,29 @@ struct MatrixRows {
     int begin, outputs, width;
 };
 
+// Rows of activations, `stride` apart, each padded with zeros to whole vectors.
+struct Activations {
+    const float *x;
+    std::size_t stride;
+    int rows;
+    const std::uint16_t *tiles;  // the same numbers, written by Kernels::split; null without it
+};
+
 // The kernels of one instruction set.
 struct Kernels {
-    // out[row][output] = x[row] . weights[output]; `unpacked` has room for UNPACKED_ROWS rows of float16.
-    void (*matmul)(const MatrixRows &weights, const float *x, std::size_t stride, int rows, float *out,
-                   std::size_t out_stride, Half *unpacked);
+    int prefill_rows;   // prompt tokens per step: enough to be compute-bound instead of memory-bound
+    int output_block;   // outputs that a thread computes together
+    std::size_t (*scratch_floats)(int width);  // what `matmul` needs per thread for rows of this width
+    std::size_t (*tile_numbers)(int rows, int width);  // the size of Activations::tiles
+    // Writes activations as tiles; null if `matmul` needs none.
+    void (*split)(const float *x, std::size_t stride, int rows, int width, std::uint16_t *tiles);
+    // out[row][output] = x[row] . weights[output]
+    void (*matmul)(const MatrixRows &weights, const Activations &x, float *out, std::size_t out_stride, float *scratch);
     void (*unpack)(const Matrix &matrix, int row, int width, float *out);  // `out` is padded with zeros
     std::size_t (*row_bytes)(int format, int width);
     // Writes the RowFormat of each float16 row, and returns the bytes of all packed rows, or -1 if a number is not finite.
-    std::int64_t (*measure)(const Half *from, int rows, int width, std::uint64_t *entries);
+    // For tiles, both count groups of 16 rows, and without `twelve_bits` all of them are FLOAT16.
+    std::int64_t (*measure)(const Half *from, int rows, int width, bool twelve_bits, std::uint64_t *entries);
     // Packs measured rows to `memory` from `offset` on, and replaces each format by the row's entry.
     void (*pack)(const Half *from, int rows, int width, std::uint64_t *entries, std::uint8_t *memory,
                  std::uint64_t offset);

@@ -13,6 +13,7 @@ from llama2_server.engine.checkpoint.layout import check_context, read_headers, 
 from llama2_server.engine.cuda.driver import has_nvidia_device
 from llama2_server.engine.errors import WeightsError
 from llama2_server.engine.memory import MemoryNeed, available_bytes, check_memory
+from llama2_server.engine.native.processor import has_amx
 
 DEMO_WEIGHTS = "demo"
 """The value of `--weights` for the weights of the demo model, which any card accepts."""
@@ -74,8 +75,7 @@ def _check_files(directory: Path, settings: Settings, card: ModelCard) -> None:
     element_bytes = 4 if dtype == "float32" else 2
     # The loader measures how many weights take 12 bits instead of 16; this is the least that they can need.
     slots, context_length = card.max_concurrent_requests, card.context_length_limit
-    may_pack = settings.cpu_weight_bits == "12" or (settings.cpu_weight_bits == "auto" and slots == 1)
-    packed = dtype == "float16" and settings.cpu_kernels == "auto" and may_pack
+    packed = dtype == "float16" and _may_pack(settings, slots)
     tied = bool(config.get("tie_word_embeddings"))
     elements = sum(entry.elements for name, entry in headers.items() if not (tied and name == HEAD))
     # A key projection has one row per element of a key.
@@ -86,3 +86,11 @@ def _check_files(directory: Path, settings: Settings, card: ModelCard) -> None:
         tokens=f"{slots} x {context_length} tokens",
     )
     check_memory(directory, "cpu", need, available_bytes())
+
+
+def _may_pack(settings: Settings, slots: int) -> bool:
+    """Return whether a CPU may store float16 weights in 12 bits; with AMX it does so for any number of slots."""
+    if settings.cpu_kernels == "torch" or settings.cpu_weight_bits == "16":
+        return False
+    amx = settings.cpu_kernels != "portable" and has_amx()
+    return settings.cpu_weight_bits == "12" or slots == 1 or amx

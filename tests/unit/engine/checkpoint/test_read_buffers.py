@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader, BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from llama2_server.engine.checkpoint import read_buffers
+from llama2_server.engine.checkpoint.files import TensorEntry
 from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, reader_threads
 
 BLOCKS = 5
@@ -87,6 +89,24 @@ def test_each_reader_copies_from_pinned_memory_on_its_stream(monkeypatch: pytest
             call for event in order for call in (f"wait {event}", f"record {event} on stream {stream}")
         ]
     assert (cuda.streams, cuda.pinned) == (2, 4)
+
+
+@pytest.mark.parametrize(("width", "group_rows"), [(1000, 1), (1000, 16), (2**16, 16), (2**18, 16)])
+def test_blocks_have_whole_groups_of_rows(tmp_path: Path, width: int, group_rows: int) -> None:
+    """Only the last block may end inside a group; 16 of the widest rows are larger than a buffer."""
+    path, outputs = tmp_path / "tensor", 37 if width > 1000 else 1500
+    stored = torch.arange(outputs * width, dtype=torch.int32).to(torch.int16).view(outputs, width)
+    path.write_bytes(b"junk" + stored.numpy().tobytes())
+    tensor = TensorEntry(path, torch.float16, (outputs, width), 4)
+    found, next_row = [], 0
+    with path.open("rb") as file:
+        file.seek(4)
+        for first, rows in ReadBuffers(torch.device("cpu")).read_rows(tensor, file, group_rows):
+            assert first == next_row
+            assert first % group_rows == 0
+            next_row += len(rows)
+            found.append(rows.clone())
+    assert torch.equal(torch.cat(found).view(torch.int16), stored)
 
 
 def test_four_threads_read_to_a_gpu() -> None:

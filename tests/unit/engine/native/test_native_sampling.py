@@ -24,9 +24,9 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_tokens_equal_the_reference(instructions: str, seed: int) -> None:
+def test_tokens_equal_the_reference(portable_instructions: str, seed: int) -> None:
     """Random logits, parameters and numbers give the same token, except within 1e-12 of a boundary."""
-    found = compare(CASES, seed, instructions)
+    found = compare(CASES, seed, portable_instructions)
     assert found.cases >= CASES
     # Only the numbers that the test puts there are that close.
     assert found.different < CASES / 100
@@ -36,42 +36,42 @@ def test_tokens_equal_the_reference(instructions: str, seed: int) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("position", [0, 500, 999])
 def test_logits_that_are_not_finite_give_no_token(
-    instructions: str, params: GenerationParams, bad: float, position: int
+    portable_instructions: str, params: GenerationParams, bad: float, position: int
 ) -> None:
     """One such logit is enough; the other rows keep their tokens."""
     logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
-    expected = NativeSampler(params, [1, 2], 1000).sample(logits[:1], instructions)
+    expected = NativeSampler(params, [1, 2], 1000).sample(logits[:1], portable_instructions)
     logits[1, position] = bad
-    assert NativeSampler(params, [1, 2], 1000).sample(logits[:2], instructions) == [*expected, NO_TOKEN]
+    assert NativeSampler(params, [1, 2], 1000).sample(logits[:2], portable_instructions) == [*expected, NO_TOKEN]
 
 
 @pytest.mark.parametrize("step_logits", [3e38, -3e38])
-def test_penalties_that_overflow_give_no_token(instructions: str, step_logits: float) -> None:
+def test_penalties_that_overflow_give_no_token(portable_instructions: str, step_logits: float) -> None:
     """The reference fails, too."""
     params, logits = GenerationParams(1, repetition_penalty=0.5 if step_logits > 0 else 2.0), torch.zeros(1, 100)
     logits[0, 7] = step_logits
-    assert NativeSampler(params, [7], 100).sample(logits, instructions) == [NO_TOKEN]
+    assert NativeSampler(params, [7], 100).sample(logits, portable_instructions) == [NO_TOKEN]
     with pytest.raises(EngineError, match="not finite"):
         Sampler(params, [7], 100, "cpu").sample(logits[0])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63, 2**64 - 1])
-def test_the_nth_token_uses_the_nth_number(instructions: str, seed: int) -> None:
+def test_the_nth_token_uses_the_nth_number(portable_instructions: str, seed: int) -> None:
     """Any seed gives the stream of Python's generator, so all samplers draw with the same numbers."""
     logits = torch.zeros(1, 1000)  # equal weights: the token is the number's thousandth
     native = NativeSampler(GenerationParams(1, 1.0, 1.0, seed=seed), [], 1000)
     numbers = random.Random(seed)
     expected = [int(1000 * numbers.random()) for _ in range(1000)]
-    assert native.sample(logits.expand(1000, -1), instructions) == expected
+    assert native.sample(logits.expand(1000, -1), portable_instructions) == expected
 
 
-def test_equal_logits_are_taken_by_lower_id(instructions: str) -> None:
+def test_equal_logits_are_taken_by_lower_id(portable_instructions: str) -> None:
     """This holds for greedy tokens and for the order of the nucleus; 0 and -0 are equal."""
     logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0] * 20])
-    assert NativeSampler(GenerationParams(1, 0.0), [], 100).sample(logits, instructions) == [1]
+    assert NativeSampler(GenerationParams(1, 0.0), [], 100).sample(logits, portable_instructions) == [1]
     # The nucleus is the first half of the 80 zeros.
     params = GenerationParams(1, 1e-3, 0.5)
-    drawn = NativeSampler(params, [], 100).sample(logits.expand(2000, -1), instructions)
+    drawn = NativeSampler(params, [], 100).sample(logits.expand(2000, -1), portable_instructions)
     assert sorted(set(drawn)) == [token_id for token_id in range(50) if token_id % 5]
 
 

@@ -8,18 +8,28 @@ from typing import Any
 import pytest
 import torch
 from tests.support.checkpoints import edit_tensors
-from tests.unit.engine.native.models import MakeCheckpoint, library, load, native_decoder, some_ids
+from tests.unit.engine.native.models import (
+    MakeCheckpoint,
+    library,
+    load,
+    native_decoder,
+    skip_unless_amx_fits,
+    some_ids,
+)
 from torch import Tensor
 
 from llama2_server.engine.checkpoint import loader
 from llama2_server.engine.checkpoint.loader import measure_checkpoint
 from llama2_server.engine.errors import EngineError, WeightsError
+from llama2_server.engine.model import cpu_kernels
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.model.packed_weights import PackedMatrix, packs_weights
+from llama2_server.engine.model.weight_layout import AMX
 
 SHAPES: dict[str, dict[str, Any]] = {
     "whole blocks": {"hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 640},
     "parts of blocks, tied": {"hidden": 300, "heads": 6, "kv_heads": 3, "ffn": 700, "vocab": 603, "tied": True},
+    "parts of tiles, tied": {"hidden": 336, "heads": 7, "kv_heads": 1, "ffn": 720, "vocab": 603, "tied": True},
     "rows shorter than a block": {"hidden": 64, "heads": 4, "kv_heads": 4, "ffn": 176},
 }
 LARGE = 64 * 1024 * 1024
@@ -51,14 +61,19 @@ def mixed(request: pytest.FixtureRequest, checkpoint: MakeCheckpoint, tmp_path: 
     return directory
 
 
-def load_both(directory: Path) -> list[LlamaModel]:
-    return [load(directory, cpu_kernels="auto", cpu_weight_bits=bits) for bits in ("12", "16")]
+def load_both(directory: Path, instructions: str = "") -> list[LlamaModel]:
+    kernels = "amx" if instructions == AMX else "portable"
+    models = [load(directory, cpu_kernels=kernels, cpu_weight_bits=bits) for bits in ("12", "16")]
+    if instructions == AMX:
+        skip_unless_amx_fits(models[0].config)
+    assert [model.kernels for model in models] == [kernels] * 2
+    return models
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_logits_have_the_same_bits(mixed: Path, instructions: str, threads: int) -> None:
     """This holds for a prompt of several chunks, and for decode steps of 1 to 16 rows."""
-    models = load_both(mixed)
+    models = load_both(mixed, instructions)
     packed, plain = (native_decoder(model, instructions, threads) for model in models)
     assert torch.equal(packed.prefill(0, some_ids(100), 0), plain.prefill(0, some_ids(100), 0))
     for rows in (1, 2, 3, 5, 7, 16):
@@ -69,10 +84,11 @@ def test_logits_have_the_same_bits(mixed: Path, instructions: str, threads: int)
         assert torch.equal(one[:16, :, :1], other[:16, :, :1])
 
 
-def test_the_quick_digest_does_not_depend_on_the_format(mixed: Path) -> None:
-    """Replies are the same, so cached responses stay valid."""
-    packed, plain = load_both(mixed)
+def test_the_quick_digest_does_not_depend_on_the_format(mixed: Path, instructions: str) -> None:
+    """Replies are the same, so cached responses stay valid; a digest is the one of the tensors also in tiles."""
+    packed, plain = load_both(mixed, instructions)
     assert packed.weights.quick_digest() == plain.weights.quick_digest()
+    assert packed.weights.quick_digest() == load(mixed).weights.quick_digest()
     assert packed.weights.parameters == plain.weights.parameters
 
 
@@ -83,25 +99,39 @@ def from_bfloat16(directory: Path, target: Path) -> Path:
 
 
 def test_memory_falls_by_a_quarter_and_the_share_is_logged(
-    checkpoint: MakeCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    instructions: str,
 ) -> None:
     """Weights from bfloat16 take 12 bits; only norms and the tables of rows are extra. `weights check` agrees."""
     shape = {"hidden": 512, "heads": 4, "kv_heads": 4, "ffn": 1408}
     directory = from_bfloat16(checkpoint(dtype=torch.float16, **shape), tmp_path / "copy")
     with caplog.at_level(logging.INFO):
-        packed, plain = load_both(directory)
+        packed, plain = load_both(directory, instructions)
     assert 0.75 <= packed.weights.size_bytes / plain.weights.size_bytes < 0.765
     assert packed.memory_bytes == packed.weights.size_bytes + packed.kv_cache.nbytes
     (message,) = [text for record in caplog.records if (text := record.getMessage()).startswith("weights: ")]
     assert message.startswith("weights: 100.00% are stored in 12 bits without loss, ")
-    share = measure_checkpoint(directory)
+    measure_like(instructions, monkeypatch)
+    kernels, share = measure_checkpoint(directory)
+    assert kernels == packed.kernels
     assert (share.packed, share.total) == (packed.weights.parameters - 5 * 512, share.packed)
 
 
-def test_the_measured_share_equals_the_loaded_share(mixed: Path) -> None:
+def measure_like(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the default of small models be the family of these instructions."""
+    monkeypatch.setattr(cpu_kernels, "MIN_PACKED_BYTES", 0 if instructions == AMX else LARGE)
+
+
+def test_the_measured_share_equals_the_loaded_share(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, instructions: str
+) -> None:
     """Also for tied embeddings, which count once, and for rows of all formats."""
-    loaded = [matrix.share for matrix in load_both(mixed)[0].weights.matrices]
-    measured = measure_checkpoint(mixed)
+    loaded = [matrix.share for matrix in load_both(mixed, instructions)[0].weights.matrices]
+    measure_like(instructions, monkeypatch)
+    measured = measure_checkpoint(mixed).share
     assert measured.packed == sum(share.packed for share in loaded)
     assert measured.total == sum(share.total for share in loaded)
     assert measured.size_bytes == sum(share.size_bytes for share in loaded)

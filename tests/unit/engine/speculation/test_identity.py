@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reliability.speculation.cases import CONTEXT, CYCLE, VOCAB, Case, Pair, some_cases
+from tests.reliability.speculation.cases import CONTEXT, CYCLE, VOCAB, Case, Pair, families, some_cases
 from tests.support.checkpoints import MakeCheckpoint
 from tests.unit.engine.native.models import library
 
+from llama2_server.engine.model.cpu_kernels import CpuKernels
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason
 from llama2_server.engine.speculation.row_costs import RowCosts
@@ -29,13 +30,16 @@ def cyclic(checkpoint: MakeCheckpoint, **shape: Any) -> Any:
     return checkpoint(dtype=torch.float16, vocab=VOCAB, context=CONTEXT, **{"cycle": CYCLE} | shape)
 
 
+@pytest.mark.parametrize("kernels", ["portable", "amx"])
 @pytest.mark.parametrize("cycle", [CYCLE, 0], ids=["a model that copies", "random weights"])
-def test_replies_are_equal(checkpoint: MakeCheckpoint, cycle: int) -> None:
+def test_replies_are_equal(checkpoint: MakeCheckpoint, cycle: int, kernels: CpuKernels) -> None:
     """Tokens, end and counts, and of single requests the reused tokens, do not depend on prompt lookup.
 
     The cases are greedy and sampled, with penalties, end tokens and stop sequences, up to eight at once.
     """
-    pair = Pair(cyclic(checkpoint, cycle=cycle))
+    if kernels not in families():
+        pytest.skip("NOT TESTED: this processor does not support AMX")
+    pair = Pair(cyclic(checkpoint, cycle=cycle), cpu_kernels=kernels)
     differences = pair.differences(some_cases(1, CASES))
     pair.close()
     assert differences == []

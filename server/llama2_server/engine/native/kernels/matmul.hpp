@@ -1,6 +1,7 @@
 // Matmul kernels: activations times a weight matrix, where nearly all of the time is spent.
 // kernels.hpp includes this file once per instruction set.
 
+constexpr int PREFILL_ROWS = 48, OUTPUT_BLOCK = 4;
 constexpr std::size_t PREFETCH_DISTANCE = 3072;  // weights: far enough to arrive in time, near enough to stay cached
 
 // The sums of a block: ROWS rows of x times OUTPUTS rows of the matrix. Unrolled loops keep them in registers.

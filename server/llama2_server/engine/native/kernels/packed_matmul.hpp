@@ -165,10 +165,14 @@ void unpack_and_multiply(const MatrixRows &weights, int first, int count, const 
         for (int i = 0; i < count; ++i) out[row * out_stride + i] *= factors[i];
 }
 
-void matmul(const MatrixRows &weights, const float *x, std::size_t stride, int rows, float *out,
-            std::size_t out_stride, Half *unpacked) {
+std::size_t scratch_floats(int width) { return UNPACKED_ROWS * static_cast<std::size_t>(padded(width)) / 2; }
+
+void matmul(const MatrixRows &weights, const Activations &activations, float *out, std::size_t out_stride,
+            float *scratch) {
     const Matrix &matrix = weights.matrix;
-    const int width = weights.width;
+    const int width = weights.width, rows = activations.rows;
+    const float *x = activations.x;
+    const std::size_t stride = activations.stride;
     if (matrix.rows == nullptr) {
         const Half *halves = reinterpret_cast<const Half *>(matrix.memory);
         const std::size_t offset = static_cast<std::size_t>(weights.begin) * width;
@@ -183,7 +187,8 @@ void matmul(const MatrixRows &weights, const float *x, std::size_t stride, int r
             run = PACKED_DOTS[rows - 1](weights, first, x, stride, out + first, out_stride);
         } else {
             run = packed_run(weights, first, UNPACKED_ROWS);
-            unpack_and_multiply(weights, first, run, x, stride, rows, out + first, out_stride, unpacked);
+            unpack_and_multiply(weights, first, run, x, stride, rows, out + first, out_stride,
+                                reinterpret_cast<Half *>(scratch));
         }
         first += run;
     }

@@ -89,11 +89,12 @@ int measure_row(const Half *row, int width) {
     return format;
 }
 
-std::int64_t measure(const Half *from, int rows, int width, std::uint64_t *entries) {
+std::int64_t measure(const Half *from, int rows, int width, bool twelve_bits, std::uint64_t *entries) {
     std::int64_t bytes = 0;
     for (int row = 0; row < rows; ++row) {
-        const int format = measure_row(from + static_cast<std::size_t>(row) * width, width);
-        if (format == NOT_FINITE) return -1;
+        const int measured = measure_row(from + static_cast<std::size_t>(row) * width, width);
+        if (measured == NOT_FINITE) return -1;
+        const int format = twelve_bits ? measured : FLOAT16;
         entries[row] = format;
         bytes += row_bytes(format, width);
     }
