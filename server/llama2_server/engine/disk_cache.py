@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,26 @@ def load(file: Path | None, key: str) -> Any:
 
 
 def save(file: Path | None, key: str, value: object) -> None:
-    """Replace the content of the file with a value; `key` identifies all inputs that the value depends on.
+    """Replace the file with a value at once; `key` identifies all inputs that the value depends on.
 
-    If the file cannot be written, log a warning.
+    A process that is killed here leaves the old file. If the file cannot be written, log a warning.
     """
     if file is None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"key": key, "value": value}, indent=2) + "\n", encoding="utf-8")
+        _replace(file, json.dumps({"key": key, "value": value}, indent=2) + "\n")
     except OSError as error:
         logger.warning("cannot write the cache file; the next start will be slower: %s", error)
+
+
+def _replace(file: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as output:
+            output.write(text)
+        os.replace(temporary, file)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
