@@ -57,9 +57,9 @@ class CutServer:
                 await asyncio.sleep(POLL_SECONDS)
 
     async def stop(self) -> int:
-        """Stop the process by SIGTERM, and return its exit code."""
-        assert self._process is not None
-        return await asyncio.to_thread(self._process.stop)
+        """Stop the process by SIGTERM, and return its exit code; 0 if a restart that was cancelled has ended it."""
+        process, self._process = self._process, None
+        return 0 if process is None else await asyncio.to_thread(process.stop)
 
     async def restart(self, *, kills: bool) -> int | None:
         """End the process by SIGKILL or SIGTERM, and start another one; None if it restarts already.
@@ -73,12 +73,13 @@ class CutServer:
         if not kills:
             code = await self.stop()
         else:
-            assert self._process is not None
             # A server that is killed between the quota and the record loses the unit, which counts here nevertheless.
             while not all(self.is_open(digest) for digest in list(self._opening)):
                 await asyncio.sleep(POLL_SECONDS)
-            self._process.kill()
-            code = await asyncio.to_thread(self._process.wait)
+            process, self._process = self._process, None
+            assert process is not None
+            process.kill()
+            code = await asyncio.to_thread(process.wait)
         await self.start()
         return code
 
