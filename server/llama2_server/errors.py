@@ -17,7 +17,8 @@
     |   |-- ShuttingDown
     |   |-- QuotaStoreUnavailable
     |   |-- UsageUnavailable
-    |   `-- EngineUnavailable
+    |   |-- EngineUnavailable
+    |   `-- FingerprintPending
     |-- FailedPrecondition         FAILED_PRECONDITION
     |   |-- IdempotencyKeyUnknown
     |   `-- FingerprintChanged
@@ -292,6 +293,15 @@ class EngineUnavailable(Unavailable):
     """The engine has stopped; this server cannot generate."""
 
     reason = "ENGINE_UNAVAILABLE"
+
+
+class FingerprintPending(Unavailable):
+    """The reply must be computed again, and this server still hashes its weights to learn whether it can do so."""
+
+    reason = "FINGERPRINT_PENDING"
+
+    def __init__(self) -> None:
+        super().__init__("this server still hashes its weights, and cannot yet compute the reply again; retry")
 
 
 class FailedPrecondition(ServiceError):

@@ -71,9 +71,7 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
         self._queue = queue
         self._replies = ReplySource(tokenizer, quota, response_cache, ledger, queue, engine, card.name, shared)
         self._shared = shared
-        self._keyed = KeyedReplies(
-            self._replies, ledger, quota, queue, card.name, lambda: fingerprint.value, idempotency
-        )
+        self._keyed = KeyedReplies(self._replies, ledger, quota, queue, card.name, fingerprint, idempotency)
 
     @property
     def collectors(self) -> tuple[Collector, ...]:

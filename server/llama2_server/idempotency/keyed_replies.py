@@ -9,7 +9,7 @@ A run claims the key in the usage database before it looks at response cache, qu
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,8 @@ from datetime import UTC, datetime, timedelta
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.config.settings import Settings
-from llama2_server.errors import FingerprintChanged, IdempotencyKeyUnknown
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
+from llama2_server.errors import FingerprintChanged, FingerprintPending, IdempotencyKeyUnknown
 from llama2_server.generation.reply import CachedReply
 from llama2_server.generation.reply_source import ReplySource
 from llama2_server.idempotency.key_accounting import KeyAccounting
@@ -54,10 +55,10 @@ class KeyedReplies:
         quota: Quota,
         queue: RequestQueue,
         model: str,
-        fingerprint: Callable[[], str | None],
+        fingerprint: Fingerprint,
         options: IdempotencyOptions,
     ) -> None:
-        """`fingerprint` returns what decides a text, or None if the same text cannot be computed again."""
+        """`fingerprint` names what decides a text; without a value, the same text cannot be computed again."""
         self._source = source
         self._ledger = ledger
         self._quota = quota
@@ -79,6 +80,7 @@ class KeyedReplies:
             IdempotencyKeyReused: another request used the key.
             IdempotencyKeyUnknown: the call resumes a reply of an unknown key.
             FingerprintChanged: this server cannot compute the reply of the key.
+            FingerprintPending: this server does not know yet whether it can compute the reply of the key.
             ServiceError: the request was rejected, or an error of the body.
         """
         self._queue.check_open()
@@ -127,7 +129,7 @@ class KeyedReplies:
     async def _serve(self, run: KeyRun) -> None:
         """Claim the key of a run, and deliver its reply."""
         claim = await self._claim(run.call, run.request)
-        accounting = KeyAccounting(self._ledger, self._quota, self._model, claim, self._fingerprint)
+        accounting = KeyAccounting(self._ledger, self._quota, self._model, claim, lambda: self._fingerprint.value)
         if claim.is_local:
             self.metrics.count_fallback()
         try:
@@ -162,7 +164,7 @@ class KeyedReplies:
             instance=self._ledger.keys.instance,
             state=KeyState.CLAIMED,
             seed=request.reply.params.seed,
-            fingerprint=self._fingerprint(),
+            fingerprint=self._fingerprint.value,
             salt=salt,
             field_digests=field_digests(salt, request.fields),
             expires_at=datetime.now(UTC) + timedelta(seconds=self._options.retention_seconds),
@@ -175,9 +177,12 @@ class KeyedReplies:
             self.metrics.count("cached")
             await self._deliver_cached(run, accounting, cached)
             return
-        fingerprint = self._fingerprint()
+        is_pending = self._fingerprint.is_pending  # read before the value, which another thread sets first
+        fingerprint = self._fingerprint.value
         if fingerprint is None or fingerprint != record.fingerprint:
             if record.state is KeyState.COMPLETE or run.request.resume_after:
+                if fingerprint is None and is_pending and record.fingerprint is not None:
+                    raise FingerprintPending
                 raise FingerprintChanged
             accounting.record_of_key = replace(record, fingerprint=fingerprint)  # no client has text of it
         self.metrics.count("recomputed")

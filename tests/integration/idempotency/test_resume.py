@@ -20,6 +20,7 @@ from tests.support.service import ServiceMaker, details, disconnect, generate
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 
 
 async def test_resume_at_every_character(serve_scripted: ServiceMaker) -> None:
@@ -192,4 +193,28 @@ async def test_another_fingerprint(serve_scripted: ServiceMaker, tmp_path: Path,
             assert details(cut)["ErrorInfo"].reason == "FINGERPRINT_CHANGED"  # type: ignore[attr-defined]
         else:
             assert (await read_stream(service, keyed("cut")))[0] == "Another text."
+    assert len(list(records(tmp_path))) == 2
+
+
+async def test_a_start_that_hashes_its_weights_is_retried(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
+    """A key whose reply needs the fingerprint stays valid: the call fails with a delay, and later gets the rest."""
+    async with serve_scripted(REPLY, resume_window_seconds=0) as service:
+        call, text = await start_stream(service, keyed("cut"), deltas=2)
+        await disconnect(service, call)
+        service.model.open_gate()
+        await service.text.Generate(keyed("complete"))
+    fingerprint = Fingerprint({"kernels": "scripted"}, "scripted")
+    fingerprint.is_pending = True
+    requests = (keyed("complete"), keyed("cut", resume_after_characters=len(text)))
+    async with serve_scripted(REPLY, fingerprint=fingerprint) as service:
+        for request in requests:
+            error = await failure(service.text.GenerateStream(request))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            found = details(error)
+            assert found["ErrorInfo"].reason == "FINGERPRINT_PENDING"  # type: ignore[attr-defined]
+            assert "RetryInfo" in found
+        assert service.model.prefills == 0
+        fingerprint.set_weights("scripted")
+        fingerprint.is_pending = False
+        assert [(await read_stream(service, request))[0] for request in requests] == [REPLY, REPLY[len(text) :]]
     assert len(list(records(tmp_path))) == 2

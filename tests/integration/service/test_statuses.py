@@ -21,6 +21,7 @@ from llama2_client import errors as client_errors
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.keys.keys_file import new_key
 from llama2_server.card import ModelCard, RequestsPerMinute
+from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.errors import MAX_PUSHBACK_SECONDS, ServiceError
 
 SECRET = "swordfish"  # noqa: S105
@@ -167,6 +168,15 @@ async def fingerprint_changed(setup: Setup) -> grpc.aio.AioRpcError:
         return await error_of(service.text.GenerateStream(RESUMED).read())
 
 
+async def fingerprint_pending(setup: Setup) -> grpc.aio.AioRpcError:
+    async with setup.serve("Hi.") as service:
+        await service.text.Generate(pb.GenerateRequest(prompt="Hi", idempotency_key=SECRET))
+    fingerprint = Fingerprint({"kernels": "scripted"}, "scripted")
+    fingerprint.is_pending = True
+    async with setup.serve(fingerprint=fingerprint) as service:
+        return await error_of(service.text.GenerateStream(RESUMED).read())
+
+
 async def too_many_requests(setup: Setup) -> grpc.aio.AioRpcError:
     async with setup.serve(max_free_calls_per_minute=1) as service:
         await service.text.CountTokens(pb.CountTokensRequest(prompt="Hi"))
@@ -266,6 +276,7 @@ CASES = [
         set(),
         client_errors.FailedPrecondition,
     ),
+    Case(fingerprint_pending, CODE.UNAVAILABLE, "FINGERPRINT_PENDING", RETRY, client_errors.Unavailable),
     Case(queue_full, CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL", RETRY, client_errors.QueueFull),
     Case(queue_wait_too_long, CODE.RESOURCE_EXHAUSTED, "QUEUE_WAIT_TOO_LONG", RETRY, client_errors.QueueFull),
     Case(too_many_requests, CODE.RESOURCE_EXHAUSTED, "TOO_MANY_REQUESTS", RETRY, client_errors.TooManyRequests),

@@ -25,6 +25,8 @@ class Fingerprint:
                 fingerprint then.
         """
         self.depends_on_neighbors = depends_on_neighbors
+        self.is_pending = False
+        """Whether the weights are being hashed, so that a missing value will soon be known."""
         self._inputs = dict(inputs)
         self._quick = _digest({**inputs, "quick weights": quick_weights})
         self._value: str | None = None

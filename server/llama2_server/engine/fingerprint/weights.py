@@ -72,13 +72,18 @@ def add_weights(fingerprint: Fingerprint, files: WeightFiles, cache: Path, quick
     def work() -> None:
         _lower_priority()
         started_at = time.monotonic()
-        digest = files.hash(cache, quick_digest)
+        try:
+            digest = files.hash(cache, quick_digest)
+            if digest is not None:
+                fingerprint.set_weights(digest)
+        finally:
+            fingerprint.is_pending = False  # after the value, so that readers never find neither
         if digest is not None:
-            fingerprint.set_weights(digest)
             logger.info(
                 "fingerprint %s; hashed the weights in %.1f s", fingerprint.value, time.monotonic() - started_at
             )
 
+    fingerprint.is_pending = True
     threading.Thread(target=work, name="fingerprint", daemon=True).start()
 
 

@@ -89,6 +89,17 @@ def test_files_that_changed_after_loading_have_no_digest(
     assert "no fingerprint: the weights' files cannot be read" in caplog.text
 
 
+def test_changed_files_end_the_wait_for_a_fingerprint(paths: list[Path], tmp_path: Path) -> None:
+    """There is no fingerprint then, and none will come."""
+    fingerprint, files = Fingerprint({}, QUICK), WeightFiles(paths)
+    paths[1].write_bytes(b"other weights")
+    add_weights(fingerprint, files, tmp_path / "cache", QUICK)
+    for thread in threading.enumerate():
+        if thread.name == "fingerprint":
+            thread.join()
+    assert (fingerprint.value, fingerprint.is_pending) == (None, False)
+
+
 def test_hashing_waits_for_every_other_thread(
     paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,12 +115,13 @@ def test_hashing_waits_for_every_other_thread(
     fingerprint = Fingerprint({}, QUICK)
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     add_weights(fingerprint, WeightFiles(paths), tmp_path / "cache", QUICK)
-    assert fingerprint.value is None
+    assert (fingerprint.value, fingerprint.is_pending) == (None, True)
     identity = fingerprint.cache_identity
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "fingerprint")
     gate.set()
     thread.join()
     assert fingerprint.value == fingerprint.cache_identity != identity
+    assert not fingerprint.is_pending
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     if os.uname().sysname == "Linux":
         assert set(priorities) == {19}
@@ -122,7 +134,7 @@ def test_no_fingerprint_where_bits_depend_on_neighbors(
     caplog.set_level(logging.INFO)
     fingerprint = Fingerprint({}, QUICK, depends_on_neighbors=True)
     add_weights(fingerprint, WeightFiles(paths), tmp_path / "cache", QUICK)
-    assert (fingerprint.value, reads) == (None, [])
+    assert (fingerprint.value, fingerprint.is_pending, reads) == (None, False, [])
     assert "the text of a reply can depend on the other running requests" in caplog.text
     fingerprint.set_weights("known")
     assert fingerprint.value is None
