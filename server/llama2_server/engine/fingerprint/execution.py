@@ -17,7 +17,7 @@ from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import StepKind, StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 """The version of our own arithmetic, sampling, tokenization and chat template. A change of any bit raises it. The table
 of `tests/support/sampling/sampled_texts.py` finds such a change; `python -m tools.checks.algorithm` reminds of it."""
 AMX_VERSION = 1

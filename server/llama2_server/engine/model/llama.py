@@ -5,6 +5,7 @@ because the checkpoints have its format.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -264,10 +265,19 @@ def _rotary_table(config: LlamaConfig, context_length: int, like: Tensor) -> tup
 
     Source: Su et al. 2021 (RoFormer). The sines of the first half are negated here, so `_rotate` needs no negation.
     """
-    exponents = torch.arange(0, config.head_dim, 2, device=like.device, dtype=torch.float32) / config.head_dim
-    angles = torch.arange(context_length, device=like.device)[:, None] / config.rope_theta**exponents
-    cos, sin = angles.cos(), angles.sin()  # (context_length, head_dim / 2)
-    return torch.cat((cos, cos), dim=-1).to(like.dtype), torch.cat((-sin, sin), dim=-1).to(like.dtype)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = torch.tensor([config.rope_theta**exponent for exponent in exponents.tolist()], dtype=torch.float32)
+    angles = torch.arange(context_length)[:, None] / frequencies  # (context_length, head_dim / 2)
+    # The functions of the C library: those of torch gave another table in 2 of 622 starts, for an unknown reason.
+    cos, sin = (_map(function, angles) for function in (math.cos, math.sin))
+    table = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return table[0].to(like.device, like.dtype), table[1].to(like.device, like.dtype)
+
+
+def _map(function: Callable[[float], float], numbers: Tensor) -> Tensor:  # any shape, float64
+    return torch.tensor([function(number) for number in numbers.flatten().tolist()], dtype=torch.float64).view(
+        numbers.shape
+    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (tokens, heads, head_dim)
