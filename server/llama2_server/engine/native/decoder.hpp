@@ -62,9 +62,7 @@ class Decoder final : ThreadPool {
           attended_(max_rows_, query_width_),
           gate_up_(max_rows_, 2 * model.inner),
           inner_(max_rows_, model.inner),
-          // The layout is documented at `Attention::scratch`.
-          scratch_(threads,
-                   attention_tokens(group()) * group() * (2 * padded(model.head_dim) + padded(model.context))),
+          scratch_(threads, static_cast<int>(kernels.attention_floats(group(), model.head_dim, model.context))),
           // Only packed weights need it.
           unpacked_(threads, model.head.rows == nullptr ? 0 : static_cast<int>(kernels.scratch_floats(widest()))),
           // Two 16-bit numbers fit into a float.
@@ -225,7 +223,7 @@ class Decoder final : ThreadPool {
         for (int row = 0; row < rows_; ++row) {
             const bool follows =
                 row > 0 && slots_[row] == slots_[row - 1] && positions_[row] == positions_[row - 1] + 1;
-            if (follows && token_runs_.back().rows < attention_tokens(group()))
+            if (follows && token_runs_.back().rows < kernels_.attention_tokens(group()))
                 ++token_runs_.back().rows;
             else
                 token_runs_.push_back({row, 1});

@@ -44,9 +44,6 @@ constexpr int UNPACKED_ROWS = 4;  // rows of a packed matrix that are unpacked t
 
 constexpr int padded(int width) { return (width + LANES - 1) / LANES * LANES; }
 
-// Tokens of a prompt that attend together, given the query heads per key head (`group`): a few queries share each key.
-constexpr int attention_tokens(int group) { return std::max(4 / group, 1); }
-
 // The attention of one or a few consecutive tokens of a slot to one key head.
 struct Attention {
     // (tokens, group, head_dim), then two of (tokens, head_dim), before the rotary embedding; tokens `stride` apart
@@ -57,7 +54,7 @@ struct Attention {
     int tokens, position, group, head_dim;  // `position` belongs to the first token
     float *out;                    // (tokens, group, head_dim), tokens `out_stride` apart
     std::size_t out_stride;
-    float *scratch;  // per thread: attention_tokens * group rows of queries, then of sums, then of scores
+    float *scratch;  // Kernels::attention_floats, per thread
 };
 
 // Rows `begin` to `begin + outputs` of a matrix.
@@ -96,6 +93,11 @@ struct Kernels {
     void (*swiglu)(const float *gates, const float *ups, int count, float *out);
     void (*append_to_cache)(const Attention &attention);  // writes keys and values to the KV cache
     void (*attend)(const Attention &attention);
+    int attention_rows;  // queries that share each key: consecutive tokens of a prompt times the heads of a group
+    std::size_t (*attention_floats)(int group, int head_dim, int context);  // the size of Attention::scratch
+
+    // Tokens of a prompt that attend together, given the query heads per key head (`group`).
+    constexpr int attention_tokens(int group) const { return std::max(attention_rows / group, 1); }
     std::uint64_t (*read)(const std::uint64_t *memory, std::size_t bytes);
     // The largest logit, or NaN if one is not finite.
     float (*largest)(const float *logits, int count);

@@ -1,5 +1,5 @@
-// The kernels of Intel AMX: matmul in tiles, and everything else as with AVX-512. decode.cpp includes this file once, with
-// the compiler switched to these instructions.
+// The kernels of Intel AMX: matmul and attention in tiles, and everything else as with AVX-512. decode.cpp includes this
+// file once, with the compiler switched to these instructions.
 
 namespace {
 namespace amx {
@@ -7,6 +7,8 @@ namespace amx {
 #include "tile_packing.hpp"
 
 #include "tile_matmul.hpp"
+
+#include "tile_attention.hpp"
 
 constexpr Kernels with_tiles() {
     Kernels kernels = avx512::kernels;
@@ -20,6 +22,9 @@ constexpr Kernels with_tiles() {
     kernels.row_bytes = group_bytes;
     kernels.measure = measure;
     kernels.pack = pack;
+    kernels.attend = attend;
+    kernels.attention_rows = QUERY_ROWS;
+    kernels.attention_floats = attention_floats;
     return kernels;
 }
 

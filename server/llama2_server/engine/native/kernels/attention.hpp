@@ -1,6 +1,12 @@
 // Attention kernels, which work on the KV cache. kernels.hpp includes this file once per instruction set.
 
 constexpr int KV_PREFETCH_DISTANCE = 3072;  // keys or values, in numbers
+constexpr int ATTENTION_ROWS = 4;
+
+// Rows of queries, then of sums, then of scores.
+std::size_t attention_floats(int group, int head_dim, int context) {
+    return std::max(ATTENTION_ROWS / group, 1) * group * static_cast<std::size_t>(2 * padded(head_dim) + padded(context));
+}
 
 // Rotary embedding with the pairing of transformers' rotate_half: a head's first half with its second.
 void rotate(const float *x, const float *cosines, const float *sines, int dim, float scale, float *out) {
@@ -171,7 +177,7 @@ void attend(const Attention &a) {
     constexpr int BLOCK = 64;  // positions whose values stay in the L1 cache while all queries use them
     const int dim = a.head_dim, rows = a.tokens * a.group, common = a.position + 1, all_keys = a.position + a.tokens;
     const std::size_t stride = padded(dim), scores_stride = padded(all_keys);
-    const int max_rows = attention_tokens(a.group) * a.group;
+    const int max_rows = std::max(ATTENTION_ROWS / a.group, 1) * a.group;
     float *queries = a.scratch, *sums = queries + max_rows * stride, *scores = sums + max_rows * stride;
     const float scale = 1 / std::sqrt(static_cast<float>(dim));
     for (int row = 0; row < rows; ++row) {

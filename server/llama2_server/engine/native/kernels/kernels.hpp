@@ -86,9 +86,11 @@ double sum_of_weights(const float *logits, int count, float largest, double fact
 
 constexpr std::size_t no_tiles(int, int) { return 0; }
 
-constexpr Kernels kernels = {PREFILL_ROWS, OUTPUT_BLOCK, scratch_floats,  no_tiles, nullptr, matmul,  unpack,
-                         row_bytes,    measure,      pack,            rmsnorm,  swiglu,  append_to_cache,
-                         attend,       read,         largest,         collect,  weigh,   sum_of_weights};
+constexpr Kernels kernels = {PREFILL_ROWS, OUTPUT_BLOCK,    scratch_floats, no_tiles,       nullptr,
+                             matmul,       unpack,          row_bytes,      measure,        pack,
+                             rmsnorm,      swiglu,          append_to_cache, attend,        ATTENTION_ROWS,
+                             attention_floats, read,        largest,        collect,        weigh,
+                             sum_of_weights};
 
 }  // namespace LLAMA2_INSTRUCTIONS
 }  // namespace

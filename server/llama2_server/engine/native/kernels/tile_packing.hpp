@@ -209,25 +209,32 @@ inline void unpack_tile(const Group &group, int index, std::uint16_t *tile) {
     unpack_codes<PREFETCH>(group.tile(index), bias, tile);
 }
 
+// 16 float16 numbers as sums of two bfloat16 numbers, in the upper halves of the lanes: nothing is rounded.
+struct Parts {
+    __m512i high, low;
+    explicit Parts(__m512 numbers) {
+        high = _mm512_and_si512(_mm512_castps_si512(numbers), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+        low = _mm512_castps_si512(_mm512_sub_ps(numbers, _mm512_castsi512_ps(high)));
+    }
+};
+
+// The upper halves of 16 and of 16 further lanes, one after another.
+inline __m512i join_upper(__m512i first, __m512i second) {
+    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                         23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(first, odd, second);
+}
+
 // Writes a tile of float16 as the sum of two tiles of bfloat16: the 8 upper significant bits, and the other 3.
 template <bool PREFETCH>
 inline void split_tile(const Group &group, int index, std::uint16_t *high, std::uint16_t *low) {
     const Half *from = reinterpret_cast<const Half *>(group.tile(index));
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
-                                         23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
 #pragma GCC unroll 4
-    for (int line = 0; line < TILE_LINES; ++line) {
-        __m512i highs[2], lows[2];
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const __m512 numbers = avx512::load(from + line * LINE_HALVES + half * LANES);
-            highs[half] = _mm512_and_si512(_mm512_castps_si512(numbers), upper);
-            lows[half] = _mm512_castps_si512(_mm512_sub_ps(numbers, _mm512_castsi512_ps(highs[half])));
-        }
-        if (PREFETCH) __builtin_prefetch(from + line * LINE_HALVES + PREFETCH_BYTES, 0, 2);
-        _mm512_store_si512(high + line * LINE_HALVES, _mm512_permutex2var_epi16(highs[0], odd, highs[1]));
-        _mm512_store_si512(low + line * LINE_HALVES, _mm512_permutex2var_epi16(lows[0], odd, lows[1]));
+    for (int line = 0; line < TILE_LINES; ++line, from += LINE_HALVES) {
+        if (PREFETCH) __builtin_prefetch(from + PREFETCH_BYTES, 0, 2);
+        const Parts first(avx512::load(from)), second(avx512::load(from + LANES));
+        _mm512_store_si512(high + line * LINE_HALVES, join_upper(first.high, second.high));
+        _mm512_store_si512(low + line * LINE_HALVES, join_upper(first.low, second.low));
     }
 }
 
