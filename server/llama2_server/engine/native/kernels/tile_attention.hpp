@@ -77,8 +77,8 @@ void split_keys(const Half *keys, int count, int dim, std::uint16_t *tiles) {
         for (int tile = 0; tile < dim_tiles(dim); ++tile) {
             __builtin_prefetch(reinterpret_cast<const char *>(keys + tile * TILE_INPUTS) + KV_PREFETCH_BYTES, 0, 2);
             std::uint16_t *to = tiles + tile * 2 * TILE_HALVES + key * LINE_HALVES;
-            const Parts first(load_row(keys, tile * TILE_INPUTS, dim));
-            const Parts second(load_row(keys, tile * TILE_INPUTS + LANES, dim));
+            const HighLow first(load_row(keys, tile * TILE_INPUTS, dim));
+            const HighLow second(load_row(keys, tile * TILE_INPUTS + LANES, dim));
             _mm512_store_si512(to, join_upper(first.high, second.high));
             _mm512_store_si512(to + TILE_HALVES, join_upper(first.low, second.low));
         }
@@ -139,7 +139,7 @@ inline void split_values(const Half *values, int count, int i, int dim, std::uin
     const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     const auto load = [&](int at) {
         const Half *row = values + static_cast<std::size_t>(at) * dim;
-        return Parts(at < count ? load_row(row, i, dim) : _mm512_setzero_ps());
+        return HighLow(at < count ? load_row(row, i, dim) : _mm512_setzero_ps());
     };
     // (even >> 16) | (odd & mask)
     const auto join = [&](__m512i even, __m512i odd) {
@@ -149,7 +149,7 @@ inline void split_values(const Half *values, int count, int i, int dim, std::uin
         if (i % LINE_HALVES == 0)  // the next 16 dimensions are in the same cache line
             for (int row = 2 * pair; row < 2 * pair + 2; ++row)
                 __builtin_prefetch(reinterpret_cast<const char *>(values + row * dim + i) + KV_PREFETCH_BYTES, 0, 2);
-        const Parts even = load(2 * pair), odd = load(2 * pair + 1);
+        const HighLow even = load(2 * pair), odd = load(2 * pair + 1);
         _mm512_store_si512(tiles + pair * LINE_HALVES, join(even.high, odd.high));
         _mm512_store_si512(tiles + TILE_HALVES + pair * LINE_HALVES, join(even.low, odd.low));
     }

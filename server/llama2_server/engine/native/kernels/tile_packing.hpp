@@ -210,9 +210,9 @@ inline void unpack_tile(const Group &group, int index, std::uint16_t *tile) {
 }
 
 // 16 float16 numbers as sums of two bfloat16 numbers, in the upper halves of the lanes: nothing is rounded.
-struct Parts {
+struct HighLow {
     __m512i high, low;
-    explicit Parts(__m512 numbers) {
+    explicit HighLow(__m512 numbers) {
         high = _mm512_and_si512(_mm512_castps_si512(numbers), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
         low = _mm512_castps_si512(_mm512_sub_ps(numbers, _mm512_castsi512_ps(high)));
     }
@@ -232,7 +232,7 @@ inline void split_tile(const Group &group, int index, std::uint16_t *high, std::
 #pragma GCC unroll 4
     for (int line = 0; line < TILE_LINES; ++line, from += LINE_HALVES) {
         if (PREFETCH) __builtin_prefetch(from + PREFETCH_BYTES, 0, 2);
-        const Parts first(avx512::load(from)), second(avx512::load(from + LANES));
+        const HighLow first(avx512::load(from)), second(avx512::load(from + LANES));
         _mm512_store_si512(high + line * LINE_HALVES, join_upper(first.high, second.high));
         _mm512_store_si512(low + line * LINE_HALVES, join_upper(first.low, second.low));
     }
