@@ -88,9 +88,8 @@ def load_model(
     meta_weights = LlamaWeights.allocate(config, "meta", dtype)
     stored = read_checked_table(directory, config, meta_weights)
     cache_bytes = KVCache.size_bytes(config, slots, context_length, dtype)
-    layout = None
-    if (torch.device(device).type, dtype) == ("cpu", torch.float16):
-        layout = choose_layout(cpu_kernels, cpu_weight_bits, config, meta_weights.size_bytes, slots)
+    kernels = cpu_kernels if (torch.device(device).type, dtype) == ("cpu", torch.float16) else "torch"
+    layout = choose_layout(kernels, cpu_weight_bits, config, meta_weights.size_bytes, slots)
     least_bytes = _least_bytes(layout, meta_weights.size_bytes)
     _check_memory(directory, device, MemoryNeed(least_bytes, cache_bytes, f"{slots} x {context_length} tokens"))
     try:

@@ -67,9 +67,7 @@ class NativeDecoder:
         layout = weights.head.layout if isinstance(weights.head, PackedMatrix) else ROWS
         self.instructions = find_instructions(instructions or layout.instructions)
         if (self.instructions == AMX) != (layout.instructions == AMX):
-            raise NativeUnavailable(
-                f"{self.instructions} cannot read the weights, which are stored for {layout.kernels}"
-            )
+            raise NativeUnavailable(f"{self.instructions} cannot read weights that are stored for {layout.kernels}")
         self.kernels = layout.kernels
         self.prefill_rows = prefill_rows(self.instructions)
         cosines, sines = (table.float().contiguous() for table in rotary)
