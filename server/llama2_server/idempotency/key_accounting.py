@@ -106,6 +106,14 @@ class KeyAccounting:
             if not self._finished:
                 self._withdraw(call) if rejected else self._finish(call, status)
 
+    def add_fingerprint(self) -> None:
+        """Store the fingerprint with a key that was claimed before the weights were hashed."""
+        if self._finished or self.record_of_key.fingerprint is not None:
+            return
+        self.record_of_key = replace(self.record_of_key, fingerprint=self._fingerprint())
+        if self._records:
+            self._ledger.keys.put(self.record_of_key)
+
     async def complete(self) -> None:
         """Not the end of the reply: `finish` writes the record after the last computed token."""
 
@@ -133,7 +141,7 @@ class KeyAccounting:
         if self._is_paid:
             self._records.append(f"{key.request_id}-{key.computations}")
         await self._share_seed(key)
-        self.record_of_key = key
+        self.record_of_key = key = replace(key, fingerprint=key.fingerprint or self._fingerprint())
         put = self._ledger.keys.storing(key)
         if self._records:
             call.mark_admitted()

@@ -29,6 +29,8 @@ from llama2_server.telemetry.call import Call
 from llama2_server.usage.keys.records import Claim, KeyRecord, KeyState
 from llama2_server.usage.ledger import Ledger
 
+FINGERPRINT_POLL_SECONDS = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyOptions:
@@ -67,6 +69,7 @@ class KeyedReplies:
         self._fingerprint = fingerprint
         self._options = options
         self._runs: dict[str, KeyRun] = {}
+        self._adding_fingerprints: asyncio.Task[None] | None = None
         self.metrics = KeyMetrics()
         """The results of the calls with a key."""
         queue.on_contention = self._free_slots
@@ -104,6 +107,8 @@ class KeyedReplies:
 
     async def close(self) -> None:
         """End the runs without readers; call it after the last request."""
+        if self._adding_fingerprints is not None:
+            self._adding_fingerprints.cancel()
         runs = list(self._runs.values())
         for run in runs:
             run.stop()
@@ -112,7 +117,16 @@ class KeyedReplies:
     def _start(self, call: Call, request: KeyedRequest) -> KeyRun:
         run = self._runs[request.key_digest] = KeyRun(call, request, self._queue, self._options.resume_window_seconds)
         run.start(self._serve, self._remove)
+        if self._fingerprint.is_pending and self._adding_fingerprints is None:
+            self._adding_fingerprints = asyncio.create_task(self._add_fingerprints())
         return run
+
+    async def _add_fingerprints(self) -> None:
+        """Store the fingerprint with the running keys once it is known, so that their replies survive this process."""
+        while self._fingerprint.is_pending:  # noqa: ASYNC110 - another thread ends it
+            await asyncio.sleep(FINGERPRINT_POLL_SECONDS)
+        for run in self._runs.values():
+            run.add_fingerprint()
 
     def _remove(self, run: KeyRun) -> None:
         if self._runs.get(run.request.key_digest) is run:

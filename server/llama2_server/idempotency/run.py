@@ -133,6 +133,11 @@ class KeyRun:
             raise RuntimeError("the reply is not complete")
         return self._reply.stats()
 
+    def add_fingerprint(self) -> None:
+        """Store the fingerprint of this server with the key, if the weights were not hashed before."""
+        if self._accounting is not None:
+            self._accounting.add_fingerprint()
+
     def free_slot(self) -> None:
         """Stop, if the generation holds or waits for a slot without a reader."""
         generation = self._generation

@@ -16,7 +16,7 @@ from tests.integration.idempotency.conftest import (
 )
 from tests.integration.service.conftest import limited, records
 from tests.support.scripted_model import scripted_fingerprint
-from tests.support.service import ServiceMaker, details, disconnect, generate
+from tests.support.service import ServiceMaker, details, disconnect, generate, until
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_server.card import ModelCard
@@ -218,3 +218,17 @@ async def test_a_start_that_hashes_its_weights_is_retried(serve_scripted: Servic
         fingerprint.is_pending = False
         assert [(await read_stream(service, request))[0] for request in requests] == [REPLY, REPLY[len(text) :]]
     assert len(list(records(tmp_path))) == 2
+
+
+async def test_a_running_key_gets_the_fingerprint(serve_scripted: ServiceMaker, tmp_path: Path) -> None:
+    """A key that is claimed while the weights are hashed has the fingerprint before its call ends."""
+    fingerprint = Fingerprint({"kernels": "scripted"}, "scripted")
+    fingerprint.is_pending = True
+    async with serve_scripted(REPLY, fingerprint=fingerprint) as service:
+        call, _ = await start_stream(service, keyed())
+        assert [key["fingerprint"] for key in stored_keys(tmp_path)] == [None]
+        fingerprint.set_weights("scripted")
+        fingerprint.is_pending = False
+        await until(lambda: [key["fingerprint"] for key in stored_keys(tmp_path)] == [fingerprint.value])
+        await disconnect(service, call)
+        service.model.open_gate()
