@@ -9,25 +9,20 @@ another. It prints the median of the times, and of the ratios to AMX within a ro
 import argparse
 import os
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 
 import torch
 
+from benchmarks.native.steps import POSITION, ROWS, Step, decode, prefill, prompt, times_in_rounds
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.model.cpu_kernels import CpuKernels
 from llama2_server.engine.model.native_decoder import NativeDecoder
 from llama2_server.engine.model.packed_weights import CpuWeightBits
 
-ROWS = (1, 2, 4, 8, 16)
-POSITION = 128
 PROMPTS = (128, 512, 2048)
 WAYS: tuple[tuple[CpuKernels, CpuWeightBits], ...] = (("portable", "16"), ("portable", "12"), ("amx", "12"))
-
-Step = Callable[[NativeDecoder], object]
 
 
 def load(
@@ -52,34 +47,11 @@ def load(
     return model.native
 
 
-def prompt(tokens: int) -> list[int]:
-    """Return token ids of a prompt."""
-    return [3 + token % 500 for token in range(tokens)]
-
-
-def decode(rows: int) -> Step:
-    """Return a decode step of this number of rows."""
-    slots = list(range(rows))
-    return lambda decoder: decoder.decode(slots, [5 + slot for slot in slots], [POSITION] * rows)
-
-
-def prefill(tokens: int) -> Step:
-    """Return a step that reads a prompt of this number of tokens."""
-    return lambda decoder: decoder.prefill(0, prompt(tokens), 0)
-
-
 def compare(name: str, step: Step, decoders: list[NativeDecoder], rounds: int) -> None:
     """Print the times of one step, and their ratios to the last decoder's."""
-    seconds: list[list[float]] = [[] for _ in decoders]
-    for round_ in range(rounds + 1):
-        for decoder, times in zip(decoders, seconds, strict=True):
-            started_at = time.perf_counter()
-            step(decoder)
-            if round_:  # the first round warms up
-                times.append(time.perf_counter() - started_at)
-    times_text = " ".join(f"{statistics.median(times) * 1e3:8.1f}" for times in seconds)
-    rounds_of = zip(*seconds, strict=True)
-    ratios = [[one / times[-1] for one in times[:-1]] for times in rounds_of]
+    seconds = times_in_rounds(step, decoders, rounds)
+    times_text = " ".join(f"{statistics.median(times) * 1e3:8.1f}" for times in zip(*seconds, strict=True))
+    ratios = [[one / times[-1] for one in times[:-1]] for times in seconds]
     ratios_text = ", ".join(f"{statistics.median(column):.2f} x" for column in zip(*ratios, strict=True))
     print(f"{name:22} {times_text} ms   {ratios_text}", flush=True)
 

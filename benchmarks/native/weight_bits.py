@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.native.steps import POSITION, ROWS, Step, decode, prefill, times_in_rounds
 from llama2_server.engine.checkpoint.loader import load_model
 from llama2_server.engine.model.cpu_kernels import CpuKernels
 from llama2_server.engine.model.llama import LlamaModel
@@ -23,12 +24,9 @@ from llama2_server.engine.model.native_decoder import NativeDecoder
 from llama2_server.engine.model.packed_weights import CpuWeightBits
 from llama2_server.engine.model.weight_layout import AMX
 
-CONTEXT_LENGTH, POSITION = 256, 128
-ROWS = (1, 2, 4, 8, 16)
+CONTEXT_LENGTH = 2 * POSITION
 PREFILL_TOKENS = 48
 WAYS: tuple[CpuWeightBits, ...] = ("12", "16")
-
-Step = Callable[[NativeDecoder], torch.Tensor]
 
 
 def load(checkpoint: Path, bits: CpuWeightBits, kernels: CpuKernels) -> LlamaModel:
@@ -50,30 +48,20 @@ def load(checkpoint: Path, bits: CpuWeightBits, kernels: CpuKernels) -> LlamaMod
 
 def steps() -> dict[str, Step]:
     """Return the steps to measure by name."""
-
-    def decode(rows: int) -> Step:
-        slots = list(range(rows))
-        return lambda decoder: decoder.decode(slots, [5 + slot for slot in slots], [POSITION] * rows)
-
-    prompt = [3 + token % 500 for token in range(PREFILL_TOKENS)]
     found = {f"decode, {rows} rows": decode(rows) for rows in ROWS}
-    return found | {f"prefill, {PREFILL_TOKENS} tokens": lambda decoder: decoder.prefill(0, prompt, POSITION)}
+    return found | {f"prefill, {PREFILL_TOKENS} tokens": prefill(PREFILL_TOKENS, POSITION)}
 
 
 def compare(name: str, step: Step, decoders: list[NativeDecoder], rounds: int, clock: Callable[[], float]) -> None:
     """Print the ratio of one step."""
-    seconds: list[list[float]] = [[], []]
-    for round_ in range(rounds + 1):
-        logits = []
-        for decoder, times in zip(decoders, seconds, strict=True):
-            started_at = clock()
-            logits.append(step(decoder))
-            if round_:  # the first round warms up
-                times.append(clock() - started_at)
+
+    def check(logits: list[torch.Tensor]) -> None:
         if not torch.equal(*logits):
             raise SystemExit(f"{name}: the logits differ")
-    packed, plain = (min(times) * 1e3 for times in seconds)
-    median = statistics.median(sixteen / twelve for twelve, sixteen in zip(*seconds, strict=True))
+
+    seconds = times_in_rounds(step, decoders, rounds, clock=clock, check=check)
+    packed, plain = (min(times) * 1e3 for times in zip(*seconds, strict=True))
+    median = statistics.median(sixteen / twelve for twelve, sixteen in seconds)
     print(f"{name:20} best {plain / packed:.2f}, median {median:.2f}   {packed:7.1f} {plain:7.1f} ms", flush=True)
 
 
