@@ -18,11 +18,36 @@ def test_the_tokens_after_the_longest_match_are_guessed() -> None:
     assert PromptLookup([8, 9, 50, 1, 8, 9, 60, 5, 8, 9]).find() == (6, 2)
 
 
-def test_a_new_pair_has_no_guess() -> None:
-    """One equal token is not enough, and short sequences have no pair."""
-    for token_ids in ([], [8], [8, 9], [9, 8, 9, 8, 8], [1, 2, 3, 4, 5]):
+def test_a_single_equal_token_counts_after_pairs() -> None:
+    """It is the place next to the expected one, and without one the latest."""
+    token_ids = [8, 3, 8, 4, 6, 8, 5, 1, 9, 8]
+    assert PromptLookup(token_ids).find() == (6, 1)
+    assert [PromptLookup(token_ids).find(expected)[0] for expected in (1, 2, 3, 4, 5, 9)] == [1, 3, 3, 3, 6, 6]
+    assert PromptLookup([*token_ids, 8, 3]).find(6) == (2, 2)
+
+
+def test_new_tokens_have_no_guess() -> None:
+    """Without an equal token and an expected place there is no draft."""
+    for token_ids in ([], [8], [8, 9], [1, 2, 3, 4, 5]):
         assert PromptLookup(token_ids).find() == (0, 0)
         assert drafter(token_ids).guess() == NO_DRAFT
+    assert PromptLookup([1, 2, 3, 4, 5]).find(3) == (3, 0)
+    assert PromptLookup([1, 2, 3, 4, 5]).find(5) == (0, 0)
+
+
+def test_the_passage_goes_on_after_replaced_tokens() -> None:
+    """After tokens that replace others of the passage, its tokens behind them are guessed, also after several steps."""
+    passage = list(range(10, 40))
+    found = drafter([*passage, 10, 11])
+    draft = found.guess()
+    found.learn(draft, [12, 13, 99])  # replaces 14
+    draft = found.guess()
+    assert (draft.token_ids[:3], draft.matching) == ([15, 16, 17], 0)
+    found.learn(draft, [98])  # replaces 15
+    draft = found.guess()
+    assert draft.token_ids[:3] == [16, 17, 18]
+    found.learn(draft, [16, 17])
+    assert found.guess().matching == 2
 
 
 def test_a_long_match_is_compared_up_to_a_limit() -> None:
@@ -82,3 +107,14 @@ def test_chances_of_a_draft_never_increase() -> None:
     """Each guess needs all guesses before it, so its chance is at most theirs."""
     chances = drafter([*range(3, 40), 3, 4]).guess().chances
     assert list(chances) == sorted(chances, reverse=True)
+
+
+def test_one_guess_is_compared_while_the_chance_is_low() -> None:
+    """A text that does not repeat itself costs little; hits after it bring whole drafts back."""
+    passage = list(range(10, 40))
+    found = drafter([*passage, 5])
+    for other in range(30):
+        found.learn(found.guess(), [100 + other, 5])  # 5 occurred before, with another token after it
+    assert len(found.guess().token_ids) == 1
+    found.learn(NO_DRAFT, passage[:3])
+    assert found.guess().token_ids == passage[3 : 3 + MAX_DRAFT_TOKENS]
