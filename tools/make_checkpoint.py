@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 CYCLE_LOGIT = 14.0  # of the next token of a cycle; the other logits are about 0
-QUIET = 0.02  # factor of what the layers of such a model add to the embedding
+QUIET = 0.2  # what the layers of such a model add to the embedding, about, in multiples of its length
 UNUSED = 5  # sentencepiece_model.proto: ModelProto.SentencePiece.Type
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -190,7 +190,7 @@ def _write_weights(directory: Path, shape: Shape, shards: int, numbers: _Numbers
         tensors = {name: _random(size, generator, dtypes, factors.get(name, 1.0)) for name, size in part.items()}
         embedding = tensors.get("model.embed_tokens.weight", embedding)
         if shape.cycle and embedding is not None:
-            _make_cyclic(tensors, embedding, shape.cycle, dtypes)
+            _make_cyclic(tensors, embedding, shape, dtypes)
         save_file(tensors, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     if shards > 1:
@@ -226,15 +226,17 @@ def _random(
 
 
 def _make_cyclic(
-    tensors: dict[str, Tensor], embedding: Tensor, cycle: int, dtypes: tuple[torch.dtype, torch.dtype]
+    tensors: dict[str, Tensor], embedding: Tensor, shape: Shape, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     """Let the output layer prefer the next token of each token's cycle, and the layers hardly change that."""
+    # Each layer adds twice, independent numbers of about 1, where those of the embedding are about hidden**-0.5.
+    quiet = QUIET * (2 * shape.layers * shape.hidden) ** -0.5
     for name, tensor in tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            tensors[name] = (QUIET * tensor.float()).to(dtypes[0]).to(dtypes[1])
+            tensors[name] = (quiet * tensor.float()).to(dtypes[0]).to(dtypes[1])
         elif name == "lm_head.weight":
             ids = torch.arange(len(tensor))
-            before = ids - ids % cycle + (ids - 1) % cycle
+            before = ids - ids % shape.cycle + (ids - 1) % shape.cycle
             scale = CYCLE_LOGIT * tensor.shape[1] ** -0.5
             tensors[name] = (scale * embedding[before.clamp(max=len(tensor) - 1)].float()).to(dtypes[0]).to(dtypes[1])
 

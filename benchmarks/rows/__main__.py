@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tools.make_checkpoint import PRESETS, Shape, make_checkpoint
 
-from benchmarks.rows import mixed_steps, prompt_lookup
+from benchmarks.rows import mixed_steps, peers, prompt_lookup
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle.checks.checkpoint import demo_checkpoint
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the preset, for a busy machine")
     parser.add_argument("--folder", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", default="lookup,mixed", help="comma-separated: lookup, mixed")
+    parser.add_argument("--parts", default="lookup,mixed", help="comma-separated: lookup, mixed, peers")
     arguments = parser.parse_args()
     shape = PRESETS[arguments.preset]
     shape = replace(shape, layers=arguments.layers or shape.layers)
@@ -41,6 +41,10 @@ def main() -> None:
         print("| limit | plain step | longest gap of the stream | prompt alone | prompt next to the stream |")
         print("|---|---|---|---|---|")
         mixed_steps.measure(random_weights, arguments.rounds)
+    if "peers" in arguments.parts:
+        print("| library | plain, tokens/s | with prompt lookup | ratio | tokens per step | equal tokens |")
+        print("|---|---|---|---|---|---|")
+        peers.measure(copying, copying.with_name(f"{copying.name}-converted"), arguments.rounds)
 
 
 def _checkpoint(folder: Path, preset: str, shape: Shape) -> Path:

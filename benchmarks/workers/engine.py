@@ -13,6 +13,7 @@ from llama2_server.engine.native.library import NativeUnavailable, read_bandwidt
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.sequence import FinishReason, SequenceResult
 from llama2_server.engine.step_planner import StepPolicy
+from llama2_server.engine.steps.report import StepPhase, StepReport
 
 BANDWIDTH_BYTES = 2**30  # far beyond any cache
 BANDWIDTH_READS = 5
@@ -51,8 +52,10 @@ class EngineOnly:
             context_length=setup.context_length,
             slots=setup.slots,
         )
-        # The prompts are random, so guesses would only measure how often random weights repeat themselves.
-        self._engine = Engine(model, frozenset(), step_policy=StepPolicy(prompt_lookup=False))
+        self._steps: list[StepReport] = []
+        # In the other benchmarks guesses would only measure how often random weights repeat themselves.
+        policy = StepPolicy(prompt_lookup=setup.prompt_lookup)
+        self._engine = Engine(model, frozenset(), on_step=self._steps.append, step_policy=policy)
         self._memory = torch.empty(BANDWIDTH_BYTES, dtype=torch.uint8)
         use_huge_pages(self._memory)
         self._memory.zero_()
@@ -60,6 +63,7 @@ class EngineOnly:
 
     def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
         """Continue all prompts at once, one slot per prompt."""
+        self._steps.clear()
         started_at = time.perf_counter()
         listeners = [TimingListener() for _ in prompts]
         for index, (prompt_ids, listener) in enumerate(zip(prompts, listeners, strict=True)):
@@ -70,7 +74,8 @@ class EngineOnly:
         first_token_at = max(listener.first_token_at for listener in listeners)
         finished_at = max(at for at, _ in ends)
         token_ids = [listener.token_ids for listener in listeners]
-        return Generated(token_ids, first_token_at - started_at, finished_at - started_at)
+        steps = sum(step.phase is StepPhase.DECODE for step in list(self._steps))
+        return Generated(token_ids, first_token_at - started_at, finished_at - started_at, steps)
 
     def read_bandwidth(self) -> float | None:
         """Return the memory bandwidth of all threads in bytes per second, a median; None without native code."""

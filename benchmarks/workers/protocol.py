@@ -26,6 +26,7 @@ class Setup:
     context_length: int  # tokens of one sequence
     slots: int  # concurrent sequences
     threads: int
+    prompt_lookup: bool = False  # guess tokens from repeated text, with the library's own method
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Generated:
     token_ids: list[list[int]]
     first_token_seconds: float  # until every reply has its first token
     total_seconds: float
+    steps: int | None = None  # decode steps, if the library tells
 
 
 class Generator(Protocol):

@@ -11,6 +11,9 @@ import openvino_genai
 from benchmarks.workers.openvino_models.infer import export_model
 from benchmarks.workers.protocol import TEMPERATURE, TOP_P, Generated, Setup, serve
 
+GUESSES = 15  # as many as our engine checks; the library has no default
+MAX_MATCH_TOKENS = 3  # as in the library's sample
+
 
 class _Times(openvino_genai.StreamerBase):  # type: ignore[misc] # the library has no types
     """A streamer that records the time of each token."""
@@ -40,6 +43,7 @@ class OpenVinoGenai:
         if not (path / "openvino_tokenizer.xml").exists():
             _export_tokenizer(Path(setup.checkpoint), path)
         self.arithmetic = f"float16 weights, {setup.arithmetic}"
+        self._prompt_lookup = setup.prompt_lookup
         self._pipeline: Any = openvino_genai.LLMPipeline(
             str(path),
             "CPU",
@@ -48,6 +52,7 @@ class OpenVinoGenai:
             DYNAMIC_QUANTIZATION_GROUP_SIZE="0",
             INFERENCE_NUM_THREADS=setup.threads,
             PERFORMANCE_HINT="LATENCY",
+            **({"prompt_lookup": True} if setup.prompt_lookup else {}),
         )
 
     def generate(self, prompts: list[list[int]], tokens: int, seed: int | None) -> Generated:
@@ -56,6 +61,8 @@ class OpenVinoGenai:
         config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, seed is not None
         if seed is not None:
             config.temperature, config.top_p, config.rng_seed = TEMPERATURE, TOP_P, seed % 2**63
+        if self._prompt_lookup:
+            config.num_assistant_tokens, config.max_ngram_size = GUESSES, MAX_MATCH_TOKENS
         ids = np.array(prompts, dtype=np.int64)
         inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
         streamer = _Times() if len(prompts) == 1 else None
