@@ -34,6 +34,7 @@ from llama2_server.engine.model.weight_layout import (
 Floats = NDArray[np.float32]
 GROUP = 16
 DEPTH = 32  # inputs per tile
+FLAG_BYTES = 64  # of a group of 4,096 inputs: 4 bits per tile
 TILES = TileLayout()
 SIXTEEN_BITS = TileLayout(twelve_bits=False)
 
@@ -49,7 +50,7 @@ def test_all_4096_values_are_coded_and_returned_bit_for_bit() -> None:
     halves = torch.stack([values.roll(257 * row) for row in range(GROUP)])
     matrix = pack(halves, TILES)
     assert (matrix.entries & FORMAT_MASK).tolist() == [TWELVE_BITS]
-    assert matrix.nbytes == GROUP * 4096 * 12 // 8 + 8  # and the group's entry in the table
+    assert matrix.nbytes == GROUP * 4096 * 12 // 8 + FLAG_BYTES + 8  # and the group's entry in the table
     for row in range(GROUP):
         assert_same_bits(matrix.unpack(row), halves[row])
 
@@ -103,7 +104,7 @@ def test_groups_from_bfloat16_are_all_packed() -> None:
     assert matrix.share.packed == matrix.share.total == halves.numel()
     groups = TILES.groups(200)
     assert matrix.nbytes == groups * (TILES.group_bytes(TWELVE_BITS, 4096) + 8)
-    assert TILES.group_bytes(TWELVE_BITS, 4096) == GROUP * 4096 * 12 // 8
+    assert TILES.group_bytes(TWELVE_BITS, 4096) == GROUP * 4096 * 12 // 8 + FLAG_BYTES
     assert all(torch.equal(matrix.unpack(row), halves[row].float()) for row in range(200))
 
 
@@ -183,6 +184,8 @@ def some_weights(outputs: int, width: int, seed: int = 0) -> Tensor:
     halves = exact.bfloat16().half()
     halves[20:40:7] = exact[20:40:7].half()
     halves[5::48, 3] = 1.25
+    halves[9::32, 10] = 0
+    halves[12::32, 21] = 3 * 2**-24  # a subnormal float16 number
     return halves
 
 

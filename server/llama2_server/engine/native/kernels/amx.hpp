@@ -13,7 +13,7 @@ namespace amx {
 constexpr Kernels with_tiles() {
     Kernels kernels = avx512::kernels;
     kernels.prefill_rows = PREFILL_ROWS;
-    kernels.output_block = PAIR_OUTPUTS;
+    kernels.output_block = FEW_GROUPS * GROUP_ROWS;
     kernels.scratch_floats = scratch_floats;
     kernels.tile_numbers = tile_numbers;
     kernels.split = split;

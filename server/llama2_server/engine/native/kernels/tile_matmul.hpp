@@ -12,7 +12,8 @@
 
 constexpr int PREFILL_ROWS = 128;
 constexpr int TILE_ROWS = 16, MAX_PASS_ROWS = 128;  // rows of activations per tile, and per pass over the weights
-constexpr int PAIR_OUTPUTS = 2 * GROUP_ROWS;        // outputs that are computed together
+constexpr int FEW_GROUPS = 4;                         // groups that few rows are multiplied by together
+constexpr int TILES_AHEAD = 3;                        // far enough to arrive in time, near enough to stay cached
 constexpr int PANEL_OUTPUTS = 128, PANEL_TILES = 4;  // a panel of weights is unpacked for all rows of a pass
 constexpr int PANEL_GROUPS = PANEL_OUTPUTS / GROUP_ROWS;
 
@@ -110,58 +111,93 @@ inline void multiply_tiles() {
     _tile_dpbf16ps(3, 5, 7);
 }
 
-// Up to 16 rows times two groups. The weights of the next tile are unpacked while this one is multiplied.
+// The tile that a thread requests while it unpacks tile `index`, or if the group ends before, one of the group that
+// follows after FEW_GROUPS groups.
+inline const std::uint8_t *tile_ahead(const Group &group, int index, int width) {
+    const int next = index + TILES_AHEAD, count = tiles_of(width);
+    return next < count ? group.tile(next) : group.tile(next - count) + FEW_GROUPS * group_bytes(group.format, width);
+}
+
+// Adds the products of up to 16 rows and of FEW_GROUPS groups to the sums, registers 0 to 3. Registers 4 and 5 have the
+// upper and lower parts of the rows.
 template <bool CODES>
-void few_rows_of_pair(const Group (&groups)[2], int width, const std::uint16_t *x, int rows, Scratch &scratch) {
+inline void multiply_groups(const Scratch &scratch, int slot) {
+    if (!CODES) {
+        _tile_loadd(6, scratch.low[0][slot], LINE_BYTES);
+        _tile_loadd(7, scratch.low[1][slot], LINE_BYTES);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, scratch.low[2][slot], LINE_BYTES);
+        _tile_loadd(7, scratch.low[3][slot], LINE_BYTES);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 7);
+    }
+    _tile_loadd(6, scratch.high[0][slot], LINE_BYTES);
+    _tile_loadd(7, scratch.high[1][slot], LINE_BYTES);
+    _tile_dpbf16ps(0, 5, 6);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(6, scratch.high[2][slot], LINE_BYTES);
+    _tile_loadd(7, scratch.high[3][slot], LINE_BYTES);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 4, 7);
+}
+
+// Up to 16 rows times FEW_GROUPS groups. The weights of the next tile are unpacked while this one is multiplied.
+template <bool CODES>
+void multiply_few_rows(const Group (&groups)[FEW_GROUPS], int width, const std::uint16_t *x, int rows, Scratch &scratch) {
     const int count = tiles_of(width), size = rows * TILE_INPUTS;
     const auto prepare = [&](int tile) {
-        for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 4
+        for (int i = 0; i < FEW_GROUPS; ++i) {
+            const std::uint8_t *next = tile_ahead(groups[i], tile, width);
             std::uint16_t *high = scratch.high[i][tile % 2], *low = scratch.low[i][tile % 2];
-            CODES ? unpack_tile<true>(groups[i], tile, high) : unpack_parts<true>(groups[i], tile, high, low);
+            CODES ? unpack_tile<true>(groups[i], tile, high, next) : unpack_parts<true>(groups[i], tile, high, low, next);
         }
     };
-    if (!CODES)
-        for (int i = 0; i < 2; ++i) std::memset(scratch.low[i], 0, 2 * sizeof scratch.low[i][0]);
+    for (int i = 0; i < FEW_GROUPS; ++i) {
+        if (!CODES) std::memset(scratch.low[i], 0, 2 * sizeof scratch.low[i][0]);
+        __builtin_prefetch(groups[i].flags + FEW_GROUPS * group_bytes(groups[i].format, width), 0, 2);
+    }
     _tile_zero(0);
     _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     prepare(0);
     for (int tile = 0; tile < count; ++tile, x += 2 * size) {
         if (tile + 1 < count) prepare(tile + 1);
-        const int s = tile % 2;
-        _tile_loadd(2, x, LINE_BYTES);
-        _tile_loadd(3, x + size, LINE_BYTES);
-        _tile_loadd(4, scratch.high[0][s], LINE_BYTES);
-        _tile_loadd(5, scratch.high[1][s], LINE_BYTES);
-        if (!CODES) {
-            _tile_loadd(6, scratch.low[0][s], LINE_BYTES);
-            _tile_loadd(7, scratch.low[1][s], LINE_BYTES);
-            _tile_dpbf16ps(0, 2, 6);
-            _tile_dpbf16ps(1, 2, 7);
-        }
-        _tile_dpbf16ps(0, 3, 4);
-        _tile_dpbf16ps(1, 3, 5);
-        _tile_dpbf16ps(0, 2, 4);
-        _tile_dpbf16ps(1, 2, 5);
+        _tile_loadd(4, x, LINE_BYTES);
+        _tile_loadd(5, x + size, LINE_BYTES);
+        multiply_groups<CODES>(scratch, tile % 2);
     }
 }
 
+inline void store_tile(int tile, float *to, std::size_t stride) {
+    if (tile == 0) _tile_stored(0, to, stride);
+    else if (tile == 1) _tile_stored(1, to, stride);
+    else if (tile == 2) _tile_stored(2, to, stride);
+    else _tile_stored(3, to, stride);
+}
+
 void few_rows(const Outputs &outputs, int width, const std::uint16_t *x, int rows, Scratch &scratch) {
-    configure(rows, 4);
-    for (int group = 0; group < outputs.groups(); group += 2) {
-        const int count = std::min(2, outputs.groups() - group), first = outputs.first_group() + group;
-        const Matrix &matrix = outputs.weights.matrix;
-        const Group groups[2] = {group_of(matrix, first), group_of(matrix, first + count - 1)};
-        const bool codes = groups[0].format != FLOAT16 && groups[1].format != FLOAT16;
-        if (codes) few_rows_of_pair<true>(groups, width, x, rows, scratch);
-        else few_rows_of_pair<false>(groups, width, x, rows, scratch);
-        for (int i = 0; i < count; ++i) {
+    configure(rows, 6);
+    for (int first = 0; first < outputs.groups(); first += FEW_GROUPS) {
+        Group groups[FEW_GROUPS];
+        bool codes = true;
+        for (int i = 0; i < FEW_GROUPS; ++i) {  // the last group stands for those that are missing
+            const int group = std::min(first + i, outputs.groups() - 1);
+            groups[i] = group_of(outputs.weights.matrix, outputs.first_group() + group, width);
+            codes &= groups[i].format != FLOAT16;
+        }
+        (codes ? multiply_few_rows<true> : multiply_few_rows<false>)(groups, width, x, rows, scratch);
+        for (int i = 0; i < std::min(FEW_GROUPS, outputs.groups() - first); ++i) {
             float *sums = scratch.sums[0][i];
-            const bool whole = outputs.whole(group + i);
-            float *to = whole ? outputs.column(group + i) : sums;
-            const std::size_t stride = (whole ? outputs.stride : GROUP_ROWS) * sizeof(float);
-            if (i == 0) _tile_stored(0, to, stride);
-            else _tile_stored(1, to, stride);
-            if (!whole) outputs.write(group + i, 0, rows, sums);
+            const bool whole = outputs.whole(first + i);
+            store_tile(i, whole ? outputs.column(first + i) : sums, (whole ? outputs.stride : GROUP_ROWS) * sizeof(float));
+            if (!whole) outputs.write(first + i, 0, rows, sums);
         }
     }
 }
@@ -231,7 +267,7 @@ class ManyRows {
           x_(x),
           scratch_(scratch) {
         for (int i = 0; i < count; ++i) {
-            groups_[i] = group_of(outputs.weights.matrix, outputs.first_group() + first + i);
+            groups_[i] = group_of(outputs.weights.matrix, outputs.first_group() + first + i, outputs.weights.width);
             if (groups_[i].format != FLOAT16) std::memset(scratch.low[i], 0, sizeof scratch.low[i]);
         }
         for (int begin = 0; begin < tiles_; begin += PANEL_TILES) multiply(begin, std::min(PANEL_TILES, tiles_ - begin));

@@ -7,7 +7,8 @@
 // A group of the format FLOAT16 has its tiles as float16 numbers, 1,024 bytes each. In the other formats, a tile has the
 // codes of packing.hpp, 768 bytes: each 4 of its lines are the upper 12 bits of the words of 3 lines, whose lower 4 bits
 // are the upper, middle and lower bits of the words of the fourth. With bases, one line follows each block: the base of
-// each row, twice, where bfloat16 has its exponent. A code is exactly a bfloat16 number, so nothing is rounded.
+// each row, twice, where bfloat16 has its exponent. A code is exactly a bfloat16 number, so nothing is rounded. A group of
+// codes starts with flags: one bit for each part of a tile, which is 4 lines, if it has codes with exponent 0.
 
 using avx512::BLOCK_WEIGHTS, avx512::NO_BASE, avx512::NOT_FINITE;
 
@@ -24,11 +25,21 @@ constexpr std::size_t block_bytes(int format) {
     return BLOCK_TILES * CODE_TILE_BYTES + (format == TWELVE_BITS ? 0 : LINE_BYTES);
 }
 
-constexpr std::size_t group_bytes(int format, int width) { return blocks_of(width) * block_bytes(format); }
+// The flags take whole lines.
+constexpr std::size_t flag_bytes(int format, int width) {
+    return format == FLOAT16 ? 0 : (tiles_of(width) / 2 + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES;
+}
+
+constexpr std::size_t group_bytes(int format, int width) {
+    return flag_bytes(format, width) + blocks_of(width) * block_bytes(format);
+}
 
 struct Group {
     int format;
-    const std::uint8_t *blocks;
+    const std::uint8_t *flags, *blocks;
+
+    // The flags of a tile of codes, in the lower 4 bits.
+    unsigned small_parts(int index) const { return flags[index / 2] >> index % 2 * 4; }
 
     // The memory of a tile.
     const std::uint8_t *tile(int index) const {
@@ -37,9 +48,11 @@ struct Group {
     }
 };
 
-inline Group group_of(const Matrix &matrix, int group) {
+inline Group group_of(const Matrix &matrix, int group, int width) {
     const std::uint64_t entry = matrix.rows[group];
-    return {static_cast<int>(entry % ROW_ALIGNMENT), matrix.memory + entry / ROW_ALIGNMENT * ROW_ALIGNMENT};
+    const int format = static_cast<int>(entry % ROW_ALIGNMENT);
+    const std::uint8_t *memory = matrix.memory + entry / ROW_ALIGNMENT * ROW_ALIGNMENT;
+    return {format, memory, memory + flag_bytes(format, width)};
 }
 
 // Copies one block of each row of a group; absent rows and inputs are zero.
@@ -86,6 +99,8 @@ inline __m512i line_of(const Half (*rows)[BLOCK_WEIGHTS], int pair) {
     return _mm512_i32gather_epi32(offsets, rows, 4);
 }
 
+constexpr short CODE_EXPONENT = 0x7800, CODE_BIAS = (127 - 18) << 7;
+
 // Writes four lines of codes, each in the upper 12 bits of its words, as three.
 inline void pack_lines(const __m512i (&lines)[4], std::uint8_t *to) {
     const __m512i low = _mm512_set1_epi16(15);
@@ -96,7 +111,8 @@ inline void pack_lines(const __m512i (&lines)[4], std::uint8_t *to) {
     }
 }
 
-void pack_codes(const Half (*block)[BLOCK_WEIGHTS], int format, std::uint8_t *to) {
+// Packs a block, and writes the flags of its tiles.
+void pack_codes(const Half (*block)[BLOCK_WEIGHTS], int format, std::uint8_t *to, std::uint8_t *flags) {
     alignas(64) Half codes[GROUP_ROWS][BLOCK_WEIGHTS], bases[LINE_HALVES];
     for (int row = 0; row < GROUP_ROWS; ++row) {
         const int base = avx512::find_base(block[row], codes[row]);
@@ -107,6 +123,9 @@ void pack_codes(const Half (*block)[BLOCK_WEIGHTS], int format, std::uint8_t *to
         const __m512i lines[4] = {line_of(codes, line), line_of(codes, line + 1), line_of(codes, line + 2),
                                   line_of(codes, line + 3)};
         pack_lines(lines, to + line / 4 * 3 * LINE_BYTES);
+        __mmask32 small = 0;
+        for (const __m512i &words : lines) small |= _mm512_testn_epi16_mask(words, _mm512_set1_epi16(CODE_EXPONENT));
+        flags[line / (2 * TILE_LINES)] |= (small != 0) << line / 4 % 8;
     }
     if (format == TWELVE_BITS_WITH_BASES) std::memcpy(to + BLOCK_TILES * CODE_TILE_BYTES, bases, sizeof bases);
 }
@@ -117,10 +136,13 @@ void pack(const Half *from, int rows, int width, std::uint64_t *entries, std::ui
         const int first = group * GROUP_ROWS, count = std::min(GROUP_ROWS, rows - first);
         const int format = static_cast<int>(entries[group]);
         entries[group] |= offset;
+        std::uint8_t *flags = memory + offset;
+        std::memset(flags, 0, flag_bytes(format, width));
+        offset += flag_bytes(format, width);
         for (int begin = 0; begin < width; begin += BLOCK_WEIGHTS, offset += block_bytes(format)) {
             copy_block(from + static_cast<std::size_t>(first) * width, count, width, begin, block);
             if (format != FLOAT16) {
-                pack_codes(block, format, memory + offset);
+                pack_codes(block, format, memory + offset, flags + begin / TILE_INPUTS / 2);
                 continue;
             }
             for (int line = 0; line < BLOCK_TILES * TILE_LINES; ++line)
@@ -143,7 +165,6 @@ struct SmallNumbers {
 };
 constexpr SmallNumbers small_numbers;
 
-constexpr short CODE_EXPONENT = 0x7800, CODE_BIAS = (127 - 18) << 7;
 
 // Decodes a line of codes with exponents above 0, each in the upper 12 bits of its word, to bfloat16.
 inline __m512i decode(__m512i words, __m512i bias) {
@@ -166,27 +187,23 @@ inline __m512i decode_small(__m512i words, __m512i decoded, __m512i bias) {
     return _mm512_mask_mov_epi16(decoded, small, numbers);
 }
 
-constexpr int PREFETCH_BYTES = 2304;  // far enough to arrive in time, near enough to stay cached
-
-// Decodes a tile of codes to a tile of bfloat16. With PREFETCH, it requests the memory behind it.
+// Decodes a tile of codes to a tile of bfloat16. With PREFETCH, it requests a later tile, at `next`.
 template <bool PREFETCH>
-inline void unpack_codes(const std::uint8_t *from, __m512i bias, std::uint16_t *tile) {
-    const __m512i exponent = _mm512_set1_epi16(CODE_EXPONENT);
+inline void unpack_codes(const std::uint8_t *from, unsigned small_parts, __m512i bias, std::uint16_t *tile,
+                         const std::uint8_t *next) {
 #pragma GCC unroll 4
     for (int part = 0; part < 4; ++part, from += 3 * LINE_BYTES, tile += 4 * LINE_HALVES) {
         __m512i words[4];
 #pragma GCC unroll 3
         for (int i = 0; i < 3; ++i) {
-            if (PREFETCH) __builtin_prefetch(from + i * LINE_BYTES + PREFETCH_BYTES, 0, 2);
+            if (PREFETCH) __builtin_prefetch(next + (3 * part + i) * LINE_BYTES, 0, 2);
             words[i] = _mm512_loadu_si512(from + i * LINE_BYTES);
         }
         words[3] = _mm512_ternarylogic_epi32(_mm512_slli_epi16(words[0], 12), _mm512_slli_epi16(words[1], 8),
                                              _mm512_set1_epi16(0x0f00), 0xf8);
         words[3] = _mm512_ternarylogic_epi32(words[3], _mm512_slli_epi16(words[2], 4), _mm512_set1_epi16(0x00f0), 0xf8);
-        __m512i least = _mm512_and_si512(words[0], exponent);
-#pragma GCC unroll 3
-        for (int i = 1; i < 4; ++i) least = _mm512_min_epu16(least, _mm512_and_si512(words[i], exponent));
-        if (__builtin_expect(_mm512_testn_epi16_mask(least, exponent) == 0, 1)) {
+        // A branch on the codes would be decided only when they have come from memory, and hold back the requests.
+        if (__builtin_expect((small_parts >> part & 1) == 0, 1)) {
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) _mm512_store_si512(tile + i * LINE_HALVES, decode(words[i], bias));
         } else {
@@ -204,9 +221,9 @@ inline __m512i bias_of(const Group &group, const std::uint8_t *block) {
 
 // Writes a tile of codes as bfloat16.
 template <bool PREFETCH>
-inline void unpack_tile(const Group &group, int index, std::uint16_t *tile) {
+inline void unpack_tile(const Group &group, int index, std::uint16_t *tile, const std::uint8_t *next) {
     const __m512i bias = bias_of(group, group.blocks + index / BLOCK_TILES * block_bytes(group.format));
-    unpack_codes<PREFETCH>(group.tile(index), bias, tile);
+    unpack_codes<PREFETCH>(group.tile(index), group.small_parts(index), bias, tile, next);
 }
 
 // 16 float16 numbers as sums of two bfloat16 numbers, in the upper halves of the lanes: nothing is rounded.
@@ -227,11 +244,12 @@ inline __m512i join_upper(__m512i first, __m512i second) {
 
 // Writes a tile of float16 as the sum of two tiles of bfloat16: the 8 upper significant bits, and the other 3.
 template <bool PREFETCH>
-inline void split_tile(const Group &group, int index, std::uint16_t *high, std::uint16_t *low) {
+inline void split_tile(const Group &group, int index, std::uint16_t *high, std::uint16_t *low,
+                       const std::uint8_t *next) {
     const Half *from = reinterpret_cast<const Half *>(group.tile(index));
 #pragma GCC unroll 4
     for (int line = 0; line < TILE_LINES; ++line, from += LINE_HALVES) {
-        if (PREFETCH) __builtin_prefetch(from + PREFETCH_BYTES, 0, 2);
+        if (PREFETCH) __builtin_prefetch(next + line * LINE_BYTES, 0, 2);
         const HighLow first(avx512::load(from)), second(avx512::load(from + LANES));
         _mm512_store_si512(high + line * LINE_HALVES, join_upper(first.high, second.high));
         _mm512_store_si512(low + line * LINE_HALVES, join_upper(first.low, second.low));
@@ -240,8 +258,10 @@ inline void split_tile(const Group &group, int index, std::uint16_t *high, std::
 
 // Writes a tile of any format as the sum of two tiles of bfloat16. For codes, it leaves the lower part as it is: zeros.
 template <bool PREFETCH>
-inline void unpack_parts(const Group &group, int index, std::uint16_t *high, std::uint16_t *low) {
-    group.format == FLOAT16 ? split_tile<PREFETCH>(group, index, high, low) : unpack_tile<PREFETCH>(group, index, high);
+inline void unpack_parts(const Group &group, int index, std::uint16_t *high, std::uint16_t *low,
+                         const std::uint8_t *next = nullptr) {
+    group.format == FLOAT16 ? split_tile<PREFETCH>(group, index, high, low, next)
+                            : unpack_tile<PREFETCH>(group, index, high, next);
 }
 
 inline float from_bfloat16(std::uint16_t number) {
@@ -252,7 +272,7 @@ inline float from_bfloat16(std::uint16_t number) {
 }
 
 void unpack(const Matrix &matrix, int row, int width, float *out) {
-    const Group group = group_of(matrix, row / GROUP_ROWS);
+    const Group group = group_of(matrix, row / GROUP_ROWS, width);
     const int column = row % GROUP_ROWS * 2;
     alignas(64) std::uint16_t high[TILE_HALVES], low[TILE_HALVES] = {};
     for (int begin = 0; begin < padded(width); begin += TILE_INPUTS) {
