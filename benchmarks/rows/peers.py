@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.engines.peers import Peer, find_interpreter
+from benchmarks.engines.peers import Peer, find_interpreter, select_peers
 from benchmarks.engines.under_test import SkippedPeer
 from benchmarks.engines.worker import Worker
-from benchmarks.rows.prompt_lookup import CYCLE
+from benchmarks.rows.prompt_lookup import cyclic_prompt
 from benchmarks.workers.protocol import Generated, Setup
 
 CONTEXT_LENGTH = 1024
@@ -24,7 +24,7 @@ CONTENDERS = (
     OURS,
     Peer("llama-cpp-python F16", "llama_cpp_lookup", "llama_cpp", ("llama_cpp", "gguf"), "F16"),
     Peer("llama-cpp-python BF16", "llama_cpp_lookup", "llama_cpp", ("llama_cpp", "gguf"), "BF16"),
-    Peer("OpenVINO GenAI bf16", "openvino_models.genai", "openvino_genai", ("openvino_genai", "optimum"), "bf16"),
+    *select_peers("OpenVINO GenAI"),
 )
 
 
@@ -39,7 +39,7 @@ class Pair:
 
 def measure(checkpoint: Path, folder: Path, rounds: int) -> None:
     """Print a row of a Markdown table for each library that is installed."""
-    prompt = [1, *(token for cycle in (5, 9, 12, 7) for token in range(CYCLE * cycle, CYCLE * (cycle + 1)))]
+    prompt = cyclic_prompt()
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
         pairs = list(_pairs(stack, checkpoint, folder))

@@ -72,13 +72,17 @@ def recorded_workloads(tokenizer: Tokenizer) -> list[Workload]:
     return found
 
 
+def cyclic_prompt() -> list[int]:
+    """Return the token ids of a prompt that has each of four cycles of the copying model once."""
+    return [1, *(token for cycle in (5, 9, 12, 7) for token in range(CYCLE * cycle, CYCLE * (cycle + 1)))]
+
+
 def sampled_workloads(kind: str, temperatures: tuple[float, ...]) -> list[Workload]:
     """Return replies that the model samples after a prompt that has each of four cycles once."""
-    prompt_ids = [token for cycle in (5, 9, 12, 7) for token in range(CYCLE * cycle, CYCLE * (cycle + 1))]
     return [
         Workload(
             f"{kind} model, temperature {temperature:g}",
-            [1, *prompt_ids],
+            cyclic_prompt(),
             GenerationParams(SAMPLED_TOKENS, temperature=temperature, top_p=1.0, seed=1),
         )
         for temperature in temperatures

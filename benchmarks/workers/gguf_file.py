@@ -10,6 +10,8 @@ import sentencepiece
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from benchmarks.workers.protocol import Setup
+
 FILE_TYPES = {"F16": gguf.LlamaFileType.MOSTLY_F16, "BF16": gguf.LlamaFileType.MOSTLY_BF16}
 LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -23,6 +25,16 @@ LAYER_NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 GLOBAL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_of(setup: Setup) -> Path:
+    """Return the file of a checkpoint in the folder of the setup; write it if it does not exist yet."""
+    path = Path(setup.folder) / f"{setup.arithmetic}.gguf"
+    if not path.exists():
+        unfinished = path.with_suffix(".part")
+        write_gguf(Path(setup.checkpoint), unfinished, setup.arithmetic)
+        unfinished.replace(path)
+    return path
 
 
 def write_gguf(checkpoint: Path, path: Path, arithmetic: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import llama_cpp
 
-from benchmarks.workers.gguf_file import write_gguf
+from benchmarks.workers.gguf_file import gguf_of
 from benchmarks.workers.protocol import TEMPERATURE, TOP_P, Generated, Setup, serve
 
 BATCH_TOKENS = 512  # llama.cpp's own default
@@ -23,16 +23,11 @@ class LlamaCpp:
     packages = ("llama-cpp-python",)
 
     def __init__(self, setup: Setup) -> None:
-        path = Path(setup.folder) / f"{setup.arithmetic}.gguf"
-        if not path.exists():
-            unfinished = path.with_suffix(".part")
-            write_gguf(Path(setup.checkpoint), unfinished, setup.arithmetic)
-            unfinished.replace(path)
         self.arithmetic = {
             "F16": "float16 weights, float16 products in float32 sums",
             "BF16": "bfloat16 weights, bfloat16 products in float32 sums",
         }[setup.arithmetic]
-        self._model, self._context = _load(path, setup)
+        self._model, self._context = _load(gguf_of(setup), setup)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._samplers: list[Any] = []
         self._batch: Any = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)

@@ -1,7 +1,6 @@
 """llama-cpp-python with its own prompt lookup, which greedy replies use."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ from llama_cpp import Llama
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from numpy.typing import NDArray
 
-from benchmarks.workers.gguf_file import write_gguf
+from benchmarks.workers.gguf_file import gguf_of
 from benchmarks.workers.protocol import Generated, Setup, serve
 
 GUESSES = 15  # as many as our engine checks
@@ -32,13 +31,10 @@ class LlamaCppLookup:
     packages = ("llama-cpp-python",)
 
     def __init__(self, setup: Setup) -> None:
-        path = Path(setup.folder) / f"{setup.arithmetic}.gguf"
-        if not path.exists():
-            write_gguf(Path(setup.checkpoint), path, setup.arithmetic)
         self.arithmetic = f"{setup.arithmetic} weights"
         self._lookup = _CountingLookup(num_pred_tokens=GUESSES) if setup.prompt_lookup else None
         self._model = Llama(
-            str(path),
+            str(gguf_of(setup)),
             n_ctx=setup.context_length,
             n_threads=setup.threads,
             n_threads_batch=setup.threads,

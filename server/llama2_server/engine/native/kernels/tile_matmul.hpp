@@ -119,7 +119,7 @@ inline const std::uint8_t *tile_ahead(const Group &group, int index, int width) 
 }
 
 // Adds the products of up to 16 rows and of FEW_GROUPS groups to the sums, registers 0 to 3. Registers 4 and 5 have the
-// upper and lower parts of the rows.
+// upper and lower parts of the rows. The instructions contain the numbers of the registers, so there is no loop.
 template <bool CODES>
 inline void multiply_groups(const Scratch &scratch, int slot) {
     if (!CODES) {
