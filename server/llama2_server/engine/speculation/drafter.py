@@ -12,7 +12,7 @@ MAX_DRAFT_TOKENS = 15
 FIRST_CHANCES = (0.1, 0.2, 0.3, 0.45, 0.6, 0.7, 0.8, 0.85, 0.88, 0.9, 0.9, 0.92, 0.92)
 MIN_WEIGHT = 1 / 8  # of a new observation; an observation that is 16 later counts about a tenth
 MAX_CHANCE = 0.99
-MIN_CHANCE = 0.05  # of a first guess: below it, no step would check guesses, so one is enough to learn from
+MIN_CHANCE = 0.05  # of a first guess: below it, steps hardly ever check guesses, so one is enough to learn from
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,8 @@ class PromptLookup:
         self._token_ids: list[int] = []
         self._latest: dict[tuple[int, int], int] = {}  # by pair of tokens: index of the token after its last occurrence
         self._earlier: list[int] = []  # by such an index: the one of the occurrence before, or 0
-        self._places: dict[
-            int, list[int]
-        ] = {}  # by token: the indexes after its occurrences, except for the last token
+        # By token: the indexes after its occurrences, except for the last token of the sequence.
+        self._places: dict[int, list[int]] = {}
         for token_id in token_ids:
             self.append(token_id)
 
