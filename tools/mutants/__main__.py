@@ -6,6 +6,7 @@ tests find less than the goal.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,21 +25,38 @@ def main() -> int:
     parser.add_argument("--package", choices=sorted(TESTS), help="only the mutants of one package")
     parser.add_argument("--jobs", type=int, default=1, help="mutants that are tested at the same time")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants", help="folder of the survivors' list")
+    parser.add_argument("--continue", action="store_true", dest="continued", help="keep the results that --out has")
     options = parser.parse_args()
+    results = options.out / "results.txt"
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.continued:
+        results.unlink(missing_ok=True)
     found = sorted((one for path in modules(ROOT) for one in mutants(ROOT, path)), key=lambda mutant: mutant.order)
     chosen = [one for one in found[:SAMPLE] if options.package in (None, package_of(one.path))][: options.first]
-    for package in sorted({package_of(one.path) for one in chosen}):
+    known = dict(_kept(results))
+    untested = [one for one in chosen if one.order not in known]
+    for package in sorted({package_of(one.path) for one in untested}):
         with copied_repository() as copy:
             if failure := first_failure(copy, files_of(package)):
                 sys.exit(f"{package}: {failure} fails without a mutant; repair it first")
-    with ThreadPoolExecutor(options.jobs) as workers:
-        survivors = [one for one, survived in zip(chosen, workers.map(survives, chosen), strict=True) if survived]
-    options.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as workers, results.open("a", encoding="utf-8") as file:
+        for one, survived in zip(untested, workers.map(survives, untested), strict=True):
+            known[one.order] = survived
+            print(one.order, "survived" if survived else "found", file=file, flush=True)
+    survivors = [one for one in chosen if known[one.order]]
     path = options.out / "survivors.txt"
     path.write_text("".join(f"{line}\n" for line in sorted(map(str, survivors))), encoding="utf-8")
     percent = 100 * (len(chosen) - len(survivors)) / max(1, len(chosen))
     print(f"{percent:.0f}% of {len(chosen)} mutants were found, the goal is {GOAL_PERCENT}%; survivors: {path}")
     return 0 if percent >= GOAL_PERCENT else 1
+
+
+def _kept(results: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the order of each mutant that a run has tested, and whether it survived."""
+    if results.exists():
+        for line in results.read_text(encoding="utf-8").splitlines():
+            order, result = line.split()
+            yield order, result == "survived"
 
 
 def survives(mutant: Mutant) -> bool:
