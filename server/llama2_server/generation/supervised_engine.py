@@ -124,12 +124,11 @@ class SupervisedEngine:
     async def wait_until_failed(self) -> None:
         """Wait until the engine has failed; then each pending `result` raises EngineUnavailable."""
         while not self.failed and not self._has_failed():
-            started_at = self._engine.step_started_at
             seconds = POLL_INTERVAL_SECONDS
-            if started_at is not None:
-                seconds = started_at + self._step_timeout_seconds - time.monotonic()
+            if (deadline := self._step_deadline()) is not None:
+                seconds = min(max(deadline - time.monotonic(), 0.0), seconds)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(max(seconds, 0.0), POLL_INTERVAL_SECONDS)):
+                async with asyncio.timeout(seconds):
                     await self._failed.wait()
         self._failed.set()
 
@@ -143,8 +142,8 @@ class SupervisedEngine:
             self._failed.set()
 
     def _has_failed(self) -> bool:
-        started_at = self._engine.step_started_at
-        if started_at is not None and time.monotonic() - started_at >= self._step_timeout_seconds:
+        deadline = self._step_deadline()
+        if deadline is not None and time.monotonic() >= deadline:
             logger.critical(
                 "an engine step did not end within --engine-step-timeout-seconds (%.0f s)", self._step_timeout_seconds
             )
@@ -153,6 +152,11 @@ class SupervisedEngine:
             logger.critical("the engine thread died")
             return True
         return False
+
+    def _step_deadline(self) -> float | None:
+        """Return until when the running step may take, by the monotonic clock; None between two steps."""
+        started_at = self._engine.step_started_at
+        return None if started_at is None else started_at + self._step_timeout_seconds
 
 
 def _unavailable() -> EngineUnavailable:

@@ -13,6 +13,7 @@ from tests.reliability.simulation.model.rules import RULES, Judgment, judge
 from tests.reliability.simulation.run import simulate
 
 REQUESTS_PER_SEED = 2000
+SEEDS_PER_LINE = 50
 
 
 def main() -> int:
@@ -53,6 +54,8 @@ def _run_all(first_seed: int, requests: int, processes: int, faults: str | None)
             raised += seed_raised
             met += found.met
             broken += found.broken_promises
+            if (seed + 1 - first_seed) % SEEDS_PER_LINE == 0:
+                print(f"{codes.total()} requests after {time.monotonic() - started_at:.0f} s", flush=True)
             if found.violations:
                 failed += 1
                 print(f"seed {seed} fails; replay it with: python -m tests.reliability.simulation --seed {seed}")
@@ -97,7 +100,11 @@ def _simulate(seed: int, faults: str | None) -> History:
 
 
 def _summary(seed: int, faults: str | None) -> tuple[Judgment, Counter[str], Counter[str]]:
-    history = _simulate(seed, faults)
+    """Return the judgment of a seed, its calls by status code and its faults by name."""
+    try:
+        history = _simulate(seed, faults)
+    except Exception as error:  # a seed that stops its simulation must not end the other ones
+        return Judgment([f"the simulation stopped: {error!r}"], Counter(), 0), Counter(), Counter()
     codes = Counter(event["code"] for event in history.of("end"))
     raised = Counter(event["fault"] for event in history.of("fault"))
     return judge(history), codes, raised

@@ -1,6 +1,7 @@
 """The supervision of engine steps, in virtual time."""
 
 import asyncio
+import random
 from types import SimpleNamespace
 from typing import cast
 
@@ -30,6 +31,23 @@ def test_slow_generation_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None
         assert not supervised.failed
         await failing  # the last step does not end
         assert clock() == engine.step_started_at + 0.5
+
+    run_virtual(main())
+
+
+def test_step_times_out_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine has failed at the end of its wait, however start and timeout are rounded."""
+    draw = random.Random(1)
+
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+        monkeypatch.setattr(supervised_engine, "time", SimpleNamespace(monotonic=clock))
+        for _ in range(200):
+            await asyncio.sleep(draw.expovariate(0.1))
+            engine = SimpleNamespace(alive=True, step_started_at=clock())
+            seconds = draw.uniform(0.1, 60)
+            await SupervisedEngine(cast(Engine, engine), engine_step_timeout_seconds=seconds).wait_until_failed()
+            assert clock() - engine.step_started_at == pytest.approx(seconds, abs=1e-9)
 
     run_virtual(main())
 
