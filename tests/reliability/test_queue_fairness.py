@@ -11,6 +11,7 @@ from tests.support.virtual_time import run_virtual
 
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import SlotLease
+from llama2_server.admission.retry_times import CallIdentity
 from llama2_server.errors import QueueFull, ServiceError, ShuttingDown
 
 CLIENTS = {"a": 60, "b": 30, "c": 15}
@@ -50,17 +51,17 @@ class Machine:
     async def call_when_told(self, account_id: str) -> None:
         """Call again at once after each reply, and after a rejection when it states."""
         while True:
-            call_key = self._random.getrandbits(60)
-            while not await self._call_equal(account_id, call_key):
+            identity = CallIdentity(self._random.getrandbits(60))
+            while not await self._call_equal(account_id, identity):
                 pass
 
-    async def _call_equal(self, account_id: str, call_key: int) -> bool:
+    async def _call_equal(self, account_id: str, identity: CallIdentity) -> bool:
         """Run one generation, or wait until the retry time; return whether it was served.
 
         A start counts if all accounts wait: an account whose calls are all told to return later gets no slot then.
         """
         try:
-            reservation = self.queue.reserve(account_id, None, call_key)
+            reservation = self.queue.reserve(account_id, None, identity)
             self.queue.confirm(reservation)
             async with self.queue.slot(reservation, None):
                 if all(other == account_id or self.queue._waiting.count(other) for other in CLIENTS):
@@ -68,7 +69,7 @@ class Machine:
                 await asyncio.sleep(self._random.uniform(0.5, 1.5))
         except QueueFull as error:
             earliest = error.retry_after_seconds or 0.0
-            told = self.queue.add_retry_time(account_id, call_key, earliest, 600, keeps_order=error.keeps_order)
+            told = self.queue.add_retry_time(account_id, identity, earliest, 600, keeps_order=error.keeps_order)
             await asyncio.sleep(told + self._random.uniform(0, 1))
             return False
         return True

@@ -10,6 +10,7 @@ from tests.support.virtual_time import run_virtual
 
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
+from llama2_server.admission.retry_times import CallIdentity
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import DeadlineExceeded, ResourceExhausted
 from llama2_server.generation.rejection import retry_times
@@ -40,6 +41,7 @@ class Simulation:
         self.random = random.Random(seed)
         self.queue = RequestQueue(load.slots, max_queue_size=64, queue_timeout_seconds=300)
         self.quota = Quota(RequestsPerMinute(default=load.per_minute))
+        self.quota.expected_calls = self.queue.expected_calls
         self.attempts: list[int] = []
         self.returned = 0
         self.broken: Counter[str] = Counter()
@@ -51,12 +53,12 @@ class Simulation:
         long = self.random.random() < 0.01
         return self.load.slots * (self.random.uniform(2, 4) if long else self.random.uniform(0.5, 1.5))
 
-    async def attempt(self, account_id: str, call_key: int) -> None:
+    async def attempt(self, account_id: str, identity: CallIdentity) -> None:
         """Generate once; raises the rejection with its retry time."""
         timeout = self.load.timeout_seconds
         deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        async with retry_times(self.queue, self.quota, account_id, call_key):
-            reservation = self.queue.reserve(account_id, deadline, call_key)
+        async with retry_times(self.queue, self.quota, account_id, identity):
+            reservation = self.queue.reserve(account_id, deadline, identity)
             try:
                 async with self.quota.charge(account_id):
                     self.queue.confirm(reservation)
@@ -69,11 +71,11 @@ class Simulation:
 
     async def call(self, account_id: str) -> None:
         """Try until the call is served, each time at most 1 s after its retry time."""
-        call_key, reason = self.random.getrandbits(60), ""
+        identity, reason = CallIdentity(self.random.getrandbits(60)), ""
         for attempts in range(1, 100):
             self.returned += attempts > 1
             try:
-                await self.attempt(account_id, call_key)
+                await self.attempt(account_id, identity)
             except DeadlineExceeded:
                 self.expired += 1
                 return
@@ -158,6 +160,43 @@ def test_times_before_the_first_generation_ends_are_kept(seed: int) -> None:
     run_virtual(main())
 
 
+def test_new_calls_do_not_take_the_units_of_expected_calls() -> None:
+    """A new call over another connection finds no quota until the expected call has come, or is a second late."""
+
+    async def main() -> None:
+        simulation = Simulation(Load(1, 2), 1)
+
+        async def reason(key: int, connection: str) -> str:
+            try:
+                await simulation.attempt("a", CallIdentity(key, connection))
+            except ResourceExhausted as error:
+                return error.reason
+            return ""
+
+        assert [await reason(key, "one") for key in range(4)] == ["", "", "QUOTA_EXCEEDED", "QUOTA_EXCEEDED"]
+        await asyncio.sleep(60.5 - asyncio.get_running_loop().time())
+        assert await reason(4, "another") == "QUOTA_EXCEEDED"
+        assert await reason(2, "another") == ""  # an equal call returns
+        await asyncio.sleep(62.2 - asyncio.get_running_loop().time())
+        assert await reason(5, "one") == ""  # its client sends another request instead
+
+    run_virtual(main())
+
+
+def test_a_quota_that_no_call_returns_for_is_used() -> None:
+    """A unit that was kept for a call that does not return is free for others a second later."""
+
+    async def main() -> None:
+        simulation = Simulation(Load(1, 1), 1)
+        await simulation.attempt("a", CallIdentity(1, "one"))
+        with pytest.raises(ResourceExhausted):
+            await simulation.attempt("a", CallIdentity(2, "one"))
+        await asyncio.sleep(62.5 - asyncio.get_running_loop().time())
+        await simulation.attempt("a", CallIdentity(3, "another"))
+
+    run_virtual(main())
+
+
 def test_a_call_that_returns_too_early_keeps_its_time() -> None:
     """A client that repeats a rejected request all the time is told the same time, and then served."""
 
@@ -168,7 +207,7 @@ def test_a_call_that_returns_too_early_keeps_its_time() -> None:
         told = set()
         while True:
             try:
-                await simulation.attempt("a", 7)
+                await simulation.attempt("a", CallIdentity(7))
             except ResourceExhausted as error:
                 told.add(round(asyncio.get_running_loop().time() + (error.retry_after_seconds or 0), 3))
                 await asyncio.sleep(0.5)

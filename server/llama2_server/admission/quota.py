@@ -5,8 +5,9 @@ Redis' clock. The decision and the time of the next allowed request come from on
 """
 
 import asyncio
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -24,8 +25,12 @@ STORE_TIMEOUT_SECONDS = 1.0
 RETURN_SECONDS = 1.0
 """The longest time after its retry time at which an obedient call returns."""
 
+ExpectedCalls = Callable[[str], Sequence[float]]
+"""Returns sorted times of the event loop's clock for an account; each call comes at most RETURN_SECONDS later."""
+
 # KEYS: the account's window, a list of times in microseconds, newest first.
-# ARGV: limit, window in microseconds, `read`, `consume` or `refund`, and for `refund` the time of the consumed request.
+# ARGV: limit, window in microseconds, `read`, `consume` or `refund`, for `refund` the time of the consumed request, and
+# the sorted times until expected calls come, as in _free.
 # Returns the fields of _Window.
 _WINDOW_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -46,13 +51,22 @@ if ARGV[3] == 'refund' and redis.call('LREM', key, 1, ARGV[4]) == 0 and tonumber
   redis.call('LPOP', key)  -- the clock was set back, so that the request counts as made now
 end
 local used = redis.call('LLEN', key)
+local free = limit - used
+if #ARGV > 4 and free > 0 then
+  local times = redis.call('LRANGE', key, 0, -1)
+  local unused, expired = free, 0
+  for index = 5, #ARGV do
+    while expired < used and times[used - expired] + window - now <= tonumber(ARGV[index]) do expired = expired + 1 end
+    free = math.min(free, unused + expired - (index - 4))
+  end
+end
 local allowed = 0
-if ARGV[3] == 'consume' and used < limit then
+if ARGV[3] == 'consume' and free > 0 then
   redis.call('LPUSH', key, string.format('%.0f', now))
   redis.call('PEXPIRE', key, math.ceil(window / 1000))
-  allowed, used = 1, used + 1
+  allowed, used, free = 1, used + 1, free - 1
 end
-return {allowed, used, used >= limit and expires_in(limit - 1) or 0, expires_in(0) or 0, now}
+return {allowed, math.max(free, 0), used >= limit and expires_in(limit - 1) or 0, expires_in(0) or 0, now}
 """
 
 
@@ -63,7 +77,7 @@ class QuotaStatus:
     limit: int
     """Requests per minute."""
     remaining: int
-    """Requests that are allowed now."""
+    """Requests that are allowed now; some may be kept for calls that were told to return."""
     resets_in_seconds: float
     """Seconds until all requests are allowed again; 0 if they are now."""
 
@@ -84,9 +98,10 @@ class _Window(NamedTuple):
 
     allowed: bool
     """Whether a request was consumed."""
-    used: int
+    free: int
+    """Requests that are allowed now, without those that are kept for the given expected calls."""
     retry_in: int
-    """Time until one more request is allowed; 0 if one is now."""
+    """Time until one more request is allowed without expected calls; 0 if one is now."""
     reset_in: int
     """Time until the window is empty."""
     now: int
@@ -128,6 +143,8 @@ class Quota(Collector):
         self._shared = None if redis_url is None else _RedisWindows(redis_url, window, model)
         self.store_errors = 0
         """Requests that could not be counted in Redis."""
+        self.expected_calls: ExpectedCalls = lambda account_id: ()
+        """Returns the times at which rejected calls of an account are told to return; units are kept for them."""
 
     @property
     def store_up(self) -> bool:
@@ -173,12 +190,12 @@ class Quota(Collector):
             QuotaExceeded: the quota is used up; nothing was counted.
             QuotaStoreUnavailable: Redis is unavailable, and the fallback is `reject`.
         """
-        limit = self.limit(account_id)
-        shared = await self._use_shared(account_id, limit, "consume")
+        limit, expected_in = self.limit(account_id), self._expected_in(account_id)
+        shared = await self._use_shared(account_id, limit, "consume", expected_in)
         if shared is not None and not shared.allowed:
             raise QuotaExceeded(account_id, limit, shared.retry_in / 1e6)
         # If Redis becomes unavailable, this replica continues from the requests that it allowed itself.
-        local = self._local.use(account_id, limit, consume=True)
+        local = self._local.use(account_id, limit, consume=True, expected_in=expected_in if shared is None else ())
         if shared is None and not local.allowed:
             raise QuotaExceeded(account_id, limit, local.retry_in / 1e6)
         return QuotaUnit(account_id, local.now if local.allowed else None, None if shared is None else shared.now)
@@ -203,19 +220,15 @@ class Quota(Collector):
         window = await self._use_shared(account_id, limit, "read")
         if window is None:
             window = self._local.use(account_id, limit, consume=False)
-        return QuotaStatus(limit, max(0, limit - window.used), window.reset_in / 1e6)
+        return QuotaStatus(limit, window.free, window.reset_in / 1e6)
 
-    async def retry_seconds(self, account_id: str, expected: Sequence[float]) -> float:
-        """Return the time until one more request is allowed if other requests come as expected; nothing is counted.
-
-        Args:
-            account_id: the account.
-            expected: sorted times of the event loop's clock; each request comes at most RETURN_SECONDS later.
+    async def retry_seconds(self, account_id: str) -> float:
+        """Return the time until one more request is allowed if all expected calls come; nothing is counted.
 
         Raises:
             QuotaStoreUnavailable: as `consume`.
         """
-        limit = self.limit(account_id)
+        limit, expected = self.limit(account_id), self.expected_calls(account_id)
         if len(expected) >= limit:
             now = asyncio.get_running_loop().time()
             return max(0.0, expected[-limit] + self._window_seconds + RETURN_SECONDS - now)
@@ -229,12 +242,24 @@ class Quota(Collector):
         if self._shared is not None:
             await self._shared.close()
 
-    async def _use_shared(self, account_id: str, limit: int, operation: Literal["read", "consume"]) -> _Window | None:
+    def _expected_in(self, account_id: str) -> Sequence[int]:
+        """Return the times in microseconds until calls come that were told to return; 0 for one that is due."""
+        times = self.expected_calls(account_id)
+        if not times:
+            return ()
+        now = asyncio.get_running_loop().time()
+        first, last = bisect_left(times, now - RETURN_SECONDS), bisect_right(times, now + self._window_seconds)
+        # A microsecond more than the time that a rounded clock gave.
+        return [max(0, round((at - now) * 1e6) + 1) for at in times[first:last]]
+
+    async def _use_shared(
+        self, account_id: str, limit: int, operation: Literal["read", "consume"], expected_in: Sequence[int] = ()
+    ) -> _Window | None:
         """Return the window in Redis; None if this process counts. Raises QuotaStoreUnavailable."""
         if self._shared is None:
             return None
         try:
-            return await self._shared.use(account_id, limit, operation)
+            return await self._shared.use(account_id, limit, operation, expected_in=expected_in)
         except RedisUnavailable:
             self.store_errors += 1
             if self._fallback == "reject":
@@ -250,22 +275,41 @@ class _LocalWindows:
         # Times of the allowed requests per account, oldest first; at most as many as the limit.
         self._allowed_at: defaultdict[str, deque[int]] = defaultdict(deque)
 
-    def use(self, account_id: str, limit: int, *, consume: bool) -> _Window:
+    def use(self, account_id: str, limit: int, *, consume: bool, expected_in: Sequence[int] = ()) -> _Window:
         now = round(asyncio.get_running_loop().time() * 1e6)
         allowed_at = self._allowed_at[account_id]
         while allowed_at and allowed_at[0] + self._window <= now:
             allowed_at.popleft()
-        allowed = consume and len(allowed_at) < limit
+        free = _free(limit, [at + self._window - now for at in allowed_at] if expected_in else allowed_at, expected_in)
+        allowed = consume and free > 0
         if allowed:
             allowed_at.append(now)
+            free -= 1
         retry_in = allowed_at[-limit] + self._window - now if len(allowed_at) >= limit else 0
         reset_in = allowed_at[-1] + self._window - now if allowed_at else 0
-        return _Window(allowed, len(allowed_at), retry_in, reset_in, now)
+        return _Window(allowed, max(free, 0), retry_in, reset_in, now)
 
     def refund(self, account_id: str, allowed_at: int) -> None:
         """Remove an allowed request; no-op if it has left the window."""
         with suppress(ValueError):
             self._allowed_at[account_id].remove(allowed_at)
+
+
+def _free(limit: int, expire_in: Sequence[int], expected_in: Sequence[int]) -> int:
+    """Return how many requests are allowed now so that each expected call is, too; 0 or less for none.
+
+    Args:
+        limit: requests per window.
+        expire_in: sorted times until the requests in the window leave it; only their number counts if no call is
+            expected.
+        expected_in: sorted times until expected calls come, up to one window.
+    """
+    unused = free = limit - len(expire_in)
+    if free <= 0:
+        return free
+    for number, expected in enumerate(expected_in, 1):
+        free = min(free, unused + bisect_right(expire_in, expected) - number)
+    return free
 
 
 class _RedisWindows:
@@ -284,9 +328,11 @@ class _RedisWindows:
     async def probe(self) -> None:
         await self._redis.probe()
 
-    async def use(self, account_id: str, limit: int, operation: str, consumed_at: int = 0) -> _Window:
+    async def use(
+        self, account_id: str, limit: int, operation: str, consumed_at: int = 0, expected_in: Sequence[int] = ()
+    ) -> _Window:
         """Run the script; raises RedisUnavailable."""
-        keys, arguments = [self._prefix + account_id], [limit, self._window, operation, consumed_at]
+        keys, arguments = [self._prefix + account_id], [limit, self._window, operation, consumed_at, *expected_in]
         allowed, *times = await self._redis.execute(lambda: self._script(keys=keys, args=arguments))
         return _Window(bool(allowed), *times)
 

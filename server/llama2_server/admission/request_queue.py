@@ -7,7 +7,7 @@ queue runs on the event loop and needs no locks: nothing awaits between a check 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 from prometheus_client.core import GaugeMetricFamily
@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from llama2_server.admission.fair_queue import FairQueue
 from llama2_server.admission.reservation import Order, Reservation, SlotLease
-from llama2_server.admission.retry_times import ExpectedCall, RetryTimes
+from llama2_server.admission.retry_times import NEW_CALL, CallIdentity, ExpectedCall, RetryTimes
 from llama2_server.admission.wait_estimate import WaitEstimate
 from llama2_server.errors import DeadlineExceeded, QueueFull, ShuttingDown
 
@@ -72,7 +72,7 @@ class RequestQueue(Collector):
         mean = "Moving average of the time that a request holds its slot; 0 before the first one."
         yield GaugeMetricFamily("llama2_mean_slot_time_seconds", mean, self.waits.mean_hold_seconds)
 
-    def reserve(self, account_id: str, deadline: float | None, call_key: int = 0) -> Reservation:
+    def reserve(self, account_id: str, deadline: float | None, identity: CallIdentity = NEW_CALL) -> Reservation:
         """Reserve a slot or space in the queue for a request; the caller must `confirm` or `release` it.
 
         If the queue is full, a request whose account has at least two requests fewer in it than the largest account
@@ -82,7 +82,7 @@ class RequestQueue(Collector):
         Args:
             account_id: the request's account.
             deadline: a time of the event loop's clock, or None.
-            call_key: equal for equal calls; 0 for a call that is not equal to another one.
+            identity: tells whether the call returns.
 
         Raises:
             QueueFull: the queue is full.
@@ -92,7 +92,7 @@ class RequestQueue(Collector):
         self.check_open()
         if self._granted + len(self._waiting) >= self._slots:
             self.on_contention()
-        returning = self.retry_times.claim(call_key, _now())
+        returning = self.retry_times.claim(identity, _now())
         displaces = not self._has_space(returning=returning is not None)
         if displaces and not self._waiting.may_displace(account_id, counts_displacing=True):
             raise self._queue_full()
@@ -185,8 +185,16 @@ class RequestQueue(Collector):
         order = self._waiting.next_order(account_id)
         return 0.0 if self._occupied() < self._slots else self.waits.until_slot(order, returning=False)
 
+    def expected_calls(self, account_id: str) -> Sequence[float]:
+        """Return the sorted times at which rejected calls of an account are told to return; valid until an await."""
+        return self.retry_times.of_account(account_id, _now())
+
+    def end_expectation(self, identity: CallIdentity) -> None:
+        """Expect a call no longer that returns at its retry time and needs no slot."""
+        self.retry_times.claim(identity, _now())
+
     def add_retry_time(
-        self, account_id: str, call_key: int, earliest_seconds: float, per_minute: int, *, keeps_order: bool
+        self, account_id: str, identity: CallIdentity, earliest_seconds: float, per_minute: int, *, keeps_order: bool
     ) -> float:
         """Return after how many seconds, at least the earliest, a rejected call finds space in the queue.
 
@@ -196,7 +204,7 @@ class RequestQueue(Collector):
         ahead = self.retry_times.count(account_id, now)
         order = self._waiting.next_order(account_id, ahead) if keeps_order else None
         earliest = now + max(earliest_seconds, self._seconds_until_space())
-        call = ExpectedCall(account_id, call_key, order)
+        call = ExpectedCall(account_id, identity, order)
         return self.retry_times.add(call, earliest, self.waits.spacing_seconds, per_minute, now) - now
 
     def _check_wait(self, order: Order, deadline: float | None, *, returning: bool) -> None:

@@ -18,12 +18,24 @@ MAX_MINUTES = 10
 Key = TypeVar("Key", bound=Hashable)
 
 
+class CallIdentity(NamedTuple):
+    """How a call is known when it returns. Without an equal call, another one of the same client can be it."""
+
+    key: int
+    """Equal for equal calls."""
+    client: str = ""
+    """Equal for calls of an account over one connection; empty if the connection is not known."""
+
+
+NEW_CALL = CallIdentity(0)
+"""A call that is never known."""
+
+
 class ExpectedCall(NamedTuple):
     """A rejected call that is told to return."""
 
     account_id: str
-    key: int
-    """Equal for equal calls."""
+    identity: CallIdentity
     order: Order | None
     """The order that the call keeps in the queue; None without one."""
 
@@ -60,6 +72,7 @@ class RetryTimes:
         self._times: list[_RetryTime] = []  # sorted
         self._by_account: dict[str, list[_RetryTime]] = {}  # sorted
         self._by_call: dict[int, list[_RetryTime]] = {}  # sorted
+        self._by_client: dict[str, list[_RetryTime]] = {}  # sorted
         self._busy: list[tuple[float, float]] = []  # sorted and disjoint: the times that are taken
         self._number = 0
 
@@ -98,17 +111,23 @@ class RetryTimes:
         if len(own) < MAX_MINUTES * per_minute:
             self._number += 1
             time = _RetryTime(at, self._number, call)
-            for times in (self._times, own, self._by_call.setdefault(call.key, [])):
+            equal = self._by_call.setdefault(call.identity.key, [])
+            of_client = self._by_client.setdefault(call.identity.client, [])
+            for times in (self._times, own, equal, of_client):
                 insort(times, time)
         return at
 
-    def claim(self, call_key: int, now: float) -> ExpectedCall | None:
-        """Return the expected call that returns now, and expect it no longer; None if no equal call is due."""
+    def claim(self, identity: CallIdentity, now: float) -> ExpectedCall | None:
+        """Return the expected call that returns now, and expect it no longer.
+
+        It is an equal call that is due; without one, a due call of the same client, which has sent this call instead.
+        """
         self._expire(now)
-        equal = self._by_call.get(call_key)
-        if not equal or equal[0].at > now:
+        time = _due(self._by_call.get(identity.key), now)
+        if time is None and identity.client:
+            time = _due(self._by_client.get(identity.client), now)
+        if time is None:
             return None
-        time = equal[0]
         del self._times[bisect_left(self._times, time)]
         self._forget(time)
         return time.call
@@ -136,7 +155,12 @@ class RetryTimes:
 
     def _forget(self, time: _RetryTime) -> None:
         _remove(self._by_account, time.call.account_id, time)
-        _remove(self._by_call, time.call.key, time)
+        _remove(self._by_call, time.call.identity.key, time)
+        _remove(self._by_client, time.call.identity.client, time)
+
+
+def _due(times: list[_RetryTime] | None, now: float) -> _RetryTime | None:
+    return times[0] if times and times[0].at <= now else None
 
 
 def _remove(times: dict[Key, list[_RetryTime]], key: Key, time: _RetryTime) -> None:

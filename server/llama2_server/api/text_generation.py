@@ -141,8 +141,10 @@ class TextGenerationServicer(text_generation_pb2_grpc.TextGenerationServiceServi
                 model = f"{self._card.name} {self._fingerprint.cache_identity}"
                 key = CacheKey.of(account.id, model, prompt, params, seeded=seeded)
         call.request = _span_attributes(params, streaming=streaming)
-        reply_request = ReplyRequest(account.id, prompt, params, None if request.no_cache else key, deadline)
-        times = retry_times(self._queue, self._quota, account.id, reply_request.call_key)
+        reply_request = ReplyRequest(
+            account.id, prompt, params, None if request.no_cache else key, deadline, connection=context.peer()
+        )
+        times = retry_times(self._queue, self._quota, account.id, reply_request.identity)
         async with times, self._source(call, request, reply_request, key) as reply:
             yield reply
 

@@ -142,5 +142,5 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._closing or self._submitted or self._running)
+            self._wake.wait_for(lambda: self._closing or self._running or self._running.can_admit(self._submitted))
             return not self._closing

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from llama2_server.admission.quota import Quota
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import Reservation
+from llama2_server.admission.retry_times import CallIdentity
 from llama2_server.engine.sampling import GenerationParams
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.generation.accounting import Accounting, Recorded, Source, UsageRecorder
@@ -38,6 +39,8 @@ class ReplyRequest:
     """Identifies equal requests; None neither reads a cached or running reply nor stores one."""
     deadline: float | None
     """The call's deadline by the event loop's clock, or None."""
+    connection: str = ""
+    """Equal for calls over one connection; empty if it is not known."""
     outlives_call: bool = False
     """Whether the generation can continue after the call's deadline."""
 
@@ -47,9 +50,10 @@ class ReplyRequest:
         return TokenUsage(len(self.prompt.token_ids), self.params.max_tokens)
 
     @property
-    def call_key(self) -> int:
-        """Equal for calls with the same request, so that a rejected call is known when it returns."""
-        return hash((self.account_id, self.prompt, replace(self.params, seed=0)))
+    def identity(self) -> CallIdentity:
+        """How a rejected call is known when it returns: it has the same request, or the same connection."""
+        key = hash((self.account_id, self.prompt, replace(self.params, seed=0)))
+        return CallIdentity(key, f"{self.account_id} {self.connection}" if self.connection else "")
 
 
 class ReplySource:
@@ -91,21 +95,23 @@ class ReplySource:
         self._ledger.check_capacity()
         accounting = accounting or self._usage
         if (cached := await self.cached_reply(request.cache_key)) is not None:
-            async with _admitted(accounting, call, request, cached.stats()) as recorded:
+            async with self._admitted(accounting, call, request, cached.stats()) as recorded:
                 self._count_hit()
                 yield RecordedReply(cached, recorded.complete)
             return
         request, elsewhere = await self._find_elsewhere(request)
         with self._coalescer.join(request.cache_key) as running:
             if running is not None:
-                async with _admitted(accounting, call, request, running) as recorded:
+                async with self._admitted(accounting, call, request, running) as recorded:
                     yield _generated_reply(call, recorded, running)
                 return
         # Nothing awaits between the look for a running generation and the reservation.
         with ExitStack() as reserved:
             reservation = None
-            if not elsewhere:
-                reservation = self._queue.reserve(request.account_id, request.deadline, request.call_key)
+            if elsewhere:
+                self._queue.end_expectation(request.identity)
+            else:
+                reservation = self._queue.reserve(request.account_id, request.deadline, request.identity)
                 reserved.callback(self._queue.release, reservation)
             # An account without a budget awaits nothing in `reserve`.
             reserve = accounting.reserve(call, request.account_id, request.most_tokens)
@@ -132,6 +138,18 @@ class ReplySource:
         await self._usage.close()
         await self._coalescer.close()
         await self._shared.close()
+
+    @asynccontextmanager
+    async def _admitted(
+        self, accounting: Accounting, call: Call, request: ReplyRequest, source: Source
+    ) -> AsyncIterator[Recorded]:
+        """Consume quota and open the usage record, for a request that needs no slot."""
+        self._queue.end_expectation(request.identity)
+        async with (
+            accounting.charge(request.account_id),
+            accounting.record(call, request.account_id, source) as recorded,
+        ):
+            yield recorded
 
     async def _find_elsewhere(self, request: ReplyRequest) -> tuple[ReplyRequest, bool]:
         """Return the request with the seed of all replicas, and whether one of them computes its reply."""
@@ -173,18 +191,6 @@ class ReplySource:
             finish_reason = generation.finish_reason.name
             entry = CacheEntry(generation.text, finish_reason, tokens.input_tokens, tokens.output_tokens, seed)
             await self._response_cache.put(key, entry)
-
-
-@asynccontextmanager
-async def _admitted(
-    accounting: Accounting, call: Call, request: ReplyRequest, source: Source
-) -> AsyncIterator[Recorded]:
-    """Consume quota and open the usage record, for a request that needs no slot."""
-    async with (
-        accounting.charge(request.account_id),
-        accounting.record(call, request.account_id, source) as recorded,
-    ):
-        yield recorded
 
 
 def _generated_reply(call: Call, recorded: Recorded, subscription: Subscription[Generation]) -> RecordedReply:

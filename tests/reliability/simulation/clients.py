@@ -51,7 +51,8 @@ class Traffic:
         for index in range(shape.clients):
             # The first account has many more clients than the others.
             account = 0 if draw.random() < 0.3 else index % shape.accounts
-            clients.append(asyncio.create_task(self._client(f"a{account}", kinds[index % len(kinds)])))
+            client = self._client(f"a{account}", kinds[index % len(kinds)])
+            clients.append(asyncio.create_task(client, name=f"client {index}"))
         await asyncio.gather(*clients)
 
     async def _client(self, account: str, kind: str) -> None:

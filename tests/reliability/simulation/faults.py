@@ -214,6 +214,9 @@ class Faults:
             self._full.discard(replica.name)
 
     async def _delete_database(self, replica: Replica) -> None:
+        process = replica.process
+        if process is None or process.service is None or not process.alive or process.exit_code.done():
+            return  # no process has the database open, so nothing could restore it
         file_of(replica.directory).unlink(missing_ok=True)
         await asyncio.sleep(3)
 

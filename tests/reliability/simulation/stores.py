@@ -189,15 +189,20 @@ class SimulatedRedis:
 
     async def _use_window(self, keys: list[str], args: list[Any]) -> list[int]:
         await self._answer()
-        limit, window, operation, consumed_at = args
+        limit, window, operation, consumed_at, *expected_in = args
         now = round(asyncio.get_running_loop().time() * 1e6)
         times = self.state.windows[keys[0]]
         while times and times[-1] + window <= now:
             times.pop()
         if operation == "refund" and consumed_at in times:
             times.remove(consumed_at)
-        allowed = operation == "consume" and len(times) < limit
+        left = [
+            sum(at + window - now <= expected for at in times) - number
+            for number, expected in enumerate(expected_in, 1)
+        ]
+        free = limit - len(times) + min([0, *left])
+        allowed = operation == "consume" and free > 0
         if allowed:
             times.insert(0, now)
         retry_in = times[limit - 1] + window - now if len(times) >= limit else 0
-        return [int(allowed), len(times), retry_in, times[0] + window - now if times else 0, now]
+        return [int(allowed), max(0, free - allowed), retry_in, times[0] + window - now if times else 0, now]

@@ -33,6 +33,8 @@ class InProcessCall:
 
     def __init__(self, method: str, request: bytes, metadata: Metadata, timeout: float | None) -> None:
         self.method, self.request, self.metadata = method, request, metadata
+        task = asyncio.current_task()
+        self.peer = "" if task is None else task.get_name()  # each client is a task
         self.loop = asyncio.get_running_loop()
         self.deadline = None if timeout is None else self.loop.time() + timeout
         self.code: grpc.StatusCode | None = None
@@ -107,6 +109,10 @@ class Context:
     def invocation_metadata(self) -> Metadata:
         """Return the metadata of the request."""
         return self._call.metadata
+
+    def peer(self) -> str:
+        """Return the name of the client."""
+        return self._call.peer
 
     def time_remaining(self) -> float | None:
         """Return the seconds until the deadline; None without one."""

@@ -1,6 +1,7 @@
 """Requests per minute in memory, in virtual time."""
 
 import asyncio
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given, settings
@@ -106,6 +107,38 @@ def test_no_window_exceeds_the_limit(pauses: list[float], limit: int) -> None:
             allowed_at.append(asyncio.get_running_loop().time())
         for first, last in zip(allowed_at, allowed_at[limit:], strict=False):
             assert last - first > 60 - 2e-6  # times are whole microseconds
+
+    run_virtual(main())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    consumed=st.lists(st.integers(0, 59), max_size=8),
+    expected=st.lists(st.integers(-1, 59), max_size=8),
+    limit=st.integers(1, 8),
+)
+def test_units_are_kept_for_expected_calls(consumed: list[int], expected: list[int], limit: int) -> None:
+    """A request is allowed if and only if the quota then also allows each expected call at its time."""
+    times = sorted(consumed)[:limit]
+    expected = sorted(expected)
+
+    def all_allowed() -> bool:
+        window: list[float] = [*times, 60]
+        for at in (max(60, 60 + seconds) + 0.001 for seconds in expected):
+            window.append(at)
+            if sum(at - 60 < one for one in window) > limit:
+                return False
+        return sum(one > 0 for one in window[: len(times) + 1]) <= limit
+
+    async def main() -> None:
+        quota = Quota(RequestsPerMinute(default=limit))
+        for at in times:
+            await asyncio.sleep(at - asyncio.get_running_loop().time())
+            await quota.consume("a")
+        await asyncio.sleep(60 - asyncio.get_running_loop().time())
+        quota.expected_calls = lambda account_id: [60.0 + seconds for seconds in expected]
+        assert await quota.status("a") == QuotaStatus(limit, limit - sum(one > 0 for one in times), ANY)
+        assert await count_allowed(quota, "a", 1) == int(all_allowed())
 
     run_virtual(main())
 

@@ -8,6 +8,7 @@ import pytest
 from tests.support.virtual_time import run_virtual
 
 from llama2_server.admission.request_queue import RequestQueue
+from llama2_server.admission.retry_times import CallIdentity
 from llama2_server.errors import DeadlineExceeded, QueueFull, QueueWaitTooLong, ShuttingDown
 
 
@@ -64,7 +65,7 @@ def test_a_full_queue_tells_for_which_calls() -> None:
         await hold_slot(queue, "a", 1)
         running = asyncio.create_task(hold_slot(queue, "a", 9))
         for number in (1, 2):
-            queue.add_retry_time("b", number, 0, 600, keeps_order=False)
+            queue.add_retry_time("b", CallIdentity(number), 0, 600, keeps_order=False)
         await asyncio.sleep(3)
         with pytest.raises(QueueFull, match=r"full \(0 waiting, and the rest is kept for calls that return\)"):
             queue.enter("c", None)

@@ -54,6 +54,21 @@ def submit(engine: Engine, reader: Reader, max_tokens: int = 50, prompt_tokens: 
     return engine.submit([5] * prompt_tokens, GenerationParams(max_tokens, temperature=0), reader)
 
 
+def test_engine_without_a_free_slot_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that cannot get a slot, because the slots are lost, does not keep the engine's thread busy."""
+    for _ in range(2):
+        engine._running._prefix_cache.acquire(None, [5])
+    waits, wait = threading.Event(), engine._wake.wait
+
+    def observed(timeout: float | None = None) -> bool:
+        waits.set()
+        return wait(timeout)
+
+    monkeypatch.setattr(engine._wake, "wait", observed)
+    submit(engine, Reader())
+    assert waits.wait(10)
+
+
 def test_end_of_sequence_token_is_counted_but_not_passed_on(engine: Engine) -> None:
     """The end-of-sequence token counts as an output token; the listener never receives it."""
     reader = Reader()

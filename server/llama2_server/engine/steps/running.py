@@ -47,9 +47,13 @@ class RunningSequences:
         """The oldest sequence whose prompt is not yet complete in its slot."""
         return next((sequence for sequence in self._running if sequence.prefilling), None)
 
+    def can_admit(self, submitted: deque[Sequence]) -> bool:
+        """Return whether a submitted sequence can get a slot now."""
+        return self._prefix_cache.has_free_slot and bool(submitted)
+
     def admit(self, submitted: deque[Sequence]) -> None:
         """Give free slots to the oldest submitted sequences."""
-        while self._prefix_cache.has_free_slot and submitted:
+        while self.can_admit(submitted):
             sequence = submitted.popleft()
             sequence.slot, sequence.reused = self._prefix_cache.acquire(sequence.cache_scope, sequence.prompt_ids)
             sequence.holds_slot = True

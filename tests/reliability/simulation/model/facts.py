@@ -1,6 +1,7 @@
 """A history by call, by request and by process, and the faults that explain what happened."""
 
 import math
+import string
 from collections import defaultdict
 from collections.abc import Iterator
 from decimal import Decimal
@@ -31,11 +32,13 @@ ENGINE_FAULTS = frozenset(
 )
 DISK_FAULTS = frozenset({"a full disk", "a replaced database", "a deleted database", "the checkpoint"})
 UNAVAILABLE_CAUSES = {
-    "USAGE_UNAVAILABLE": DISK_FAULTS | {"a faulty admission", "the usage store"},
+    "USAGE_UNAVAILABLE": DISK_FAULTS | {"a faulty admission", "the usage store", "replies of the usage store"},
     "QUOTA_STORE_UNAVAILABLE": frozenset({"the quota store", "a slow quota store"}),
     "ENGINE_UNAVAILABLE": ENGINE_FAULTS,
     "SHUTTING_DOWN": ENGINE_FAULTS,
 }
+KEPT_SECONDS = 2.0
+"""How long changes wait in memory after a disk accepts them again, at most."""
 HEALTH_CAUSES = {
     "serving": ENGINE_FAULTS | DISK_FAULTS,
     "quota-store": frozenset({"the quota store", "a slow quota store"}),
@@ -71,6 +74,7 @@ class Facts:
         self.raised_at: dict[str, list[float]] = defaultdict(list)
         for event in history.of("raised"):
             self.raised_at[event["process"]].append(event["at"])
+        self.killed = {event["process"]: event["at"] for event in history.of("kill")}
         self.started: dict[str, float] = {}
         for event in history.of("start"):
             self.started.setdefault(event["process"], event["at"])
@@ -95,6 +99,17 @@ class Facts:
     def absent(self, process: str, since: float, until: float) -> bool:
         """Return whether the process has not started or ends at some time in between."""
         return since < self.started.get(process, math.inf) or self.ended.get(process, math.inf) <= until
+
+    def is_lost_in_memory(self, process: str, ended_at: float) -> bool:
+        """Return whether a process was killed while the end of a call waited in its memory for the disk."""
+        killed_at = self.killed.get(process, math.inf)
+        return any(
+            name in DISK_FAULTS
+            and faulty.rstrip(string.digits) == process.rstrip(string.digits)
+            and start <= ended_at <= end
+            and ended_at <= killed_at <= end + KEPT_SECONDS
+            for name, faulty, start, end in self.faults_by_process
+        )
 
     def raised(self, process: str, since: float, until: float) -> bool:
         """Return whether a fault was injected into the process in this time."""
