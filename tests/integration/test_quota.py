@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import random
 import sys
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -126,6 +128,27 @@ async def test_retry_time_is_exact(redis: RedisServer, redis_clock: RedisClock) 
         assert await retry_after(quota) == 1e-6
         await redis_clock.set(quota, 60)
         assert await count_allowed(quota, "a", 5) == 1
+
+
+async def test_units_are_kept_for_expected_calls(redis: RedisServer, redis_clock: RedisClock) -> None:
+    """Redis keeps as many requests for expected calls as the quota in memory."""
+    draw, outcomes = random.Random(1), Counter[bool]()
+    loop = asyncio.get_running_loop()
+    async with on_redis(redis) as quota:
+        for number in range(100):
+            account = f"a{number}"
+            for at in (consumed := sorted(draw.choices(range(60), k=draw.randint(1, 5)))):
+                await redis_clock.set(quota, 60 * number + at)
+                await quota.consume(account)
+            expected = sorted(draw.choices(range(60), k=draw.randint(0, 6)))
+            await redis_clock.set(quota, 60 * number + 60)
+            quota.expected_calls = lambda _, delays=expected: [loop.time() + delay + 0.5 for delay in delays]  # type: ignore[misc]
+            in_window = [at * 10**6 for at in consumed if at > 0]
+            free = quota_module._free(5, in_window, [delay * 10**6 + 500_000 for delay in expected])
+            assert await count_allowed(quota, account, 1) == int(free > 0), (consumed, expected)
+            outcomes[free > 0] += 1
+            quota.expected_calls = lambda _: ()
+    assert min(outcomes[True], outcomes[False]) > 20, outcomes
 
 
 async def test_windows_expire(redis: RedisServer) -> None:

@@ -93,7 +93,7 @@ def _do_nothing(*arguments: Any) -> None:
 def _allow_one_more(patch: pytest.MonkeyPatch) -> None:
     use = _LocalWindows.use
     patch.setattr(
-        _LocalWindows, "use", lambda self, account, limit, consume: use(self, account, limit + 1, consume=consume)
+        _LocalWindows, "use", lambda self, account, limit, **options: use(self, account, limit + 1, **options)
     )
 
 
@@ -118,6 +118,7 @@ class Planted(NamedTuple):
     max_queue_size: int = 16
     requests: int = 800
     overload: bool = False
+    seed: int = 1
 
 
 KILLS = frozenset({"SIGKILL", "SIGKILL at completion", "SIGKILL after a commit"})
@@ -131,7 +132,7 @@ PLANTED = {
         "one_record_per_request", _always(Forwarder, "_send", _delete_first), frozenset({"the usage store"})
     ),
     "a record is not durable": Planted(
-        "records_are_exact", _always(Ledger, "commit", _commit_nothing), KILLS, requests=1400
+        "records_are_exact", _always(Ledger, "commit", _commit_nothing), KILLS, requests=1400, seed=2
     ),
     "a wrong price": Planted("records_are_exact", _replace(records, "neurons", _charge_double)),
     "one request more than the quota": Planted("quota_is_never_exceeded", _allow_one_more, per_minute=5),
