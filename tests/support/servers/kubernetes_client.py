@@ -3,6 +3,7 @@
 import json
 import re
 import ssl
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import httpx2
@@ -83,6 +84,14 @@ class KubernetesClient:
         """Return the objects of a kind in a namespace."""
         items = self.request("GET", self.collection(api_version, kind, namespace), **parameters)[0]["items"]
         return [{"apiVersion": api_version, "kind": kind, **item} for item in items]
+
+    def watch(self, path: str, version: str, seconds: int) -> Iterator[tuple[str, Manifest]]:
+        """Yield the changes of a collection after a version, each with its type, for at most these seconds."""
+        parameters = {"watch": "1", "resourceVersion": version, "timeoutSeconds": str(seconds)}
+        with self._http.stream("GET", path, params=parameters, timeout=None) as answer:
+            for line in answer.iter_lines():
+                event = json.loads(line)
+                yield event["type"], event["object"]
 
     def _resource(self, api_version: str, kind: str) -> Manifest | None:
         """Return how the server names a kind, or None if it does not have it."""

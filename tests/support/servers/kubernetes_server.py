@@ -20,6 +20,8 @@ from tests.support.servers.cluster_assets import definitions
 from tests.support.servers.kubernetes_client import KubernetesClient
 
 START_SECONDS = 180  # only ends a start that hangs
+TWO_FAMILIES = (1, 21)  # the first version that gives Services two addresses by default
+PROGRAMS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,14 @@ class Cluster:
     @property
     def version(self) -> tuple[int, int]:
         """The major and minor version."""
-        answer, _ = self.client.request("GET", "/version")
-        major, minor = (int(re.sub(r"\D", "", answer[part])) for part in ("major", "minor"))
-        return major, minor
+        return numbers(self.client.request("GET", "/version")[0]["gitVersion"])
+
+
+def numbers(version: str) -> tuple[int, int]:
+    """Return the major and minor version of a text such as v1.36.2."""
+    found = re.search(r"v(\d+)\.(\d+)", version)
+    assert found, f"no version: {version}"
+    return int(found[1]), int(found[2])
 
 
 def program(assets: Path, name: str) -> str:
@@ -52,8 +59,8 @@ class LoggedProcess:
     def __init__(self, command: list[str], log: Path) -> None:
         self._log = log
         with log.open("wb") as output:
-            # Both programs also read settings from the environment.
-            environment = {"PATH": os.defpath}
+            # etcd and the API server also read settings from the environment.
+            environment = {"PATH": PROGRAMS}
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
@@ -98,8 +105,10 @@ def etcd_command(etcd: str, folder: Path, port: int, peer_port: int) -> list[str
 
 
 def api_server_command(api_server: str, folder: Path, authority: Authority, port: int, etcd_port: int) -> list[str]:
-    """Return the command of an API server with its defaults, and Services with IPv4 and IPv6 addresses."""
+    """Return the command of an API server with its defaults, and Services with IPv4 and IPv6 if it can."""
     certificate, key = authority.pair()
+    version = subprocess.run([api_server, "--version"], capture_output=True, text=True, check=True).stdout
+    networks = "10.0.0.0/16,fd00::/108" if numbers(version) >= TWO_FAMILIES else "10.0.0.0/16"
     return [
         api_server,
         "--bind-address=127.0.0.1",
@@ -112,7 +121,7 @@ def api_server_command(api_server: str, folder: Path, authority: Authority, port
         f"--tls-private-key-file={key}",
         f"--client-ca-file={authority.root_file()}",
         "--authorization-mode=RBAC",
-        "--service-cluster-ip-range=10.0.0.0/16,fd00::/108",
+        f"--service-cluster-ip-range={networks}",
         "--service-account-issuer=https://kubernetes.default.svc",
         f"--service-account-key-file={key}",
         f"--service-account-signing-key-file={key}",

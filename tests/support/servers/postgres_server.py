@@ -19,9 +19,13 @@ PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 
 
 class PostgresCluster:
-    """A private cluster on a loopback port. As root, it runs as another user, because PostgreSQL rejects root."""
+    """A private cluster on a loopback port, or on an address whose network may connect.
 
-    def __init__(self, programs: Path) -> None:
+    As root, it runs as another user, because PostgreSQL rejects root.
+    """
+
+    def __init__(self, programs: Path, address: str = "127.0.0.1") -> None:
+        self._address = address
         self._programs = programs
         self._directory = Path(tempfile.mkdtemp(prefix="llama2-ledger-"))
         self._user = _unprivileged_user()
@@ -33,11 +37,13 @@ class PostgresCluster:
         self._run(
             "initdb", "--no-sync", "--auth=trust", "--username=ledger", "--locale=C", "--encoding=UTF8", "-D", "data"
         )
+        with (self._directory / "data/pg_hba.conf").open("a") as access:
+            access.write("host all all samenet trust\n")
         self.start()
 
     def start(self) -> None:
         """Start the server, and return when it accepts connections."""
-        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories= -c fsync=off"
+        options = f"-c listen_addresses={self._address} -c port={self.port} -c unix_socket_directories= -c fsync=off"
         self._run("pg_ctl", "start", "--wait", "-D", "data", "-l", "log", "-o", options)
 
     def stop(self) -> None:
@@ -74,8 +80,8 @@ class PostgresCluster:
     def new_database(self) -> str:
         """Create an empty database, and return its URL."""
         name = f"ledger_{uuid.uuid4().hex}"
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "ledger", name)
-        return f"postgresql://ledger:s3cret@127.0.0.1:{self.port}/{name}"
+        self._run("createdb", "-h", self._address, "-p", str(self.port), "-U", "ledger", name)
+        return f"postgresql://ledger:s3cret@{self._address}:{self.port}/{name}"
 
     def remove(self) -> None:
         """Stop the server, unless a test has stopped it, and delete its data."""
@@ -101,11 +107,11 @@ def _unprivileged_user() -> str | None:
 
 
 @contextmanager
-def running_postgres() -> Iterator[PostgresCluster]:
+def running_postgres(address: str = "127.0.0.1") -> Iterator[PostgresCluster]:
     """Run a cluster for the body of the `with`; skip the test, with the reason, if PostgreSQL is not installed."""
     if PROGRAMS is None:
         pytest.skip("NOT TESTED WITH POSTGRESQL: it is not installed (Debian: apt-get install postgresql)")
-    cluster = PostgresCluster(PROGRAMS)
+    cluster = PostgresCluster(PROGRAMS, address)
     try:
         yield cluster
     finally:
