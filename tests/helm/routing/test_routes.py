@@ -1,12 +1,10 @@
 """Routes of the Gateway API: what they match, where they lead, and the schemas of the Gateway API."""
 
-from typing import Any
-
 import jsonschema
 import pytest
 from tests.helm.chart import Manifest, Rendered, Values, render, rendered, values_of
 from tests.helm.test_validity import CUSTOM
-from tests.support.servers.cluster_assets import REASON, assets, schemas, strict
+from tests.support.servers.cluster_assets import schema_of
 
 from llama2.v1 import account_pb2, model_pb2, text_generation_pb2
 
@@ -86,12 +84,6 @@ def test_the_policy_of_the_servers_admits_envoy_and_envoy_admits_the_gateway() -
 
 def test_custom_resources_match_their_definitions(release: Rendered) -> None:
     """Resources of other projects are strictly valid by their CustomResourceDefinitions."""
-    folder = assets()
-    if folder is None:
-        pytest.skip(REASON)
-    known = schemas(folder)
     for manifest in release.manifests:
         if manifest["kind"] in CUSTOM:
-            schema: Any = strict(known[manifest["apiVersion"], manifest["kind"]])
-            schema["properties"] |= {"metadata": {"type": "object"}}
-            jsonschema.Draft202012Validator(schema).validate(manifest)
+            jsonschema.Draft202012Validator(schema_of(manifest)).validate(manifest)
