@@ -1,11 +1,14 @@
 """Simulate, and check the histories: `python -m tests.reliability.simulation --help`."""
 
 import argparse
+import multiprocessing
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from tests.reliability.simulation.history import History
 from tests.reliability.simulation.keyed import CALLS_PER_SEED, KeyedOutcome, simulate_keys
@@ -14,6 +17,9 @@ from tests.reliability.simulation.run import simulate
 
 REQUESTS_PER_SEED = 2000
 SEEDS_PER_LINE = 50
+SEEDS_PER_PROCESS = 10
+
+Result = TypeVar("Result")
 
 
 def main() -> int:
@@ -47,19 +53,18 @@ def _run_all(first_seed: int, requests: int, processes: int, faults: str | None)
     raised: Counter[str] = Counter()
     met: Counter[str] = Counter()
     broken = 0
-    with ProcessPoolExecutor(processes) as pool:
-        for seed, result in zip(seeds, pool.map(_summary, seeds, [faults] * len(seeds)), strict=True):
-            found, seed_codes, seed_raised = result
-            codes += seed_codes
-            raised += seed_raised
-            met += found.met
-            broken += found.broken_promises
-            if (seed + 1 - first_seed) % SEEDS_PER_LINE == 0:
-                print(f"{codes.total()} requests after {time.monotonic() - started_at:.0f} s", flush=True)
-            if found.violations:
-                failed += 1
-                print(f"seed {seed} fails; replay it with: python -m tests.reliability.simulation --seed {seed}")
-                _report([found.violations])
+    for seed, result in _mapped(partial(_summary, faults), seeds, processes):
+        found, seed_codes, seed_raised = result
+        codes += seed_codes
+        raised += seed_raised
+        met += found.met
+        broken += found.broken_promises
+        if found.violations:
+            failed += 1
+            print(f"seed {seed} fails; replay it with: python -m tests.reliability.simulation --seed {seed}")
+            _report([found.violations])
+        if (seed + 1 - first_seed) % SEEDS_PER_LINE == 0:
+            print(f"{codes.total()} requests after {time.monotonic() - started_at:.0f} s", flush=True)
     seconds = time.monotonic() - started_at
     total = codes.total()
     print(f"{total} requests, {len(seeds)} seeds, {seconds:.0f} s, {total / seconds:.0f} requests per second")
@@ -78,13 +83,12 @@ def _run_keyed(first_seed: int, calls: int, processes: int) -> int:
     started_at, total = time.monotonic(), KeyedOutcome()
     per_seed = min(calls, CALLS_PER_SEED)
     seeds = range(first_seed, first_seed + -(-calls // per_seed))
-    with ProcessPoolExecutor(processes) as pool:
-        for seed, outcome in zip(seeds, pool.map(simulate_keys, seeds, [per_seed] * len(seeds)), strict=True):
-            total.add(outcome)
-            if outcome.broken:
-                replay = f"python -m tests.reliability.simulation --seed {seed} --keyed-calls {per_seed}"
-                print(f"seed {seed} fails; replay it with: {replay}")
-                _report([outcome.broken])
+    for seed, outcome in _mapped(partial(_keyed, per_seed), seeds, processes):
+        total.add(outcome)
+        if outcome.broken:
+            replay = f"python -m tests.reliability.simulation --seed {seed} --keyed-calls {per_seed}"
+            print(f"seed {seed} fails; replay it with: {replay}")
+            _report([outcome.broken])
     print(
         f"{total.calls} calls, {len(seeds)} seeds, {time.monotonic() - started_at:.0f} s: {total.keys} keys, "
         f"{total.records} records, {total.lost_replies} lost replies, {total.kills} SIGKILLs, "
@@ -99,7 +103,22 @@ def _simulate(seed: int, faults: str | None) -> History:
     return simulate(seed, REQUESTS_PER_SEED, names)
 
 
-def _summary(seed: int, faults: str | None) -> tuple[Judgment, Counter[str], Counter[str]]:
+def _mapped(function: Callable[[int], Result], seeds: range, processes: int) -> Iterator[tuple[int, Result]]:
+    """Yield each seed with its result, in order.
+
+    The threads of a process that was killed in a simulation never end, so a process simulates only some seeds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([simulate.__module__])
+    with context.Pool(processes, maxtasksperchild=SEEDS_PER_PROCESS) as pool:
+        yield from zip(seeds, pool.imap(function, seeds), strict=True)
+
+
+def _keyed(calls: int, seed: int) -> KeyedOutcome:
+    return simulate_keys(seed, calls)
+
+
+def _summary(faults: str | None, seed: int) -> tuple[Judgment, Counter[str], Counter[str]]:
     """Return the judgment of a seed, its calls by status code and its faults by name."""
     try:
         history = _simulate(seed, faults)

@@ -5,6 +5,7 @@ import string
 from collections import defaultdict
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import cached_property
 
 from tests.reliability.simulation.history import Event, History
 
@@ -84,6 +85,24 @@ class Facts:
         self.disturbed: dict[str, list[float]] = defaultdict(list)
         for event in history.of("raised", "fault", "fault end", "exit", "kill", "end of process"):
             self.disturbed[event.get("process", "")].append(event["at"])
+
+    @cached_property
+    def long_holds(self) -> dict[str, list[tuple[float, float]]]:
+        """By process, when slots were held for over twice the mean of all."""
+        granted: dict[tuple[str, int], float] = {}
+        holds: list[tuple[str, float, float]] = []
+        for event in self.history.of("grant", "release"):
+            key = (event["process"], event["number"])
+            if event["event"] == "grant":
+                granted[key] = event["at"]
+            elif key in granted:
+                holds.append((event["process"], granted.pop(key), event["at"]))
+        mean = sum(end - start for _, start, end in holds) / max(1, len(holds))
+        found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for process, start, end in holds:
+            if end - start > 2 * mean:
+                found[process].append((start, end))
+        return found
 
     def price(self, reply: Event) -> Decimal:
         """Return the neurons of the tokens of a reply or a record; cached ones are free."""
