@@ -1,6 +1,9 @@
 """Two replicas in virtual time, with faults; their history is checked against the model of the service."""
 
 import asyncio
+import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -12,6 +15,7 @@ from tests.reliability.simulation.model.rules import RULES, Judgment, judge, vio
 from tests.reliability.simulation.planted import PLANTED
 from tests.reliability.simulation.run import simulate
 from tests.reliability.simulation.world import Shape
+from tests.support.repository import ROOT
 from tests.support.virtual_time import run_virtual
 
 SEEDS = (*range(1, 11), 15, 16, 22, 25, 55, 61, 77, 83)  # every fifth one is an overload; the last ones found faults
@@ -68,6 +72,14 @@ def test_a_simulation_without_an_end_stops() -> None:
 def test_a_seed_replays() -> None:
     """The same seed has the same history, with every fault point."""
     assert simulate(77, 300).digest() == simulate(77, 300).digest() != simulate(78, 300).digest()
+
+
+def test_the_command_simulates_many_seeds() -> None:
+    """Processes simulate the seeds, and the command prints what they found."""
+    command = [sys.executable, "-m", "tests.reliability.simulation", "--seed", "11", "--requests", str(2 * REQUESTS)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert re.search(r"^40\d\d requests, 2 seeds", printed), printed
+    assert printed.endswith("seeds that fail: 0\n")
 
 
 @pytest.mark.parametrize("name", PLANTED)

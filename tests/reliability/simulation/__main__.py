@@ -1,25 +1,18 @@
 """Simulate, and check the histories: `python -m tests.reliability.simulation --help`."""
 
 import argparse
-import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from tests.reliability.simulation.history import History
 from tests.reliability.simulation.keyed import CALLS_PER_SEED, KeyedOutcome, simulate_keys
-from tests.reliability.simulation.model.rules import RULES, Judgment, judge
-from tests.reliability.simulation.run import simulate
+from tests.reliability.simulation.model.rules import RULES, judge
+from tests.reliability.simulation.run import REQUESTS_PER_SEED, fault_names, for_seeds, simulate, summary
 
-REQUESTS_PER_SEED = 2000
 SEEDS_PER_LINE = 50
-SEEDS_PER_PROCESS = 10
-
-Result = TypeVar("Result")
 
 
 def main() -> int:
@@ -38,7 +31,7 @@ def main() -> int:
     if options.keyed_calls is not None:
         return _run_keyed(options.seed, options.keyed_calls, options.processes)
     if options.requests is None:
-        history = _simulate(options.seed, options.faults)
+        history = simulate(options.seed, REQUESTS_PER_SEED, fault_names(options.faults))
         if options.save is not None:
             history.save(options.save)
         print(f"seed {options.seed}: {len(history.events)} events, digest {history.digest()}")
@@ -53,7 +46,7 @@ def _run_all(first_seed: int, requests: int, processes: int, faults: str | None)
     raised: Counter[str] = Counter()
     met: Counter[str] = Counter()
     broken = 0
-    for seed, result in _mapped(partial(_summary, faults), seeds, processes):
+    for seed, result in for_seeds(partial(summary, fault_names(faults)), seeds, processes):
         found, seed_codes, seed_raised = result
         codes += seed_codes
         raised += seed_raised
@@ -83,7 +76,7 @@ def _run_keyed(first_seed: int, calls: int, processes: int) -> int:
     started_at, total = time.monotonic(), KeyedOutcome()
     per_seed = min(calls, CALLS_PER_SEED)
     seeds = range(first_seed, first_seed + -(-calls // per_seed))
-    for seed, outcome in _mapped(partial(_keyed, per_seed), seeds, processes):
+    for seed, outcome in for_seeds(partial(simulate_keys, calls=per_seed), seeds, processes):
         total.add(outcome)
         if outcome.broken:
             replay = f"python -m tests.reliability.simulation --seed {seed} --keyed-calls {per_seed}"
@@ -96,37 +89,6 @@ def _run_keyed(first_seed: int, calls: int, processes: int) -> int:
     )
     print("codes:", ", ".join(f"{code} {count}" for code, count in total.results.most_common()))
     return int(bool(total.broken) or total.records != total.keys)
-
-
-def _simulate(seed: int, faults: str | None) -> History:
-    names = None if faults is None else frozenset(faults.split(",")) - {"none"}
-    return simulate(seed, REQUESTS_PER_SEED, names)
-
-
-def _mapped(function: Callable[[int], Result], seeds: range, processes: int) -> Iterator[tuple[int, Result]]:
-    """Yield each seed with its result, in order.
-
-    The threads of a process that was killed in a simulation never end, so a process simulates only some seeds.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([simulate.__module__])
-    with context.Pool(processes, maxtasksperchild=SEEDS_PER_PROCESS) as pool:
-        yield from zip(seeds, pool.imap(function, seeds), strict=True)
-
-
-def _keyed(calls: int, seed: int) -> KeyedOutcome:
-    return simulate_keys(seed, calls)
-
-
-def _summary(faults: str | None, seed: int) -> tuple[Judgment, Counter[str], Counter[str]]:
-    """Return the judgment of a seed, its calls by status code and its faults by name."""
-    try:
-        history = _simulate(seed, faults)
-    except Exception as error:  # a seed that stops its simulation must not end the other ones
-        return Judgment([f"the simulation stopped: {error!r}"], Counter(), 0), Counter(), Counter()
-    codes = Counter(event["code"] for event in history.of("end"))
-    raised = Counter(event["fault"] for event in history.of("fault"))
-    return judge(history), codes, raised
 
 
 def _report(found: list[list[str]]) -> int:

@@ -4,18 +4,21 @@ import asyncio
 import contextlib
 import gc
 import logging
+import multiprocessing
 import os
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from prometheus_client import CollectorRegistry
 from tests.reliability.simulation.clients import Traffic
 from tests.reliability.simulation.faults import Faults
 from tests.reliability.simulation.history import History
+from tests.reliability.simulation.model.rules import Judgment, judge
 from tests.reliability.simulation.observer import observe
 from tests.reliability.simulation.planted import Plant
 from tests.reliability.simulation.replica import Replica
@@ -29,6 +32,10 @@ from llama2_server.usage.records import UsageRecord
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - a disk syncs slowly
 SETTLE_SECONDS = 60.0
+REQUESTS_PER_SEED = 2000
+SEEDS_PER_PROCESS = 10
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -71,6 +78,32 @@ def simulate(
         observe(patch, world.history)
         runner.run(_simulate(world, injected, requests))
         return world.history
+
+
+def fault_names(text: str | None) -> frozenset[str] | None:
+    """Return the names of an option's value, which are separated by commas; `none` is no name."""
+    return None if text is None else frozenset(text.split(",")) - {"none"}
+
+
+def summary(faults: frozenset[str] | None, seed: int) -> tuple[Judgment, Counter[str], Counter[str]]:
+    """Return the judgment of a seed, its calls by status code, and its faults by name."""
+    try:
+        history = simulate(seed, REQUESTS_PER_SEED, faults)
+    except Exception as error:  # a seed that stops its simulation must not end the other ones
+        return Judgment([f"the simulation stopped: {error!r}"], Counter(), 0), Counter(), Counter()
+    codes = Counter(event["code"] for event in history.of("end"))
+    return judge(history), codes, Counter(event["fault"] for event in history.of("fault"))
+
+
+def for_seeds(function: Callable[[int], Result], seeds: range, processes: int) -> Iterator[tuple[int, Result]]:
+    """Yield each seed with its result, in order.
+
+    The threads of a process that was killed in a simulation never end, so a process simulates only some seeds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(processes, maxtasksperchild=SEEDS_PER_PROCESS) as pool:
+        yield from zip(seeds, pool.imap(function, seeds), strict=True)
 
 
 async def _simulate(world: World, faults: Faults, requests: int) -> None:
