@@ -3,16 +3,20 @@
 import asyncio
 import json
 import random
+import sqlite3
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tests.integration.usage.conftest import COSTS, RECOVERY_TIMEOUT_SECONDS, LedgerOpener, crash, stored
 from tests.integration.usage.expected_records import Expected, check_all
 
+from llama2_server.usage.errors import LedgerError
 from llama2_server.usage.ledger import PROGRESS_TOKENS, Ledger
+from llama2_server.usage.local import statements
 from llama2_server.usage.pricing import TokenUsage, neurons
 from llama2_server.usage.records import INTERRUPTED
 
@@ -84,6 +88,23 @@ class History:
         await (crash(stopped) if self._draw.random() < 0.7 else stopped.close())
         self._running = {one: ledger for one, ledger in self._running.items() if ledger is not stopped}
         self._ledgers[number] = await self._open_ledger(url=self._url)
+
+
+async def test_a_start_that_fails_leaves_the_recovery_to_the_next_one(
+    tmp_path: Path, open_ledger: LedgerOpener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the disk is full when the requests of a killed server are ended, the next start ends them."""
+    ledger = await open_ledger()
+    await ledger.admit("one", "a", "model")
+    await ledger.commit()
+    await crash(ledger)
+    with monkeypatch.context() as patch:
+        full = Mock(side_effect=sqlite3.OperationalError("database or disk is full"))
+        patch.setattr(statements, "interrupt", full)
+        with pytest.raises(LedgerError, match="disk is full"):
+            await open_ledger()
+    await open_ledger()
+    assert [record.outcome for record in await stored(None, tmp_path)] == [INTERRUPTED]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -147,9 +147,14 @@ class Faults:
         self._history.add("raised", fault=name, process="" if process is None else process.name)
 
     async def _fail_step(self, replica: Replica, error: Exception) -> None:
-        if replica.process is not None:
-            replica.process.steps.fail_next(error)
-        await asyncio.sleep(1)
+        process = replica.process
+        if process is None:
+            return
+        process.steps.fail_next(error)
+        try:
+            await asyncio.sleep(1)
+        finally:
+            process.steps.forget(error)
 
     async def _break_device(self, replica: Replica) -> None:
         process = replica.process

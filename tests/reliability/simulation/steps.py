@@ -44,6 +44,11 @@ class ScriptedSteps:
         """Let the next token fail."""
         self._errors.append(error)
 
+    def forget(self, error: Exception) -> None:
+        """Let no token fail with an error that has not occurred yet."""
+        if error in self._errors:
+            self._errors.remove(error)
+
     def prefill(self, sequence: Sequence, chunk: list[int]) -> Iterable[TokenOrError]:
         """Process a chunk of a prompt."""
         self._step()

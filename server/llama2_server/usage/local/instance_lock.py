@@ -51,6 +51,10 @@ class InstanceLock:
             return None
         return cls(path, descriptor)
 
+    def leave(self) -> None:
+        """Release the lock, and keep its file, so that the next start acquires it."""
+        os.close(self._descriptor)
+
     def release(self) -> None:
         """Release the lock, and delete its file."""
         self._path.unlink(missing_ok=True)

@@ -85,15 +85,20 @@ def check_directory(data_directory: Path) -> None:
 def _recover(database: Database, directory: Path, own: InstanceLock) -> list[str]:
     """End the running requests of servers that have ended, and return the names of these servers."""
     ended = {lock.instance: lock for lock in InstanceLock.acquire_ended(directory)}
-    with database.transaction() as connection:
-        for instance in ended:
-            statements.release_claims(connection, instance)
-        # A server without a lock file has ended, too: its directory was copied, or the file was deleted.
-        running = statements.running_instances(connection) - {own.instance}
-        for instance in sorted(running):
-            if instance in ended or not (directory / f"{instance}.lock").exists():
-                interrupted = statements.interrupt(connection, instance)
-                logger.info("recovered the usage of a killed server: %d interrupted requests", interrupted)
+    try:
+        with database.transaction() as connection:
+            for instance in ended:
+                statements.release_claims(connection, instance)
+            # A server without a lock file has ended, too: its directory was copied, or the file was deleted.
+            running = statements.running_instances(connection) - {own.instance}
+            for instance in sorted(running):
+                if instance in ended or not (directory / f"{instance}.lock").exists():
+                    interrupted = statements.interrupt(connection, instance)
+                    logger.info("recovered the usage of a killed server: %d interrupted requests", interrupted)
+    except BaseException:
+        for lock in ended.values():
+            lock.leave()
+        raise
     for lock in ended.values():
         lock.release()
     return list(ended)
