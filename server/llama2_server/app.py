@@ -110,7 +110,6 @@ async def start(
             queue_timeout_seconds=settings.queue_timeout_seconds,
             on_waited=guarded(metrics.queue_time.observe),
         )
-        quota.expected_calls = queue.expected_calls
         yield Service(inputs, telemetry, health, ledger, quota, response_cache, loaded, readiness, engine, queue)
 
 

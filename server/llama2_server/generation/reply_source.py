@@ -77,6 +77,7 @@ class ReplySource:
         self._queue = queue
         self._engine = engine
         self._shared = shared
+        quota.expected_calls = queue.expected_calls
         self._usage = UsageRecorder(ledger, quota, model)
         self._coalescer: Coalescer[CacheKey, Generation] = Coalescer(self._store_response)
 
@@ -107,12 +108,7 @@ class ReplySource:
                 return
         # Nothing awaits between the look for a running generation and the reservation.
         with ExitStack() as reserved:
-            reservation = None
-            if elsewhere:
-                self._queue.end_expectation(request.identity)
-            else:
-                reservation = self._queue.reserve(request.account_id, request.deadline, request.identity)
-                reserved.callback(self._queue.release, reservation)
+            reservation = self._reserve(request, reserved, elsewhere=elsewhere)
             # An account without a budget awaits nothing in `reserve`.
             reserve = accounting.reserve(call, request.account_id, request.most_tokens)
             async with accounting.charge(request.account_id), reserve:
@@ -138,6 +134,15 @@ class ReplySource:
         await self._usage.close()
         await self._coalescer.close()
         await self._shared.close()
+
+    def _reserve(self, request: ReplyRequest, reserved: ExitStack, *, elsewhere: bool) -> Reservation | None:
+        """Reserve a slot, which the stack releases; another replica's generation needs none. Raises as the queue."""
+        if elsewhere:
+            self._queue.end_expectation(request.identity)
+            return None
+        reservation = self._queue.reserve(request.account_id, request.deadline, request.identity)
+        reserved.callback(self._queue.release, reservation)
+        return reservation
 
     @asynccontextmanager
     async def _admitted(

@@ -172,7 +172,8 @@ async def test_invalid_key(serve_scripted: ServiceMaker, key: str) -> None:
 
 async def test_rejected_calls_bind_no_key(serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path) -> None:
     """After an invalid request, a full queue and a used-up quota, another request can use the key."""
-    async with serve_scripted(REPLY, card=limited(demo_card, 2), max_queue_size=0) as service:
+    # One of the three requests is kept for the call that the full queue rejects.
+    async with serve_scripted(REPLY, card=limited(demo_card, 3), max_queue_size=0) as service:
         await failure(service.text.Generate(keyed(temperature=9)))
         holder = await hold_slot(service)
         full = await failure(service.text.Generate(keyed(prompt="one")))
