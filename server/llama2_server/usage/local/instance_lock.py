@@ -51,7 +51,7 @@ class InstanceLock:
             return None
         return cls(path, descriptor)
 
-    def leave(self) -> None:
+    def unlock(self) -> None:
         """Release the lock, and keep its file, so that the next start acquires it."""
         os.close(self._descriptor)
 

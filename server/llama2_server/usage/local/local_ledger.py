@@ -97,7 +97,7 @@ def _recover(database: Database, directory: Path, own: InstanceLock) -> list[str
                     logger.info("recovered the usage of a killed server: %d interrupted requests", interrupted)
     except BaseException:
         for lock in ended.values():
-            lock.leave()
+            lock.unlock()
         raise
     for lock in ended.values():
         lock.release()
