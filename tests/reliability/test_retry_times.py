@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -193,6 +194,22 @@ def test_a_quota_that_no_call_returns_for_is_used() -> None:
             await simulation.attempt("a", CallIdentity(2, "one"))
         await asyncio.sleep(62.5 - asyncio.get_running_loop().time())
         await simulation.attempt("a", CallIdentity(3, "another"))
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("pause_seconds", [0.3, 3])
+def test_clients_that_never_return_do_not_lock_their_account_out(pause_seconds: float) -> None:
+    """An account that sends another request each time, over another connection, still gets nearly its whole quota."""
+
+    async def main() -> None:
+        simulation, served = Simulation(Load(1, 5), 1), 0
+        for key in range(round(600 / pause_seconds)):
+            with suppress(ResourceExhausted):
+                await simulation.attempt("a", CallIdentity(key))
+                served += 1
+            await asyncio.sleep(pause_seconds)
+        assert served >= 0.9 * 5 * 10
 
     run_virtual(main())
 

@@ -25,6 +25,9 @@ STORE_TIMEOUT_SECONDS = 1.0
 RETURN_SECONDS = 1.0
 """The longest time after its retry time at which an obedient call returns."""
 
+UNKEPT_SECONDS = 5.0
+"""How long other calls can use a request whose expected call has not come, before it is kept for the next one."""
+
 ExpectedCalls = Callable[[str], Sequence[float]]
 """Returns sorted times of the event loop's clock for an account; each call comes at most RETURN_SECONDS later."""
 
@@ -231,7 +234,8 @@ class Quota(Collector):
         limit, expected = self.limit(account_id), self.expected_calls(account_id)
         if len(expected) >= limit:
             now = asyncio.get_running_loop().time()
-            return max(0.0, expected[-limit] + self._window_seconds + RETURN_SECONDS - now)
+            at = expected[-limit] + RETURN_SECONDS + UNKEPT_SECONDS + self._window_seconds
+            return max(0.0, at - now)
         window = await self._use_shared(account_id, limit - len(expected), "read")
         if window is None:
             window = self._local.use(account_id, limit - len(expected), consume=False)
