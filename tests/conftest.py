@@ -20,7 +20,7 @@ from tests.support.servers.postgres_server import PostgresCluster, running_postg
 from tests.support.service import Service, ServiceMaker, until, with_config
 
 from llama2.v1 import model_pb2_grpc, text_generation_pb2_grpc
-from llama2_server.admission import quota
+from llama2_server.admission import quota_windows
 from llama2_server.admission.accounts import AnonymousAuthenticator, Authenticator
 from llama2_server.api.health import HealthServicer
 from llama2_server.api.incoming.message_check import Handler
@@ -198,7 +198,7 @@ def deadlines(monkeypatch: pytest.MonkeyPatch) -> CallDeadlines:
 @pytest.fixture
 def patient_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Redis more time for its answers, because a busy machine is slow."""
-    monkeypatch.setattr(quota, "STORE_TIMEOUT_SECONDS", 30)
+    monkeypatch.setattr(quota_windows, "STORE_TIMEOUT_SECONDS", 30)
     monkeypatch.setattr(response_cache, "STORE_TIMEOUT_SECONDS", 30)
     monkeypatch.setattr(leases, "STORE_TIMEOUT_SECONDS", 30)
 

@@ -16,7 +16,7 @@ from tests.support.deadlines import LoopClock
 from tests.support.quotas import CLOCK_CHANGES, FIVE, change_wall_clock, count_allowed, retry_after
 from tests.support.servers.redis_server import RedisServer, running_redis
 
-from llama2_server.admission import quota as quota_module
+from llama2_server.admission import quota_windows
 from llama2_server.admission.quota import Quota, QuotaStatus
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import QuotaStoreUnavailable
@@ -49,9 +49,9 @@ class RedisClock:
 @pytest.fixture
 def redis_clock(monkeypatch: pytest.MonkeyPatch) -> RedisClock:
     """Return the clock of Redis, for quotas that the test creates."""
-    script = quota_module._WINDOW_SCRIPT
+    script = quota_windows._WINDOW_SCRIPT
     assert RedisClock.SCRIPT_LINE in script
-    monkeypatch.setattr(quota_module, "_WINDOW_SCRIPT", script.replace(RedisClock.SCRIPT_LINE, RedisClock.REPLACEMENT))
+    monkeypatch.setattr(quota_windows, "_WINDOW_SCRIPT", script.replace(RedisClock.SCRIPT_LINE, RedisClock.REPLACEMENT))
     return RedisClock()
 
 
@@ -81,12 +81,12 @@ async def test_concurrent_requests_get_exactly_the_quota(redis: RedisServer) -> 
 
 REPLICA = """
 import asyncio, sys
-from llama2_server.admission import quota as quota_module
+from llama2_server.admission import quota_windows
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import QuotaExceeded
 from llama2_server.admission.quota import Quota, QuotaUnit
 
-quota_module.STORE_TIMEOUT_SECONDS = 30
+quota_windows.STORE_TIMEOUT_SECONDS = 30
 
 async def main():
     quota = Quota(RequestsPerMinute(default=5), redis_url=sys.argv[1])
@@ -144,7 +144,7 @@ async def test_units_are_kept_for_expected_calls(redis: RedisServer, redis_clock
             await redis_clock.set(quota, 60 * number + 60)
             quota.expected_calls = lambda _, delays=expected: [loop.time() + delay + 0.5 for delay in delays]  # type: ignore[misc]
             in_window = [at * 10**6 for at in consumed if at > 0]
-            free = quota_module._free(5, in_window, [delay * 10**6 + 500_000 for delay in expected])
+            free = quota_windows.free_requests(5, in_window, [delay * 10**6 + 500_000 for delay in expected])
             assert await count_allowed(quota, account, 1) == int(free > 0), (consumed, expected)
             outcomes[free > 0] += 1
             quota.expected_calls = lambda _: ()

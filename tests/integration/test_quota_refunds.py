@@ -9,7 +9,7 @@ import pytest
 from tests.support.servers.redis_server import RedisServer, running_redis
 from tests.support.virtual_time import run_virtual
 
-from llama2_server.admission import quota as quota_module
+from llama2_server.admission import quota_windows
 from llama2_server.admission.quota import Quota, QuotaStatus, QuotaUnit
 from llama2_server.card import RequestsPerMinute
 from llama2_server.errors import InternalError, QueueFull, QuotaExceeded, ShuttingDown
@@ -20,7 +20,7 @@ FIVE = RequestsPerMinute(default=5)
 @pytest.fixture
 def redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServer]:
     """A real Redis, with time for a busy machine."""
-    monkeypatch.setattr(quota_module, "STORE_TIMEOUT_SECONDS", 10)
+    monkeypatch.setattr(quota_windows, "STORE_TIMEOUT_SECONDS", 10)
     with running_redis(tmp_path) as server:
         yield server
 

@@ -10,7 +10,7 @@ import pytest
 from llama2_server.admission.accounts import ApiKeyAuthenticator
 from llama2_server.admission.fair_queue import FairQueue
 from llama2_server.admission.keys import keys_file
-from llama2_server.admission.quota import _LocalWindows
+from llama2_server.admission.quota_windows import LocalWindows
 from llama2_server.admission.request_queue import RequestQueue
 from llama2_server.admission.reservation import Order, Reservation
 from llama2_server.api import interceptor
@@ -91,10 +91,8 @@ def _do_nothing(*arguments: Any) -> None:
 
 
 def _allow_one_more(patch: pytest.MonkeyPatch) -> None:
-    use = _LocalWindows.use
-    patch.setattr(
-        _LocalWindows, "use", lambda self, account, limit, **options: use(self, account, limit + 1, **options)
-    )
+    use = LocalWindows.use
+    patch.setattr(LocalWindows, "use", lambda self, account, limit, **options: use(self, account, limit + 1, **options))
 
 
 def _charge_double(tokens: Any, costs: Any) -> Any:

@@ -2,13 +2,14 @@
 
 import functools
 
-from llama2_server.admission import quota
+from llama2_server.admission import quota_windows
+from llama2_server.admission.quota import Quota
 from llama2_server.cli.main import main
 from llama2_server.generation import response_cache
 from llama2_server.lifecycle import stores
 
 if __name__ == "__main__":
-    quota.STORE_TIMEOUT_SECONDS = 30
+    quota_windows.STORE_TIMEOUT_SECONDS = 30
     response_cache.STORE_TIMEOUT_SECONDS = 30
-    stores.Quota = functools.partial(quota.Quota, window_seconds=3600)  # type: ignore[attr-defined, assignment]
+    stores.Quota = functools.partial(Quota, window_seconds=3600)  # type: ignore[attr-defined, assignment]
     main()
