@@ -14,12 +14,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from tests.support.processes import command, environment, server
-from tests.support.scripted_process import ENDLESS_ID
 from tests.support.service import details, health_stub
 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2.v1 import text_generation_pb2_grpc
-from llama2_server.engine.text.tokenizer import Tokenizer
 
 STORY = "Tell me a story about a fox who lives by the sea."
 BIN = Path(sys.executable).parent
@@ -179,18 +177,21 @@ def test_dead_device_ends_the_process(tmp_path: Path) -> None:
 ENDLESS = pb.GenerateRequest(prompt="Once", raw=True, max_tokens=900, no_cache=True)
 
 
-def test_sigkill_leaves_one_interrupted_record(tmp_path: Path, demo_tokenizer: Tokenizer) -> None:
-    """A request whose server is killed has one record after the restart, which misses at most 16 tokens."""
-    token_text = demo_tokenizer.piece_texts[ENDLESS_ID]
-    assert isinstance(token_text, str)
+def test_sigkill_leaves_one_interrupted_record(tmp_path: Path) -> None:
+    """A request whose server is killed has one record after the restart, with at least the tokens of the last commit.
+
+    A commit follows each 16 tokens; on a busy machine, it can come later than the text.
+    """
+    committed = 0
     with (
         scripted_server(tmp_path, "blocks", "--listen", "127.0.0.1:0") as process,
         grpc.insecure_channel(address_of(process)) as channel,
     ):
         call = text_generation_pb2_grpc.TextGenerationServiceStub(channel).GenerateStream(ENDLESS)
-        text = ""
-        while len(text) < 40 * len(token_text):
-            text += next(call).response
+        with contextlib.closing(sqlite3.connect(tmp_path / "usage.db")) as ledger:
+            while committed < 32:
+                next(call)
+                ((committed,),) = ledger.execute("SELECT output_tokens FROM running_requests").fetchall()
         process.kill()
         process.wait()
     with server(tmp_path) as (restarted, _):
@@ -201,7 +202,7 @@ def test_sigkill_leaves_one_interrupted_record(tmp_path: Path, demo_tokenizer: T
     ((outcome, input_tokens, output_tokens),) = rows
     assert outcome == "INTERRUPTED"
     assert input_tokens > 0
-    assert output_tokens > 40 - 16
+    assert output_tokens >= committed
 
 
 def test_request_longer_than_the_grace_gets_a_status(tmp_path: Path) -> None:
