@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tools.mutants.executed import FailingTest, TestFile, fastest_first, measured
 from tools.mutants.mutations import Mutant, mutants
 from tools.mutants.runner import ROOT, copied_repository, first_failure
-from tools.mutants.suites import TESTS, closest_first, files_of, modules, package_of
+from tools.mutants.suites import TESTS, files_of, modules, package_of
 
 SAMPLE = 300
 GOAL_PERCENT = 90
+LIMIT_SECONDS, LIMIT_RATIO = 60, 5
+"""A test file's time limit is the first plus the second times its usual time; one that takes longer hangs."""
 
 
 def main() -> int:
@@ -35,12 +38,19 @@ def main() -> int:
     chosen = [one for one in found[:SAMPLE] if options.package in (None, package_of(one.path))][: options.first]
     known = dict(_kept(results))
     untested = [one for one in chosen if one.order not in known]
-    for package in sorted({package_of(one.path) for one in untested}):
-        with copied_repository() as copy:
-            if failure := first_failure(copy, files_of(package)):
-                sys.exit(f"{package}: {failure} fails without a mutant; repair it first")
+    files = {package: files_of(ROOT, package) for package in {package_of(one.path) for one in untested}}
+    try:
+        all_files = sorted({file for of_package in files.values() for file in of_package})
+        tests = measured(ROOT, all_files, options.out / "executed.json", options.jobs)
+    except FailingTest as error:
+        sys.exit(str(error))
+
+    def survives_its_tests(mutant: Mutant) -> bool:
+        chosen_tests = [one for one in tests if one.path in files[package_of(mutant.path)]]
+        return survives(mutant, fastest_first(chosen_tests, mutant))
+
     with ThreadPoolExecutor(options.jobs) as workers, results.open("a", encoding="utf-8") as file:
-        for one, survived in zip(untested, workers.map(survives, untested), strict=True):
+        for one, survived in zip(untested, workers.map(survives_its_tests, untested), strict=True):
             known[one.order] = survived
             print(one.order, "survived" if survived else "found", file=file, flush=True)
     survivors = [one for one in chosen if known[one.order]]
@@ -59,12 +69,17 @@ def _kept(results: Path) -> Iterator[tuple[str, bool]]:
             yield order, result == "survived"
 
 
-def survives(mutant: Mutant) -> bool:
-    """Return whether the tests of its package pass with the mutant, and print it."""
+def survives(mutant: Mutant, tests: list[TestFile]) -> bool:
+    """Return whether the tests pass with the mutant, and print it."""
+    failure = None
     with copied_repository() as copy:
         (copy / mutant.path).write_text(mutant.source, encoding="utf-8")
-        failure = first_failure(copy, closest_first(mutant.path))
-    print(f"{'found' if failure else 'SURVIVED':<9} {mutant} {f'({failure})' if failure else ''}", flush=True)
+        for one in tests:
+            failure = first_failure(copy, [one.path], LIMIT_SECONDS + LIMIT_RATIO * one.seconds)
+            if failure:
+                break
+    reason = failure or (f"{len(tests)} test files pass" if tests else "no test executes it")
+    print(f"{'found' if failure else 'SURVIVED':<9} {mutant} ({reason})", flush=True)
     return failure is None
 
 

@@ -23,7 +23,8 @@ class Mutant:
     """A module with one mutation. `place` has the function and the position in it, not in the module."""
 
     path: Path
-    line: int
+    lines: range
+    """The lines of the mutated statement; of one with a body, those of its head."""
     place: str
     before: str
     after: str
@@ -50,20 +51,21 @@ class Mutant:
         return hashlib.sha256(f"{self.path}:{self.place}:{self.before}:{self.after}".encode()).hexdigest()
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.before} -> {self.after}"
+        return f"{self.path}:{self.lines.start}: {self.before} -> {self.after}"
 
 
 def mutants(root: Path, path: Path) -> Iterator[Mutant]:
     """Yield all mutants of the functions of a module; `path` is relative to `root`."""
     tree = ast.parse((root / path).read_text(encoding="utf-8"))
     for function, nodes in _functions(tree):
-        for number, node in enumerate(nodes):
+        for number, (statement, node) in enumerate(nodes):
             for changed in _changed_statements(node) if isinstance(node, ast.stmt) else _changed_expressions(node):
                 parts = (tree, node, changed)
-                yield Mutant(path, node.lineno, f"{function}.{number}", _text(node), _text(changed), parts)
+                lines, place = _lines(statement), f"{function}.{number}"
+                yield Mutant(path, lines, place, _text(node), _text(changed), parts)
 
 
-def _functions(tree: ast.Module) -> Iterator[tuple[str, list[ast.expr | ast.stmt]]]:
+def _functions(tree: ast.Module) -> Iterator[tuple[str, list[tuple[ast.stmt, ast.expr | ast.stmt]]]]:
     """Yield the functions of a module, with the nodes of their bodies; nested functions are part of the outer one."""
     scopes: list[tuple[str, ast.Module | ast.ClassDef]] = [("", tree)]
     while scopes:
@@ -72,19 +74,30 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, list[ast.expr | ast.stmt
             if isinstance(node, ast.ClassDef):
                 scopes.append((f"{prefix}{node.name}.", node))
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield f"{prefix}{node.name}", [found for statement in node.body for found in _nodes(statement)]
+                yield f"{prefix}{node.name}", [found for one in node.body for found in _nodes(one, one)]
 
 
-def _nodes(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """Yield the expressions and statements that may be mutated: not annotations, raised errors or calls of the log."""
+def _nodes(node: ast.AST, statement: ast.stmt) -> Iterator[tuple[ast.stmt, ast.expr | ast.stmt]]:
+    """Yield the expressions and statements that may be mutated: not annotations, raised errors or calls of the log.
+
+    Each comes after the statement that it belongs to.
+    """
     if isinstance(node, ast.Expr) and (isinstance(node.value, ast.Constant) or _text(node).startswith("logger.")):
         return
+    if isinstance(node, ast.stmt):
+        statement = node
     if isinstance(node, ast.expr | ast.stmt):
-        yield node
+        yield statement, node
     for name, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST) and name not in _NOT_MUTATED:
-                yield from _nodes(child)
+                yield from _nodes(child, statement)
+
+
+def _lines(statement: ast.stmt) -> range:
+    body = getattr(statement, "body", None)
+    end = body[0].lineno if body else (statement.end_lineno or statement.lineno) + 1
+    return range(statement.lineno, max(end, statement.lineno + 1))
 
 
 def _changed_statements(node: ast.stmt) -> Iterator[ast.AST]:

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import coverage
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-TEST_SECONDS = 240
-"""Time limit of one test, enough for a busy machine; a mutant that makes a test hang is found."""
-SUITE_SECONDS = 1800
 LIBRARIES = [
     "grpc.aio",
     "jsonschema",
@@ -30,29 +28,39 @@ _PROCESSES.set_forkserver_preload(LIBRARIES)
 
 
 @contextmanager
-def copied_repository() -> Iterator[Path]:
+def copied_repository(root: Path = ROOT) -> Iterator[Path]:
     """Copy the sources and tests for the body."""
     ignored = shutil.ignore_patterns(".*", "build", "dist", "__pycache__", "node_modules")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        shutil.copytree(ROOT, name, ignore=ignored, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(root, name, ignore=ignored, symlinks=True, dirs_exist_ok=True)
         yield Path(name)
 
 
-def first_failure(copy: Path, tests: list[str]) -> str | None:
-    """Run tests in a copy of the repository until the first one fails, and return its name; None if all pass."""
+def first_failure(
+    copy: Path, tests: list[str], limit_seconds: float, *, coverage_configuration: Path | None = None
+) -> str | None:
+    """Run tests in a copy of the repository until the first one fails, and return its name; None if all pass.
+
+    Tests that take longer than the limit fail. With a configuration, coverage.py measures the tests and the processes
+    that they start.
+    """
     report = copy / "first-failure.txt"
-    process = _PROCESSES.Process(target=_run_tests, args=(copy, tests, report))
+    report.unlink(missing_ok=True)
+    process = _PROCESSES.Process(target=_run_tests, args=(copy, tests, report, coverage_configuration))
     process.start()
-    process.join(SUITE_SECONDS)
+    process.join(limit_seconds)
     code = process.exitcode
+    process.kill()  # it may not have its own group yet
     if process.pid is not None:
-        # A mutant can leave server processes behind, which are in the group of its tests.
+        # A mutant can cause server processes to continue, which are in the group of its tests.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.join()
     if code == 0:
         return None
-    return report.read_text(encoding="utf-8") if report.exists() else f"exit code {code}"
+    if report.exists():
+        return report.read_text(encoding="utf-8")
+    return "time limit" if code is None else f"exit code {code}"
 
 
 class _FirstFailure:
@@ -72,7 +80,7 @@ class _FirstFailure:
             self._report.write_text(report.nodeid, encoding="utf-8")
 
 
-def _run_tests(copy: Path, tests: list[str], report: Path) -> None:
+def _run_tests(copy: Path, tests: list[str], report: Path, coverage_configuration: Path | None) -> None:
     """Run the tests in this process, and exit with pytest's code."""
     os.setsid()
     silence = os.open(os.devnull, os.O_RDWR)
@@ -83,7 +91,10 @@ def _run_tests(copy: Path, tests: list[str], report: Path) -> None:
     folders = [str(copy / name) for name in (".", "server", "client", "protos")]
     os.environ |= {"PYTHONPATH": os.pathsep.join(folders), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.path[:0] = folders
+    if coverage_configuration is not None:
+        os.environ["COVERAGE_PROCESS_START"] = str(coverage_configuration)  # for processes that tests start
+        coverage.process_startup()
     # The imported libraries include plugins of pytest, whose assertions need no rewriting.
     warning = "-Wignore::pytest.PytestAssertRewriteWarning"
-    code = pytest.main(["-x", "-q", warning, f"--timeout={TEST_SECONDS}", *tests], [_FirstFailure(report)])
+    code = pytest.main(["-x", "-q", warning, *tests], [_FirstFailure(report)])
     os._exit(int(code))
