@@ -16,12 +16,13 @@ TESTS = {
     "usage": "unit/cli/test_usage.py integration/usage integration/test_budgets.py integration/idempotency "
     "reliability/test_store_faults.py",
     "engine": "unit/engine/test_*.py unit/engine/fingerprint unit/engine/speculation unit/lifecycle "
-    "unit/generation/test_supervised_engine.py integration/engine reliability/test_sequence_end.py",
+    "unit/generation/test_supervised_engine.py integration/engine/test_prompt_lookup.py reliability/test_sequence_end.py",
     "engine/text": "unit/engine/text integration/service/test_generation.py",
-    "engine/checkpoint": "unit/engine/checkpoint integration/checkpoints integration/engine "
-    "integration/test_weights_fetch.py",
-    "engine/model": "unit/engine/model unit/engine/native integration/engine",
-    "engine/native": "unit/engine/native integration/engine",
+    "engine/checkpoint": "unit/engine/checkpoint integration/checkpoints integration/test_weights_fetch.py "
+    "integration/engine/test_config_cache.py integration/engine/test_loading_memory.py",
+    "engine/model": "unit/engine/model unit/engine/native integration/engine/test_prompt_lookup.py "
+    "integration/engine/test_loading_memory.py",
+    "engine/native": "unit/engine/native integration/engine/test_native*.py",
 }
 
 
