@@ -16,7 +16,8 @@ TESTS = {
     "usage": "unit/cli/test_usage.py integration/usage integration/test_budgets.py integration/idempotency "
     "reliability/test_store_faults.py",
     "engine": "unit/engine/test_*.py unit/engine/fingerprint unit/engine/speculation unit/lifecycle "
-    "unit/generation/test_supervised_engine.py integration/engine/test_prompt_lookup.py reliability/test_sequence_end.py",
+    "unit/generation/test_supervised_engine.py integration/engine/test_prompt_lookup.py "
+    "reliability/test_sequence_end.py",
     "engine/text": "unit/engine/text integration/service/test_generation.py",
     "engine/checkpoint": "unit/engine/checkpoint integration/checkpoints integration/test_weights_fetch.py "
     "integration/engine/test_config_cache.py integration/engine/test_loading_memory.py",
