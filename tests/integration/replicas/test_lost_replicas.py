@@ -1,5 +1,6 @@
 """Coalescing across replicas when the replica that computes a reply, or Redis, is lost."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -190,6 +191,22 @@ async def test_without_redis_each_replica_computes(
         redis.start()
         assert "the store of shared generations at" in caplog.text
         assert "does not answer" in caplog.text
+
+
+async def test_redis_is_lost_before_a_lease_is_claimed(
+    replica: Replicas, redis: RedisServer, patient_stores: None
+) -> None:
+    """A call that waits for its slot at that moment computes its reply alone."""
+    async with replica("a", quota_fallback="local") as a:
+        other = await hold_slot(a, "another story")
+        waiting = asyncio.ensure_future(a.text.Generate(STORY))
+        await a.wait_until_queued(1)
+        redis.kill()
+        a.model.open_gate()
+        assert (await waiting).response == REPLY
+        assert results(a)["unshared"] == 1
+        await rest_of(other)
+        redis.start()
 
 
 async def test_redis_is_lost_during_a_reply(

@@ -3,6 +3,8 @@
 import errno
 import os
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,10 +31,20 @@ def delete_all(directory: Path) -> None:
         path.unlink()
 
 
+def replace_log(directory: Path) -> None:
+    """Delete the database, and put the log of another one in its place."""
+    delete_all(directory)
+    other = directory.parent / "other.db"
+    with closing(sqlite3.connect(other)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE other (value)")
+        shutil.copy(f"{other}-wal", directory / "usage.db-wal")
+
+
 @pytest.mark.parametrize(
     "delete",
-    [lambda directory: (directory / "usage.db").unlink(), delete_all, shutil.rmtree],
-    ids=["file", "log", "all"],
+    [lambda directory: (directory / "usage.db").unlink(), delete_all, replace_log, shutil.rmtree],
+    ids=["file", "log", "log of another file", "all"],
 )
 async def test_deleted_file_is_restored(
     tmp_path: Path, open_ledger: LedgerOpener, caplog: pytest.LogCaptureFixture, delete: object

@@ -148,6 +148,22 @@ async def test_commits_are_synced_each_second(tmp_path: Path, open_ledger: Ledge
     assert ledger._local.database.connection.execute("PRAGMA synchronous").fetchone() == (1,)  # NORMAL
 
 
+async def test_an_idle_server_does_not_use_the_disk(
+    tmp_path: Path, open_ledger: LedgerOpener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without new commits there is nothing to sync."""
+    ledger = await open_ledger()
+    await record_request(ledger, "one")
+    await ledger.probe_disk()  # does what the thread does each second
+    checkpoints: list[None] = []
+    monkeypatch.setattr(ledger._local.database, "checkpoint", lambda: checkpoints.append(None))
+    await ledger.probe_disk()
+    assert checkpoints == []
+    await record_request(ledger, "two")
+    await ledger.probe_disk()
+    assert checkpoints == [None]
+
+
 async def test_crash_after_recovery_loses_nothing(tmp_path: Path, open_ledger: LedgerOpener) -> None:
     """Records that one server recovers and another one recovers again are there once."""
     ledger = await open_ledger()

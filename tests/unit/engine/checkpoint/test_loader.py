@@ -13,6 +13,7 @@ from tools.make_checkpoint import Shape, make_checkpoint
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from llama2_server.engine.checkpoint import loader
 from llama2_server.engine.checkpoint.loader import EMBEDDING, HEAD, load_model
 from llama2_server.engine.checkpoint.read_buffers import BUFFER_BYTES
 from llama2_server.engine.errors import WeightsError
@@ -165,6 +166,16 @@ def test_a_model_too_large_for_the_gpu_is_rejected_before_it_is_read(
     with pytest.raises(WeightsError, match=expected) as rejection:
         load_model(checkpoint(), device="cuda", dtype=torch.float16, context_length=128, slots=40000)
     assert "\n" not in str(rejection.value)
+
+
+def test_a_model_too_large_for_the_memory_is_rejected_before_it_is_read(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is the memory that is available to this process."""
+    monkeypatch.setattr(loader, "available_bytes", lambda: 500_000)
+    monkeypatch.setattr(loader, "_allocate", None)
+    with pytest.raises(WeightsError, match=r"needs 2\.6 GB on cpu .* but only 0\.0 GB are free; free memory, or lower"):
+        load_model(checkpoint(), device="cpu", dtype=torch.float16, context_length=128, slots=40000)
 
 
 def test_weights_have_a_quick_digest(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
