@@ -100,6 +100,12 @@ async def redis_client(server: RedisServer) -> AsyncIterator[Any]:
         yield client
 
 
+async def expire_leases(redis: RedisServer) -> None:
+    """Let the time of all leases pass."""
+    async with redis_client(redis) as client:
+        await client.delete(*[name async for name in client.scan_iter("llama2:reply:*")])
+
+
 async def names_of(client: Any, suffix: str = "") -> list[bytes]:
     """Return the names of the keys of shared replies; without a suffix, of the leases."""
     names = [name async for name in client.scan_iter("llama2:reply:*")]

@@ -13,10 +13,10 @@ from tests.integration.replicas.conftest import (
     REPLY,
     STORY,
     Replicas,
+    expire_leases,
     fail,
     follow,
     prefills,
-    redis_client,
     rest_of,
     results,
     stops,
@@ -246,9 +246,3 @@ async def test_a_repeated_command_adds_its_text_once(redis: RedisServer, patient
     assert (last.text, last.end) == ("upon", end)
     assert (await store.publish("digest", "other", 9, "mixed", None))[0] == -1
     await store.close()
-
-
-async def expire_leases(redis: RedisServer) -> None:
-    """Let the time of all leases pass."""
-    async with redis_client(redis) as client:
-        await client.delete(*[name async for name in client.scan_iter("llama2:reply:*")])

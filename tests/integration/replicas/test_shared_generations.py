@@ -11,6 +11,7 @@ from tests.integration.replicas.conftest import (
     REPLY,
     STORY,
     Replicas,
+    expire_leases,
     follow,
     names_of,
     prefills,
@@ -131,6 +132,27 @@ async def test_a_queued_call_finds_the_stored_reply(replica: Replicas) -> None:
         assert (reply.response, reply.completion.cached) == (REPLY, True)
         assert reply.completion.seed == first.completion.seed
         assert prefills(a, b) == [1, 1]
+        await rest_of(other)
+
+
+@pytest.mark.parametrize("same_seed", [True, False], ids=["same seed", "another seed"])
+async def test_a_queued_call_finds_a_stored_reply_without_a_lease(
+    replica: Replicas, redis: RedisServer, same_seed: bool
+) -> None:
+    """The lease of a stored reply has expired: a waiting call takes the reply only if it is that of its own seed."""
+    async with replica("a") as a, replica("b") as b:
+        other = await hold_slot(b, "another story")
+        waiting = asyncio.ensure_future(b.text.Generate(STORY))
+        await b.wait_until_queued(1)
+        if not same_seed:
+            await expire_leases(redis)
+        first = await a.text.Generate(STORY)
+        await expire_leases(redis)
+        b.model.open_gate()
+        reply = await waiting
+        assert (reply.response, reply.completion.cached) == (REPLY, same_seed)
+        assert (reply.completion.seed == first.completion.seed) is same_seed
+        assert prefills(a, b) == [1, 1 if same_seed else 2]
         await rest_of(other)
 
 

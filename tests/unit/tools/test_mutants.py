@@ -21,6 +21,7 @@ class Counter:
         """Add a number."""
         if self.open and number < LIMIT:
             self.total += number
+            self.pairs = zip(self.names, self.values, strict=True)
         logger.info("added %d", 1)
         return not self.closed
 '''

@@ -64,8 +64,8 @@ def read_config(directory: Path) -> LlamaConfig:
         intermediate_size=config.intermediate_size,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        kv_heads=_size(config, "num_key_value_heads"),
+        head_dim=_size(config, "head_dim"),
         rms_norm_eps=float(config.rms_norm_eps),
         rope_theta=_rope(config)["rope_theta"],
         max_positions=config.max_position_embeddings,
@@ -123,7 +123,7 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> "HFConfig":
     except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise WeightsError(f"{path}: {' '.join(str(error).split())}; fetch it again") from error
     for name, limit in MAX_SIZES.items():
-        size = getattr(config, name)
+        size = _size(config, name)
         if type(size) is not int or size < 1:
             raise WeightsError(f"{path}: {name} is {size!r}, expected a positive integer; fetch it again")
         if size > limit:
@@ -161,7 +161,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _check_config(path: Path, config: "HFConfig") -> None:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    heads, kv_heads = config.num_attention_heads, _size(config, "num_key_value_heads")
     for name, found, expected in (
         ("rope_scaling", _rope(config).get("rope_type"), "default"),
         ("attention_bias", config.attention_bias, False),
@@ -179,6 +179,12 @@ def _check_config(path: Path, config: "HFConfig") -> None:
             raise WeightsError(
                 f"{path}: {name} is {number!r}, expected a number in [{low:g}, {high:g}]; fetch it again"
             )
+
+
+def _size(config: "HFConfig", name: str) -> int:
+    """Return a size that may be missing in the file; transformers then derives it from others."""
+    size: int = getattr(config, name)
+    return size
 
 
 def _rope(config: "HFConfig") -> dict[str, Any]:
