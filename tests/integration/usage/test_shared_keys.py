@@ -161,6 +161,21 @@ async def test_keys_hold_locally_during_an_outage(
     assert elsewhere.record == opened[2]
 
 
+async def test_a_call_that_an_outage_rejects_frees_its_key(
+    open_ledger: LedgerOpener, unsteady: PostgresCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store gets the rejection after the outage; until then other servers wait."""
+    url, deletes = unsteady.new_database(), KeyStatements(monkeypatch, "DELETE")
+    a, b = [await open_ledger(url=url, data_directory=tmp_path / name) for name in "ab"]
+    claim = await a.keys.claim(key("a"), accept)
+    unsteady.stop()
+    await a.keys.end(claim, admitted=False)
+    await deletes.next_end()
+    unsteady.start()
+    await until_up(a, b)
+    assert (await b.keys.claim(key("b"), accept)).is_new
+
+
 async def test_calls_are_rejected_during_an_outage(
     open_ledger: LedgerOpener, unsteady: PostgresCluster, tmp_path: Path
 ) -> None:
