@@ -50,6 +50,8 @@ def test_groups_of_version_1_limit_the_memory(tmp_path: Path) -> None:
     (mount / "memory.usage_in_bytes").write_text("450000\n")
     (mount / "memory.stat").write_text("total_inactive_file 30000\n")
     assert available_bytes(root) == 80000
+    (mount / "memory.usage_in_bytes").write_text("530001\n")  # a group can use more than its limit for a moment
+    assert available_bytes(root) == 0
 
 
 def test_weights_cache_and_reserve_must_fit_together(tmp_path: Path) -> None:
