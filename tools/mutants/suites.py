@@ -20,7 +20,8 @@ TESTS = {
     "reliability/test_sequence_end.py",
     "engine/text": "unit/engine/text integration/service/test_generation.py",
     "engine/checkpoint": "unit/engine/checkpoint integration/checkpoints integration/test_weights_fetch.py "
-    "integration/engine/test_config_cache.py integration/engine/test_loading_memory.py",
+    "integration/engine/test_config_cache.py integration/engine/test_loading_memory.py "
+    "unit/engine/native/test_packed_model.py",
     "engine/model": "unit/engine/model unit/engine/native integration/engine/test_prompt_lookup.py "
     "integration/engine/test_loading_memory.py",
     "engine/native": "unit/engine/native integration/engine/test_native*.py",

@@ -184,6 +184,19 @@ async def test_withdrawn_request_leaves_nothing(tmp_path: Path, url: str | None,
     await admit(ledger, "next")
 
 
+async def test_request_that_is_withdrawn_after_its_admission(
+    tmp_path: Path, url: str | None, open_ledger: LedgerOpener
+) -> None:
+    """It has no record, and its reservation ends."""
+    ledger = await open_ledger(url=url, neuron_costs=COSTS, budget_of=budgets(acme=10))
+    async with ledger.reserved("rejected", "acme", "model", MOST):
+        await ledger.admit("rejected", "acme", "model")
+        ledger.withdraw("rejected")
+    assert await settled(ledger) == (0, 0)
+    assert await stored(url, tmp_path) == []
+    await admit(ledger, "next")
+
+
 async def test_budget_needs_the_store(
     tmp_path: Path, postgres: PostgresCluster, open_ledger: LedgerOpener, caplog: pytest.LogCaptureFixture
 ) -> None:

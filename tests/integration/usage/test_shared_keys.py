@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,7 +16,7 @@ from tests.support.servers.postgres_server import PostgresCluster, running_postg
 
 from llama2_server.errors import UsageUnavailable
 from llama2_server.usage.keys import key_store, shared_keys
-from llama2_server.usage.keys.records import KeyState
+from llama2_server.usage.keys.records import KeyRecord, KeyState
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +114,35 @@ async def test_rejected_call_frees_its_key(open_ledger: LedgerOpener, url: str, 
     assert (await b.keys.claim(key("b"), accept)).is_new
 
 
+async def test_another_request_waits_for_the_key_of_a_call_that_may_be_rejected(
+    open_ledger: LedgerOpener, url: str, tmp_path: Path
+) -> None:
+    """Only then is the key its own; the claim of a server that has ended counts."""
+
+    def refuse(record: KeyRecord) -> None:
+        if record.request_id == "a":
+            raise AnotherRequest
+
+    a, b = [await open_ledger(url=url, data_directory=tmp_path / name) for name in "ab"]
+    first = await a.keys.claim(key("a"), accept)
+    wanted = asyncio.Event()
+    a.keys.on_wanted(lambda _: wanted.set())
+    second = asyncio.create_task(b.keys.claim(key("b"), refuse))
+    await wanted.wait()
+    assert not second.done()
+    await a.keys.end(first, admitted=False)
+    assert (await second).is_new
+    await b.keys.end(await second, admitted=False)
+    await a.keys.claim(key("a"), accept)
+    await crash(a)
+    with pytest.raises(AnotherRequest):
+        await b.keys.claim(key("c"), refuse)
+
+
+class AnotherRequest(Exception):
+    """The key was used for another request."""
+
+
 async def test_abandoned_claim_frees_its_key(
     open_ledger: LedgerOpener, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +196,7 @@ async def test_a_call_that_an_outage_rejects_frees_its_key(
     open_ledger: LedgerOpener, unsteady: PostgresCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store gets the rejection after the outage; until then other servers wait."""
+    monkeypatch.setattr(key_store, "_HOLD_MS", 60_000)  # longer than the outage
     url, deletes = unsteady.new_database(), KeyStatements(monkeypatch, "DELETE")
     a, b = [await open_ledger(url=url, data_directory=tmp_path / name) for name in "ab"]
     claim = await a.keys.claim(key("a"), accept)
@@ -174,6 +206,25 @@ async def test_a_call_that_an_outage_rejects_frees_its_key(
     unsteady.start()
     await until_up(a, b)
     assert (await b.keys.claim(key("b"), accept)).is_new
+
+
+async def test_expired_keys_are_not_sent_after_an_outage(
+    open_ledger: LedgerOpener, unsteady: PostgresCluster, tmp_path: Path
+) -> None:
+    """The local database has neither the key nor the mark that it must be sent."""
+    ledger = await open_ledger(url=unsteady.new_database(), data_directory=tmp_path)
+    unsteady.stop()
+    with closing(sqlite3.connect(tmp_path / "usage.db")) as database:
+        query = "SELECT (SELECT count(*) FROM idempotency_keys), (SELECT count(*) FROM unsent_keys)"
+        ends = (datetime.now(UTC) + timedelta(hours=hours) for hours in (-1, 1))
+        for name, expires_at in zip(("expired", "valid"), ends, strict=True):
+            claim = await ledger.keys.claim(key(name, digest=name, expires_at=expires_at), accept)
+            await admit(ledger, claim.record)
+        assert database.execute(query).fetchone() == (2, 2)
+        await ledger.keys.purge()
+        assert database.execute(query).fetchone() == (1, 1)
+    unsteady.start()
+    await until_up(ledger)
 
 
 async def test_calls_are_rejected_during_an_outage(

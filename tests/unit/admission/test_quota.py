@@ -21,6 +21,7 @@ def test_sixth_request_is_rejected_until_the_exact_time() -> None:
         quota = Quota(FIVE)
         for pause in (0, 1, 1, 1, 1):
             await asyncio.sleep(pause)
+            assert await quota.retry_seconds("a") == 0
             await quota.consume("a")
         assert await retry_after(quota) == 56
         await asyncio.sleep(56 - 1e-6)

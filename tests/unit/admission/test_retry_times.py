@@ -49,6 +49,12 @@ def test_a_time_expires() -> None:
     assert times.count("acme", at + EXPIRY_SECONDS) == 1
     assert times.count("acme", at + EXPIRY_SECONDS + 0.001) == 0
     assert times.claim(call(1, client="c").identity, at + EXPIRY_SECONDS + 0.001) is None
+    at = times.add(call(1), NOW + 50, 1.0, 5, NOW + 50)
+    assert times.until(at, at + EXPIRY_SECONDS) == 1
+    assert times.until(at, at + EXPIRY_SECONDS + 0.001) == 0
+    at = times.add(call(1), NOW + 100, 1.0, 5, NOW + 100)
+    assert list(times.of_account("acme", at + EXPIRY_SECONDS)) == [at]
+    assert list(times.of_account("acme", at + EXPIRY_SECONDS + 0.001)) == []
 
 
 def test_the_due_call_is_claimed_once() -> None:

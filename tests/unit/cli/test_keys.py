@@ -121,6 +121,15 @@ def test_an_edit_keeps_the_rest_of_the_file(tmp_path: Path) -> None:
     assert account_of(file, first) == "alice"
 
 
+def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
+    """The file was written by an editor that does not end the last line."""
+    file = tmp_path / "keys.yaml"
+    first, line = new_key("alice")
+    file.write_text(f"keys:\n  {line}")
+    second = new(file, "bob")
+    assert [account_of(file, key) for key in (first, second)] == ["alice", "bob"]
+
+
 def test_an_invalid_file_is_not_edited(tmp_path: Path) -> None:
     """A file that a server would reject is an error of every command, and stays unchanged."""
     file = tmp_path / "keys.yaml"

@@ -150,6 +150,16 @@ def test_small_differences_are_warnings(
     assert f"the chat template {difference}; the server uses Llama-2's template" in record.getMessage()
 
 
+@pytest.mark.parametrize("is_list", [False, True])
+def test_the_default_of_named_templates_counts(copy: Path, is_list: bool) -> None:
+    """The others are for tools; an entry of another form is none."""
+    named: dict[str, Any] = {"tool_use": CHAT_TEMPLATE, "default": CHATML}
+    entries = [{"name": name, "template": template} for name, template in named.items()]
+    set_template(copy, ["text", *entries] if is_list else named)
+    with pytest.raises(WeightsError, match=OTHER["ChatML"][1]):
+        check(copy)
+
+
 def test_the_template_file_wins(copy: Path) -> None:
     """As in transformers, chat_template.jinja is used if both exist."""
     set_template(copy, CHATML)
