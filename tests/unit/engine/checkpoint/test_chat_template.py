@@ -61,6 +61,8 @@ EQUAL: dict[str, Any] = {
     "none": None,
     "empty": "",
     "no default": [{"name": "tool_use", "template": CHATML}],
+    "only for a reply": "{% if not add_generation_prompt %}{{ raise_exception('no reply') }}{% endif %}"
+    + CHAT_TEMPLATE,
     "literal tokens": CHAT_TEMPLATE.replace("bos_token", "'<s>'").replace("eos_token", "'</s>'"),
 }
 
