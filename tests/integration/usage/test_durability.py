@@ -298,6 +298,9 @@ async def test_log_stays_small(tmp_path: Path, open_ledger: LedgerOpener) -> Non
         await ledger.probe_disk()
         sizes.append((tmp_path / "usage.db-wal").stat().st_size)
     assert sizes[-1] <= 1.5 * sizes[0]
+    files = list(tmp_path.glob("usage.db*"))
+    assert len(files) == 3
+    assert ledger.database_bytes == sum(path.stat().st_size for path in files)
     with sqlite3.connect(tmp_path / "usage.db") as other:
         assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     other.close()

@@ -37,6 +37,14 @@ def test_a_quota_of_version_2_limits_the_cores(tmp_path: Path, quota: str, cores
     assert available_cores(root) == cores
 
 
+def test_the_name_of_a_group_may_have_a_colon(tmp_path: Path) -> None:
+    """As containerd names them: slice, prefix and container."""
+    root = write(tmp_path, proc__self__cgroup="0::/system.slice:cri:0123\n")
+    (root / "sys/fs/cgroup/system.slice:cri:0123").mkdir(parents=True)
+    (root / "sys/fs/cgroup/system.slice:cri:0123/cpu.max").write_text("200000 100000\n")
+    assert available_cores(root) == 2
+
+
 @pytest.mark.parametrize(("quota", "cores"), [("-1", 8), ("100000", 1), ("350000", 3)])
 def test_a_quota_of_version_1_limits_the_cores(tmp_path: Path, quota: str, cores: int) -> None:
     """In a container, the mount is the own group."""

@@ -11,7 +11,7 @@ import torch
 
 from llama2_server.engine.checkpoint import read_buffers
 from llama2_server.engine.checkpoint.files import TensorEntry
-from llama2_server.engine.checkpoint.read_buffers import ReadBuffers, reader_threads
+from llama2_server.engine.checkpoint.read_buffers import PACKED_BUFFER_BYTES, ReadBuffers, reader_threads
 
 BLOCKS = 5
 
@@ -104,6 +104,7 @@ def test_blocks_have_whole_groups_of_rows(tmp_path: Path, width: int, group_rows
         for first, rows in ReadBuffers(torch.device("cpu")).read_rows(tensor, file, group_rows):
             assert first == next_row
             assert first % group_rows == 0
+            assert rows.nbytes <= max(PACKED_BUFFER_BYTES, group_rows * width * rows.itemsize)
             next_row += len(rows)
             found.append(rows.clone())
     assert torch.equal(torch.cat(found).view(torch.int16), stored)

@@ -234,3 +234,23 @@ def test_added_tokens(saved: Path, tmp_path: Path) -> None:
     assert VOCAB_SIZE not in ids
     assert ours.vocab_size == VOCAB_SIZE
     assert "".join(deltas(ours, [*ids, VOCAB_SIZE])) == reference.decode(ids, skip_special_tokens=True)
+
+
+def limit_lengths(document: dict[str, Any]) -> None:
+    """Set what training scripts often save: texts are cut, and short ones are padded."""
+    document["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    document["padding"] = {
+        "strategy": {"Fixed": 16},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
+
+
+def test_saved_lengths_of_a_training_do_not_count(saved: Path, tmp_path: Path, ours: Tokenizer) -> None:
+    """A text is neither cut nor padded."""
+    limited = Tokenizer(edit_tokenizer_json(saved, tmp_path, limit_lengths))
+    for text in ("a", "a text that has more than four tokens, as most texts"):
+        assert limited.encode_raw(text) == ours.encode_raw(text)
