@@ -44,10 +44,6 @@ class NeuronAmount(TypeDecorator[Decimal]):
     impl = BigInteger
     cache_ok = True
 
-    def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> int | None:
-        """Convert neurons to billionths."""
-        return None if value is None else int(value.scaleb(NEURON_DECIMALS))
-
     def process_result_value(self, value: int | Decimal | None, dialect: Dialect) -> Decimal | None:
         """Convert billionths, or their sum, to neurons."""
         return None if value is None else Decimal(value).scaleb(-NEURON_DECIMALS)
@@ -58,10 +54,6 @@ class UtcDateTime(TypeDecorator[datetime]):
 
     impl = DateTime(timezone=True)
     cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert an aware time to UTC."""
-        return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """Return an aware time; a stored time without a zone is in UTC."""

@@ -32,6 +32,7 @@ VALUES: list[tuple[str, Any]] = [
     ("", LEASE | {"end": "END_OF_SEQUENCE"}),
     ("", LEASE | {"end": "FAILED 1 1"}),
     ("", LEASE | {"end": "END_OF_SEQUENCE 1 -1"}),
+    ("", LEASE | {"end": f"END_OF_SEQUENCE {2**31} 1"}),
     (":seed", b"\xff"),
     (":seed", -1),
     (":seed", 2**64),

@@ -65,3 +65,23 @@ def test_result_of_an_engine_whose_thread_died() -> None:
         assert supervised.failed
 
     run_virtual(main())
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_failed_engine_is_not_waited_for(failed: bool) -> None:
+    """Its thread may never end; the one of another engine gets the time."""
+    limits: list[float] = []
+
+    def close(seconds: float) -> bool:
+        limits.append(seconds)
+        return True
+
+    async def main() -> None:
+        engine = SimpleNamespace(alive=True, step_started_at=None, close=close)
+        supervised = SupervisedEngine(cast(Engine, engine), engine_step_timeout_seconds=60)
+        if failed:
+            supervised.fail("a reason")
+        await supervised.close(5)
+
+    asyncio.run(main())
+    assert limits == [0 if failed else 5]

@@ -93,6 +93,7 @@ OTHER: dict[str, tuple[str, str]] = {
     "ChatML": (CHATML, r'starts a chat with "<\|im_start\|>user\\nWho are you\?'),
     "Vicuna": (VICUNA, r'starts a chat with "<s>USER: Who are you\? ASSISTANT:"'),
     "Mistral": (MISTRAL, r'starts a chat with "<s>\[INST\] Hi! \[/INST\]'),
+    "another language": ("Nutzer: {{ messages[-1].content }} Gerät:", r'starts a chat with "Nutzer: .* Gerät:"'),
     "no start token": (CHAT_TEMPLATE.replace("bos_token + ", ""), r'starts a chat with "\[INST\] Who'),
     "another system prompt": (
         CHAT_TEMPLATE.replace("<<SYS>>", "<<SYSTEM>>"),

@@ -135,12 +135,25 @@ def test_a_missing_tokenizer_is_rejected(tmp_path: Path) -> None:
         Tokenizer(tmp_path / "tokenizer.model")
 
 
+def train(prefix: Path, **special_ids: int) -> Path:
+    """Train a small SentencePiece model with these ids of its special tokens."""
+    lines = iter(["some text to train on"] * 10)
+    settings: dict[str, Any] = {"vocab_size": 300, "hard_vocab_limit": False, "minloglevel": 2, **special_ids}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(prefix), **settings)
+    return prefix.with_suffix(".model")
+
+
 @pytest.mark.parametrize("missing", ["bos_id", "eos_id"])
 def test_a_tokenizer_without_start_or_end_token_is_rejected(tmp_path: Path, missing: str) -> None:
     """Llama-2's template needs <s> and </s>."""
-    prefix = tmp_path / "tokenizer"
-    lines = iter(["some text to train on"] * 10)
-    settings: dict[str, Any] = {"vocab_size": 300, "hard_vocab_limit": False, "minloglevel": 2, missing: -1}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(prefix), **settings)
+    path = train(tmp_path / "tokenizer", **{missing: -1})
     with pytest.raises(WeightsError, match="has no <s> or no </s>"):
-        Tokenizer(prefix.with_suffix(".model"))
+        Tokenizer(path)
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2), (1, 0, 2)])
+def test_special_tokens_may_have_any_ids(tmp_path: Path, ids: tuple[int, int, int]) -> None:
+    """Also 0, which is <unk> in Llama-2."""
+    tokenizer = Tokenizer(train(tmp_path / "tokenizer", **dict(zip(("bos_id", "eos_id", "unk_id"), ids, strict=True))))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == ids[:2]
+    assert tokenizer.encode_raw("text")[0] == ids[0]
