@@ -12,7 +12,8 @@ TESTS = {
     "integration/test_quota.py unit/cli/test_keys.py unit/cli/test_account_limits.py "
     "reliability/test_queue_fairness.py",
     "generation": "unit/generation integration/service reliability/test_sequence_end.py "
-    "integration/test_response_cache.py integration/replicas integration/telemetry unit/lifecycle",
+    "integration/test_response_cache.py integration/replicas integration/telemetry integration/idempotency "
+    "unit/lifecycle",
     "usage": "unit/cli/test_usage.py integration/usage integration/test_budgets.py integration/idempotency "
     "reliability/test_store_faults.py",
     "engine": "unit/engine/test_*.py unit/engine/fingerprint unit/engine/speculation unit/lifecycle "

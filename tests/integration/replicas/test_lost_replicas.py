@@ -16,7 +16,9 @@ from tests.integration.replicas.conftest import (
     expire_leases,
     fail,
     follow,
+    names_of,
     prefills,
+    redis_client,
     rest_of,
     results,
     stops,
@@ -127,21 +129,58 @@ async def test_a_fingerprint_that_is_known_later_continues_a_text(replica: Repli
         assert prefills(b) == [1]
 
 
+@pytest.mark.usefixtures("patient_leases")
+async def test_a_text_is_not_read_from_an_owner_with_another_fingerprint(replica: Replicas, redis: RedisServer) -> None:
+    """The weights of the follower are still being hashed when another replica gets the lease."""
+    async with running_owner_and_follower(replica, "some", new_fingerprint()) as (a, leader, _, call, _):
+        async with redis_client(redis) as client:
+            [lease] = await names_of(client)
+            await client.hset(lease, mapping={"owner": "another", "fingerprint": "other"})
+        error = await fail(call)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "another fingerprint" in (error.details() or "")
+        a.model.open_gate()
+        await rest_of(leader)
+
+
+def new_fingerprint() -> Fingerprint:
+    """Return a fingerprint without that of the weights, which are still being hashed."""
+    return Fingerprint({"kernels": "scripted"}, "start of the weights")
+
+
 @asynccontextmanager
 async def owner_and_follower(
     replica: Replicas, of_owner: str | None, of_follower: str | None
 ) -> AsyncIterator[tuple[Service, Any, str]]:
     """Yield a replica with a call that reads a reply of another one, and its text so far; the other one has failed.
 
-    The weights of the owner are known when it starts to generate, and the weights of the follower during the reply.
+    The weights of the follower are known during the reply.
     """
-    fingerprints = [Fingerprint({"kernels": "scripted"}, "start of the weights") for _ in range(2)]
-    async with replica("a", fingerprint=fingerprints[0]) as a, replica("b", fingerprint=fingerprints[1]) as b:
+    fingerprint = new_fingerprint()
+    async with running_owner_and_follower(replica, of_owner, fingerprint) as (a, leader, b, call, text):
+        if of_follower is not None:
+            fingerprint.set_weights(of_follower)
+        a.model.failure = RuntimeError("broken")
+        a.model.open_gate()
+        await fail(leader)
+        yield b, call, text
+
+
+@asynccontextmanager
+async def running_owner_and_follower(
+    replica: Replicas, of_owner: str | None, of_follower: Fingerprint
+) -> AsyncIterator[tuple[Service, Any, Service, Any, str]]:
+    """Yield a replica and its call, and another one whose call reads the reply of the first one, with its text so far.
+
+    The weights of the owner are known when it starts to generate, and the weights of the follower are not.
+    """
+    fingerprint = new_fingerprint()
+    async with replica("a", fingerprint=fingerprint) as a, replica("b", fingerprint=of_follower) as b:
         other = await hold_slot(a, "another story")
         leader = a.text.GenerateStream(STORY)
         await a.wait_until_queued(1)
         if of_owner is not None:
-            fingerprints[0].set_weights(of_owner)
+            fingerprint.set_weights(of_owner)
         with pytest.MonkeyPatch.context() as patch:
             stopped = stops(patch)
             await disconnect(a, other)
@@ -149,12 +188,7 @@ async def owner_and_follower(
         a.model.allow(2)  # the step in progress, and the first one of the leader
         assert isinstance(await leader.read(), pb.GenerateStreamResponse)
         call, text = await follow(b)
-        if of_follower is not None:
-            fingerprints[1].set_weights(of_follower)
-        a.model.failure = RuntimeError("broken")
-        a.model.open_gate()
-        await fail(leader)
-        yield b, call, text
+        yield a, leader, b, call, text
 
 
 @pytest.mark.usefixtures("patient_leases")

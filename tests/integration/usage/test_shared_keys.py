@@ -115,9 +115,9 @@ async def test_rejected_call_frees_its_key(open_ledger: LedgerOpener, url: str, 
 
 
 async def test_another_request_waits_for_the_key_of_a_call_that_may_be_rejected(
-    open_ledger: LedgerOpener, url: str, tmp_path: Path
+    open_ledger: LedgerOpener, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only then is the key its own; the claim of a server that has ended counts."""
+    """Only then is the key its own; the claim of a server that has ended counts. The holder learns that it waits."""
 
     def refuse(record: KeyRecord) -> None:
         if record.request_id == "a":
@@ -125,8 +125,11 @@ async def test_another_request_waits_for_the_key_of_a_call_that_may_be_rejected(
 
     a, b = [await open_ledger(url=url, data_directory=tmp_path / name) for name in "ab"]
     first = await a.keys.claim(key("a"), accept)
-    wanted = asyncio.Event()
+    wanted, renewals = asyncio.Event(), KeyStatements(monkeypatch, "UPDATE")
     a.keys.on_wanted(lambda _: wanted.set())
+    for _ in range(3):
+        await renewals.next_end()
+    assert not wanted.is_set()
     second = asyncio.create_task(b.keys.claim(key("b"), refuse))
     await wanted.wait()
     assert not second.done()

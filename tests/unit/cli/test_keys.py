@@ -130,6 +130,16 @@ def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
     assert [account_of(file, key) for key in (first, second)] == ["alice", "bob"]
 
 
+def test_a_new_entry_has_the_indentation_of_the_first_one(tmp_path: Path) -> None:
+    """The first entry has several lines, which are indented further."""
+    file = tmp_path / "keys.yaml"
+    text = "keys:\n    0123456789ab:\n        account: ops\n        salt: '{}'\n        digest: '{}'\n"
+    file.write_text(text.format("0" * 32, "f" * 64))
+    key = new(file, "bob")
+    assert account_of(file, key) == "bob"
+    assert file.read_text().splitlines()[-1].startswith(f"    {id_of(key)}: ")
+
+
 def test_an_invalid_file_is_not_edited(tmp_path: Path) -> None:
     """A file that a server would reject is an error of every command, and stays unchanged."""
     file = tmp_path / "keys.yaml"
