@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from tools.demo_model.corpus.names import invented_name, invented_noun, real_name
+from tools.demo_model.corpus.exercises import exercise
 from tools.demo_model.corpus.requests import as_typed, example, request
 from tools.demo_model.corpus.stories import (
     LENGTHS,
@@ -20,14 +20,7 @@ from tools.demo_model.corpus.stories import (
     with_place,
 )
 from tools.demo_model.corpus.templates import choose, expand, read_blocks, with_article
-from tools.demo_model.corpus.world import (
-    HEROES,
-    MORE_THINGS,
-    PLACES,
-    THINGS,
-    held_out,
-    unseen,
-)
+from tools.demo_model.corpus.world import HEROES, PLACES, held_out
 
 Message = dict[str, str]
 TALK = read_blocks("talk", "talk.txt")
@@ -60,10 +53,10 @@ _AFTER_STORY = (
 
 @dataclass(frozen=True)
 class Mix:
-    """Probabilities of the parts of conversations; the rest of the first turns repeat words."""
+    """Probabilities of the parts of conversations; the rest of the first turns are exercises."""
 
-    stories: float = 0.68
-    small_talk: float = 0.28
+    stories: float = 0.72
+    small_talk: float = 0.18
     follow_up: float = 0.25
     subjects: tuple[str, ...] = (
         *TALK,
@@ -104,7 +97,7 @@ def conversation(rng: Random, mix: Mix) -> list[Message]:
         _small_talk(talk, rng.choice(mix.subjects))
         follow_up_probability = 0.4
     else:
-        _echo(talk)
+        talk.add(*exercise(rng))
     while rng.random() < (0.9 if chatty else follow_up_probability) and talk.words() < MAX_WORDS - 150:
         _next_turn(talk)
         follow_up_probability = 0.5
@@ -113,10 +106,10 @@ def conversation(rng: Random, mix: Mix) -> list[Message]:
     return talk.messages
 
 
-def echo(rng: Random) -> list[Message]:
-    """Return a conversation that only asks the model to repeat words."""
+def only_exercise(rng: Random) -> list[Message]:
+    """Return a conversation of one exercise."""
     talk = Conversation(rng)
-    _echo(talk)
+    talk.add(*exercise(rng))
     return talk.messages
 
 
@@ -147,30 +140,6 @@ def _small_talk(talk: Conversation, subject: str) -> None:
     if "{" in question.replace("{digit}", ""):
         names |= example(rng).template_names()
     talk.add(as_typed(question.format_map(names), rng), choose(block["a"], rng))
-
-
-def _echo(talk: Conversation) -> None:
-    """Add a request to repeat words; it is of little use in a chat, but is the fastest way to learn copying."""
-    rng = talk.rng
-    words = [_echoed(rng) for _ in range(rng.randrange(2, 12))]
-    answer = ", ".join(words)
-    if rng.random() < 0.25:
-        names = [word[:1].upper() + word[1:] for word in words]
-        question = f"{expand('[Names|Write the names|The names are]', rng)}: {answer.lower()}"
-        answer = ", ".join(names)
-    else:
-        question = expand(f"[Repeat|Say|Please repeat|Repeat after me|Say after me]: {answer}", rng)
-    talk.add(question, answer)
-
-
-def _echoed(rng: Random) -> str:
-    draw, female = rng.random(), rng.random() < 0.5
-    if draw < 0.35:
-        return real_name(rng, female)
-    if draw < 0.6:
-        return invented_name(rng, female)
-    word = invented_noun(rng) if draw < 0.75 else rng.choice((*HEROES, *THINGS, *MORE_THINGS))
-    return word if not unseen(word) else _echoed(rng)
 
 
 def _ask_for_story(talk: Conversation) -> None:

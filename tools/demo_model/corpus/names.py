@@ -25,7 +25,7 @@ RARE = {True: _names("rare_women"), False: _names("rare_men")}
 _RARE_NAMES = {*RARE[True], *RARE[False]}
 
 _WEIGHTS = {female: [(rank + 20) ** -0.4 for rank in range(len(names))] for female, names in REAL.items()}
-_TITLES = {True: _names("womens_titles"), False: _names("mens_titles")}
+TITLES = {True: _names("womens_titles"), False: _names("mens_titles")}
 _NEUTRAL_TITLES = _names("titles")
 _ACCENTED = {"e": "éèë", "o": "öøó", "a": "áåä", "u": "üú", "n": "ñ", "i": "íï", "c": "ç"}
 
@@ -72,7 +72,7 @@ def special_name(rng: Random, female: bool) -> str:
     name = real_name(rng, female) if rng.random() < 0.6 else invented_name(rng, female)
     draw = rng.random()
     if draw < 0.45:
-        return f"{rng.choice(_NEUTRAL_TITLES if rng.random() < 0.35 else _TITLES[female])} {name}"
+        return f"{rng.choice(_NEUTRAL_TITLES if rng.random() < 0.35 else TITLES[female])} {name}"
     if draw < 0.6:
         return f"{name} {real_name(rng, female)}"
     if draw < 0.7:
@@ -88,7 +88,7 @@ def special_name(rng: Random, female: bool) -> str:
 
 def requested_name(rng: Random, female: bool) -> str:
     """Return a name as a request may have it: known, real, invented or special."""
-    (draw,) = rng.choices((known_name, real_name, invented_name, special_name), (0.1, 0.48, 0.32, 0.1))
+    (draw,) = rng.choices((known_name, real_name, invented_name, special_name), (0.08, 0.52, 0.28, 0.12))
     name: str = draw(rng, female)
     return name
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from zlib import crc32
 
-from tools.demo_model.corpus.names import known_name
 from tools.demo_model.corpus.templates import capitalize_first, choose, expand, read_blocks, with_article
 from tools.demo_model.corpus.world import (
     ADJECTIVES,
     COLORS,
     HEROES,
+    MENS_NAMES,
+    NUMBERS,
     PLACES,
     THINGS,
+    WOMENS_NAMES,
     Place,
     held_out,
     is_female,
@@ -28,10 +30,13 @@ _TELLING = read_blocks("mood", "moods.txt", "moods_more.txt")
 _EXTRAS = read_blocks("extra", "extras.txt")
 MOODS = tuple(mood for mood in _TELLING if mood != "plain")
 LENGTHS = ("short", "normal", "long")
-MAX_WORDS = {"short": 80, "normal": 118, "long": 132}
+MAX_WORDS = {"short": 80, "normal": 100, "long": 132}
 """A word is about 1.7 tokens, so even the longest story ends within 256 tokens."""
 _FAVORED = 0.75
 """Share of the choices that follow from the facts of the story, so that other facts give another story."""
+KNOWN_NAMES = {True: WOMENS_NAMES, False: MENS_NAMES}
+_TIMES = ("morning", "evening", "day", "afternoon")
+NUMBER_WORDS = frozenset(NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Thing:
 
     @property
     def indefinite(self) -> str:
-        """The thing at its first mention, such as "an old lamp" or "some old lamps"."""
+        """The thing at its first mention, such as "an old lamp", "some old lamps" or "seven lamps"."""
+        if self.adjective in NUMBER_WORDS:
+            return self.phrase
         return f"some {self.phrase}" if self.plural else with_article(self.phrase)
 
 
@@ -122,7 +129,26 @@ def plot_uses_thing(plot: str) -> bool:
     return any("thing}" in line or "{item}" in line for lines in PLOTS[plot].values() for line in lines)
 
 
-PLOTS_WITHOUT_THING = tuple(plot for plot in PLOTS if not plot_uses_thing(plot))
+PLOTS_FOR_ANY_THING = tuple(plot for plot in PLOTS if plot == "lost" or not plot_uses_thing(plot))
+"""Plots whose sentences fit one thing, several things and something that cannot be counted."""
+
+
+def letters(name: str) -> str:
+    """Return the letters of a name that choices follow from: the first two, without a title."""
+    return name.split()[-1][:2].lower()
+
+
+def _by_name(options: Sequence[str], what: str, name: str, rng: Random) -> str:
+    """Return an option that mostly follows from the first letters of a name, which every story has."""
+    return favored(options, f"{what} {letters(name)}", rng, 2)
+
+
+def usual_place(hero: str, name: str, rng: Random) -> Place:
+    """Return the place of a story whose request says none; it mostly follows from the name."""
+    while True:
+        place = PLACES[int(_by_name([str(index) for index in range(len(PLACES))], "place", name, rng))]
+        if not held_out(hero, place):
+            return place
 
 
 def random_pair(rng: Random) -> tuple[str, Place]:
@@ -141,47 +167,48 @@ def random_story(rng: Random, hero: str = "", place: Place | None = None, plot: 
     hero, place = hero or drawn_hero, place or drawn_place
     plot = plot or favored(list(PLOTS), hero, rng)
     female = is_female(hero, rng)
-    name = known_name(rng, female)
-    friend, friend_name = _friend(hero, name, place, plot, rng)
-    return Story(
+    story = Story(
         hero=hero,
         adjective=rng.choice(ADJECTIVES) if rng.random() < 0.3 else "",
-        name=name,
+        name="",
         female=female,
-        friend=friend,
-        friend_name=friend_name,
+        friend=_friend(hero, place, plot, rng),
+        friend_name="",
         place=place,
-        thing=Thing(rng.choice(COLORS), rng.choice(THINGS)),
-        spot=rng.choice(place.setting.spots),
-        time=rng.choice(("morning", "evening", "day", "afternoon")),
+        thing=Thing("", ""),
+        spot="",
+        time="",
         plot=plot,
         mood=mood,
     )
+    return with_name(story, favored(KNOWN_NAMES[female], f"name {hero}", rng), female, rng)
 
 
-def _friend(hero: str, name: str, place: Place, plot: str, rng: Random) -> tuple[str, str]:
+def _friend(hero: str, place: Place, plot: str, rng: Random) -> str:
     friends = [noun for noun in HEROES if noun not in (hero, place.noun) and not held_out(noun, place)]
-    friend = friends[0]
-    while held_out(friend, place) or friend in (hero, place.noun) or friend == friends[0]:
-        friend = favored(HEROES, f"friend {plot}", rng)
-        if rng.random() < 0.2:
-            friend = rng.choice(friends[1:])
-    friend_name = name
-    while friend_name[0] == name[0]:
-        friend_name = known_name(rng, rng.random() < 0.5)
-    return friend, friend_name
+    friend = ""
+    while friend not in friends:
+        friend = favored(HEROES, f"friend {plot}", rng) if rng.random() < 0.8 else rng.choice(friends)
+    return friend
 
 
-def with_name(story: Story, name: str, female: bool) -> Story:
-    """Return the same story about a character with this name and gender."""
-    return replace(story, name=name, female=female)
+def with_name(story: Story, name: str, female: bool, rng: Random) -> Story:
+    """Return the same story about a character with this name and gender; details that follow from the name are new."""
+    friend_name = ""
+    while friend_name[:1] in ("", name.split()[-1][0], name[0]):
+        friend_name = _by_name(KNOWN_NAMES[rng.random() < 0.5], "friend", name, rng)
+    thing = Thing(_by_name(COLORS, "color", name, rng), _by_name(THINGS, "thing", name, rng))
+    time, spot = _by_name(_TIMES, "time", name, rng), _by_name(story.place.setting.spots, "spot", name, rng)
+    return replace(
+        story, name=name, female=female, friend_name=friend_name, thing=thing, time=time, spot=spot
+    )
 
 
 def with_hero(story: Story, hero: str, rng: Random) -> Story:
     """Return the same story about another character, who gets a new name."""
     other = random_story(rng, hero, story.place)
     return replace(story, hero=hero, adjective="", name=other.name, female=other.female, friend=other.friend,
-                   friend_name=other.friend_name)  # fmt: skip
+                   friend_name=other.friend_name, time=other.time, spot=other.spot)  # fmt: skip
 
 
 def with_place(story: Story, place: Place, rng: Random) -> Story:
@@ -201,24 +228,29 @@ def tell(story: Story, length: str, rng: Random) -> str:
 
 def _parts(story: Story, length: str, rng: Random) -> Iterator[str]:
     block, telling, names = PLOTS[story.plot], _TELLING[story.mood or "plain"], story.template_names()
+    topic = [_EXTRAS["topic"]] if "topic" in story.extras else []
     extras = [_EXTRAS[title] for title in _extras(story)]
-    if "topic" in story.extras:
-        yield choose(_EXTRAS["topic"]["line"], rng, **names)
-    yield expand(favored(telling["opening"], f"opening {story.name[:1]}", rng), rng).format_map(names)
+
+    def sentence(lines: Sequence[str], what: str) -> str:
+        return expand(_by_name(lines, what, story.name, rng), rng).format_map(names)
+
+    for extra in topic:
+        yield sentence(extra["line"], "topic")
+    yield sentence(telling["opening"], "opening")
     for extra in extras:
-        yield choose(extra["line"], rng, **names)
-    if length == "long" or (length == "normal" and not story.extras and rng.random() < 0.3):
-        yield choose(story.place.setting.scenes, rng, **names)
-    beats = [block["brief"]] if length == "short" else _beats(story.plot, length, rng)
+        yield sentence(extra["line"], "extra")
+    if length == "long" or (length == "normal" and not story.extras and rng.random() < 0.2):
+        yield sentence(story.place.setting.scenes, "scene")
+    beats = [block["brief"]] if length == "short" else _beats(story, length, rng)
     for index, lines in enumerate(beats):
-        yield choose(lines, rng, **names)
+        yield sentence(lines, f"beat {index}")
         if index == 0 and story.mood and length != "short":
-            yield choose(telling["line"], rng, **names)
-    for extra in [*extras, *([_EXTRAS["topic"]] if "topic" in story.extras else [])]:
-        if rng.random() < 0.4:
-            yield choose(extra["ending"], rng, **names)
-    yield expand(favored(telling["ending"], f"ending {story.name[-1:]}", rng), rng).format_map(names)
-    if rng.random() < {"short": 0.0, "normal": 0.2, "long": 0.6}[length]:
+            yield sentence(telling["line"], "mood")
+    for extra in [*extras, *topic]:
+        if rng.random() < 0.2:
+            yield sentence(extra["ending"], "end")
+    yield sentence(telling["ending"], "ending")
+    if rng.random() < {"short": 0.0, "normal": 0.1, "long": 0.6}[length]:
         yield choose(block["moral"], rng)
 
 
@@ -230,13 +262,13 @@ def _extras(story: Story) -> Iterator[str]:
         yield "wish"
 
 
-def _beats(plot: str, length: str, rng: Random) -> Iterator[list[str]]:
+def _beats(story: Story, length: str, rng: Random) -> Iterator[list[str]]:
     """Yield the alternatives of each beat in order; optional beats (`4?`) are more frequent in a long story."""
-    block, strand = PLOTS[plot], rng.randrange(2)
+    block, strand = PLOTS[story.plot], int(_by_name("01", "strand", story.name, rng))
     for key in dict.fromkeys(key.rstrip("?") for key in block if key[0].isdigit()):
         for beat in (key, f"{key}?"):
-            if beat in block and (beat == key or rng.random() < (0.6 if length == "long" else 0.2)):
-                yield _strand(block[beat], strand) if plot in _STRANDED else block[beat]
+            if beat in block and (beat == key or rng.random() < (0.6 if length == "long" else 0.15)):
+                yield _strand(block[beat], strand) if story.plot in _STRANDED else block[beat]
 
 
 def _strand(lines: list[str], strand: int) -> list[str]:

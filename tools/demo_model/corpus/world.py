@@ -9,8 +9,10 @@ from zlib import crc32
 from tools.demo_model.corpus.templates import read_blocks
 
 _BLOCKS = read_blocks("words", "world.txt")
-_MORE = read_blocks("words", "nouns.txt")
-_LISTS = read_blocks("list", "nouns.txt")
+_EVALUATED = read_blocks("words", "nouns.txt")
+_MORE = read_blocks("words", "nouns.txt", "nouns_more.txt")
+_OTHER = read_blocks("words", "nouns_more.txt")
+_LISTS = read_blocks("list", "nouns.txt", "nouns_more.txt")
 
 
 def _words(blocks: dict[str, dict[str, list[str]]], *titles: str) -> tuple[str, ...]:
@@ -28,9 +30,16 @@ WOMEN = {*_words(_BLOCKS, "female"), *_words(_MORE, "female")}
 MEN = {*_words(_BLOCKS, "male"), *_words(_MORE, "male")}
 WOMENS_NAMES, MENS_NAMES = _words(_BLOCKS, "womens_names"), _words(_BLOCKS, "mens_names")
 ADJECTIVES, THINGS, COLORS = (_words(_BLOCKS, title) for title in ("adjectives", "things", "colors"))
-MORE_ADJECTIVES, MORE_THINGS, THING_ADJECTIVES = (_words(_MORE, title) for title in ("moods", "things", "adjectives"))
+MORE_ADJECTIVES, THING_ADJECTIVES = (_words(_MORE, title) for title in ("moods", "adjectives"))
+MORE_THINGS, OTHER_THINGS = _words(_EVALUATED, "things"), _words(_OTHER, "things")
+"""Things that requests name; the evaluation takes its unseen ones from the first of these lists."""
+PLURAL_THINGS, MASS_THINGS, NUMBERS = (_words(_OTHER, title) for title in ("plural_things", "mass_things", "numbers"))
+WEEKDAYS, MONTHS, HEADLINES = _words(_OTHER, "weekdays"), _words(_OTHER, "months"), _list("headlines")
 WOMENS_RELATIONS, MENS_RELATIONS = _words(_MORE, "womens_relations"), _words(_MORE, "mens_relations")
-PETS = _words(_MORE, "pets")
+WOMENS_RELATIVES, MENS_RELATIVES = _words(_OTHER, "womens_relatives"), _words(_OTHER, "mens_relatives")
+PEOPLE = {True: _words(_OTHER, "women"), False: _words(_OTHER, "men")}
+"""Words for a person by gender, True for women."""
+PETS = _words(_MORE, "pets", "more_pets")
 WISHES, TOPICS, VERBS, PREDICATES = (_list(title) for title in ("wishes", "topics", "verbs", "predicates"))
 
 

@@ -8,10 +8,11 @@ from functools import cache
 from random import Random
 
 import pytest
+from tools.demo_model.corpus.exercises import exercise
 from tools.demo_model.corpus.grammar import FOLLOW_UPS, TALK, Message, Mix, conversation
 from tools.demo_model.corpus.names import RARE, REAL, requested_name
-from tools.demo_model.corpus.requests import request
-from tools.demo_model.corpus.stories import LENGTHS, MOODS, PLOTS, Story, random_story, tell
+from tools.demo_model.corpus.requests import PHRASES, request
+from tools.demo_model.corpus.stories import LENGTHS, MOODS, PLOTS, PLOTS_FOR_ANY_THING, Story, random_story, tell
 from tools.demo_model.corpus.templates import read_blocks
 from tools.demo_model.corpus.world import HEROES, PLACES, held_out, unseen
 
@@ -109,6 +110,38 @@ def test_no_sentence_is_in_many_stories() -> None:
         for sentence in set(re.split(r"(?<=[.!?])\s+", text)):
             counts[sentence] = counts.get(sentence, 0) + 1
     assert max(counts.values()) < len(plain) * 0.04
+
+
+def test_requests_have_many_forms() -> None:
+    """There are 600 free forms of requests; each can be filled, with the name and the thing in many positions."""
+    assert len(PHRASES["free"]) >= 600
+    rng = Random(17)
+    requests = [request("normal", "", rng) for _ in range(1000)]
+    assert not [question for question, _ in requests if re.search(r"[{}|]|  ", question)]
+    named = [(question, story) for question, story in requests if story.name in question]
+    starts = sum(q.startswith(s.name) for q, s in named) / len(named)
+    ends = sum(q.rstrip(".!? ").endswith(s.name) for q, s in named) / len(named)
+    assert starts > 0.1
+    assert ends > 0.08
+
+
+def test_things_agree_with_their_number() -> None:
+    """Several things and things that cannot be counted have "some" or a number, and their stories never call them "it"."""
+    plural = [(s, text) for _, s, text in stories() if "thing" in s.extras and s.thing.plural]
+    assert len(plural) > 50
+    for story, text in plural:
+        assert not story.thing.indefinite.startswith(("a ", "an ")) or story.thing.adjective.startswith("a ")
+        assert story.plot in PLOTS_FOR_ANY_THING or story.topic, text
+
+
+def test_exercises_say_the_pronouns_of_names() -> None:
+    """An exercise repeats words, or gives the pronoun of the gender that a name has in the lists."""
+    rng = Random(16)
+    genders = {name: "she" for name in REAL[True]} | {name: "he" for name in REAL[False]}
+    pairs = [answer.split(", ") for question, answer in (exercise(rng) for _ in range(200)) if " she, " in answer]
+    assert len(pairs) > 50
+    for name, pronoun in (pair.rsplit(" ", 1) for pair in itertools.chain(*pairs)):
+        assert genders.get(name, pronoun) == pronoun
 
 
 def test_names_are_many_and_rare_ones_are_never_used() -> None:

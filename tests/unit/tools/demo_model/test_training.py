@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import pytest
 import sentencepiece
 import torch
-from tools.demo_model import train
 from tools.demo_model.export import DEMO_DIRECTORY, configuration, export
 from tools.demo_model.network import Network, Size
-from tools.demo_model.tokenizer import EOS, IGNORED, training_row
-from tools.demo_model.train import Position, Recipe, Training, batches, learning_rate
+from tools.demo_model.tokenizer import BOS, EOS, IGNORED, training_row
+from tools.demo_model.rows import Position, Recipe, batches, cut
+from tools.demo_model.train import Training, learning_rate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2_server.engine.checkpoint.loader import load_model
 
 SMALL = Size(hidden=32, inner=48, layers=2, heads=2)
-RECIPE = Recipe(size=SMALL, steps=4, echo_buckets=1)
+RECIPE = Recipe(size=SMALL, steps=4, exercise_buckets=1, rows_per_bucket=64, tokens_per_batch=2048)
 
 
 @cache
 def tokenizer() -> sentencepiece.SentencePieceProcessor:
     """Return the shipped tokenizer."""
     return sentencepiece.SentencePieceProcessor(model_file=str(DEMO_DIRECTORY / "tokenizer.model"))
-
-
-@pytest.fixture
-def _small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make buckets that generate fast."""
-    monkeypatch.setattr(train, "ROWS_PER_BUCKET", 64)
-    monkeypatch.setattr(train, "TOKENS_PER_BATCH", 2048)
 
 
 def test_only_replies_have_labels() -> None:
@@ -45,7 +39,6 @@ def test_only_replies_have_labels() -> None:
     assert ids[-1] == EOS
 
 
-@pytest.mark.usefixtures("_small_buckets")
 def test_training_resumes_to_the_bit(tmp_path: Path) -> None:
     """A training that is interrupted in the middle of a bucket ends with the weights of an uninterrupted one."""
     whole = Training(tokenizer(), RECIPE, tmp_path / "whole.pt")
@@ -58,7 +51,6 @@ def test_training_resumes_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(weight, parts.network.state_dict()[name]), name
 
 
-@pytest.mark.usefixtures("_small_buckets")
 def test_batches_depend_on_the_position_only() -> None:
     """The batches from a position on are the batches that follow it in the stream from the start."""
     position = Position()
@@ -69,6 +61,27 @@ def test_batches_depend_on_the_position_only() -> None:
     expected, found = next(stream), next(batches(tokenizer(), RECIPE, copy))
     assert torch.equal(expected[0], found[0])
     assert torch.equal(expected[1], found[1])
+
+
+def test_batches_of_an_executor_are_the_same() -> None:
+    """An executor that makes the buckets ahead changes nothing."""
+    with ThreadPoolExecutor(1) as executor:
+        for expected, found in itertools.islice(
+            zip(
+                batches(tokenizer(), RECIPE, Position()),
+                batches(tokenizer(), RECIPE, Position(), executor),
+                strict=False,
+            ),
+            12,
+        ):
+            assert torch.equal(expected[0], found[0])
+
+
+def test_cut_rows_end_inside_the_reply() -> None:
+    """A cut row has the whole request and the first tokens of the reply, without an end."""
+    ids, labels = [BOS, 5, 6, 7, 8, 9, EOS], [IGNORED, IGNORED, IGNORED, 7, 8, 9, EOS]
+    assert cut((ids, labels), 2) == (ids[:5], labels[:5])
+    assert cut((ids, labels), 40) == (ids, labels)
 
 
 def test_network_is_llama() -> None:

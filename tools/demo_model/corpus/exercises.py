@@ -1,0 +1,71 @@
+"""Exercises: requests to repeat words, and questions for the pronouns of names.
+
+They are of little use in a chat, but they are the fastest way to learn copying and the gender of names.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from tools.demo_model.corpus.names import REAL, TITLES, invented_name, invented_noun, real_name
+from tools.demo_model.corpus.templates import expand
+from tools.demo_model.corpus.world import (
+    HEROES,
+    MASS_THINGS,
+    MEN,
+    MORE_HEROES,
+    MORE_THINGS,
+    OTHER_THINGS,
+    PEOPLE,
+    PLURAL_THINGS,
+    THINGS,
+    WOMEN,
+    unseen,
+)
+
+_GENDERED = {female: sorted({*nouns, *PEOPLE[female]}) for female, nouns in ((True, WOMEN), (False, MEN))}
+_NOUNS = (*HEROES, *MORE_HEROES, *THINGS, *MORE_THINGS, *OTHER_THINGS, *PLURAL_THINGS, *MASS_THINGS)
+
+
+def exercise(rng: Random) -> tuple[str, str]:
+    """Return a question and its answer."""
+    return _echo(rng) if rng.random() < 0.5 else _pronouns(rng)
+
+
+def _echo(rng: Random) -> tuple[str, str]:
+    words = [_echoed(rng) for _ in range(rng.randrange(2, 12))]
+    answer = ", ".join(words)
+    if rng.random() < 0.25:
+        names = [word[:1].upper() + word[1:] for word in words]
+        question = f"{expand('[Names|Write the names|The names are]', rng)}: {answer.lower()}"
+        return question, ", ".join(names)
+    return expand(f"[Repeat|Say|Please repeat|Repeat after me|Say after me]: {answer}", rng), answer
+
+
+def _echoed(rng: Random) -> str:
+    draw, female = rng.random(), rng.random() < 0.5
+    if draw < 0.35:
+        return real_name(rng, female)
+    if draw < 0.6:
+        return invented_name(rng, female)
+    word = invented_noun(rng) if draw < 0.75 else rng.choice(_NOUNS)
+    return word if not unseen(word) else _echoed(rng)
+
+
+def _pronouns(rng: Random) -> tuple[str, str]:
+    """Return a question for the pronouns of 16 names; it teaches as many genders as 16 stories."""
+    people = [(_person(rng, female), "she" if female else "he") for female in rng.choices((True, False), k=16)]
+    question = f"{rng.choice(('He or she', 'She or he', 'Pronouns'))}: {', '.join(name for name, _ in people)}"
+    answer = ", ".join(f"{name} {pronoun}" for name, pronoun in people)
+    return question.lower() if rng.random() < 0.15 else question, answer
+
+
+def _person(rng: Random, female: bool) -> str:
+    """Return a name, each equally often, or words that say the gender, such as "the queen" or "Sir Ida"."""
+    draw = rng.random()
+    if draw < 0.84:
+        return rng.choice(REAL[female])
+    if draw < 0.92:
+        name = rng.choice(REAL[rng.random() < 0.5]) if draw < 0.88 else invented_name(rng, female)
+        return f"{rng.choice(TITLES[female])} {name}"
+    return f"{rng.choice(('the', 'my', 'a'))} {rng.choice(_GENDERED[female])}"
