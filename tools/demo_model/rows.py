@@ -85,9 +85,7 @@ def _replies_are_short(tokenizer: sentencepiece.SentencePieceProcessor, messages
     return max(map(len, tokenizer.encode(replies))) <= MAX_REPLY_TOKENS
 
 
-def bucket_groups(
-    tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe, bucket: int
-) -> list[list[Row]]:
+def bucket_groups(tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe, bucket: int) -> list[list[Row]]:
     """Return groups of about equal numbers of tokens; rows of similar length are together, so padding is small."""
     rows = sorted(bucket_rows(tokenizer, recipe, bucket), key=lambda row: len(row[0]))
     groups: list[list[Row]] = [[]]
@@ -112,7 +110,10 @@ def collate(group: list[Row]) -> tuple[Tensor, Tensor]:
 
 
 def batches(
-    tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe, position: Position, executor: Executor | None = None
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    recipe: Recipe,
+    position: Position,
+    executor: Executor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches from the position on, and move the position past each batch before it is yielded.
 

@@ -135,7 +135,7 @@ PLOTS_FOR_ANY_THING = tuple(plot for plot in PLOTS if plot == "lost" or not plot
 
 def letters(name: str) -> str:
     """Return the letters of a name that choices follow from: the first two, without a title."""
-    return name.split()[-1][:2].lower()
+    return name.rsplit(maxsplit=1)[-1][:2].lower()
 
 
 def _by_name(options: Sequence[str], what: str, name: str, rng: Random) -> str:
@@ -195,13 +195,11 @@ def _friend(hero: str, place: Place, plot: str, rng: Random) -> str:
 def with_name(story: Story, name: str, female: bool, rng: Random) -> Story:
     """Return the same story about a character with this name and gender; details that follow from the name are new."""
     friend_name = ""
-    while friend_name[:1] in ("", name.split()[-1][0], name[0]):
+    while friend_name[:1] in ("", name.rsplit(maxsplit=1)[-1][0], name[0]):
         friend_name = _by_name(KNOWN_NAMES[rng.random() < 0.5], "friend", name, rng)
     thing = Thing(_by_name(COLORS, "color", name, rng), _by_name(THINGS, "thing", name, rng))
     time, spot = _by_name(_TIMES, "time", name, rng), _by_name(story.place.setting.spots, "spot", name, rng)
-    return replace(
-        story, name=name, female=female, friend_name=friend_name, thing=thing, time=time, spot=spot
-    )
+    return replace(story, name=name, female=female, friend_name=friend_name, thing=thing, time=time, spot=spot)
 
 
 def with_hero(story: Story, hero: str, rng: Random) -> Story:

@@ -126,7 +126,7 @@ def test_requests_have_many_forms() -> None:
 
 
 def test_things_agree_with_their_number() -> None:
-    """Several things and things that cannot be counted have "some" or a number, and their stories never call them "it"."""
+    """Several things and things that cannot be counted have "some" or a number, and plots that fit them."""
     plural = [(s, text) for _, s, text in stories() if "thing" in s.extras and s.thing.plural]
     assert len(plural) > 50
     for story, text in plural:
@@ -137,7 +137,7 @@ def test_things_agree_with_their_number() -> None:
 def test_exercises_say_the_pronouns_of_names() -> None:
     """An exercise repeats words, or gives the pronoun of the gender that a name has in the lists."""
     rng = Random(16)
-    genders = {name: "she" for name in REAL[True]} | {name: "he" for name in REAL[False]}
+    genders = dict.fromkeys(REAL[True], "she") | dict.fromkeys(REAL[False], "he")
     pairs = [answer.split(", ") for question, answer in (exercise(rng) for _ in range(200)) if " she, " in answer]
     assert len(pairs) > 50
     for name, pronoun in (pair.rsplit(" ", 1) for pair in itertools.chain(*pairs)):

@@ -16,8 +16,8 @@ from tools.demo_model.evaluate import Answer, answer, failures, load
 from tools.demo_model.export import DEMO_DIRECTORY, configuration
 from tools.demo_model.network import CONTEXT_LENGTH
 from tools.demo_model.prompts import Prompt
-from tools.demo_model.tokenizer import VOCAB_SIZE, prompt_text, training_row
 from tools.demo_model.rows import MAX_REPLY_TOKENS, Recipe
+from tools.demo_model.tokenizer import VOCAB_SIZE, prompt_text, training_row
 
 FOX = Prompt("Tell me a story about a fox who lives by the sea.", "", "any", "fox", listed=False)
 

@@ -12,8 +12,8 @@ import sentencepiece
 import torch
 from tools.demo_model.export import DEMO_DIRECTORY, configuration, export
 from tools.demo_model.network import Network, Size
-from tools.demo_model.tokenizer import BOS, EOS, IGNORED, training_row
 from tools.demo_model.rows import Position, Recipe, batches, cut
+from tools.demo_model.tokenizer import BOS, EOS, IGNORED, training_row
 from tools.demo_model.train import Training, learning_rate
 from transformers import LlamaConfig, LlamaForCausalLM
 
