@@ -16,7 +16,7 @@ from tools.demo_model.network import CONTEXT_LENGTH, Size
 from tools.demo_model.tokenizer import BOS, EOS, IGNORED, training_row
 
 SEED = 3
-STEPS = 11000
+STEPS = 9000
 MAX_REPLY_TOKENS = 250
 """Longer replies are left out, so that every story ends within the card's default of 256 tokens."""
 CUT_TOKENS = (32, 80)

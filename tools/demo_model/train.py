@@ -94,16 +94,17 @@ class Training:
         os.replace(self.state.with_suffix(".new"), self.state)
 
     def run(self, until: int) -> None:
-        """Train until the number of steps; print the loss and the CPU time, and save every few minutes."""
-        saved_at, started_at, tokens, losses = time.monotonic(), time.process_time(), 0, []
+        """Train until the number of steps; print the loss and the speed, and save every few minutes."""
+        started_at = saved_at = time.monotonic()
+        tokens, losses = 0, []
         for ids, labels in batches(self.tokenizer, self.recipe, self.position, self._executor):
             losses.append(self._step(ids, labels))
             tokens += ids.numel()
             step = self.position.step
             if step % 25 == 0 or step >= until:
-                seconds = time.process_time() - started_at
+                seconds = time.monotonic() - started_at
                 mean = sum(losses) / len(losses)
-                print(f"step {step} loss {mean:.4f} {tokens / seconds:.0f} tokens per CPU second", flush=True)
+                print(f"step {step} loss {mean:.4f} {tokens / seconds:.0f} tokens per second", flush=True)
                 losses.clear()
             if step >= until or time.monotonic() - saved_at > SAVE_SECONDS:
                 self.save()

@@ -8,6 +8,7 @@ from tools.demo_model.corpus.names import invented_noun
 from tools.demo_model.corpus.stories import Thing
 from tools.demo_model.corpus.templates import capitalize_first, with_article
 from tools.demo_model.corpus.world import (
+    ANIMALS,
     COLORS,
     HEADLINES,
     HEROES,
@@ -38,6 +39,7 @@ from tools.demo_model.corpus.world import (
     unseen,
 )
 
+_SOME = {*PLURAL_THINGS, *MASS_THINGS}
 _CHILD = {True: "girl", False: "boy"}
 _ADULT = {True: "woman", False: "man"}
 _RELATIONS = {True: (WOMENS_RELATIONS, WOMENS_RELATIVES), False: (MENS_RELATIONS, MENS_RELATIVES)}
@@ -115,7 +117,7 @@ def requested_place(rng: Random) -> Place:
 
 
 def requested_thing(rng: Random) -> Thing:
-    """Return a thing: one, several or some of it; half of them have an adjective."""
+    """Return a thing or an animal: one, several or some of it; half of them have an adjective."""
     draw = rng.random()
     if draw < 0.12:
         return _several(rng)
@@ -123,9 +125,9 @@ def requested_thing(rng: Random) -> Thing:
     if draw < 0.2:
         noun = rng.choice(MASS_THINGS)
         return Thing(adjective, noun, plural=True) if not unseen(noun) else requested_thing(rng)
-    nouns = rng.choices((THINGS, MORE_THINGS, OTHER_THINGS), (0.15, 0.6, 0.25))[0]
+    nouns = rng.choices((THINGS, MORE_THINGS, OTHER_THINGS, ANIMALS), (0.12, 0.55, 0.23, 0.1))[0]
     noun = rng.choice(nouns) if draw < 0.87 else invented_noun(rng)
-    return Thing(adjective, noun) if not unseen(noun) else requested_thing(rng)
+    return Thing(adjective, noun, plural=noun in _SOME) if not unseen(noun) else requested_thing(rng)
 
 
 def _several(rng: Random) -> Thing:

@@ -17,6 +17,7 @@ from tools.demo_model.corpus.world import (
     NUMBERS,
     PLACES,
     THINGS,
+    UNIQUE,
     WOMENS_NAMES,
     Place,
     held_out,
@@ -36,7 +37,6 @@ _FAVORED = 0.75
 """Share of the choices that follow from the facts of the story, so that other facts give another story."""
 KNOWN_NAMES = {True: WOMENS_NAMES, False: MENS_NAMES}
 _TIMES = ("morning", "evening", "day", "afternoon")
-NUMBER_WORDS = frozenset(NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class Thing:
 
     @property
     def indefinite(self) -> str:
-        """The thing at its first mention, such as "an old lamp", "some old lamps" or "seven lamps"."""
-        if self.adjective in NUMBER_WORDS:
+        """The thing at its first mention: "an old lamp", "some old lamps", "seven lamps" or "the last lamp"."""
+        if self.adjective in NUMBERS:
             return self.phrase
+        if self.adjective in UNIQUE:
+            return f"the {self.phrase}"
         return f"some {self.phrase}" if self.plural else with_article(self.phrase)
 
 

@@ -24,6 +24,7 @@ def _list(title: str) -> tuple[str, ...]:
     return tuple(item for line in _LISTS[title]["+"] for item in line.split("; "))
 
 
+ANIMALS = (*_words(_BLOCKS, "animals"), *_words(_MORE, "animals"))
 HEROES = _words(_BLOCKS, "animals", "people", "creatures", "machines")
 MORE_HEROES = _words(_MORE, "animals", "people", "creatures", "objects")
 WOMEN = {*_words(_BLOCKS, "female"), *_words(_MORE, "female")}
@@ -33,7 +34,9 @@ ADJECTIVES, THINGS, COLORS = (_words(_BLOCKS, title) for title in ("adjectives",
 MORE_ADJECTIVES, THING_ADJECTIVES = (_words(_MORE, title) for title in ("moods", "adjectives"))
 MORE_THINGS, OTHER_THINGS = _words(_EVALUATED, "things"), _words(_OTHER, "things")
 """Things that requests name; the evaluation takes its unseen ones from the first of these lists."""
-PLURAL_THINGS, MASS_THINGS, NUMBERS = (_words(_OTHER, title) for title in ("plural_things", "mass_things", "numbers"))
+PLURAL_THINGS, MASS_THINGS = (_words(_OTHER, title) for title in ("plural_things", "mass_things"))
+NUMBERS, UNIQUE = _words(_OTHER, "numbers"), _words(_OTHER, "unique")
+"""Words before a thing that need no article, or "the"."""
 WEEKDAYS, MONTHS, HEADLINES = _words(_OTHER, "weekdays"), _words(_OTHER, "months"), _list("headlines")
 WOMENS_RELATIONS, MENS_RELATIONS = _words(_MORE, "womens_relations"), _words(_MORE, "mens_relations")
 WOMENS_RELATIVES, MENS_RELATIVES = _words(_OTHER, "womens_relatives"), _words(_OTHER, "mens_relatives")
