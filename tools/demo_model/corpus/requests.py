@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from random import Random
 
+from tools.demo_model.corpus.choices import favored, plot_for
 from tools.demo_model.corpus.names import requested_name
 from tools.demo_model.corpus.slots import (
     fillers,
@@ -19,8 +20,7 @@ from tools.demo_model.corpus.stories import (
     PLOTS,
     PLOTS_FOR_ANY_THING,
     Story,
-    favored,
-    letters,
+    free_hero,
     random_story,
     usual_place,
     with_name,
@@ -94,13 +94,13 @@ def _facts(slots: set[str], plot: str, mood: str, rng: Random) -> tuple[Story, d
     thing = requested_thing(rng) if slots & _THING else None
     topic, wish = (rng.choice(TOPICS) if "topic" in slots else ""), (rng.choice(WISHES) if "wish" in slots else "")
     key = thing.noun if thing else hero or topic or (where.noun if where else str(rng.random()))
+    if not hero:
+        hero, female = free_hero(where, rng)
     name = requested_name(rng, female) if named else favored(KNOWN_NAMES[female], f"name {key}", rng, 3)
-    key = letters(name) if named else key
     plots = PLOTS_FOR_ANY_THING if thing and thing.plural else tuple(PLOTS)
-    plot = plot or _plot_about(topic, rng) or favored(plots, key, rng, 3)
+    plot = plot or _plot_about(topic, rng) or plot_for(plots, name, rng)
     story = random_story(rng, hero, where or usual_place(hero, name, rng), plot, mood)
-    if named or hero:
-        story = with_name(story, name, female, rng)
+    story = with_name(story, name, female, rng)
     if slots & _HERO:
         adjectives = ADJECTIVES if rng.random() < 0.5 else MORE_ADJECTIVES
         story = replace(story, adjective=rng.choice(adjectives) if rng.random() < 0.3 else "")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from zlib import crc32
 
+from tools.demo_model.corpus.choices import favored, favored_by_name, opening_for, plot_for
 from tools.demo_model.corpus.templates import capitalize_first, choose, expand, read_blocks, with_article
 from tools.demo_model.corpus.world import (
     ADJECTIVES,
@@ -33,8 +33,6 @@ MOODS = tuple(mood for mood in _TELLING if mood != "plain")
 LENGTHS = ("short", "normal", "long")
 MAX_WORDS = {"short": 80, "normal": 100, "long": 132}
 """A word is about 1.7 tokens, so even the longest story ends within 256 tokens."""
-_FAVORED = 0.75
-"""Share of the choices that follow from the facts of the story, so that other facts give another story."""
 KNOWN_NAMES = {True: WOMENS_NAMES, False: MENS_NAMES}
 _TIMES = ("morning", "evening", "day", "afternoon")
 
@@ -116,16 +114,6 @@ class Story:
         return names | {capitalize_first(key): capitalize_first(value) for key, value in names.items()}
 
 
-def favored(options: Sequence[str], key: str, rng: Random, count: int = 4) -> str:
-    """Return a random option, mostly one of a few that follow from the key.
-
-    A model that always takes the likeliest continuation then tells other stories to other requests.
-    """
-    if rng.random() < _FAVORED:
-        return options[crc32(f"{key} {rng.randrange(count)}".encode()) % len(options)]
-    return rng.choice(options)
-
-
 def plot_uses_thing(plot: str) -> bool:
     """Return whether the plot itself is about a thing."""
     return any("thing}" in line or "{item}" in line for lines in PLOTS[plot].values() for line in lines)
@@ -135,22 +123,19 @@ PLOTS_FOR_ANY_THING = tuple(plot for plot in PLOTS if plot == "lost" or not plot
 """Plots whose sentences fit one thing, several things and something that cannot be counted."""
 
 
-def letters(name: str) -> str:
-    """Return the letters of a name that choices follow from: the first two, without a title."""
-    return name.rsplit(maxsplit=1)[-1][:2].lower()
-
-
-def _by_name(options: Sequence[str], what: str, name: str, rng: Random) -> str:
-    """Return an option that mostly follows from the first letters of a name, which every story has."""
-    return favored(options, f"{what} {letters(name)}", rng, 2)
-
-
 def usual_place(hero: str, name: str, rng: Random) -> Place:
     """Return the place of a story whose request says none; it mostly follows from the name."""
     while True:
-        place = PLACES[int(_by_name([str(index) for index in range(len(PLACES))], "place", name, rng))]
+        place = PLACES[int(favored_by_name([str(index) for index in range(len(PLACES))], "place", name, rng))]
         if not held_out(hero, place):
             return place
+
+
+def free_hero(place: Place | None, rng: Random) -> tuple[str, bool]:
+    """Return a character that may be at the place, and its gender."""
+    heroes = [hero for hero in HEROES if place is None or not held_out(hero, place)]
+    hero = rng.choice(heroes)
+    return hero, is_female(hero, rng)
 
 
 def random_pair(rng: Random) -> tuple[str, Place]:
@@ -167,8 +152,9 @@ def random_story(rng: Random, hero: str = "", place: Place | None = None, plot: 
     while held_out(hero or drawn_hero, place or drawn_place):
         drawn_hero, drawn_place = random_pair(rng)
     hero, place = hero or drawn_hero, place or drawn_place
-    plot = plot or favored(list(PLOTS), hero, rng)
     female = is_female(hero, rng)
+    name = favored(KNOWN_NAMES[female], f"name {hero}", rng)
+    plot = plot or plot_for(tuple(PLOTS), name, rng)
     story = Story(
         hero=hero,
         adjective=rng.choice(ADJECTIVES) if rng.random() < 0.3 else "",
@@ -183,7 +169,7 @@ def random_story(rng: Random, hero: str = "", place: Place | None = None, plot: 
         plot=plot,
         mood=mood,
     )
-    return with_name(story, favored(KNOWN_NAMES[female], f"name {hero}", rng), female, rng)
+    return with_name(story, name, female, rng)
 
 
 def _friend(hero: str, place: Place, plot: str, rng: Random) -> str:
@@ -198,9 +184,12 @@ def with_name(story: Story, name: str, female: bool, rng: Random) -> Story:
     """Return the same story about a character with this name and gender; details that follow from the name are new."""
     friend_name = ""
     while friend_name[:1] in ("", name.rsplit(maxsplit=1)[-1][0], name[0]):
-        friend_name = _by_name(KNOWN_NAMES[rng.random() < 0.5], "friend", name, rng)
-    thing = Thing(_by_name(COLORS, "color", name, rng), _by_name(THINGS, "thing", name, rng))
-    time, spot = _by_name(_TIMES, "time", name, rng), _by_name(story.place.setting.spots, "spot", name, rng)
+        friend_name = favored_by_name(KNOWN_NAMES[rng.random() < 0.5], "friend", name, rng)
+    thing = Thing(favored_by_name(COLORS, "color", name, rng), favored_by_name(THINGS, "thing", name, rng))
+    time, spot = (
+        favored_by_name(_TIMES, "time", name, rng),
+        favored_by_name(story.place.setting.spots, "spot", name, rng),
+    )
     return replace(story, name=name, female=female, friend_name=friend_name, thing=thing, time=time, spot=spot)
 
 
@@ -232,11 +221,11 @@ def _parts(story: Story, length: str, rng: Random) -> Iterator[str]:
     extras = [_EXTRAS[title] for title in _extras(story)]
 
     def sentence(lines: Sequence[str], what: str) -> str:
-        return expand(_by_name(lines, what, story.name, rng), rng).format_map(names)
+        return expand(favored_by_name(lines, what, story.name, rng), rng).format_map(names)
 
     for extra in topic:
         yield sentence(extra["line"], "topic")
-    yield sentence(telling["opening"], "opening")
+    yield expand(opening_for(telling["opening"], story.name, rng), rng).format_map(names)
     for extra in extras:
         yield sentence(extra["line"], "extra")
     if length == "long" or (length == "normal" and not story.extras and rng.random() < 0.2):
@@ -264,7 +253,7 @@ def _extras(story: Story) -> Iterator[str]:
 
 def _beats(story: Story, length: str, rng: Random) -> Iterator[list[str]]:
     """Yield the alternatives of each beat in order; optional beats (`4?`) are more frequent in a long story."""
-    block, strand = PLOTS[story.plot], int(_by_name("01", "strand", story.name, rng))
+    block, strand = PLOTS[story.plot], int(favored_by_name("01", "strand", story.name, rng))
     for key in dict.fromkeys(key.rstrip("?") for key in block if key[0].isdigit()):
         for beat in (key, f"{key}?"):
             if beat in block and (beat == key or rng.random() < (0.6 if length == "long" else 0.15)):
