@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import pytest
 import sentencepiece
 import torch
 from tools.demo_model.export import DEMO_DIRECTORY, configuration, export
@@ -49,6 +50,20 @@ def test_training_resumes_to_the_bit(tmp_path: Path) -> None:
     parts.run(4)
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, parts.network.state_dict()[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_layers_run_the_same_code_for_all_shapes(tmp_path: Path) -> None:
+    """Batches of other shapes compile nothing, so a resumed training runs the code of an uninterrupted one."""
+    training = Training(tokenizer(), RECIPE, tmp_path / "state.pt")
+    ids = torch.randint(3, SMALL.vocab, (2, 17))
+    expected = training.network.loss(ids, ids)
+    training.compile("eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in ((7, 33), (2, 17), (32, 65)):
+            other = torch.randint(3, SMALL.vocab, shape)
+            training.network.loss(other, other).backward()
+        assert torch.equal(training.network.loss(ids, ids), expected)
 
 
 def test_batches_depend_on_the_position_only() -> None:
