@@ -9,21 +9,23 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from hashlib import blake2b
 from random import Random
+from typing import TypeVar
 
 _FAVORED = 0.75
 """Share of the choices that follow from the facts."""
+_Option = TypeVar("_Option")
 _STYLES = 24
 _PLOTS_PER_STYLE = 4
 
 
-def favored(options: Sequence[str], key: str, rng: Random, count: int = 4) -> str:
+def favored(options: Sequence[_Option], key: str, rng: Random, count: int = 4) -> _Option:
     """Return a random option, mostly one of a few that follow from the key."""
     if rng.random() < _FAVORED:
         return _hashed(options, f"{key} {rng.randrange(count)}")
     return rng.choice(options)
 
 
-def favored_by_name(options: Sequence[str], what: str, name: str, rng: Random) -> str:
+def favored_by_name(options: Sequence[_Option], what: str, name: str, rng: Random) -> _Option:
     """Return an option that mostly follows from the first letters of a name, which every story has."""
     return favored(options, f"{what} {_letters(name)}", rng, 2)
 
@@ -62,7 +64,7 @@ def _letters(name: str) -> str:
     return name.rsplit(maxsplit=1)[-1][:2].lower()
 
 
-def _hashed(options: Sequence[str], key: str) -> str:
+def _hashed(options: Sequence[_Option], key: str) -> _Option:
     return options[_hash(key) % len(options)]
 
 

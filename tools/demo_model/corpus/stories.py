@@ -126,16 +126,17 @@ PLOTS_FOR_ANY_THING = tuple(plot for plot in PLOTS if plot == "lost" or not plot
 def usual_place(hero: str, name: str, rng: Random) -> Place:
     """Return the place of a story whose request says none; it mostly follows from the name."""
     while True:
-        place = PLACES[int(favored_by_name([str(index) for index in range(len(PLACES))], "place", name, rng))]
+        place = favored_by_name(PLACES, "place", name, rng)
         if not held_out(hero, place):
             return place
 
 
 def free_hero(place: Place | None, rng: Random) -> tuple[str, bool]:
     """Return a character that may be at the place, and its gender."""
-    heroes = [hero for hero in HEROES if place is None or not held_out(hero, place)]
-    hero = rng.choice(heroes)
-    return hero, is_female(hero, rng)
+    while True:
+        hero = rng.choice(HEROES)
+        if place is None or not held_out(hero, place):
+            return hero, is_female(hero, rng)
 
 
 def random_pair(rng: Random) -> tuple[str, Place]:
@@ -173,11 +174,10 @@ def random_story(rng: Random, hero: str = "", place: Place | None = None, plot: 
 
 
 def _friend(hero: str, place: Place, plot: str, rng: Random) -> str:
-    friends = [noun for noun in HEROES if noun not in (hero, place.noun) and not held_out(noun, place)]
-    friend = ""
-    while friend not in friends:
-        friend = favored(HEROES, f"friend {plot}", rng) if rng.random() < 0.8 else rng.choice(friends)
-    return friend
+    while True:
+        friend = favored(HEROES, f"friend {plot}", rng) if rng.random() < 0.8 else rng.choice(HEROES)
+        if friend not in (hero, place.noun) and not held_out(friend, place):
+            return friend
 
 
 def with_name(story: Story, name: str, female: bool, rng: Random) -> Story:
