@@ -62,7 +62,7 @@ def test_compiled_layers_run_the_same_code_for_all_shapes(tmp_path: Path) -> Non
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape in ((7, 33), (2, 17), (32, 65)):
             other = torch.randint(3, SMALL.vocab, shape)
-            training.network.loss(other, other).backward()
+            training.network.loss(other, other).backward()  # type: ignore[no-untyped-call]
         assert torch.equal(training.network.loss(ids, ids), expected)
 
 
