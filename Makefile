@@ -27,7 +27,7 @@ help:
 	@echo "make audit       write the SBOMs of the container's packages, and look for known vulnerabilities"
 	@echo "make checkov     check the chart's manifests and the Dockerfile; helm/checkov.yaml explains what may fail"
 	@echo "make image-test  build the Dockerfile with buildah, write the image's SBOM, and run it under runc (docs/container.md)"
-	@echo "make mutants     change the server's code in 300 places, and check that the tests find it (hours; ARGS='--first 30')"
+	@echo "make mutants     change the server's code in 300 places, and check that the tests find it (one to two hours; ARGS='--first 30')"
 	@echo "make format      format the code and the contract"
 	@echo "make proto       generate the Python stubs"
 	@echo "make docs        generate the references of the API, settings and metrics, and the chart's copies of settings"
