@@ -71,7 +71,7 @@ class Training:
                 optimizer.load_state_dict(content)
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the layers, which are then 1.4 times as fast, for batches of any shape.
+        """Compile the layers, which makes a step faster, for batches of any shape.
 
         The first batch has the same shape in each process, so that a resumed training runs the same code.
         """

@@ -90,6 +90,7 @@ def test_batches_of_an_executor_are_the_same() -> None:
             12,
         ):
             assert torch.equal(expected[0], found[0])
+            assert torch.equal(expected[1], found[1])
 
 
 def test_cut_rows_end_inside_the_reply() -> None:
