@@ -7,11 +7,12 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from tests.integration.usage.conftest import RECOVERY_TIMEOUT_SECONDS, LedgerOpener, crash, stored
+from tests.integration.usage.conftest import RECOVERY_TIMEOUT_SECONDS, LedgerOpener, crash, stored, until_up
 from tests.support.servers.postgres_server import PostgresCluster
 
 from llama2_server.errors import BudgetExhausted, QueueFull, UsageUnavailable
 from llama2_server.usage.budgets import budget
+from llama2_server.usage.budgets import statements as budget_statements
 from llama2_server.usage.errors import StoreUnavailable
 from llama2_server.usage.ledger import Ledger
 from llama2_server.usage.pricing import TokenUsage, neurons
@@ -247,3 +248,24 @@ async def test_uncertain_reservation_ends_with_a_record(
     assert await settled(ledger) == (0, 0)
     [record] = await stored(url)
     assert (record.request_id, record.outcome, record.neurons) == ("lost", "UNAVAILABLE", Decimal(0))
+
+
+@pytest.mark.parametrize(("statement", "outcomes"), [("LOCK_ACCOUNT", []), ("INSERT", ["UNAVAILABLE"])])
+async def test_connection_that_breaks_during_a_reservation(
+    postgres: PostgresCluster,
+    open_ledger: LedgerOpener,
+    monkeypatch: pytest.MonkeyPatch,
+    statement: str,
+    outcomes: list[str],
+) -> None:
+    """The call is rejected. It has a record only if the reservation may exist."""
+    url = postgres.new_database()
+    ledger = await open_ledger(url=url, neuron_costs=COSTS, budget_of=budgets(acme=10))
+    with monkeypatch.context() as patch:
+        patch.setattr(budget_statements, statement, "SELECT pg_terminate_backend(pg_backend_pid())")
+        with pytest.raises(UsageUnavailable):
+            await admit(ledger, "lost")
+    await until_up(ledger)
+    assert await settled(ledger) == (0, 0)
+    assert [record.outcome for record in await stored(url)] == outcomes
+    await admit(ledger, "next")

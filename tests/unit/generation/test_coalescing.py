@@ -107,6 +107,22 @@ def test_last_reader_cancels_the_generation(first_to_leave: int) -> None:
     run_virtual(main())
 
 
+def test_readers_learn_that_others_leave() -> None:
+    """Each end of a reader calls the callbacks of the readers that are left."""
+
+    async def main() -> None:
+        service = SharingService()
+        left: list[int] = []
+        with service.coalescer.subscribe("key", service.start) as first:
+            first.readers.on_leave.append(lambda: left.append(first.readers.now))
+            for _ in range(2):
+                with service.coalescer.subscribe("key", service.start):
+                    pass
+            assert left == [1, 1]
+
+    run_virtual(main())
+
+
 def test_cancelled_generation_is_not_shared() -> None:
     """A call that arrives immediately after the last reader has left gets a new generation."""
 

@@ -85,3 +85,19 @@ def test_a_failed_engine_is_not_waited_for(failed: bool) -> None:
 
     asyncio.run(main())
     assert limits == [0 if failed else 5]
+
+
+@pytest.mark.parametrize(("timeout_seconds", "messages"), [(0, 0), (0.5, 1)])
+def test_a_step_that_outlasts_the_timeout_is_logged(
+    caplog: pytest.LogCaptureFixture, timeout_seconds: float, messages: int
+) -> None:
+    """The engine has failed then; without a timeout nothing was waited for."""
+
+    async def main() -> None:
+        engine = SimpleNamespace(alive=True, step_started_at=None, close=lambda seconds: False)
+        supervised = SupervisedEngine(cast(Engine, engine), engine_step_timeout_seconds=60)
+        await supervised.close(timeout_seconds)
+        assert supervised.failed
+
+    asyncio.run(main())
+    assert len(caplog.messages) == messages
