@@ -254,6 +254,7 @@ class Decoder final : ThreadPool {
         attention.sines = model_.sines + static_cast<std::size_t>(position) * dim;
         attention.keys = layer().keys + offset;
         attention.values = layer().values + offset;
+        attention.next_keys = attention.keys + static_cast<std::size_t>(model_.context) * dim;  // of the next head
         attention.tokens = run.rows;
         attention.position = position;
         attention.group = group();

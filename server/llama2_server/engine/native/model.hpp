@@ -51,6 +51,7 @@ struct Attention {
     std::size_t stride;
     const float *cosines, *sines;  // (tokens, head_dim), of their positions
     Half *keys, *values;           // (context, head_dim): this head's part of the KV cache
+    const Half *next_keys;         // the keys that the thread probably reads next
     int tokens, position, group, head_dim;  // `position` belongs to the first token
     float *out;                    // (tokens, group, head_dim), tokens `out_stride` apart
     std::size_t out_stride;

@@ -26,29 +26,21 @@ void narrow(const float *from, int count, Half *to) {
     store_partial(to + i, load(last), count - i);
 }
 
-float largest_of(const float *scores, int count) {
-    float largest = scores[0];
-    int i = 1;
-    if (count >= LANES) {
-        Vector found = load(scores);
-        for (i = LANES; i + LANES <= count; i += LANES) found = maximum(load(scores + i), found);
-        float lanes[LANES];
-        store(lanes, found);
-        for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, lanes[lane]);
-    }
-    for (; i < count; ++i) largest = std::max(largest, scores[i]);
-    return largest;
-}
-
-// Replaces scores by weights that add up to 1.
+// Replaces scores by weights that add up to 1, followed by zeros up to a whole vector.
 void softmax(float *scores, int count) {
-    const float largest = largest_of(scores, count);
-    for (int i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
-    for (int i = count; i < padded(count); ++i) scores[i] = 0;
+    std::fill(scores + count, scores + padded(count), std::numeric_limits<float>::lowest());
+    Vector found = load(scores);
+    for (int i = LANES; i < count; i += LANES) found = maximum(load(scores + i), found);
+    float lanes[LANES];
+    store(lanes, found);
+    float largest = lanes[0];
+    for (int lane = 1; lane < LANES; ++lane) largest = std::max(largest, lanes[lane]);
+    for (int i = 0; i < padded(count); ++i) scores[i] = exponential(scores[i] - largest);
+    std::fill(scores + count, scores + padded(count), 0.0f);
     Vector total = broadcast(0);
     for (int i = 0; i < count; i += LANES) total = fma(load(scores + i), broadcast(1), total);
     const float scale = 1 / sum(total);
-    for (int i = 0; i < count; ++i) scores[i] *= scale;
+    for (int i = 0; i < padded(count); ++i) scores[i] *= scale;
 }
 
 // sums[row][0 .. 16 * VECTORS) += weights[row] . values, over `count` rows of values.

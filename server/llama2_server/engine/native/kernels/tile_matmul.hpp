@@ -103,6 +103,13 @@ struct Outputs {
     }
 };
 
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
 // The products of two tiles of activations, registers 4 and 5, and two of weights, 6 and 7.
 inline void multiply_tiles() {
     _tile_dpbf16ps(0, 4, 6);
@@ -118,60 +125,46 @@ inline const std::uint8_t *tile_ahead(const Group &group, int index, int width) 
     return next < count ? group.tile(next) : group.tile(next - count) + FEW_GROUPS * group_bytes(group.format, width);
 }
 
-// Adds the products of up to 16 rows and of FEW_GROUPS groups to the sums, registers 0 to 3. Registers 4 and 5 have the
-// upper and lower parts of the rows. The instructions contain the numbers of the registers, so there is no loop.
-template <bool CODES>
-inline void multiply_groups(const Scratch &scratch, int slot) {
-    if (!CODES) {
-        _tile_loadd(6, scratch.low[0][slot], LINE_BYTES);
-        _tile_loadd(7, scratch.low[1][slot], LINE_BYTES);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(6, scratch.low[2][slot], LINE_BYTES);
-        _tile_loadd(7, scratch.low[3][slot], LINE_BYTES);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(3, 4, 7);
-    }
-    _tile_loadd(6, scratch.high[0][slot], LINE_BYTES);
-    _tile_loadd(7, scratch.high[1][slot], LINE_BYTES);
-    _tile_dpbf16ps(0, 5, 6);
-    _tile_dpbf16ps(1, 5, 7);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(6, scratch.high[2][slot], LINE_BYTES);
-    _tile_loadd(7, scratch.high[3][slot], LINE_BYTES);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 4, 7);
-}
+// Adds the products of up to 16 rows and one group to the sums. Registers 4 and 5 have the upper and lower parts of the
+// rows. A macro, because the intrinsics paste the number of the register into the instruction.
+#define LLAMA2_ADD_GROUP(sums, weights)                            \
+    if (!CODES) {                                                  \
+        _tile_loadd(weights, scratch.low[sums][slot], LINE_BYTES); \
+        _tile_dpbf16ps(sums, 4, weights);                          \
+    }                                                              \
+    _tile_loadd(weights, scratch.high[sums][slot], LINE_BYTES);    \
+    _tile_dpbf16ps(sums, 5, weights);                              \
+    _tile_dpbf16ps(sums, 4, weights)
 
-// Up to 16 rows times FEW_GROUPS groups. The weights of the next tile are unpacked while this one is multiplied.
+// Up to 16 rows times FEW_GROUPS groups. The weights of the next tile are unpacked while this one is multiplied, group by
+// group, because a processor looks only a few hundred instructions ahead.
 template <bool CODES>
 void multiply_few_rows(const Group (&groups)[FEW_GROUPS], int width, const std::uint16_t *x, int rows, Scratch &scratch) {
     const int count = tiles_of(width), size = rows * TILE_INPUTS;
-    const auto prepare = [&](int tile) {
-#pragma GCC unroll 4
-        for (int i = 0; i < FEW_GROUPS; ++i) {
-            const std::uint8_t *next = tile_ahead(groups[i], tile, width);
-            std::uint16_t *high = scratch.high[i][tile % 2], *low = scratch.low[i][tile % 2];
-            CODES ? unpack_tile<true>(groups[i], tile, high, next) : unpack_parts<true>(groups[i], tile, high, low, next);
-        }
+    const auto prepare = [&](int tile, int i) __attribute__((always_inline)) {
+        if (tile == count) return;
+        const std::uint8_t *next = tile_ahead(groups[i], tile, width);
+        std::uint16_t *high = scratch.high[i][tile % 2], *low = scratch.low[i][tile % 2];
+        CODES ? unpack_tile<true>(groups[i], tile, high, next) : unpack_parts<true>(groups[i], tile, high, low, next);
     };
     for (int i = 0; i < FEW_GROUPS; ++i) {
         if (!CODES) std::memset(scratch.low[i], 0, 2 * sizeof scratch.low[i][0]);
         __builtin_prefetch(groups[i].flags + FEW_GROUPS * group_bytes(groups[i].format, width), 0, 2);
     }
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    prepare(0);
+    zero_sums();
+    for (int i = 0; i < FEW_GROUPS; ++i) prepare(0, i);
     for (int tile = 0; tile < count; ++tile, x += 2 * size) {
-        if (tile + 1 < count) prepare(tile + 1);
+        const int slot = tile % 2;
         _tile_loadd(4, x, LINE_BYTES);
         _tile_loadd(5, x + size, LINE_BYTES);
-        multiply_groups<CODES>(scratch, tile % 2);
+        prepare(tile + 1, 0);
+        LLAMA2_ADD_GROUP(0, 6);
+        prepare(tile + 1, 1);
+        LLAMA2_ADD_GROUP(1, 7);
+        prepare(tile + 1, 2);
+        LLAMA2_ADD_GROUP(2, 6);
+        prepare(tile + 1, 3);
+        LLAMA2_ADD_GROUP(3, 7);
     }
 }
 
@@ -238,10 +231,7 @@ void multiply_panel(const std::uint16_t *x, const std::uint16_t *y, PanelGroup a
 // Four tiles of sums, registers 0 to 3: zeros, or those in memory.
 inline void load_sums(float *const (&sums)[4], bool zeros) {
     if (zeros) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
     } else {
         _tile_loadd(0, sums[0], LINE_BYTES);
         _tile_loadd(1, sums[1], LINE_BYTES);
