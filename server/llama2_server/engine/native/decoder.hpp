@@ -188,7 +188,9 @@ class Decoder final : ThreadPool {
         int per_chunk = outputs;
         if (threads_ > 1) {
             const int bytes = multiple * width * static_cast<int>(sizeof(Half)), block = kernels_.output_block;
-            per_chunk = std::min(CHUNK_BYTES / bytes, outputs / (4 * threads_));
+            per_chunk = outputs / (4 * threads_);
+            // Each chunk reads all activations. Tiles of many rows do not fit into the cache, so their chunks are larger.
+            if (tiles == nullptr || rows <= MIN_PROMPT_ROWS) per_chunk = std::min(CHUNK_BYTES / bytes, per_chunk);
             per_chunk = std::max(per_chunk / block, 1) * block;
         }
         outputs_per_chunk_ = per_chunk;

@@ -14,16 +14,20 @@ constexpr int PREFILL_ROWS = 128;
 constexpr int TILE_ROWS = 16, MAX_PASS_ROWS = 128;  // rows of activations per tile, and per pass over the weights
 constexpr int FEW_GROUPS = 4;                         // groups that few rows are multiplied by together
 constexpr int TILES_AHEAD = 3;                        // far enough to arrive in time, near enough to stay cached
-constexpr int PANEL_OUTPUTS = 128, PANEL_TILES = 4;  // a panel of weights is unpacked for all rows of a pass
-constexpr int PANEL_GROUPS = PANEL_OUTPUTS / GROUP_ROWS;
+constexpr int PANEL_GROUPS = 2, PANEL_TILES = 64;     // a panel of weights is unpacked for all rows of a pass
 
-// What a thread needs for a product.
-struct Scratch {
+// What a thread needs for a product of few rows, and of many rows.
+struct FewRowsScratch {
+    alignas(64) std::uint16_t high[FEW_GROUPS][2][TILE_HALVES], low[FEW_GROUPS][2][TILE_HALVES];
+    alignas(64) float sums[FEW_GROUPS][TILE_ROWS * GROUP_ROWS];
+};
+struct ManyRowsScratch {
     alignas(64) std::uint16_t high[PANEL_GROUPS][PANEL_TILES][TILE_HALVES], low[PANEL_GROUPS][PANEL_TILES][TILE_HALVES];
-    alignas(64) float sums[MAX_PASS_ROWS / TILE_ROWS][PANEL_GROUPS][TILE_ROWS * GROUP_ROWS];
+    alignas(64) float last_rows[PANEL_GROUPS][TILE_ROWS * GROUP_ROWS];  // the sums of fewer than 16 rows
+    alignas(64) float sums[2][MAX_PASS_ROWS * GROUP_ROWS];  // of the first and the last group, if they are used in part
 };
 
-std::size_t scratch_floats(int) { return sizeof(Scratch) / sizeof(float); }
+std::size_t scratch_floats(int) { return std::max(sizeof(FewRowsScratch), sizeof(ManyRowsScratch)) / sizeof(float); }
 
 // Rows of each tile of activations. A few rows are stored without gaps, so that they stay in the L1 cache.
 constexpr int rows_per_tile(int rows) { return std::min(rows, TILE_ROWS); }
@@ -68,12 +72,12 @@ struct alignas(64) TileConfig {
     std::uint8_t rows[16] = {};
 };
 
-// The registers before `first_weights` have tiles of `rows` rows of sums or activations; the others have 16 lines.
-inline void configure(int rows, int first_weights) {
+// Registers 0 to 3 have sums and 4 and 5 activations, in tiles of `rows` rows; 6 and 7 have weights.
+inline void configure(int rows) {
     TileConfig config;
     for (int i = 0; i < 8; ++i) {
         config.row_bytes[i] = LINE_BYTES;
-        config.rows[i] = static_cast<std::uint8_t>(i < first_weights ? rows : TILE_LINES);
+        config.rows[i] = static_cast<std::uint8_t>(i < 6 ? rows : TILE_LINES);
     }
     _tile_loadconfig(&config);
 }
@@ -110,14 +114,6 @@ inline void zero_sums() {
     _tile_zero(3);
 }
 
-// The products of two tiles of activations, registers 4 and 5, and two of weights, 6 and 7.
-inline void multiply_tiles() {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-}
-
 // The tile that a thread requests while it unpacks tile `index`, or if the group ends before, one of the group that
 // follows after FEW_GROUPS groups.
 inline const std::uint8_t *tile_ahead(const Group &group, int index, int width) {
@@ -139,7 +135,7 @@ inline const std::uint8_t *tile_ahead(const Group &group, int index, int width) 
 // Up to 16 rows times FEW_GROUPS groups. The weights of the next tile are unpacked while this one is multiplied, group by
 // group, because a processor looks only a few hundred instructions ahead.
 template <bool CODES>
-void multiply_few_rows(const Group (&groups)[FEW_GROUPS], int width, const std::uint16_t *x, int rows, Scratch &scratch) {
+void multiply_few_rows(const Group (&groups)[FEW_GROUPS], int width, const std::uint16_t *x, int rows, FewRowsScratch &scratch) {
     const int count = tiles_of(width), size = rows * TILE_INPUTS;
     const auto prepare = [&](int tile, int i) __attribute__((always_inline)) {
         if (tile == count) return;
@@ -175,8 +171,8 @@ inline void store_tile(int tile, float *to, std::size_t stride) {
     else _tile_stored(3, to, stride);
 }
 
-void few_rows(const Outputs &outputs, int width, const std::uint16_t *x, int rows, Scratch &scratch) {
-    configure(rows, 6);
+void few_rows(const Outputs &outputs, int width, const std::uint16_t *x, int rows, FewRowsScratch &scratch) {
+    configure(rows);
     for (int first = 0; first < outputs.groups(); first += FEW_GROUPS) {
         Group groups[FEW_GROUPS];
         bool codes = true;
@@ -187,7 +183,7 @@ void few_rows(const Outputs &outputs, int width, const std::uint16_t *x, int row
         }
         (codes ? multiply_few_rows<true> : multiply_few_rows<false>)(groups, width, x, rows, scratch);
         for (int i = 0; i < std::min(FEW_GROUPS, outputs.groups() - first); ++i) {
-            float *sums = scratch.sums[0][i];
+            float *sums = scratch.sums[i];
             const bool whole = outputs.whole(first + i);
             store_tile(i, whole ? outputs.column(first + i) : sums, (whole ? outputs.stride : GROUP_ROWS) * sizeof(float));
             if (!whole) outputs.write(first + i, 0, rows, sums);
@@ -195,132 +191,174 @@ void few_rows(const Outputs &outputs, int width, const std::uint16_t *x, int row
     }
 }
 
-// One group of a panel: unpacked tiles of weights, and the memory of the next panel.
-struct PanelGroup {
-    const std::uint16_t (*high)[TILE_HALVES], (*low)[TILE_HALVES];
-    const std::uint8_t *next;
-};
-
-// Two tiles of rows times two groups of a panel: adds the products of `count` tiles to four tiles of sums. For each
-// tile, it requests `lines` cache lines of each group's next panel, so that memory and arithmetic are busy together.
-template <bool CODES>
-void multiply_panel(const std::uint16_t *x, const std::uint16_t *y, PanelGroup a, PanelGroup b, int count, int lines) {
-    for (int tile = 0; tile < count; ++tile, x += 2 * TILE_HALVES, y += 2 * TILE_HALVES) {
-        for (int line = 0; line < lines; ++line, a.next += LINE_BYTES, b.next += LINE_BYTES) {
-            __builtin_prefetch(a.next, 0, 2);
-            __builtin_prefetch(b.next, 0, 2);
-        }
-        if (!CODES) {
-            _tile_loadd(4, x, LINE_BYTES);
-            _tile_loadd(5, y, LINE_BYTES);
-            _tile_loadd(6, a.low[tile], LINE_BYTES);
-            _tile_loadd(7, b.low[tile], LINE_BYTES);
-            multiply_tiles();
-        }
-        _tile_loadd(4, x + TILE_HALVES, LINE_BYTES);
-        _tile_loadd(5, y + TILE_HALVES, LINE_BYTES);
-        _tile_loadd(6, a.high[tile], LINE_BYTES);
-        _tile_loadd(7, b.high[tile], LINE_BYTES);
-        multiply_tiles();
-        _tile_loadd(4, x, LINE_BYTES);
-        _tile_loadd(5, y, LINE_BYTES);
-        multiply_tiles();
-    }
-}
-
-// Four tiles of sums, registers 0 to 3: zeros, or those in memory.
-inline void load_sums(float *const (&sums)[4], bool zeros) {
-    if (zeros) {
-        zero_sums();
-    } else {
-        _tile_loadd(0, sums[0], LINE_BYTES);
-        _tile_loadd(1, sums[1], LINE_BYTES);
-        _tile_loadd(2, sums[2], LINE_BYTES);
-        _tile_loadd(3, sums[3], LINE_BYTES);
-    }
-}
-
-inline void store_sums(float *const (&sums)[4]) {
-    _tile_stored(0, sums[0], LINE_BYTES);
-    _tile_stored(1, sums[1], LINE_BYTES);
-    _tile_stored(2, sums[2], LINE_BYTES);
-    _tile_stored(3, sums[3], LINE_BYTES);
-}
-
-// More than 16 rows, at most MAX_PASS_ROWS, times up to PANEL_GROUPS groups, one panel of inputs after another.
+// More than 16 rows, at most MAX_PASS_ROWS, times a range of outputs: one panel of inputs after another, and within it two
+// groups after another. The sums of a panel are added to those of the panel before it, which are in the output.
 class ManyRows {
   public:
-    ManyRows(const Outputs &outputs, int first, int count, const std::uint16_t *x, int rows, Scratch &scratch)
-        : count_(count),
-          tiles_(tiles_of(outputs.weights.width)),
-          row_tiles_((rows + TILE_ROWS - 1) / TILE_ROWS),
+    ManyRows(const Outputs &outputs, const std::uint16_t *x, int rows, ManyRowsScratch &scratch)
+        : outputs_(outputs),
           x_(x),
-          scratch_(scratch) {
-        for (int i = 0; i < count; ++i) {
-            groups_[i] = group_of(outputs.weights.matrix, outputs.first_group() + first + i, outputs.weights.width);
-            if (groups_[i].format != FLOAT16) std::memset(scratch.low[i], 0, sizeof scratch.low[i]);
+          rows_(rows),
+          passes_((rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS)),
+          all_tiles_(tiles_of(outputs.weights.width)),
+          scratch_(scratch) {}
+
+    void run() {
+        configure(TILE_ROWS);
+        for (begin_ = 0; begin_ < all_tiles_; begin_ += PANEL_TILES) {
+            tiles_ = std::min(PANEL_TILES, all_tiles_ - begin_);
+            for (int group = 0; group < outputs_.groups(); group += PANEL_GROUPS) multiply(group);
         }
-        for (int begin = 0; begin < tiles_; begin += PANEL_TILES) multiply(begin, std::min(PANEL_TILES, tiles_ - begin));
-        for (int tile = 0; tile < row_tiles_; ++tile)
-            for (int i = 0; i < count; ++i)
-                outputs.write(first + i, tile * TILE_ROWS, std::min(TILE_ROWS, rows - tile * TILE_ROWS),
-                              scratch.sums[tile][i]);
+        for (int group : {0, outputs_.groups() - 1})
+            if (!outputs_.whole(group)) outputs_.write(group, 0, rows_, scratch_.sums[group > 0]);
     }
 
   private:
-    void multiply(int begin, int tiles) {
-        for (int i = 0; i < count_; ++i)
-            for (int tile = 0; tile < tiles; ++tile)
-                unpack_parts<false>(groups_[i], begin + tile, scratch_.high[i][tile], scratch_.low[i][tile]);
-        const int passes = (row_tiles_ + 1) / 2;
-        const int lines = (CODE_TILE_BYTES / LINE_BYTES + passes - 1) / passes;
-        for (int pass = 0; pass < passes; ++pass) {
-            // An odd last tile of rows is computed twice, and so is an odd last group.
-            const int row = 2 * pass, other_row = std::min(row + 1, row_tiles_ - 1);
-            for (int i = 0; i < count_; i += 2) {
-                const int j = std::min(i + 1, count_ - 1);
-                float *const sums[4] = {scratch_.sums[row][i], scratch_.sums[row][j], scratch_.sums[other_row][i],
-                                        scratch_.sums[other_row][j]};
-                load_sums(sums, begin == 0);
-                const bool codes = groups_[i].format != FLOAT16 && groups_[j].format != FLOAT16;
-                (codes ? multiply_panel<true> : multiply_panel<false>)(
-                    activations(row, begin), activations(other_row, begin), panel_group(i, begin, pass * lines),
-                    panel_group(j, begin, pass * lines), tiles, lines);
-                store_sums(sums);
+    // A group of the panel, where its sums are, and the weights of the panel that follows.
+    struct Part {
+        Group group;
+        float *sums;
+        std::size_t stride;
+        const std::uint8_t *next;
+
+        float *sums_of(int row) const { return sums + row * stride; }
+    };
+
+    Part part_of(int index) const {
+        const int last = outputs_.groups() - 1, current = std::min(index, last);  // the last group stands for an absent one
+        const bool ends = index + PANEL_GROUPS > last, whole = outputs_.whole(current);
+        const int next = ends ? index % PANEL_GROUPS : index + PANEL_GROUPS;
+        const int next_tile = ends ? begin_ + PANEL_TILES : begin_;
+        return {group_at(current), whole ? outputs_.column(current) : scratch_.sums[current > 0],
+                whole ? outputs_.stride : static_cast<std::size_t>(GROUP_ROWS),
+                group_at(std::min(next, last)).tile(std::min(next_tile, all_tiles_ - 1))};
+    }
+
+    Group group_at(int index) const {
+        return group_of(outputs_.weights.matrix, outputs_.first_group() + index, outputs_.weights.width);
+    }
+
+    void multiply(int group) {
+        for (int i = 0; i < PANEL_GROUPS; ++i) parts_[i] = part_of(group + i);
+        const bool codes = parts_[0].group.format != FLOAT16 && parts_[1].group.format != FLOAT16;
+        if (!codes)
+            for (int i = 0; i < PANEL_GROUPS; ++i)
+                if (parts_[i].group.format != FLOAT16) std::memset(scratch_.low[i], 0, sizeof scratch_.low[i]);
+        for (int pass = 0; pass < passes_; ++pass) codes ? multiply_panel<true>(pass) : multiply_panel<false>(pass);
+    }
+
+    // One or two tiles of rows times the panel. The first pass unpacks the weights, one tile ahead, and all passes together
+    // request the weights of the next panel, so that memory and arithmetic are busy together.
+    template <bool CODES>
+    void multiply_panel(int pass) {
+        const bool two = rows_ > (2 * pass + 1) * TILE_ROWS;
+        const std::uint16_t *x = activations(2 * pass), *y = two ? activations(2 * pass + 1) : x;
+        const int lines = ((CODES ? CODE_TILE_BYTES : TILE_HALVES * 2) / LINE_BYTES + passes_ - 1) / passes_;
+        const std::size_t requested = static_cast<std::size_t>(pass) * tiles_ * lines * LINE_BYTES;
+        const std::uint8_t *next[] = {parts_[0].next + requested, parts_[1].next + requested};
+        load_sums(pass, two);
+        unpack(pass, 0, 0);
+        unpack(pass, 1, 0);
+        for (int tile = 0; tile < tiles_; ++tile, x += 2 * TILE_HALVES, y += 2 * TILE_HALVES) {
+            for (int line = 0; line < lines; ++line, next[0] += LINE_BYTES, next[1] += LINE_BYTES) {
+                __builtin_prefetch(next[0], 0, 2);
+                __builtin_prefetch(next[1], 0, 2);
             }
+            unpack(pass, 0, tile + 1);
+            if (!CODES) {
+                _tile_loadd(6, scratch_.low[0][slot(tile)], LINE_BYTES);
+                _tile_loadd(7, scratch_.low[1][slot(tile)], LINE_BYTES);
+                multiply_tiles(x, y, two);
+            }
+            _tile_loadd(6, scratch_.high[0][slot(tile)], LINE_BYTES);
+            _tile_loadd(7, scratch_.high[1][slot(tile)], LINE_BYTES);
+            multiply_tiles(x + TILE_HALVES, y + TILE_HALVES, two);
+            unpack(pass, 1, tile + 1);
+            multiply_tiles(x, y, two);
         }
+        store_sums(pass, two);
     }
 
-    const std::uint16_t *activations(int row_tile, int begin) const {
-        return x_ + (static_cast<std::size_t>(row_tile) * tiles_ + begin) * 2 * TILE_HALVES;
+    static void multiply_tiles(const std::uint16_t *x, const std::uint16_t *y, bool two) {
+        _tile_loadd(4, x, LINE_BYTES);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!two) return;
+        _tile_loadd(5, y, LINE_BYTES);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
     }
 
-    // `line` is the first line to request, per tile; a request behind the last tile does nothing.
-    PanelGroup panel_group(int group, int begin, int line) const {
-        const std::uint8_t *next = groups_[group].tile(begin + PANEL_TILES) + PANEL_TILES * line * LINE_BYTES;
-        return {scratch_.high[group], scratch_.low[group], next};
+    void unpack(int pass, int part, int tile) {
+        if (pass == 0 && tile < tiles_)
+            unpack_parts<false>(parts_[part].group, begin_ + tile, scratch_.high[part][slot(tile)],
+                                scratch_.low[part][slot(tile)]);
     }
 
-    Group groups_[PANEL_GROUPS];
-    const int count_, tiles_, row_tiles_;
+    // Where an unpacked tile is. If no later pass reads it, it stays in the L1 cache.
+    int slot(int tile) const { return passes_ == 1 ? tile % 2 : tile; }
+
+    void load_sums(int pass, bool two) const {
+        if (begin_ == 0) return zero_sums();
+        const int row = pass * 2 * TILE_ROWS, other = row + TILE_ROWS;
+        if (pass + 1 == passes_) copy_last_rows(false);
+        _tile_loadd(0, sums_at(0, row), stride_at(0, row));
+        _tile_loadd(1, sums_at(1, row), stride_at(1, row));
+        if (!two) return;
+        _tile_loadd(2, sums_at(0, other), stride_at(0, other));
+        _tile_loadd(3, sums_at(1, other), stride_at(1, other));
+    }
+
+    void store_sums(int pass, bool two) const {
+        const int row = pass * 2 * TILE_ROWS, other = row + TILE_ROWS;
+        _tile_stored(0, sums_at(0, row), stride_at(0, row));
+        _tile_stored(1, sums_at(1, row), stride_at(1, row));
+        if (two) {
+            _tile_stored(2, sums_at(0, other), stride_at(0, other));
+            _tile_stored(3, sums_at(1, other), stride_at(1, other));
+        }
+        if (pass + 1 == passes_) copy_last_rows(true);
+    }
+
+    // Where the sums of a tile of rows are. The output ends after the last row, so fewer than 16 rows are elsewhere first.
+    bool is_whole(int row) const { return rows_ - row >= TILE_ROWS; }
+    float *sums_at(int part, int row) const {
+        return is_whole(row) ? parts_[part].sums_of(row) : scratch_.last_rows[part];
+    }
+    std::size_t stride_at(int part, int row) const {
+        return (is_whole(row) ? parts_[part].stride : GROUP_ROWS) * sizeof(float);
+    }
+
+    void copy_last_rows(bool to_output) const {
+        for (int part = 0; part < PANEL_GROUPS; ++part)
+            for (int row = rows_ / TILE_ROWS * TILE_ROWS; row < rows_; ++row) {
+                float *last = scratch_.last_rows[part] + row % TILE_ROWS * GROUP_ROWS, *sums = parts_[part].sums_of(row);
+                std::memcpy(to_output ? sums : last, to_output ? last : sums, GROUP_ROWS * sizeof(float));
+            }
+    }
+
+    const std::uint16_t *activations(int row_tile) const {
+        return x_ + (static_cast<std::size_t>(row_tile) * all_tiles_ + begin_) * 2 * TILE_HALVES;
+    }
+
+    const Outputs &outputs_;
     const std::uint16_t *const x_;
-    Scratch &scratch_;
+    const int rows_, passes_, all_tiles_;
+    ManyRowsScratch &scratch_;
+    Part parts_[PANEL_GROUPS];
+    int begin_ = 0, tiles_ = 0;  // of the panel, in tiles of inputs
 };
 
 void matmul(const MatrixRows &weights, const Activations &activations, float *out, std::size_t out_stride,
             float *memory) {
-    Scratch &scratch = *reinterpret_cast<Scratch *>(memory);
     const int width = weights.width, rows = activations.rows;
     if (rows <= TILE_ROWS) {
-        few_rows({weights, out, out_stride}, width, activations.tiles, rows, scratch);
+        few_rows({weights, out, out_stride}, width, activations.tiles, rows, *reinterpret_cast<FewRowsScratch *>(memory));
     } else {
-        configure(TILE_ROWS, 0);
         for (int row = 0; row < rows; row += MAX_PASS_ROWS) {
             const Outputs outputs{weights, out + row * out_stride, out_stride};
             const std::uint16_t *x = activations.tiles + static_cast<std::size_t>(row) * tiles_of(width) * TILE_INPUTS * 2;
-            for (int first = 0; first < outputs.groups(); first += PANEL_GROUPS)
-                ManyRows(outputs, first, std::min(PANEL_GROUPS, outputs.groups() - first), x,
-                         std::min(MAX_PASS_ROWS, rows - row), scratch);
+            ManyRows(outputs, x, std::min(MAX_PASS_ROWS, rows - row), *reinterpret_cast<ManyRowsScratch *>(memory)).run();
         }
     }
     _tile_release();  // a thread with tiles in use has a larger state to switch
