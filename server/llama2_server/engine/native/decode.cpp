@@ -264,8 +264,9 @@ LLAMA2_EXPORT bool llama2_multiply(const Matrix *matrix, int outputs, int width,
         for (int row = 0; row < rows; ++row)
             std::copy_n(x + static_cast<std::size_t>(row) * width, width, padded_x[row]);
         const Activations activations{padded_x[0], padded_x.stride, rows, reinterpret_cast<std::uint16_t *>(tiles[0])};
-        if (kernels->split != nullptr)
-            kernels->split(padded_x[0], padded_x.stride, rows, width, reinterpret_cast<std::uint16_t *>(tiles[0]));
+        for (int begin = 0; kernels->split != nullptr && begin < rows; begin += INPUT_ROWS)
+            kernels->split(activations, begin, std::min(INPUT_ROWS, rows - begin), width,
+                           reinterpret_cast<std::uint16_t *>(tiles[0]));
         kernels->matmul({*matrix, 0, outputs, width}, activations, out, outputs, scratch[0]);
     } catch (const std::exception &) {
         return false;

@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int CHUNK_BYTES = 1 << 19;  // of weights: about 25 microseconds of reading, so that a lost core delays little
+constexpr int INPUT_ROWS = 16;  // rows that a thread prepares together
 constexpr int MIN_PROMPT_ROWS = 16;  // prompt tokens for which a step has room next to one row of each slot
 
 // A matrix of floats. Each row is padded with zeros to whole vectors and starts at a cache line, because a vector that
@@ -103,54 +104,81 @@ class Decoder final : ThreadPool {
     struct RowRun {
         int first, rows;
     };
-    enum Stage { QKV, ATTEND, OUTPUT, GATE_UP, DOWN, STAGES_PER_LAYER };
+    // What an input stage does to its rows.
+    struct Input {
+        int width;
+        const Half *norm;  // null: no normalization
+        bool adds;         // the output of the sublayer
+    };
+    // An input stage prepares the rows that the stage after it multiplies.
+    enum Stage {
+        QKV_INPUT, QKV, APPEND, ATTEND, OUTPUT_INPUT, OUTPUT, GATE_UP_INPUT, GATE_UP, DOWN_INPUT, DOWN, STAGES_PER_LAYER
+    };
+    enum FinalStage { LOGITS_INPUT, LOGITS, SAMPLE, END };  // after those of all layers
 
     int widest() const { return std::max({model_.hidden, model_.inner, query_width_}); }
     int group() const { return model_.heads / model_.kv_heads; }
-    int logits_stage() const { return STAGES_PER_LAYER * model_.layers; }  // sampling is the stage after it
+    std::uint16_t *tiles() { return reinterpret_cast<std::uint16_t *>(tiles_[0]); }
+    int final_stage() const { return stage_ - STAGES_PER_LAYER * model_.layers; }
     const Layer &layer() const { return layers_[stage_ / STAGES_PER_LAYER]; }
 
     int next_stage() override {
-        if (++stage_ == logits_stage()) {
-            if (logit_rows_ == 0) return 0;
-            add_sublayer_output();
-            rmsnorm(model_.norm);
-            return split(normed_, logit_rows_, model_.vocab, model_.hidden);
+        while (++stage_, final_stage() < END) {
+            const int chunks = final_stage() < 0 ? open_stage_of_layer() : open_final_stage();
+            if (chunks > 0) return chunks;
         }
-        if (stage_ > logits_stage())
-            return stage_ == logits_stage() + 1 && sample_ ? static_cast<int>(sampled_runs_.size()) : 0;
+        return 0;
+    }
+
+    int open_stage_of_layer() {
+        const int hidden = model_.hidden;
         switch (stage_ % STAGES_PER_LAYER) {
+            case QKV_INPUT:
+                return prepare(normed_, rows_, hidden, layer().attention_norm, stage_ > 0);
             case QKV:
-                if (stage_ > 0) add_sublayer_output();
-                rmsnorm(layer().attention_norm);
-                return split(normed_, rows_, query_width_ + 2 * key_width_, model_.hidden);
+                return open_matmul(query_width_ + 2 * key_width_, hidden);
+            case APPEND:  // all rows before ATTEND, because tokens of a prompt attend to one another
+                return open_or_run(static_cast<int>(token_runs_.size()), rows_);
             case ATTEND:
-                // Write all rows first, because tokens of a prompt attend to one another.
-                for (const RowRun &run : token_runs_)
-                    for (int head = 0; head < model_.kv_heads; ++head)
-                        kernels_.append_to_cache(attention(0, run, head));
                 return static_cast<int>(token_runs_.size()) * model_.kv_heads;
+            case OUTPUT_INPUT:
+                return prepare(attended_, rows_, query_width_);
             case OUTPUT:
-                return split(attended_, rows_, model_.hidden, query_width_);
+                return open_matmul(hidden, query_width_);
+            case GATE_UP_INPUT:
+                return prepare(normed_, rows_, hidden, layer().mlp_norm, true);
             case GATE_UP:
-                add_sublayer_output();
-                rmsnorm(layer().mlp_norm);
-                return split(normed_, rows_, model_.inner, model_.hidden, 2);
+                return open_matmul(model_.inner, hidden, 2);
+            case DOWN_INPUT:
+                return prepare(inner_, rows_, model_.inner);
             default:
-                return split(inner_, rows_, model_.hidden, model_.inner);
+                return open_matmul(hidden, model_.inner);
+        }
+    }
+
+    int open_final_stage() {
+        if (logit_rows_ == 0) return 0;
+        switch (final_stage()) {
+            case LOGITS_INPUT:
+                return prepare(normed_, logit_rows_, model_.hidden, model_.norm, true);
+            case LOGITS:
+                return open_matmul(model_.vocab, model_.hidden);
+            default:
+                return sample_ ? static_cast<int>(sampled_runs_.size()) : 0;
         }
     }
 
     void run_chunk(int thread, int chunk) override {
-        if (stage_ > logits_stage()) return sample(thread, sampled_runs_[chunk]);
         const int begin = chunk * outputs_per_chunk_;
-        if (stage_ == logits_stage())
-            return matmul(thread, chunk_of(model_.head, model_.vocab, model_.hidden, begin), logits_ + begin,
-                          model_.vocab);
+        if (final_stage() >= 0) return run_chunk_of_final_stage(thread, chunk, begin);
         switch (stage_ % STAGES_PER_LAYER) {
             case QKV:
                 return matmul(thread, chunk_of(layer().qkv, query_width_ + 2 * key_width_, model_.hidden, begin),
                               qkv_[0] + begin, qkv_.stride);
+            case APPEND:
+                for (int head = 0; head < model_.kv_heads; ++head)
+                    kernels_.append_to_cache(attention(thread, token_runs_[chunk], head));
+                return;
             case ATTEND:
                 return kernels_.attend(
                     attention(thread, token_runs_[chunk / model_.kv_heads], chunk % model_.kv_heads));
@@ -159,10 +187,52 @@ class Decoder final : ThreadPool {
                               sublayer_output_[0] + begin, sublayer_output_.stride);
             case GATE_UP:
                 return gate_up(thread, begin);
-            default:
+            case DOWN:
                 return matmul(thread, chunk_of(layer().down, model_.hidden, model_.inner, begin),
                               sublayer_output_[0] + begin, sublayer_output_.stride);
+            default:
+                return prepare_rows(chunk);
         }
+    }
+
+    void run_chunk_of_final_stage(int thread, int chunk, int begin) {
+        switch (final_stage()) {
+            case LOGITS_INPUT:
+                return prepare_rows(chunk);
+            case LOGITS:
+                return matmul(thread, chunk_of(model_.head, model_.vocab, model_.hidden, begin), logits_ + begin,
+                              model_.vocab);
+            default:
+                return sample(thread, sampled_runs_[chunk]);
+        }
+    }
+
+    // Returns the number of chunks of a stage that is short for few rows: too short to share with threads that may sleep.
+    // The thread that opens it then runs it, and none is left.
+    int open_or_run(int chunks, int rows) {
+        if (rows > INPUT_ROWS) return chunks;
+        for (int chunk = 0; chunk < chunks; ++chunk) run_chunk(0, chunk);
+        return 0;
+    }
+
+    // Prepares the last `rows` rows of `x` for a matmul by rows of `width` weights: with `norm`, it first adds the output of
+    // the sublayer, if `adds`, and writes the normalized rows to `x`.
+    int prepare(PaddedMatrix &x, int rows, int width, const Half *norm = nullptr, bool adds = false) {
+        activations_ = {x[rows_ - rows], x.stride, rows, kernels_.split == nullptr ? nullptr : tiles()};
+        input_ = {width, norm, adds};
+        if (norm == nullptr && activations_.tiles == nullptr) return 0;
+        return open_or_run((rows + INPUT_ROWS - 1) / INPUT_ROWS, rows);
+    }
+
+    void prepare_rows(int chunk) {
+        const int begin = chunk * INPUT_ROWS, count = std::min(INPUT_ROWS, activations_.rows - begin);
+        if (input_.norm != nullptr) {
+            for (int row = rows_ - activations_.rows + begin, end = row + count; row < end; ++row) {
+                if (input_.adds) add_sublayer_output(row);
+                kernels_.rmsnorm(x_[row], input_.norm, model_.hidden, model_.norm_epsilon, normed_[row]);
+            }
+        }
+        if (activations_.tiles != nullptr) kernels_.split(activations_, begin, count, input_.width, tiles());
     }
 
     // Samples the rows of one run until a sampled token differs from the next row's token.
@@ -179,18 +249,16 @@ class Decoder final : ThreadPool {
         }
     }
 
-    // Prepares a matmul of the last `rows` rows of `x` by `outputs` rows of `width` weights, or by this multiple of them:
-    // splits it into chunks and returns their number.
-    int split(PaddedMatrix &x, int rows, int outputs, int width, int multiple = 1) {
-        std::uint16_t *tiles = kernels_.split == nullptr ? nullptr : reinterpret_cast<std::uint16_t *>(tiles_[0]);
-        activations_ = {x[rows_ - rows], x.stride, rows, tiles};
-        if (tiles != nullptr) kernels_.split(activations_.x, x.stride, rows, width, tiles);
+    // Splits a matmul of the prepared rows by `outputs` rows of `width` weights, or by this multiple of them, into chunks
+    // and returns their number.
+    int open_matmul(int outputs, int width, int multiple = 1) {
         int per_chunk = outputs;
         if (threads_ > 1) {
             const int bytes = multiple * width * static_cast<int>(sizeof(Half)), block = kernels_.output_block;
             per_chunk = outputs / (4 * threads_);
             // Each chunk reads all activations. Tiles of many rows do not fit into the cache, so their chunks are larger.
-            if (tiles == nullptr || rows <= MIN_PROMPT_ROWS) per_chunk = std::min(CHUNK_BYTES / bytes, per_chunk);
+            if (activations_.tiles == nullptr || activations_.rows <= INPUT_ROWS)
+                per_chunk = std::min(CHUNK_BYTES / bytes, per_chunk);
             per_chunk = std::max(per_chunk / block, 1) * block;
         }
         outputs_per_chunk_ = per_chunk;
@@ -267,17 +335,10 @@ class Decoder final : ThreadPool {
         return attention;
     }
 
-    void add_sublayer_output() {
-        for (int row = 0; row < rows_; ++row) {
-            float *x = x_[row];
-            const float *change = sublayer_output_[row];
-            for (int i = 0; i < model_.hidden; ++i) x[i] += change[i];
-        }
-    }
-
-    void rmsnorm(const Half *weights) {
-        for (int row = 0; row < rows_; ++row)
-            kernels_.rmsnorm(x_[row], weights, model_.hidden, model_.norm_epsilon, normed_[row]);
+    void add_sublayer_output(int row) {
+        float *x = x_[row];
+        const float *change = sublayer_output_[row];
+        for (int i = 0; i < model_.hidden; ++i) x[i] += change[i];
     }
 
     const Model model_;
@@ -289,6 +350,7 @@ class Decoder final : ThreadPool {
     // one of its chunks.
     int rows_ = 0, logit_rows_ = 0, stage_ = 0, outputs_per_chunk_ = 0;
     Activations activations_{};
+    Input input_{};
     std::vector<RowRun> token_runs_;    // consecutive rows that are consecutive tokens of a slot
     std::vector<RowRun> sampled_runs_;  // consecutive rows with one sampler; the first row with logits is 0
     const std::int32_t *slots_ = nullptr, *tokens_ = nullptr, *positions_ = nullptr;

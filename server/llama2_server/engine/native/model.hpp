@@ -78,8 +78,8 @@ struct Kernels {
     int output_block;   // outputs that a thread computes together
     std::size_t (*scratch_floats)(int width);  // what `matmul` needs per thread for rows of this width
     std::size_t (*tile_numbers)(int rows, int width);  // the size of Activations::tiles
-    // Writes activations as tiles; null if `matmul` needs none.
-    void (*split)(const float *x, std::size_t stride, int rows, int width, std::uint16_t *tiles);
+    // Writes `count` rows of activations from `begin` on, a multiple of 16, as tiles; null if `matmul` needs none.
+    void (*split)(const Activations &x, int begin, int count, int width, std::uint16_t *tiles);
     // out[row][output] = x[row] . weights[output]
     void (*matmul)(const MatrixRows &weights, const Activations &x, float *out, std::size_t out_stride, float *scratch);
     void (*unpack)(const Matrix &matrix, int row, int width, float *out);  // `out` is padded with zeros

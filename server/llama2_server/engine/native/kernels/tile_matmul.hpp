@@ -51,14 +51,16 @@ inline void store_upper(std::uint16_t *to, __m512i lanes) {
 }
 
 // Tiles are stored as [rows / 16][width / 32][upper, lower][row][32].
-void split(const float *x, std::size_t stride, int rows, int width, std::uint16_t *tiles) {
-    const int count = tiles_of(width), size = rows_per_tile(rows) * TILE_INPUTS;
-    for (int row = 0; row < (rows + TILE_ROWS - 1) / TILE_ROWS * rows_per_tile(rows); ++row) {
-        std::uint16_t *to = tiles + static_cast<std::size_t>(row / TILE_ROWS) * count * 2 * size + row % TILE_ROWS * TILE_INPUTS;
-        for (int tile = 0; tile < count; ++tile, to += 2 * size)
+void split(const Activations &x, int begin, int count, int width, std::uint16_t *tiles) {
+    const int rows = rows_per_tile(x.rows), size = rows * TILE_INPUTS;
+    tiles += static_cast<std::size_t>(begin / TILE_ROWS) * tiles_of(width) * 2 * size;
+    for (int row = 0; row < rows; ++row, tiles += TILE_INPUTS) {
+        const float *from = x.x + (begin + row) * x.stride;
+        std::uint16_t *to = tiles;
+        for (int tile = 0; tile < tiles_of(width); ++tile, to += 2 * size)
             for (int i = 0; i < TILE_INPUTS; i += LANES) {
                 const int at = tile * TILE_INPUTS + i;
-                const __m512 numbers = row < rows && at < width ? avx512::load(x + row * stride + at) : _mm512_setzero_ps();
+                const __m512 numbers = row < count && at < width ? avx512::load(from + at) : _mm512_setzero_ps();
                 const __m512i upper = nearest_bfloat16(numbers);
                 store_upper(to + i, upper);
                 store_upper(to + size + i, nearest_bfloat16(_mm512_sub_ps(numbers, _mm512_castsi512_ps(upper))));
