@@ -13,7 +13,7 @@ constexpr int KEY_ROWS = 16;        // keys of a tile
 constexpr int VALUE_POSITIONS = 32; // positions of a tile of values
 constexpr int KEY_TILES = 4;        // tiles of keys that are multiplied together
 constexpr int VALUE_TILES = 4;      // tiles of 16 dimensions that are summed up together
-constexpr std::size_t KV_PREFETCH_BYTES = 6144;
+constexpr std::size_t KV_PREFETCH_BYTES = 16384;
 
 constexpr int dim_tiles(int dim) { return (dim + TILE_INPUTS - 1) / TILE_INPUTS; }
 constexpr int value_tiles(int dim) { return (dim + GROUP_ROWS - 1) / GROUP_ROWS; }
