@@ -25,6 +25,7 @@ from tests.support.service import ServiceMaker, details, disconnect, hold_slot, 
 from llama2.v1 import text_generation_pb2 as pb
 from llama2_client.receipts import read_public_key, receipt_document, verify_receipt
 from llama2_client.reply import Reply
+from llama2_server.admission import retry_times
 from llama2_server.api import completion
 from llama2_server.card import ModelCard
 from llama2_server.receipts.keys import public_file, write_new_key
@@ -170,8 +171,11 @@ async def test_invalid_key(serve_scripted: ServiceMaker, key: str) -> None:
         assert [v.field for v in details(error)["BadRequest"].field_violations] == ["idempotency_key"]  # type: ignore[attr-defined]
 
 
-async def test_rejected_calls_bind_no_key(serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path) -> None:
+async def test_rejected_calls_bind_no_key(
+    serve_scripted: ServiceMaker, demo_card: ModelCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After an invalid request, a full queue and a used-up quota, another request can use the key."""
+    monkeypatch.setattr(retry_times, "EXPIRY_SECONDS", 3600)
     # One of the three requests is kept for the call that the full queue rejects.
     async with serve_scripted(REPLY, card=limited(demo_card, 3), max_queue_size=0) as service:
         await failure(service.text.Generate(keyed(temperature=9)))
