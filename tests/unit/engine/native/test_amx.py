@@ -193,8 +193,8 @@ def some_inputs(rows: int, width: int, seed: int = 1) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 33, 100])
-@pytest.mark.parametrize(("outputs", "width"), [(16, 32), (40, 160), (75, 129), (96, 256), (31, 1000)])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 33, 64, 100, 150])
+@pytest.mark.parametrize(("outputs", "width"), [(16, 32), (40, 160), (75, 129), (96, 256), (31, 1000), (40, 2100)])
 def test_products_equal_the_emulation_bit_for_bit(rows: int, outputs: int, width: int) -> None:
     """With 12 and with 16 bits per weight, for any number of rows, and sizes that fill neither groups nor blocks."""
     halves, x = some_weights(outputs, width), some_inputs(rows, width)

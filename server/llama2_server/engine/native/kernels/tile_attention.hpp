@@ -138,10 +138,7 @@ inline void configure_attention(int sum_rows, int sum_columns, int first_rows, i
 
 // Writes the sums of `count` tiles, which start `size` floats apart.
 inline void store_tiles(int count, float *to, std::size_t size, std::size_t stride) {
-    _tile_stored(0, to, stride * sizeof(float));
-    if (count > 1) _tile_stored(1, to + size, stride * sizeof(float));
-    if (count > 2) _tile_stored(2, to + 2 * size, stride * sizeof(float));
-    if (count > 3) _tile_stored(3, to + 3 * size, stride * sizeof(float));
+    for (int i = 0; i < count; ++i) store_tile(i, to + i * size, stride * sizeof(float));
 }
 
 // Writes the sums of `count` tiles of keys, (key, row), as scores (row, key) from `first` on. Scores of absent keys are

@@ -166,6 +166,13 @@ void multiply_few_rows(const Group (&groups)[FEW_GROUPS], int width, const std::
     }
 }
 
+inline void load_tile(int tile, const float *from, std::size_t stride) {
+    if (tile == 0) _tile_loadd(0, from, stride);
+    else if (tile == 1) _tile_loadd(1, from, stride);
+    else if (tile == 2) _tile_loadd(2, from, stride);
+    else _tile_loadd(3, from, stride);
+}
+
 inline void store_tile(int tile, float *to, std::size_t stride) {
     if (tile == 0) _tile_stored(0, to, stride);
     else if (tile == 1) _tile_stored(1, to, stride);
@@ -258,7 +265,7 @@ class ManyRows {
         const int lines = ((CODES ? CODE_TILE_BYTES : TILE_HALVES * 2) / LINE_BYTES + passes_ - 1) / passes_;
         const std::size_t requested = static_cast<std::size_t>(pass) * tiles_ * lines * LINE_BYTES;
         const std::uint8_t *next[] = {parts_[0].next + requested, parts_[1].next + requested};
-        load_sums(pass, two);
+        load_sums(pass, two ? 2 : 1);
         unpack(pass, 0, 0);
         unpack(pass, 1, 0);
         for (int tile = 0; tile < tiles_; ++tile, x += 2 * TILE_HALVES, y += 2 * TILE_HALVES) {
@@ -278,7 +285,7 @@ class ManyRows {
             unpack(pass, 1, tile + 1);
             multiply_tiles(x, y, two);
         }
-        store_sums(pass, two);
+        store_sums(pass, two ? 2 : 1);
     }
 
     static void multiply_tiles(const std::uint16_t *x, const std::uint16_t *y, bool two) {
@@ -300,27 +307,21 @@ class ManyRows {
     // Where an unpacked tile is. If no later pass reads it, it stays in the L1 cache.
     int slot(int tile) const { return passes_ == 1 ? tile % 2 : tile; }
 
-    void load_sums(int pass, bool two) const {
+    // Registers 0 and 1 have the sums of the first tile of rows, 2 and 3 those of the second.
+    void load_sums(int pass, int row_tiles) const {
         if (begin_ == 0) return zero_sums();
-        const int row = pass * 2 * TILE_ROWS, other = row + TILE_ROWS;
         if (pass + 1 == passes_) copy_last_rows(false);
-        _tile_loadd(0, sums_at(0, row), stride_at(0, row));
-        _tile_loadd(1, sums_at(1, row), stride_at(1, row));
-        if (!two) return;
-        _tile_loadd(2, sums_at(0, other), stride_at(0, other));
-        _tile_loadd(3, sums_at(1, other), stride_at(1, other));
+        for (int i = 0; i < PANEL_GROUPS * row_tiles; ++i)
+            load_tile(i, sums_at(i % 2, row_of(pass, i / 2)), stride_at(i % 2, row_of(pass, i / 2)));
     }
 
-    void store_sums(int pass, bool two) const {
-        const int row = pass * 2 * TILE_ROWS, other = row + TILE_ROWS;
-        _tile_stored(0, sums_at(0, row), stride_at(0, row));
-        _tile_stored(1, sums_at(1, row), stride_at(1, row));
-        if (two) {
-            _tile_stored(2, sums_at(0, other), stride_at(0, other));
-            _tile_stored(3, sums_at(1, other), stride_at(1, other));
-        }
+    void store_sums(int pass, int row_tiles) const {
+        for (int i = 0; i < PANEL_GROUPS * row_tiles; ++i)
+            store_tile(i, sums_at(i % 2, row_of(pass, i / 2)), stride_at(i % 2, row_of(pass, i / 2)));
         if (pass + 1 == passes_) copy_last_rows(true);
     }
+
+    static int row_of(int pass, int row_tile) { return (2 * pass + row_tile) * TILE_ROWS; }
 
     // Where the sums of a tile of rows are. The output ends after the last row, so fewer than 16 rows are elsewhere first.
     bool is_whole(int row) const { return rows_ - row >= TILE_ROWS; }
