@@ -82,6 +82,14 @@ def test_serve_is_the_default_without_any_argument() -> None:
 
 def test_a_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
     """The thread of the startup log ends, and the garbage collector runs."""
-    error("serve", "--receipt-key", str(tmp_path / "missing"), "--data-directory", str(tmp_path))
+    error(
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--receipt-key",
+        str(tmp_path / "missing"),
+        "--data-directory",
+        str(tmp_path),
+    )
     assert "startup-log" not in {thread.name for thread in threading.enumerate()}
     assert gc.isenabled()
