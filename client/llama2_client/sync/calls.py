@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from concurrent import futures
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -18,17 +16,10 @@ from llama2_client.connection_errors import PROBE_SECONDS, without_connection
 from llama2_client.errors import Llama2Error, from_rpc_error
 from llama2_client.reply import HealthStatus
 from llama2_client.settings import ClientSettings
+from llama2_client.sync.interrupts import interruptible, start_call
 
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
-
-
-class _Cancellable(Protocol):
-    def cancel(self) -> bool:
-        """Cancel the call."""
-
-
-_Call = TypeVar("_Call", bound=_Cancellable)
 
 
 def open_channel(settings: ClientSettings) -> grpc.Channel:
@@ -89,32 +80,6 @@ def translate(settings: ClientSettings, channel: grpc.Channel, error: grpc.RpcEr
     return translated
 
 
-def start_call(start: Callable[[], _Call]) -> _Call:
-    """Start a call and return it.
-
-    In the main thread, Ctrl-C could interrupt gRPC between the start of a call and the return of the object that can
-    cancel it, and the model would run until the deadline. A helper thread starts the call, because Python interrupts
-    only the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return start()
-    starting: futures.Future[_Call] = futures.Future()
-
-    def run() -> None:
-        try:
-            starting.set_result(start())
-        except BaseException as error:  # passed on to the main thread
-            starting.set_exception(error)
-
-    helper = threading.Thread(target=run, daemon=True)
-    try:
-        helper.start()
-        return starting.result()
-    except KeyboardInterrupt:
-        starting.add_done_callback(lambda started: started.exception() or started.result().cancel())
-        raise
-
-
 def _start_future(
     settings: ClientSettings,
     method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
@@ -127,7 +92,8 @@ def _start_future(
 def _result(future: grpc.Future[_Response]) -> _Response:
     """Return the result of a call. Ctrl-C cancels the call."""
     try:
-        return future.result()
+        with interruptible():
+            return future.result()
     except BaseException:
         future.cancel()
         raise

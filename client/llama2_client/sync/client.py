@@ -24,8 +24,9 @@ from llama2_client.channel import MAX_ATTEMPTS
 from llama2_client.reply import HealthStatus, Message, Reply, TokenCount
 from llama2_client.request import GenerationOptions, build_request, usage_request
 from llama2_client.settings import DEFAULT_TARGET, DEFAULT_TIMEOUT_SECONDS, ClientSettings
-from llama2_client.sync.calls import check_health, open_channel, start_call, translate, unary
+from llama2_client.sync.calls import check_health, open_channel, translate, unary
 from llama2_client.sync.chat import SyncChat
+from llama2_client.sync.interrupts import start_call
 from llama2_client.sync.reply_stream import StreamCall, SyncReplyStream
 
 _Request = TypeVar("_Request", bound=ProtobufMessage)

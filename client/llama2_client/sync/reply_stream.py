@@ -14,6 +14,7 @@ from llama2.v1 import text_generation_pb2
 from llama2_client.attempts import StreamProgress
 from llama2_client.errors import Llama2Error
 from llama2_client.reply import Reply
+from llama2_client.sync.interrupts import interruptible
 
 
 class StreamCall(Protocol):
@@ -103,7 +104,9 @@ class SyncReplyStream:
     def _read(self) -> str:
         """Return the text of the next message; empty if the stream ends or the call is sent again."""
         try:
-            return self._progress.accept(next(self._call))
+            with interruptible():
+                message = next(self._call)
+            return self._progress.accept(message)
         except StopIteration:
             self._progress.finish()
         except grpc.RpcError as error:
