@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FOLDER = "tests/unit/engine/cuda"
-ON_GPU = ("test_on_gpu.py", "test_engine_on_gpu.py")
+ON_GPU = ("test_server_on_gpu.py", "test_on_gpu.py", "test_engine_on_gpu.py")
 KERNELS = ("test_kernels.py", "test_fused_kernels.py", "test_fused_sampling.py", "test_7b_widths.py")
 PYTEST = ("-m", "pytest", "-c", "benchmarks/gpu/pytest.ini", "--rootdir", ".", "--confcutdir", "tests/unit/engine")
 PYTEST_OPTIONS = ("--import-mode=importlib", "-v", "--tb=short", "-p", "no:cacheprovider")

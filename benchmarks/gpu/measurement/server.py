@@ -20,6 +20,7 @@ from llama2_server.card import ModelCard
 from llama2_server.cli.main import main
 from llama2_server.config.settings import Settings
 from llama2_server.engine.cuda.build import build_step_runner
+from llama2_server.engine.fingerprint.execution import execution_inputs
 from llama2_server.engine.fingerprint.fingerprint import Fingerprint
 from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.lifecycle.model_loading import LoadedModel
@@ -42,7 +43,8 @@ def random_load(shape: str, device: str, settings: Settings, card: ModelCard) ->
     step_runner = build_step_runner(model, kernels=settings.gpu_kernels, cache_directory=directory / "cuda")
     (directory / ENGINE_THREAD).unlink(missing_ok=True)  # of an earlier start
     threading.Thread(target=write_engine_thread, args=(directory / ENGINE_THREAD,), daemon=True).start()
-    return LoadedModel(tokenizer, model, frozenset(), Fingerprint({}, "random"), step_runner)
+    fingerprint = Fingerprint(execution_inputs(model, step_runner), "random")
+    return LoadedModel(tokenizer, model, frozenset(), fingerprint, step_runner)
 
 
 def write_engine_thread(path: Path) -> None:

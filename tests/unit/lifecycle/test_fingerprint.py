@@ -207,8 +207,7 @@ GPU = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132)
 CUDA_CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Any, Any], None]] = {
     "device": lambda patch, model, runner: set_device(patch, name="H200"),
     "multiprocessors": lambda patch, model, runner: set_device(patch, multi_processor_count=114),
-    "driver": lambda patch, model, runner: patch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 2),
-    "kernel module": lambda patch, model, runner: patch.setattr(execution, "kernel_module", lambda: "580"),
+    "driver": lambda patch, model, runner: patch.setattr(execution, "driver_versions", lambda: "2, 580"),
     "CUDA": lambda patch, model, runner: patch.setattr(torch.version, "cuda", "99"),
     "cuDNN": lambda patch, model, runner: patch.setattr(torch.backends.cudnn, "version", lambda: 99),
     "torch": lambda patch, model, runner: patch.setattr(torch, "__version__", "9.9"),
@@ -233,7 +232,7 @@ def test_a_gpu_depends_on_device_driver_libraries_and_choices(name: str, monkeyp
     runner: Any = HostStepRunner(model)
     runner.kind, runner.kernel_choices = StepKind.CUDA_GRAPHS, {"matmul variants": "a"}
     set_device(monkeypatch)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 1, raising=False)
+    monkeypatch.setattr(execution, "driver_versions", lambda: "1, 570")
     base = json.dumps(execution.execution_inputs(model, runner), sort_keys=True)
     assert json.dumps(execution.execution_inputs(model, runner), sort_keys=True) == base
     CUDA_CHANGES[name](monkeypatch, model, runner)

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from llama2_server.engine.cuda import matmul_kernels
-from llama2_server.engine.cuda.driver import kernel_module
+from llama2_server.engine.cuda.driver import driver_versions
 from llama2_server.engine.cuda.matmul import VARIANTS, Matmul, MatmulVariant, matmul_name
 from llama2_server.engine.cuda.matmul_kernels import TileConfig
 from llama2_server.engine.disk_cache import load, save
@@ -51,10 +51,9 @@ def autotune(model: LlamaModel, file: Path | None) -> dict[str, MatmulVariant]:
 
 def _cache_key(device: torch.device) -> str:
     """Return what the speed of the variants depends on: card, driver, software and the source of the kernels."""
-    driver = f"{torch._C._cuda_getDriverVersion()}, {kernel_module()}"  # type: ignore[attr-defined]
     source = hashlib.sha256(Path(matmul_kernels.__file__).read_bytes()).hexdigest()
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    return f"{torch.cuda.get_device_name(device)}, driver {driver}, {versions}, kernels {source}"
+    return f"{torch.cuda.get_device_name(device)}, driver {driver_versions()}, {versions}, kernels {source}"
 
 
 def graph_timer(run: Callable[[], Tensor]) -> Timer:

@@ -1,9 +1,11 @@
 """Whether this machine has an NVIDIA card or driver, without torch, and the reason why torch cannot use it."""
 
+import ctypes
 import warnings
 from pathlib import Path
 
 NVIDIA_VENDOR = "0x10de"
+DRIVER_LIBRARY = "libcuda.so.1"  # which torch loads too
 DISPLAY_CLASSES = ("0x0300", "0x0302")  # a VGA controller, a 3D controller
 
 
@@ -21,6 +23,17 @@ def has_nvidia_device(root: Path = Path("/")) -> bool:
 def kernel_module(root: Path = Path("/")) -> str:
     """Return the version line of NVIDIA's kernel module; empty without one, as in WSL."""
     return _content(root / "proc/driver/nvidia/version").partition("\n")[0]
+
+
+def driver_versions() -> str:
+    """Return the version of CUDA that the driver supports, such as 13000, and the line of `kernel_module`.
+
+    Raises:
+        OSError: this machine has no library of the driver.
+    """
+    version = ctypes.c_int()
+    ctypes.CDLL(DRIVER_LIBRARY).cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value}, {kernel_module()}"
 
 
 def unusable_reason() -> str | None:

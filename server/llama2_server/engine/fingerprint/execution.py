@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llama2_server.engine.checkpoint.config_cache import ModelMetadata
-from llama2_server.engine.cuda.driver import kernel_module
+from llama2_server.engine.cuda.driver import driver_versions
 from llama2_server.engine.model.llama import LlamaModel
 from llama2_server.engine.step_runner import StepKind, StepRunner
 from llama2_server.engine.text.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def _cuda_inputs(device: torch.device) -> dict[str, str]:
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.multi_processor_count} multiprocessors"
         ),
-        "driver": f"{torch._C._cuda_getDriverVersion()}, {kernel_module()}",  # type: ignore[attr-defined]
+        "driver": driver_versions(),
         "libraries": f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",  # type: ignore[no-untyped-call]
         "reduction": str(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction),
         "float32 products": torch.get_float32_matmul_precision(),

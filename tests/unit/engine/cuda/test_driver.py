@@ -1,10 +1,15 @@
-"""Whether the machine has an NVIDIA card or driver, from made files of Linux."""
+"""Whether the machine has an NVIDIA card or driver, from made files of Linux, and the versions of the driver."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from llama2_server.engine.cuda.driver import has_nvidia_device
+from llama2_server.engine.cuda import driver
+from llama2_server.engine.cuda.driver import driver_versions, has_nvidia_device
+
+DRIVER_SOURCE = "int cuDriverGetVersion(int *version) { *version = 13020; return 0; }"
 
 
 @pytest.mark.parametrize(
@@ -27,3 +32,14 @@ def test_card_or_driver_is_found(files: dict[str, str], expected: bool, tmp_path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     assert has_nvidia_device(tmp_path) is expected
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="NOT TESTED: no C compiler found")
+def test_the_driver_reports_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of the driver with one function answers as NVIDIA's does."""
+    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+    source.write_text(DRIVER_SOURCE)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setattr(driver, "DRIVER_LIBRARY", str(library))
+    monkeypatch.setattr(driver, "kernel_module", lambda: "NVRM version: 580")
+    assert driver_versions() == "13020, NVRM version: 580"

@@ -23,20 +23,27 @@ def kernels(device: torch.device) -> Any:
     )
 
 
-@pytest.mark.parametrize("shape", [(8, 128), (9, 100), (4, 17), (5, 300)], ids=str)
+# A width of 100 is no multiple of 16, as the widths of a Llama model are. Triton knows that it is one of 4 only if it is
+# a constant, as in the fused kernels, so a card adds up the elements in another order.
+@pytest.mark.parametrize("shape", [(8, 128), (9, 112), (4, 17), (5, 304), (9, 100)], ids=str)
 def test_fused_matmuls_equal_the_plain_ones(
     kernels: Any, random: RandomTensors, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     """The bits are the same with the same tile; sizes that do not fill a tile or have fewer than three are included."""
     n, k = shape
     x, weight, norm, residual, both = random(1, k), random(n, k), random(k), random(1, n), random(2 * n, k)
+    equal = assert_near if k == 100 and x.device.type == "cuda" else assert_same_bits
     config, options = kernels.plain.TileConfig(4, 64, 4), kernels.launch.launch_options(x.device)
     normed = {"norm": norm, "epsilon": 1e-5}
     for arguments in ({}, {"residual": residual}, normed, normed | {"dtype": torch.float32}):
         expected = kernels.plain.matmul(x, weight, **arguments, config=config)
-        assert torch.equal(kernels.fused.matmul(x, weight, **arguments, config=config, options=options), expected)
+        equal(kernels.fused.matmul(x, weight, **arguments, config=config, options=options), expected, dtype)
     expected = kernels.plain.swiglu(x, both, **normed, config=config)
-    assert torch.equal(kernels.fused.swiglu(x, both, **normed, config=config, options=options), expected)
+    equal(kernels.fused.swiglu(x, both, **normed, config=config, options=options), expected, dtype)
+
+
+def assert_same_bits(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert torch.equal(found, expected), dtype
 
 
 def rotary_table(random: RandomTensors, context: int, head_dim: int) -> tuple[Tensor, Tensor]:
