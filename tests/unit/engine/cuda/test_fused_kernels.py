@@ -23,8 +23,8 @@ def kernels(device: torch.device) -> Any:
     )
 
 
-# A width of 100 is no multiple of 16, as the widths of a Llama model are. Triton knows that it is one of 4 only if it is
-# a constant, as in the fused kernels, so a card adds up the elements in another order.
+# A width of 100 is no multiple of 16, as the widths of a Llama model are. Triton knows that it is one of 4 only if it
+# is a constant, as in the fused kernels, so a card adds up the elements in another order.
 @pytest.mark.parametrize("shape", [(8, 128), (9, 112), (4, 17), (5, 304), (9, 100)], ids=str)
 def test_fused_matmuls_equal_the_plain_ones(
     kernels: Any, random: RandomTensors, dtype: torch.dtype, shape: tuple[int, int]
