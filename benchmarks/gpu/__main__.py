@@ -2,8 +2,8 @@
 
 Weights are random, have Llama-2-7B's shape, and are created on the device. Each part runs in a separate process and
 is ended at its time limit: if one fails, its error is in the results, and the others are measured. The results are
-written after each measurement, to benchmarks/results/; a further run adds its parts to them. Without a GPU, `--shape
-tiny --device cpu` tests the benchmark itself.
+written after each measurement, to benchmarks/results/, and at the end the report and the chart; a further run adds its
+parts to them. Without a GPU, `--shape tiny --device cpu` tests the benchmark itself.
 """
 
 import argparse
@@ -38,7 +38,9 @@ def main() -> int:
         path.with_suffix(".svg").write_text(draw_svg(results), encoding="utf-8")
     else:
         print(f"no chart: matplotlib is not installed; elsewhere, --merge {path.name} draws it", file=sys.stderr)
-    print(report(results))
+    text = report(results)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
     return 1 if results["failures"] else 0
 
 

@@ -30,6 +30,7 @@ def draw_svg(results: Results) -> str:
         about["processor"],
         *(f"{name} {version}" for name, version in about["versions"].items()),
         "Random float16 weights, greedy, no quantization.",
+        *([f"Steps of our engine: {results['step runner']['kind']}"] if "step runner" in results else []),
         "The roofline is the measured read bandwidth divided by the bytes of the weights.",
     ]
     title = f"Decoding, Llama-2-{about['shape'].upper()}"

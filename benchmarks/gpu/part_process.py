@@ -35,7 +35,8 @@ def print_results(measure: Callable[[], Iterable[tuple[str, Any]]]) -> None:
             for name, result in measure():
                 _print(out, RESULT, name, result)
         except (Exception, SystemExit) as error:  # a server that does not start exits
-            text = "".join(traceback.format_exception(error))[-TRACEBACK_CHARACTERS:]
+            # Without this machine's folder, because results are published.
+            text = "".join(traceback.format_exception(error)).replace(f"{os.getcwd()}/", "")[-TRACEBACK_CHARACTERS:]
             _print(out, FAILED, "", text)
         else:
             _print(out, COMPLETE, "", None)

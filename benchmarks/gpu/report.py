@@ -150,6 +150,7 @@ def report(results: Results) -> str:
         f"{about['date']}, {about['processor']}, {versions}; random weights of shape {about['shape']}",
         "",
         *(_test_line(name, results.get(name)) for name in ("tests", "memcheck", "racecheck")),
+        *_step_lines(results),
         "",
         "| | measured | goal |",
         "|---|---|---|",
@@ -195,6 +196,12 @@ def _test_line(name: str, found: Mapping[str, Any] | None) -> str:
     if found["sanitizer_findings"] is not None:
         counts.append(f"{found['sanitizer_findings']} findings")
     return f"- {name}: {', '.join(counts)}" + ("" if found["complete"] else "; not complete")
+
+
+def _step_lines(results: Results) -> list[str]:
+    """Say how the engine computed its steps: if the custom kernels could not be built, in plain torch."""
+    names = {"steps": "step runner", "fused steps": "step runner, fused"}
+    return [f"- {name}: {results[part]['kind']}" for name, part in names.items() if part in results]
 
 
 def _kernel_table(name: str, columns: tuple[str, ...], found: list[Mapping[str, Any]]) -> list[str]:

@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     A longer time shortens the prompt's first token and lengthens the pauses of the others. In seconds."""
     gpu_kernels: Annotated[Literal["auto", "fused", "torch"], Group.MODEL] = "auto"
     """GPU kernels: Triton, compiled and tuned at startup (auto), or torch.
-    fused has fewer kernels, which overlap; they have not run on a GPU yet."""
+    fused has fewer kernels, which overlap; they were only tested one by one."""
 
     require_stores: Annotated[bool, Group.USAGE] = False
     """Refuse to start while Redis or the usage database does not answer.

@@ -104,6 +104,13 @@ def test_the_tests_are_counted() -> None:
     assert "- racecheck: not run\n" in text
 
 
+def test_the_kind_of_the_steps_is_named() -> None:
+    """A run whose custom kernels could not be built looks like a slow card otherwise."""
+    text = report(results(**{"step runner": {"kind": "cuda_graphs"}, "step runner, fused": {"kind": "torch"}}))
+    assert "- steps: cuda_graphs\n- fused steps: torch\n" in text
+    assert "steps:" not in report(results())
+
+
 def test_each_kernel_has_a_line() -> None:
     """Kernels that read much have their bandwidth, too."""
     matmul = {"name": "swiglu 22016x4096", "variant": "torch", "kind": "plain"}

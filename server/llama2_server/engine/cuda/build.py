@@ -22,7 +22,7 @@ GpuKernels = Literal["auto", "fused", "torch"]
 def build_step_runner(model: LlamaModel, *, kernels: GpuKernels, cache_directory: Path | None) -> StepRunner:
     """Return the fastest available step runner; if CUDA runs in plain torch, one log record gives the reason.
 
-    "fused" adds the kernels that have not run on a GPU (`cuda/fused/`); if they are not proven, "auto" is used.
+    "fused" adds the kernels that were only tested one by one (`cuda/fused/`); if they are not proven, "auto" is used.
     Compiled kernels and autotuning results are cached under `cache_directory` for the next start. On CUDA, a prompt of
     the full context is prefilled once.
 

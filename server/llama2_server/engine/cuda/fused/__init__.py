@@ -1,4 +1,4 @@
-"""A decode step of fewer kernels, which overlap: off by default, because it has not run on a GPU.
+"""A decode step of fewer kernels, which overlap: off by default, because no whole step has run on a GPU.
 
 Consecutive kernels use programmatic dependent launch on compute capability 9.0 and newer. Two rules keep that safe:
 
