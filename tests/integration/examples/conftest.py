@@ -9,8 +9,16 @@ import pytest
 from tests.support.servers.envoy_server import Envoy, running_envoy
 from tests.support.service import Service, ServiceMaker
 
+from llama2_server.engine.text.tokenizer import Tokenizer
+
 REPLY = "Once upon a time."
 EnvoyMaker = Any  # returns an AbstractAsyncContextManager[tuple[Service, Envoy]]
+
+
+@pytest.fixture
+def first_token(demo_tokenizer: Tokenizer) -> str:
+    """The text of the reply's first token."""
+    return demo_tokenizer.decode(demo_tokenizer.encode_raw(REPLY)[1:2])
 
 
 @pytest.fixture

@@ -68,14 +68,14 @@ async def test_streams_need_quotes_around_the_largest_numbers(
             assert "stream: is true" in reply.json()["message"]
 
 
-async def test_events_are_not_buffered(serve_behind_envoy: EnvoyMaker) -> None:
+async def test_events_are_not_buffered(serve_behind_envoy: EnvoyMaker, first_token: str) -> None:
     """Envoy forwards the first event while the model waits before the second token."""
     async with serve_behind_envoy() as (service, envoy):
         service.model.gate()
         service.model.allow(1)
         async with envoy.http.stream("POST", "/v1/generate", json={"prompt": "hi", "stream": True}) as reply:
             lines = reply.aiter_lines()
-            assert json.loads((await anext(lines)).removeprefix("data: "))["response"] == "Once"
+            assert json.loads((await anext(lines)).removeprefix("data: "))["response"] == first_token
             await service.model.wait_until_blocked(1)
             service.model.open_gate()
             rest = [line async for line in lines]

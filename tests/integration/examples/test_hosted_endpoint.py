@@ -81,14 +81,14 @@ async def test_a_stream(serve_behind_envoy: EnvoyMaker, name: str) -> None:
         assert json.loads(usage)["usage"] == unary.json()["result"]["usage"]
 
 
-async def test_events_are_not_buffered(serve_behind_envoy: EnvoyMaker) -> None:
+async def test_events_are_not_buffered(serve_behind_envoy: EnvoyMaker, first_token: str) -> None:
     """The first event arrives while the model waits before the second token."""
     async with serve_behind_envoy(card=CARD) as (service, envoy):
         service.model.gate()
         service.model.allow(1)
         async with envoy.http.stream("POST", URL, json=PROMPT | {"stream": True}) as reply:
             lines = reply.aiter_lines()
-            assert await anext(lines) == 'data: {"response": "Once"}'
+            assert await anext(lines) == f'data: {{"response": "{first_token}"}}'
             await service.model.wait_until_blocked(1)
             service.model.open_gate()
             rest = [line async for line in lines]

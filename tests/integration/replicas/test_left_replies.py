@@ -22,11 +22,18 @@ from tests.integration.service.conftest import records
 from tests.support.servers.redis_server import RedisServer
 from tests.support.service import Service, disconnect, hold_slot, until
 
+from llama2_server.engine.text.tokenizer import Tokenizer
 from llama2_server.generation.replicas import shared_reply
 from llama2_server.generation.replicas.shared_reply import SharedReply
 from llama2_server.usage.keys.records import KeyState
 
 pytestmark = pytest.mark.usefixtures("patient_leases")
+
+
+@pytest.fixture
+def three_tokens(demo_tokenizer: Tokenizer) -> str:
+    """The text of the first three tokens of the reply."""
+    return demo_tokenizer.decode(demo_tokenizer.encode_raw(REPLY)[1:4])
 
 
 async def start_leader(service: Service) -> Any:
@@ -48,13 +55,13 @@ def remote_readers(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
 
 
 async def leave_one_after_another(
-    leader: tuple[Service, Any], reader: tuple[Service, Any], text: str, stopped: asyncio.Event
+    leader: tuple[Service, Any], reader: tuple[Service, Any], text: str, three_tokens: str, stopped: asyncio.Event
 ) -> None:
     """Let the call that started a generation leave, and later its reader on another replica: it stops only then."""
     owner, call = leader[0], reader[1]
     await disconnect(*leader)
     owner.model.allow(2)
-    while len(text) < len("Once upon"):
+    while len(text) < len(three_tokens):
         text += (await call.read()).response
     await owner.model.wait_until_blocked(3)
     assert not stopped.is_set()
@@ -66,7 +73,7 @@ async def leave_one_after_another(
 
 
 async def test_remote_readers_count_as_readers(
-    replica: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    replica: Replicas, three_tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the call that started it, a generation continues for a reader on another replica.
 
@@ -76,7 +83,7 @@ async def test_remote_readers_count_as_readers(
     async with replica("a", ends=False) as a, replica("b", ends=False) as b:
         leader = await start_leader(a)
         call, text = await follow(b)
-        await leave_one_after_another((a, leader), (b, call), text, stopped)
+        await leave_one_after_another((a, leader), (b, call), text, three_tokens, stopped)
     (of_a,), (of_b,) = list(records(tmp_path / "a")), list(records(tmp_path / "b"))
     assert (of_a["outcome"], of_a["output_tokens"]) == ("CANCELLED", 4)  # three tokens, and the step in progress
     assert (of_b["outcome"], of_b["neurons"]) == ("CANCELLED", 0)
@@ -106,7 +113,7 @@ async def test_a_reader_that_leaves_changes_nothing_for_the_others(replica: Repl
 
 
 async def test_a_key_continues_for_a_reader_on_another_replica(
-    replica: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    replica: Replicas, three_tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its call has left, and pays for what the reader gets; after that reader, the time to resume starts."""
     stopped, known = stops(monkeypatch), remote_readers(monkeypatch)
@@ -114,7 +121,7 @@ async def test_a_key_continues_for_a_reader_on_another_replica(
         leader, _ = await start_stream(a, keyed())
         call, text = await follow(b)
         await known.wait()
-        await leave_one_after_another((a, leader), (b, call), text, stopped)
+        await leave_one_after_another((a, leader), (b, call), text, three_tokens, stopped)
     (of_a,), (of_b,) = list(records(tmp_path / "a")), list(records(tmp_path / "b"))
     assert of_a["output_tokens"] >= 3
     assert of_a["neurons"] > 0
