@@ -1,6 +1,7 @@
 """Two replicas in virtual time, with faults; their history is checked against the model of the service."""
 
 import asyncio
+import math
 import re
 import subprocess
 import sys
@@ -55,7 +56,14 @@ def test_each_rule_judges_many_events() -> None:
     met: Counter[str] = sum((judged(seed).met for seed in SEEDS), Counter())
     names = [rule.__name__ for rule in RULES]
     assert {name: met[name] for name in names if met[name] < MIN_EVENTS.get(name, 100)} == {}, met
-    assert sum(judged(seed).broken_promises for seed in SEEDS) < 0.01 * met["retry_times_are_kept"]
+    broken = sum(judged(seed).broken_promises for seed in SEEDS)
+    # Under 1% must be broken, which `make simulation` counts in 10^6 requests. These seeds cannot tell 0.9% from 1%.
+    assert chance_of(broken, met["retry_times_are_kept"], rate=0.01) > 0.001
+
+
+def chance_of(count: int, events: int, rate: float) -> float:
+    """Return the probability of at least `count` of the events, each of which happens at a rate (binomial)."""
+    return 1 - sum(math.comb(events, less) * rate**less * (1 - rate) ** (events - less) for less in range(count))
 
 
 def test_a_simulation_without_an_end_stops() -> None:
