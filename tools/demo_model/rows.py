@@ -11,12 +11,12 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from tools.demo_model.corpus.grammar import Message, Mix, conversation, only_exercise, raw_text
+from tools.demo_model.corpus.grammar import LATE_MIX, Message, Mix, conversation, only_exercise, raw_text
 from tools.demo_model.network import CONTEXT_LENGTH, Size
 from tools.demo_model.tokenizer import BOS, EOS, IGNORED, training_row
 
 SEED = 3
-STEPS = 9000
+STEPS = 10_400
 MAX_REPLY_TOKENS = 250
 """Longer replies are left out, so that every story ends within the card's default of 256 tokens."""
 CUT_TOKENS = (32, 80)
@@ -33,13 +33,20 @@ class Recipe:
 
     A share of the rows, `cut_share`, ends soon after the start of the reply. The opening of a story has the name, the
     character, the thing and mostly a pronoun, so these rows teach more requests with the same number of tokens.
+
+    From `late_bucket` on, more rows ask for the gender of names (LATE_MIX), and more rows are cut. From `late_step` on,
+    the learning rate decays linearly until `steps`; before, it is that of a training of `planned_steps`.
     """
 
     size: Size = field(default_factory=Size)
     seed: int = SEED
     steps: int = STEPS
+    planned_steps: int = 9000
+    late_step: int = 6200
+    late_bucket: int = 108
     exercise_buckets: int = 8
     cut_share: float = 0.6
+    late_cut_share: float = 0.7
     rows_per_bucket: int = 2048
     tokens_per_batch: int = 6144
     matrix_learning_rate: float = 0.02
@@ -58,6 +65,8 @@ class Position:
 def bucket_rows(tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe, bucket: int) -> list[Row]:
     """Return the rows of a bucket, so that training can resume anywhere."""
     rng = Random(f"{recipe.seed} {bucket}")
+    late = bucket >= recipe.late_bucket
+    mix, cut_share = (LATE_MIX, recipe.late_cut_share) if late else (Mix(), recipe.cut_share)
     rows: list[Row] = []
     while len(rows) < recipe.rows_per_bucket:
         if bucket < recipe.exercise_buckets:
@@ -66,10 +75,10 @@ def bucket_rows(tokenizer: sentencepiece.SentencePieceProcessor, recipe: Recipe,
             story = tokenizer.encode(raw_text(rng))
             rows.append(([BOS, *story, EOS], [IGNORED, *story, EOS]))
         else:
-            messages = conversation(rng, Mix())
+            messages = conversation(rng, mix)
             row = training_row(tokenizer, messages)
             if len(row[0]) <= CONTEXT_LENGTH and _replies_are_short(tokenizer, messages):
-                rows.append(cut(row, rng.randrange(*CUT_TOKENS)) if rng.random() < recipe.cut_share else row)
+                rows.append(cut(row, rng.randrange(*CUT_TOKENS)) if rng.random() < cut_share else row)
     return rows
 
 

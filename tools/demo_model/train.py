@@ -39,9 +39,13 @@ def optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate(progress: float) -> float:
-    """Return the factor of the learning rate: a short warm-up, a plateau, and a linear decay from two fifths on."""
-    return min(1.0, progress / 0.005 + 0.01, max(0.0, (1.0 - progress) / 0.6) + 0.002)
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Return the factor of the learning rate: a short warm-up, a plateau, and a linear decay, later a slower one."""
+    progress = min(step, recipe.late_step) / recipe.planned_steps
+    factor = min(1.0, progress / 0.005 + 0.01, max(0.0, (1.0 - progress) / 0.6) + 0.002)
+    if step <= recipe.late_step:
+        return factor
+    return factor * (recipe.steps - step) / (recipe.steps - recipe.late_step)
 
 
 class Training:
@@ -113,7 +117,7 @@ class Training:
                 return
 
     def _step(self, ids: Tensor, labels: Tensor) -> float:
-        factor = learning_rate((self.position.step - 1) / self.recipe.steps)
+        factor = learning_rate(self.position.step - 1, self.recipe)
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate * factor

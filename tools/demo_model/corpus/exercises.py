@@ -32,6 +32,41 @@ def exercise(rng: Random) -> tuple[str, str]:
     return _echo(rng) if rng.random() < 0.5 else _pronouns(rng)
 
 
+def late_exercise(rng: Random) -> tuple[str, str]:
+    """Return a question and its answer for the last part of the training: mostly the gender of names."""
+    draw = rng.random()
+    return _genders(rng) if draw < 0.5 else _possessives(rng) if draw < 0.72 else exercise(rng)
+
+
+def _genders(rng: Random) -> tuple[str, str]:
+    """Return a question for the gender of 16 names; the answer says it before the name, as most openings do."""
+    woman, man = rng.choice((("girl", "boy"), ("girl", "boy"), ("woman", "man"), ("princess", "prince")))
+    called = rng.choice(("called", "named", "whom all called"))
+    people = [(_name(rng, female), woman if female else man) for female in rng.choices((True, False), k=16)]
+    question = f"{woman.capitalize()} or {man}, {called}: {', '.join(name for name, _ in people)}"
+    answer = ", ".join(f"a {word} {called} {name}" for name, word in people)
+    return question.lower() if rng.random() < 0.15 else question, answer
+
+
+def _possessives(rng: Random) -> tuple[str, str]:
+    """Return a question for the thing of 16 people."""
+    thing = rng.choice(_NOUNS)
+    while unseen(thing):
+        thing = rng.choice(_NOUNS)
+    people = [(_name(rng, female), "her" if female else "his") for female in rng.choices((True, False), k=16)]
+    question = f"{rng.choice(('Whose', 'Her or his', 'His or her'))} {thing}: {', '.join(name for name, _ in people)}"
+    answer = ", ".join(f"{name} and {pronoun} {thing}" for name, pronoun in people)
+    return question.lower() if rng.random() < 0.15 else question, answer
+
+
+def _name(rng: Random, female: bool) -> str:
+    """Return a name, mostly a real one, each equally often; a title or an invented ending says the gender, too."""
+    draw = rng.random()
+    if draw < 0.92:
+        return rng.choice(REAL[female])
+    return f"{rng.choice(TITLES[female])} {rng.choice(REAL[female])}" if draw < 0.96 else invented_name(rng, female)
+
+
 def _echo(rng: Random) -> tuple[str, str]:
     words = [_echoed(rng) for _ in range(rng.randrange(2, 12))]
     answer = ", ".join(words)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from tools.demo_model.corpus.exercises import exercise
+from tools.demo_model.corpus.exercises import exercise, late_exercise
 from tools.demo_model.corpus.requests import as_typed, example, request
 from tools.demo_model.corpus.stories import (
     LENGTHS,
@@ -64,6 +64,11 @@ class Mix:
         *["hello", "demo", "maker", "abilities", "who are you"] * 2,
         *["thanks", "arithmetic", "bye", "real"],
     )
+    exercise: Callable[[Random], tuple[str, str]] = exercise
+
+
+LATE_MIX = Mix(stories=0.6, small_talk=0.12, exercise=late_exercise)
+"""The mix of the last part of the training: nearly three times as many exercises, mostly of the gender of names."""
 
 
 @dataclass
@@ -97,7 +102,7 @@ def conversation(rng: Random, mix: Mix) -> list[Message]:
         _small_talk(talk, rng.choice(mix.subjects))
         follow_up_probability = 0.4
     else:
-        talk.add(*exercise(rng))
+        talk.add(*mix.exercise(rng))
     while rng.random() < (0.9 if chatty else follow_up_probability) and talk.words() < MAX_WORDS - 150:
         _next_turn(talk)
         follow_up_probability = 0.5

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,11 @@ def test_export_is_served(tmp_path: Path) -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    """The rate starts low, stays at its maximum and ends near zero."""
-    assert learning_rate(0.0) < 0.02
-    assert learning_rate(0.2) == 1.0
-    assert learning_rate(1.0) < 0.01
+    """A warm-up, a plateau, and a decay without a jump, which ends near zero."""
+    recipe = Recipe()
+    factors = [learning_rate(step, recipe) for step in range(recipe.steps)]
+    assert factors[0] < 0.02
+    assert factors[recipe.planned_steps // 5] == 1.0
+    assert all(abs(later - factor) < 0.03 for factor, later in pairwise(factors))
+    assert factors[recipe.late_step // 2 :] == sorted(factors[recipe.late_step // 2 :], reverse=True)
+    assert factors[-1] < 0.01
