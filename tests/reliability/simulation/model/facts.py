@@ -125,8 +125,7 @@ class Facts:
         return any(
             name in DISK_FAULTS
             and faulty.rstrip(string.digits) == process.rstrip(string.digits)
-            and start <= ended_at <= end
-            and ended_at <= killed_at <= end + KEPT_SECONDS
+            and start <= ended_at <= killed_at <= end + KEPT_SECONDS
             for name, faulty, start, end in self.faults_by_process
         )
 
