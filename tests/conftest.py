@@ -36,6 +36,7 @@ from llama2_server.lifecycle import probe
 from llama2_server.lifecycle.model_loading import LoadedModel
 from llama2_server.lifecycle.preflight import StartupInputs, create_usage_store, read_certificates, read_receipt_keys
 from llama2_server.telemetry.telemetry import Telemetry
+from llama2_server.usage import database, store
 
 
 def pytest_configure() -> None:
@@ -197,10 +198,14 @@ def deadlines(monkeypatch: pytest.MonkeyPatch) -> CallDeadlines:
 
 @pytest.fixture
 def patient_stores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give Redis more time for its answers, because a busy machine is slow."""
+    """Give Redis and PostgreSQL more time for their answers, because a busy machine is slow."""
     monkeypatch.setattr(quota_windows, "STORE_TIMEOUT_SECONDS", 30)
     monkeypatch.setattr(response_cache, "STORE_TIMEOUT_SECONDS", 30)
     monkeypatch.setattr(leases, "STORE_TIMEOUT_SECONDS", 30)
+    monkeypatch.setattr(store, "RESERVATION_SECONDS", 120)
+    monkeypatch.setattr(database, "CONNECT_SECONDS", 120)
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", 120)
+    monkeypatch.setitem(database.ENGINE_OPTIONS, "pool_timeout", 120)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from tests.reliability.simulation.world import Shape
 from tests.support.repository import ROOT
 from tests.support.virtual_time import run_virtual
 
-SEEDS = (*range(1, 11), 15, 16, 22, 24, 25, 55, 61, 77, 83)  # every fifth one is an overload; the last ones found faults
+SEEDS = (*range(1, 11), 15, 16, 22, 24, 25, 55, 61, 77, 83)  # every fifth one is an overload; the last found faults
 REQUESTS = 2000
 BUSY = Shape(
     accounts=5,

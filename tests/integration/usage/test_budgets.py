@@ -63,6 +63,7 @@ async def two_servers(tmp_path: Path, url: str | None, open_ledger: LedgerOpener
     ]
 
 
+@pytest.mark.usefixtures("patient_stores")
 async def test_racing_requests_stay_within_the_budget(
     tmp_path: Path, url: str | None, open_ledger: LedgerOpener
 ) -> None:
@@ -88,6 +89,7 @@ async def test_racing_requests_stay_within_the_budget(
     assert sorted(record.request_id for record in records) == sorted(admitted)
 
 
+@pytest.mark.usefixtures("patient_stores")
 async def test_spent_and_reserved_never_exceed_the_budget(
     tmp_path: Path, url: str | None, open_ledger: LedgerOpener
 ) -> None:
@@ -154,6 +156,7 @@ async def test_error_has_the_start_of_the_next_month(url: str | None, open_ledge
     assert await settled(ledger) == (0, 10)
 
 
+@pytest.mark.usefixtures("patient_stores")
 async def test_reservation_of_a_killed_server_becomes_its_record(
     tmp_path: Path, url: str | None, open_ledger: LedgerOpener
 ) -> None:
