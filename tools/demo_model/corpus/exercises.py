@@ -41,7 +41,7 @@ def late_exercise(rng: Random) -> tuple[str, str]:
 def _genders(rng: Random) -> tuple[str, str]:
     """Return a question for the gender of 16 names; the answer says it before the name, as most openings do."""
     woman, man = rng.choice((("girl", "boy"), ("girl", "boy"), ("woman", "man"), ("princess", "prince")))
-    called = rng.choice(("called", "named", "whom all called"))
+    called = rng.choice(("called", "named", "whom all called"))  # codespell:ignore whom
     people = [(_name(rng, female), woman if female else man) for female in rng.choices((True, False), k=16)]
     question = f"{woman.capitalize()} or {man}, {called}: {', '.join(name for name, _ in people)}"
     answer = ", ".join(f"a {word} {called} {name}" for name, word in people)
