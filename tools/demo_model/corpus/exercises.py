@@ -5,6 +5,7 @@ They are of little use in a chat, but they are the fastest way to learn copying 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 from tools.demo_model.corpus.names import REAL, TITLES, invented_name, invented_noun, real_name
@@ -42,10 +43,9 @@ def _genders(rng: Random) -> tuple[str, str]:
     """Return a question for the gender of 16 names; the answer says it before the name, as most openings do."""
     woman, man = rng.choice((("girl", "boy"), ("girl", "boy"), ("woman", "man"), ("princess", "prince")))
     called = rng.choice(("called", "named", "whom all called"))  # codespell:ignore whom
-    people = [(_name(rng, female), woman if female else man) for female in rng.choices((True, False), k=16)]
-    question = f"{woman.capitalize()} or {man}, {called}: {', '.join(name for name, _ in people)}"
+    people = _people(rng, _name, woman, man)
     answer = ", ".join(f"a {word} {called} {name}" for name, word in people)
-    return question.lower() if rng.random() < 0.15 else question, answer
+    return _question(rng, f"{woman.capitalize()} or {man}, {called}", people), answer
 
 
 def _possessives(rng: Random) -> tuple[str, str]:
@@ -53,10 +53,9 @@ def _possessives(rng: Random) -> tuple[str, str]:
     thing = rng.choice(_NOUNS)
     while unseen(thing):
         thing = rng.choice(_NOUNS)
-    people = [(_name(rng, female), "her" if female else "his") for female in rng.choices((True, False), k=16)]
-    question = f"{rng.choice(('Whose', 'Her or his', 'His or her'))} {thing}: {', '.join(name for name, _ in people)}"
+    people = _people(rng, _name, "her", "his")
     answer = ", ".join(f"{name} and {pronoun} {thing}" for name, pronoun in people)
-    return question.lower() if rng.random() < 0.15 else question, answer
+    return _question(rng, f"{rng.choice(('Whose', 'Her or his', 'His or her'))} {thing}", people), answer
 
 
 def _name(rng: Random, female: bool) -> str:
@@ -89,10 +88,20 @@ def _echoed(rng: Random) -> str:
 
 def _pronouns(rng: Random) -> tuple[str, str]:
     """Return a question for the pronouns of 16 names; it teaches as many genders as 16 stories."""
-    people = [(_person(rng, female), "she" if female else "he") for female in rng.choices((True, False), k=16)]
-    question = f"{rng.choice(('He or she', 'She or he', 'Pronouns'))}: {', '.join(name for name, _ in people)}"
+    people = _people(rng, _person, "she", "he")
     answer = ", ".join(f"{name} {pronoun}" for name, pronoun in people)
-    return question.lower() if rng.random() < 0.15 else question, answer
+    return _question(rng, rng.choice(("He or she", "She or he", "Pronouns")), people), answer
+
+
+def _people(rng: Random, draw: Callable[[Random, bool], str], her_word: str, his_word: str) -> list[tuple[str, str]]:
+    """Draw 16 names, each with the word of its gender."""
+    return [(draw(rng, female), her_word if female else his_word) for female in rng.choices((True, False), k=16)]
+
+
+def _question(rng: Random, asked: str, people: list[tuple[str, str]]) -> str:
+    """Return a question about the names, sometimes without capitals."""
+    question = f"{asked}: {', '.join(name for name, _ in people)}"
+    return question.lower() if rng.random() < 0.15 else question
 
 
 def _person(rng: Random, female: bool) -> str:
