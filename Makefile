@@ -39,7 +39,7 @@ help:
 	@echo "make bench       compare engine and service with other libraries on this CPU (ARGS='--parts speed …' for a part)"
 	@echo "make triton-versions  test the GPU kernels with the locked and with the oldest Triton, instead of the newest"
 	@echo "make bench-gpu   the same on an NVIDIA GPU, at Llama-2-7B's size (benchmarks/gpu/README.md)"
-	@echo "make demo-model  train the demo model (two cores, estimated 100 minutes; goes on after an interruption)"
+	@echo "make demo-model  train the demo model (two cores, estimated 3 hours; goes on after an interruption)"
 	@echo "make clean       delete .venv and everything that was generated"
 
 run: $(VENV)/.server

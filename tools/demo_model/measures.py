@@ -54,8 +54,9 @@ def keeps_name(prompt: Prompt, story: str) -> bool:
 
 def mentions_thing(prompt: Prompt, story: str) -> bool:
     """Return whether the story has the thing of the prompt, in the singular or the plural."""
-    stem = re.escape(prompt.thing.lower().rstrip("s"))
-    return re.search(rf"\b{stem}s?\b", story.lower()) is not None
+    thing = prompt.thing.lower()
+    stem = thing if thing.endswith("ss") else thing.removesuffix("s")
+    return re.search(rf"\b{re.escape(stem)}(s|es)?\b", story.lower()) is not None
 
 
 def sentences(story: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,29 +99,44 @@ class Network(nn.Module):
         normed: Tensor = self.norm(states)
         return normed
 
-    def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy on the labeled positions, computed in bfloat16."""
+    def loss(self, ids: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the mean cross-entropy of the labels, weighted by `weights` if given, computed in bfloat16.
+
+        All three have the shape (rows, length).
+        """
         targets = labels[:, 1:].reshape(-1)
         labeled = targets != IGNORED
         with torch.autocast("cpu", torch.bfloat16):
             hidden = self.hidden_states(ids[:, :-1], torch.bfloat16).flatten(0, 1)[labeled]
             logits = functional.linear(hidden, self.embedding)
-        return functional.cross_entropy(logits.float(), targets[labeled])
+        if weights is None:
+            return functional.cross_entropy(logits.float(), targets[labeled])
+        shares = weights[:, 1:].reshape(-1)[labeled]
+        losses = functional.cross_entropy(logits.float(), targets[labeled], reduction="none")
+        return (losses * shares).sum() / shares.sum()
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Return the weights under transformers' names, rounded to bfloat16 and stored as float16.
 
         Llama-2's float16 weights also come from bfloat16, so the server runs both in 12 bits per weight.
         """
+        return {name: weight.detach().bfloat16().half() for name, weight in self._named_weights().items()}
+
+    def load_checkpoint(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of a checkpoint that checkpoint() returned."""
+        with torch.no_grad():
+            for name, weight in self._named_weights().items():
+                weight.copy_(weights[name])
+
+    def _named_weights(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {
             "model.embed_tokens.weight": self.embedding,
             "model.norm.weight": self.norm.weight,
         }
         for index, layer in enumerate(self.layers):
             for ours, theirs in _NAMES.items():
-                weight: Tensor = layer.get_parameter(ours)
-                weights[f"model.layers.{index}.{theirs}.weight"] = weight
-        return {name: weight.detach().bfloat16().half() for name, weight in weights.items()}
+                weights[f"model.layers.{index}.{theirs}.weight"] = layer.get_parameter(ours)
+        return weights
 
 
 _NAMES = {

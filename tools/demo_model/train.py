@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -14,14 +15,16 @@ from typing import Any
 
 import sentencepiece
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tools.demo_model.corpus.grammar import Mix, conversation
 from tools.demo_model.export import DEMO_DIRECTORY, export
 from tools.demo_model.network import Network
-from tools.demo_model.rows import SEED, STEPS, Position, Recipe, batches
+from tools.demo_model.rows import BUCKETS_PER_PART, SEED, Position, Recipe, batches
 from tools.demo_model.tokenizer import BOS, EOS, train_tokenizer
 
+STEPS = Recipe().starts()[-1]
 THREADS = 2
 """The result depends on the order of additions, so the number of threads is part of the recipe."""
 SAVE_SECONDS = 120
@@ -40,9 +43,14 @@ def optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Return the factor of the learning rate: a short warm-up, a plateau, and a linear decay, later a slower one."""
+    """Return the factor of the learning rate: warm-up, plateau, linear decay, a slower decay; and again at the end."""
     progress = min(step, recipe.late_step) / recipe.planned_steps
     factor = min(1.0, progress / 0.005 + 0.01, max(0.0, (1.0 - progress) / 0.6) + 0.002)
+    starts = zip(recipe.starts(), recipe.refinements, strict=False)
+    for start, refinement in reversed([*starts]):
+        if step >= start:
+            done = (step - start) / refinement.steps
+            return refinement.rate * min(1.0, done / 0.01 + 0.01) * (1.0 - done)
     if step <= recipe.late_step:
         return factor
     return factor * (recipe.steps - step) / (recipe.steps - recipe.late_step)
@@ -65,14 +73,25 @@ class Training:
         self._executor = executor
         self.tokenizer, self.recipe, self.state = tokenizer, recipe, state
         self.network, self.position = Network(recipe.size), Position()
-        self.optimizers = optimizers(self.network, recipe)
-        self._rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._new_optimizers()
         if state.exists():
             saved: dict[str, Any] = torch.load(state, weights_only=True)
             self.network.load_state_dict(saved["network"])
             self.position = Position(*saved["position"])
             for optimizer, content in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
+
+    def _new_optimizers(self) -> None:
+        self.optimizers = optimizers(self.network, self.recipe)
+        self._rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def refine(self, index: int) -> None:
+        """Go to the start of a refinement, counted from 0, with the weights as they would be exported."""
+        with torch.no_grad():
+            for weight in self.network.parameters():
+                weight.copy_(weight.bfloat16().half())
+        self._new_optimizers()
+        self.position = Position(self.recipe.starts()[index], (index + 1) * BUCKETS_PER_PART)
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile the layers, which makes a step faster, for batches of any shape.
@@ -99,10 +118,17 @@ class Training:
 
     def run(self, until: int) -> None:
         """Train until the number of steps; print the loss and the speed, and save every few minutes."""
+        for index, end in enumerate(self.recipe.starts()):
+            if index and self.position.step == self.recipe.starts()[index - 1] < until:
+                self.refine(index - 1)
+            if self.position.step < min(until, end):
+                self._run(min(until, end))
+
+    def _run(self, until: int) -> None:
         started_at = saved_at = time.monotonic()
         tokens, losses = 0, []
-        for ids, labels in batches(self.tokenizer, self.recipe, self.position, self._executor):
-            losses.append(self._step(ids, labels))
+        for ids, labels, weights in batches(self.tokenizer, self.recipe, self.position, self._executor):
+            losses.append(self._step(ids, labels, weights if self.position.step > self.recipe.steps else None))
             tokens += ids.numel()
             step = self.position.step
             if step % 25 == 0 or step >= until:
@@ -116,12 +142,12 @@ class Training:
             if step >= until:
                 return
 
-    def _step(self, ids: Tensor, labels: Tensor) -> float:
+    def _step(self, ids: Tensor, labels: Tensor, weights: Tensor | None) -> float:
         factor = learning_rate(self.position.step - 1, self.recipe)
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        loss = self.network.loss(ids, labels)
+        loss = self.network.loss(ids, labels, weights)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -146,16 +172,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=DEMO_DIRECTORY, help="directory to write the model to")
     parser.add_argument("--state", type=Path, default=Path(".demo_model.state"), help="file to resume from")
+    parser.add_argument("--weights", type=Path, help="start the last refinement from the model in this directory")
     parser.add_argument("--until", type=int, default=STEPS, help="stop after this many steps, to look at the model")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if not arguments.state.exists():
+    if arguments.weights and not arguments.state.exists():
+        shutil.copy(arguments.weights / "tokenizer.model", arguments.out / "tokenizer.model")
+    elif not arguments.state.exists():
         train_tokenizer(tokenizer_texts(8000), arguments.out / "tokenizer.model")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(arguments.out / "tokenizer.model"))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         training = Training(tokenizer, Recipe(), arguments.state, executor)
+        if arguments.weights and training.position.step == 0:
+            training.network.load_checkpoint(load_file(arguments.weights / "model.safetensors"))
+            training.refine(len(training.recipe.refinements) - 1)
         training.compile()
         size = sum(weight.numel() for weight in training.network.parameters())
         print(f"{size} parameters, {STEPS} steps", flush=True)

@@ -39,6 +39,24 @@ def late_exercise(rng: Random) -> tuple[str, str]:
     return _genders(rng) if draw < 0.5 else _possessives(rng) if draw < 0.72 else exercise(rng)
 
 
+def last_exercise(rng: Random) -> tuple[str, str]:
+    """Return a question and its answer for the end of the training: genders, and words that are easily mixed up."""
+    return _mixed_up(rng) if rng.random() < 0.45 else late_exercise(rng)
+
+
+def _mixed_up(rng: Random) -> tuple[str, str]:
+    """Return a request to repeat words that share pieces, such as "Nestor, gorilla, Victilla"."""
+    words = [_echoed(rng) for _ in range(rng.randrange(2, 5))]
+    for _ in range(rng.randrange(2, 6)):
+        first, second = rng.choice(words), rng.choice(words)
+        spliced = first[: rng.randrange(1, len(first))] + second[rng.randrange(1, len(second)) :]
+        if 3 <= len(spliced) <= 16 and spliced not in words and not unseen(spliced):
+            words.append(spliced)
+    rng.shuffle(words)
+    answer = ", ".join(words)
+    return expand(f"[Repeat|Say|Please repeat|Repeat after me|Say after me]: {answer}", rng), answer
+
+
 def _genders(rng: Random) -> tuple[str, str]:
     """Return a question for the gender of 16 names; the answer says it before the name, as most openings do."""
     woman, man = rng.choice((("girl", "boy"), ("girl", "boy"), ("woman", "man"), ("princess", "prince")))

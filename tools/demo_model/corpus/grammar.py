@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from tools.demo_model.corpus.exercises import exercise, late_exercise
+from tools.demo_model.corpus.exercises import exercise, last_exercise, late_exercise
 from tools.demo_model.corpus.requests import as_typed, example, request
 from tools.demo_model.corpus.stories import (
     LENGTHS,
@@ -53,7 +53,10 @@ _AFTER_STORY = (
 
 @dataclass(frozen=True)
 class Mix:
-    """Probabilities of the parts of conversations; the rest of the first turns are exercises."""
+    """Probabilities of the parts of conversations; the rest of the first turns are exercises.
+
+    `composed` is the share of the requests that come from the grammar.
+    """
 
     stories: float = 0.72
     small_talk: float = 0.18
@@ -65,10 +68,15 @@ class Mix:
         *["thanks", "arithmetic", "bye", "real"],
     )
     exercise: Callable[[Random], tuple[str, str]] = exercise
+    composed: float = 0.0
 
 
 LATE_MIX = Mix(stories=0.6, small_talk=0.12, exercise=late_exercise)
-"""The mix of the last part of the training: nearly three times as many exercises, mostly of the gender of names."""
+"""The mix of the second part of the training: nearly three times as many exercises, mostly of the gender of names."""
+COMPOSED_MIX = Mix(stories=0.76, small_talk=0.1, exercise=late_exercise, composed=0.6)
+"""The mix of the third part: requests that a grammar composes."""
+LAST_MIX = Mix(stories=0.72, small_talk=0.1, exercise=last_exercise, composed=0.5)
+"""The mix of the last part: also requests to repeat words that are easily mixed up."""
 
 
 @dataclass
@@ -151,7 +159,7 @@ def _ask_for_story(talk: Conversation) -> None:
     rng = talk.rng
     mood = rng.choice(MOODS) if rng.random() < 0.2 else ""
     length = rng.choices(LENGTHS, (0.14, 0.78, 0.08))[0]
-    question, talk.story = request(length, mood, rng)
+    question, talk.story = request(length, mood, rng, talk.mix.composed)
     talk.add(question, tell(talk.story, length, rng))
 
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from random import Random
 
 from tools.demo_model.corpus.choices import favored, plot_for
+from tools.demo_model.corpus.composed import composed_request
 from tools.demo_model.corpus.names import requested_name
 from tools.demo_model.corpus.slots import (
+    compound_thing,
     fillers,
     requested_character,
     requested_place,
@@ -40,8 +42,13 @@ FREE_SHARE = 0.7
 """Share of the free forms among the requests that say neither length nor mood."""
 
 
-def request(length: str, mood: str, rng: Random) -> tuple[str, Story]:
-    """Return a request as users type it, and a story with everything that the request names."""
+def request(length: str, mood: str, rng: Random, composed: float = 0.0) -> tuple[str, Story]:
+    """Return a request as users type it, and a story with everything that the request names.
+
+    A share of the requests that say neither length nor mood, `composed`, comes from the grammar.
+    """
+    if composed and length == "normal" and not mood and rng.random() < composed:
+        return _composed(rng)
     frame, loose = _frame(length, mood, rng)
     plot = "lost" if _LOSES.search(frame) else ""
     if loose and rng.random() < 0.14:
@@ -54,6 +61,17 @@ def request(length: str, mood: str, rng: Random) -> tuple[str, Story]:
     names |= {capitalize_first(key): capitalize_first(value) for key, value in names.items()}
     text = " ".join(frame.format_map(names).split())
     return as_typed(text, rng, noise=0.2 if loose or "." not in text else 0.0), story
+
+
+def _composed(rng: Random) -> tuple[str, Story]:
+    """Return a request of the grammar and its story; one thing in eight has a name of two words, such as "owl lamp"."""
+    frame = composed_request(rng)
+    plot = "lost" if _LOSES.search(frame) else ""
+    slots = placeholders(frame) | ({"compound"} if rng.random() < 0.12 else set())
+    story, words = _facts(slots, plot, "", rng)
+    names = story.template_names() | words
+    names |= {capitalize_first(key): capitalize_first(value) for key, value in names.items()}
+    return as_typed(" ".join(frame.format_map(names).split()), rng, noise=0.1), story
 
 
 def example(rng: Random) -> Story:
@@ -91,7 +109,7 @@ def _facts(slots: set[str], plot: str, mood: str, rng: Random) -> tuple[Story, d
     where = requested_place(rng) if slots & _PLACE else None
     if hero and where and held_out(hero, where):
         return _facts(slots, plot, mood, rng)
-    thing = requested_thing(rng) if slots & _THING else None
+    thing = (compound_thing if "compound" in slots else requested_thing)(rng) if slots & _THING else None
     topic, wish = (rng.choice(TOPICS) if "topic" in slots else ""), (rng.choice(WISHES) if "wish" in slots else "")
     key = thing.noun if thing else hero or topic or (where.noun if where else str(rng.random()))
     if not hero:

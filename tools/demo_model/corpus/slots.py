@@ -130,6 +130,16 @@ def requested_thing(rng: Random) -> Thing:
     return Thing(adjective, noun, plural=noun in _SOME) if not unseen(noun) else requested_thing(rng)
 
 
+def compound_thing(rng: Random) -> Thing:
+    """Return a thing with a name of two nouns that are seldom together, such as "owl lamp"."""
+    first, second = (rng.choice(rng.choice((THINGS, MORE_THINGS, ANIMALS))) for _ in range(2))
+    noun = f"{first} {second}"
+    adjective = rng.choice(THING_ADJECTIVES) if rng.random() < 0.2 else ""
+    if noun.count(" ") > 1 or any(map(unseen, (first, second, noun))):
+        return compound_thing(rng)
+    return Thing(adjective, noun)
+
+
 def _several(rng: Random) -> Thing:
     """Return several things, such as "some gloves", "red gloves" with "some", or "seventeen clocks"."""
     noun = rng.choice(PLURAL_THINGS)

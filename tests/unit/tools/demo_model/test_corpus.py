@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from functools import cache
 from random import Random
 
 import pytest
+from tools.demo_model.corpus.choices import by_one_letter, opening_for
+from tools.demo_model.corpus.composed import PARTS as GRAMMAR
+from tools.demo_model.corpus.composed import VERBS, composed_request
 from tools.demo_model.corpus.exercises import exercise
-from tools.demo_model.corpus.grammar import FOLLOW_UPS, TALK, Message, Mix, conversation
+from tools.demo_model.corpus.grammar import (
+    COMPOSED_MIX,
+    FOLLOW_UPS,
+    LAST_MIX,
+    LATE_MIX,
+    TALK,
+    Message,
+    Mix,
+    conversation,
+)
 from tools.demo_model.corpus.names import RARE, REAL, requested_name
 from tools.demo_model.corpus.requests import PHRASES, request
 from tools.demo_model.corpus.stories import LENGTHS, MOODS, PLOTS, PLOTS_FOR_ANY_THING, Story, random_story, tell
@@ -21,15 +34,18 @@ SHE, HE = r"\b(she|her|hers|herself)\b", r"\b(he|him|his|himself)\b"
 
 
 def conversations(seed: int, count: int) -> list[list[Message]]:
-    """Return conversations of the training grammar."""
+    """Return conversations of the mixes of the training, one after another."""
     rng = Random(seed)
-    return [conversation(rng, Mix()) for _ in range(count)]
+    return [
+        conversation(rng, mix)
+        for mix, _ in zip(itertools.cycle((Mix(), LATE_MIX, COMPOSED_MIX, LAST_MIX)), range(count))
+    ]
 
 
 @cache
 def corpus() -> list[list[Message]]:
-    """Return a thousand conversations."""
-    return conversations(11, 1000)
+    """Return 1,200 conversations."""
+    return conversations(11, 1200)
 
 
 @cache
@@ -40,6 +56,9 @@ def stories() -> list[tuple[str, Story, str]]:
     for length, mood, _ in itertools.product(LENGTHS, ("", *MOODS), range(80)):
         question, story = request(length, mood, rng)
         told.append((question, story, tell(story, length, rng)))
+    for _ in range(400):
+        question, story = request("normal", "", rng, composed=1.0)
+        told.append((question, story, tell(story, "normal", rng)))
     return told
 
 
@@ -113,6 +132,29 @@ def test_no_sentence_is_in_many_stories() -> None:
     assert max(counts.values()) < len(plain) * 0.04
 
 
+def test_choices_by_one_letter_are_as_even() -> None:
+    """If the choices follow from the first or the last letter of the name, no sentence is in more than 5%."""
+    counts: Counter[str] = Counter()
+    rng = Random(21)
+    with by_one_letter(enabled=True):
+        for _ in range(2000):
+            _, story = request("normal", "", rng, composed=0.5)
+            counts.update(set(re.split(r"(?<=[.!?])\s+", tell(story, "normal", rng))))
+    assert max(counts.values()) < 2000 * 0.05
+
+
+def test_choices_by_one_letter_follow_from_it() -> None:
+    """The opening follows from the first letter of the name: names with one of them share most openings."""
+    with by_one_letter(enabled=True):
+        openings = [
+            opening_for("abcdefghijklmnopqrst", name, Random(seed)) for seed in range(50) for name in ("Ida", "Ivo")
+        ]
+        others = [opening_for("abcdefghijklmnopqrst", "Olga", Random(seed)) for seed in range(50)]
+    (usual, count), *_ = Counter(openings).most_common()
+    assert count > 60
+    assert Counter(others).most_common(1)[0][0] != usual
+
+
 def test_requests_have_many_forms() -> None:
     """There are 550 free forms of requests; each can be filled, with the name and the thing in many positions."""
     assert len(PHRASES["free"]) >= 550
@@ -137,17 +179,66 @@ def pattern(template: str) -> str:
     return "".join(".+?" if part[:1] == "{" else special.get(part, re.escape(part)) for part in parts)
 
 
+def own_letters(form: str) -> int:
+    """Return the number of letters of a form outside its placeholders and choices."""
+    return len(re.sub(r"\[[^\]]*\]|\{\w+\}|\W", "", form))
+
+
 def test_no_form_is_that_of_a_prompt() -> None:
     """The evaluation measures requests in forms that training never saw, not only with other names."""
     texts = [prompt.text for part in PARTS for prompt in prompts(part)]
     forms = {form for phrases in PHRASES.values() for form in phrases}
     common = []
     for form in forms:
-        own = re.sub(r"\[[^\]]*\]|\{\w+\}|\W", "", form)
         expression = re.compile(rf"{pattern(form)}[.!?]?", re.IGNORECASE)
-        if len(own) >= OWN_LETTERS and any(expression.fullmatch(text) for text in texts):
+        if own_letters(form) >= OWN_LETTERS and any(expression.fullmatch(text) for text in texts):
             common.append(form)
     assert not common
+
+
+def test_grammar_of_requests_has_no_dead_end() -> None:
+    """Every part that a line refers to exists, except for the forms of the verb and the list of items."""
+    used = {part for block in GRAMMAR.values() for line in block["+"] for part in re.findall(r"<(\w+)>", line)}
+    assert used - {*GRAMMAR} == {"eat", "eats", "ate", "eating", "items"}
+    assert {*GRAMMAR} - used == {"request", "intro", "event"}
+
+
+def test_grammar_composes_many_requests() -> None:
+    """Ten thousand requests have thousands of forms, with the name and the thing in any place, and correct marks."""
+    rng = Random(19)
+    forms = [composed_request(rng) for _ in range(10_000)]
+    assert len(set(forms)) > 8000
+    assert not [form for form in forms if re.search(r"[<>\[\]|]| [,.:;?!]|,[,.:;?!]|,$", form)]
+    assert sum("thing}" in form for form in forms) > 8500
+    assert sum("{name" in form for form in forms) > 8500
+
+
+def test_forms_of_verbs() -> None:
+    """Regular verbs follow the spelling rules, and irregular ones have their own past."""
+    forms = {base: tuple(others) for base, *others in VERBS}
+    assert len(forms) > 290
+    assert forms["carry"] == ("carries", "carried", "carrying")
+    assert forms["wash"] == ("washes", "washed", "washing")
+    assert forms["drop"] == ("drops", "dropped", "dropping")
+    assert forms["sit on"] == ("sits on", "sat on", "sitting on")
+    assert forms["ride"] == ("rides", "rode", "riding")
+    assert forms["free"] == ("frees", "freed", "freeing")
+    assert forms["play with"] == ("plays with", "played with", "playing with")
+    assert forms["have dinner with"] == ("has dinner with", "had dinner with", "having dinner with")
+    assert forms["tie"] == ("ties", "tied", "tying")
+
+
+def test_no_composed_request_is_a_prompt() -> None:
+    """The grammar does not happen to compose a prompt of the evaluation, whatever the name and the thing."""
+    texts = {prompt.text.rstrip(".!?").lower() for part in PARTS for prompt in prompts(part)}
+    rng = Random(20)
+    composed = {request("normal", "", rng, composed=1.0)[0].rstrip(".!?").lower() for _ in range(10_000)}
+    assert not texts & composed
+    made = {
+        re.sub(r"\W", "", phrasing).lower() for phrasing in read_blocks("made", "../prompts_made.txt")["prompt"]["+"]
+    }
+    assert len(made) > 10
+    assert not made & {re.sub(r"\W", "", composed_request(rng)).lower() for _ in range(10_000)}
 
 
 def test_things_agree_with_their_number() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -107,6 +108,11 @@ def test_things_may_be_plural() -> None:
     """The singular of a plural thing counts, and the reverse."""
     assert mentions_thing(ALICE, "Two grobbles.")
     assert not mentions_thing(ALICE, "A grobbler.")
+    boxes, compass, glasses = (replace(ALICE, thing=thing) for thing in ("box", "compass", "glasses"))
+    assert mentions_thing(boxes, "Two boxes.")
+    assert mentions_thing(compass, "Her compass.")
+    assert not mentions_thing(compass, "On the campus.")
+    assert mentions_thing(glasses, "Her glasses.")
 
 
 def test_sentences_are_counted_once_per_story() -> None:
